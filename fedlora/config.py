@@ -1,0 +1,307 @@
+"""The run configuration: frozen dataclasses, and one parser for TOML presets, `-c` and Flower's run config.
+
+Keys are flat and kebab-case ("lora.rank"); values are bool, int, float or str, since Flower carries no
+others; lists are comma strings ("16,8,8,4"). Imports nothing heavy, so that a wrong key is named at once.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from fedlora.errors import ConfigError, suggest
+
+Scalar = bool | int | float | str
+
+
+def option(default: Any, text: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None):
+    """A field with its help text and its bounds."""
+    return field(default=default, metadata={"help": text, "choices": choices, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = option("run", "results go to <run.dir>/<run.name>/<time>")
+    dir: str = option("runs", "folder of all results")
+    seed: int = option(0, "seed of everything random", low=0)
+    threads: int = option(0, "torch threads of each process; 0 leaves torch's own choice", low=0)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = option("smollm2-135m-instruct", "a packaged model, a local folder, or a hub id")
+    revision: str = option("", "hub revision (branch, tag or commit); empty is the default branch")
+    task: str = option("causal-lm", "what is trained", ("causal-lm", "classification"))
+    labels: int = option(2, "number of classes (classification)", low=2)
+    quantization: str = option("nf4", "storage of the frozen weights", ("none", "int8", "nf4"))
+    compute_dtype: str = option(
+        "auto", "auto: bf16 on a GPU that has it, fp32 on a CPU", ("auto", "fp32", "bf16", "fp16")
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps …")
+    gradient_checkpointing: bool = option(False, "trade compute for memory in the backward pass")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: int = option(8, "rank of every client, unless lora.ranks is set", low=1)
+    ranks: str = option("16,8,8,4", "rank per client, cyclic; empty: lora.rank for all")
+    alpha: str = option("2r", "a number, or a multiple of the rank such as 2r")
+    rslora: bool = option(False, "scale by alpha/sqrt(rank) instead of alpha/rank")
+    dropout: float = option(0.0, "dropout before A", low=0.0, high=0.99)
+    target_modules: str = option("auto", "comma list of module name endings, all-linear, or auto (attention projections)")
+    rank_pattern: str = option("", "ranks of some modules, for every client: 'k_proj=4, layers.0.mlp.up_proj=2'")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = option("chitchat", "a packaged set, a .jsonl/.csv/.parquet file, or a hub dataset id")
+    subset: str = option("", "configuration of a hub dataset")
+    split: str = option("train", "split of a hub dataset")
+    form: str = option(
+        "auto", "what a row holds; auto looks at its columns", ("auto", "prompt", "chat", "text", "label")
+    )
+    prompt_column: str = option("prompt", "form prompt: the column of the prompt")
+    response_column: str = option("response", "form prompt: the column of the response")
+    messages_column: str = option("messages", "form chat: the column of [{role, content}, …]")
+    text_column: str = option("text", "forms text and label: the column of the text")
+    label_column: str = option("label", "form label: the column of the class, 0-based integers or names")
+    system_prompt: str = option("", "system message put before every conversation; empty: the template's own")
+    partition: str = option("natural", "how rows are dealt to clients", ("iid", "dirichlet", "natural", "sizes"))
+    partition_by: str = option("auto", "natural and dirichlet: the column of the key; auto: the packaged set's own, or the label")
+    dirichlet_alpha: float = option(0.5, "dirichlet: small values give unlike clients", low=1e-3)
+    sizes: str = option("", "sizes: rows per client, '400,200,100,50'")
+    heldout_fraction: float = option(0.1, "rows kept from every client for the server's evaluation", low=0.0, high=0.9)
+    heldout_max: int = option(64, "at most this many held-out rows are evaluated; 0: all", low=0)
+    client_test_fraction: float = option(0.1, "share of each client's own rows kept for evaluate.clients", low=0.0, high=0.9)
+    client_max: int = option(0, "at most this many rows per client; 0: all", low=0)
+    max_length: int = option(128, "tokens per example; longer ones are cut", low=4)
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    clients: int = option(4, "number of clients in a simulation", low=1)
+    rounds: int = option(3, "communication rounds", low=1)
+    fraction: float = option(1.0, "share of the clients sampled each round", low=1e-6, high=1.0)
+    min_clients: int = option(1, "a round with fewer good answers fails the run", low=1)
+    round_timeout: float = option(0.0, "seconds to wait for a round's answers; 0: as long as it takes", low=0.0)
+    wait_timeout: float = option(600.0, "seconds to wait for the clients to connect", low=0.0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = option(8, "optimizer steps per client and round; 0: by train.epochs", low=0)
+    epochs: float = option(1.0, "passes over the client's data per round, when train.steps is 0", low=1e-6)
+    batch_size: int = option(4, "examples per forward pass", low=1)
+    accumulate: int = option(1, "forward passes per optimizer step", low=1)
+    optimizer: str = option(
+        "adamw", "8bit and paged need a CUDA GPU", ("adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "sgd")
+    )
+    lr: float = option(1e-3, "peak learning rate", low=0.0)
+    weight_decay: float = option(0.0, "decoupled weight decay", low=0.0)
+    schedule: str = option("cosine", "learning rate across all rounds", ("cosine", "linear", "constant"))
+    warmup_fraction: float = option(0.05, "share of all steps with a rising learning rate", low=0.0, high=1.0)
+    clip: float = option(1.0, "largest gradient norm; 0: no clipping", low=0.0)
+    prox_mu: float = option(0.0, "FedProx: weight of |theta - theta_start|^2 / 2", low=0.0)
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    name: str = option("flora", "an aggregation strategy, or your own as package.module:Class")
+    options: str = option("", "its options: 'similarity=cosine, lam=0.01'")
+
+
+@dataclass(frozen=True)
+class AnchorConfig:
+    max_rank: int = option(0, "largest rank of the accumulated folds; 0: whatever loses nothing", low=0)
+    base_update: str = option("anchor", "merge adds folds to the weights of an unquantized base", ("anchor", "merge"))
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    server: bool = option(True, "evaluate the global adapter on the held-out rows")
+    clients: bool = option(False, "let every sampled client evaluate the global adapter on its own test rows")
+    every: int = option(1, "rounds between evaluations (the last one always)", low=1)
+    batch_size: int = option(16, "examples per forward pass", low=1)
+
+
+@dataclass(frozen=True)
+class WireConfig:
+    dtype: str = option("fp32", "number format of factors on the wire", ("fp32", "fp16", "bf16"))
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Every section is a frozen dataclass; `to_flat` and `parse` go to and from flat keys."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    anchor: AnchorConfig = field(default_factory=AnchorConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    wire: WireConfig = field(default_factory=WireConfig)
+
+    def to_flat(self) -> dict[str, Scalar]:
+        """Flat kebab-case keys, in the order of the sections."""
+        return {
+            f"{section.name}.{key.name.replace('_', '-')}": getattr(getattr(self, section.name), key.name)
+            for section in fields(self)
+            for key in fields(getattr(self, section.name))
+        }
+
+
+def parse(flat: Mapping[str, Scalar], base: Config | None = None, where: str = "config") -> Config:
+    """The config with these keys changed.
+
+    Args:
+        flat: flat kebab-case keys.
+        base: what the other keys are taken from; the defaults when left out.
+        where: named in errors.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), a wrong type, or a value out of bounds.
+    """
+    config = base or Config()
+    known = config.to_flat()
+    changes: dict[str, dict[str, Scalar]] = {}
+    for key, value in flat.items():
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}{suggest(key, known)}")
+        section, name = key.split(".", 1)
+        name = name.replace("-", "_")
+        changes.setdefault(section, {})[name] = _check(where, key, value, getattr(config, section), name)
+    config = replace(config, **{s: replace(getattr(config, s), **c) for s, c in changes.items()})
+    return _check_together(config, where)
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """A TOML preset, then `key=value` overrides as given on the command line.
+
+    Raises:
+        ConfigError: the file cannot be read or parsed, or holds something that `parse` refuses.
+    """
+    return parse(parse_overrides(overrides), parse(read_toml(path), where=str(path)), where="-c")
+
+
+def read_toml(path: Path) -> dict[str, Scalar]:
+    """The flat keys of a TOML file; tables flatten to dotted keys."""
+    try:
+        return flatten(tomllib.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
+    """Nested tables to dotted keys."""
+    flat: dict[str, Scalar] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Scalar]:
+    """`key=value` strings; a value is read as TOML, or as plain text where it is not TOML."""
+    flat: dict[str, Scalar] = {}
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"-c {item!r}: expected key=value, such as -c lora.rank=16")
+        try:
+            value = tomllib.loads(f"v = {text.strip()}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        flat[key.strip()] = value
+    return flat
+
+
+def ints(key: str, text: str) -> tuple[int, ...]:
+    """A comma string of positive integers."""
+    try:
+        values = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        values = (0,)
+    if any(value < 1 for value in values):
+        raise ConfigError(f"{key}: got {text!r}, expected positive integers separated by commas, such as '16,8,8,4'")
+    return values
+
+
+def alpha_of(alpha: float | str, rank: int) -> float:
+    """LoRA's alpha for a rank: a number as it is, "2r" as twice the rank."""
+    try:
+        return float(alpha[:-1] or 1) * rank if isinstance(alpha, str) and alpha.endswith("r") else float(alpha)
+    except ValueError:
+        raise ConfigError(f"lora.alpha: got {alpha!r}, expected a number or a multiple of the rank such as '2r'") from None
+
+
+def client_rank(config: LoraConfig, client_id: int) -> int:
+    """The rank of one client: `lora.ranks` taken cyclically, or `lora.rank`."""
+    ranks = ints("lora.ranks", config.ranks)
+    return ranks[client_id % len(ranks)] if ranks else config.rank
+
+
+def rank_pattern(config: LoraConfig) -> dict[str, int]:
+    """`lora.rank-pattern` as regular expression -> rank."""
+    pattern: dict[str, int] = {}
+    for item in filter(None, (part.strip() for part in config.rank_pattern.split(","))):
+        name, _, rank = item.rpartition("=")
+        if not name.strip() or not rank.strip().isdigit() or int(rank) < 1:
+            raise ConfigError(f"lora.rank-pattern: got {item!r}, expected module=rank, such as k_proj=4")
+        pattern[name.strip()] = int(rank)
+    return pattern
+
+
+def _check(where: str, key: str, value: Any, section: Any, name: str) -> Scalar:
+    """The value in its field's type, within its choices and bounds."""
+    expected = get_type_hints(type(section))[name]
+    meta = next(f for f in fields(section) if f.name == name).metadata
+    if expected is float and type(value) is int:
+        value = float(value)
+    if expected is str and type(value) in (int, float):  # -c lora.ranks=8 and lora.alpha=16 arrive as numbers
+        value = str(value)
+    if type(value) is not expected:
+        hint = "; write lists as comma strings, such as '16,8,8,4'" if isinstance(value, list) else ""
+        raise ConfigError(f"{where}: {key} = {value!r} is {type(value).__name__}, expected {expected.__name__}{hint}")
+    if meta["choices"] and value not in meta["choices"]:
+        raise ConfigError(f"{where}: {key} = {value!r}{suggest(str(value), meta['choices'])}")
+    low, high = meta["low"], meta["high"]
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        bounds = f"at least {low}" if high is None else f"{low} to {high}"
+        raise ConfigError(f"{where}: {key} = {value!r} is out of bounds, expected {bounds}")
+    return value
+
+
+def _check_together(config: Config, where: str) -> Config:
+    """Rules over several keys."""
+    ints("lora.ranks", config.lora.ranks)
+    rank_pattern(config.lora)
+    if not alpha_of(config.lora.alpha, config.lora.rank) > 0:
+        raise ConfigError(f"{where}: lora.alpha = {config.lora.alpha!r}, expected a number above 0 or such as '2r'")
+    if config.anchor.base_update == "merge" and config.model.quantization != "none":
+        raise ConfigError(
+            f"{where}: anchor.base-update = 'merge' needs model.quantization = 'none', got "
+            f"{config.model.quantization!r}: a quantized base loses small updates; leave it at 'anchor'"
+        )
+    if config.data.partition == "sizes" and len(ints("data.sizes", config.data.sizes)) != config.federation.clients:
+        raise ConfigError(
+            f"{where}: data.sizes = {config.data.sizes!r} must name one size for each of the "
+            f"{config.federation.clients} clients (federation.clients)"
+        )
+    if config.federation.min_clients > config.federation.clients:
+        raise ConfigError(
+            f"{where}: federation.min-clients = {config.federation.min_clients} exceeds federation.clients = "
+            f"{config.federation.clients}"
+        )
+    return config

@@ -1,0 +1,67 @@
+"""Folds: what a strategy adds to the base model for good, kept as frozen factors (the anchor).
+
+Quantized weights are never touched: re-quantizing a small update loses nearly all of it. A fold is one
+aggregate; version v of the base is the base with the first v folds. A client that skipped rounds gets the
+folds it lacks; one that is too far behind gets everything, compacted. Both end up with bit-equal weights,
+since a client only ever concatenates what the server sends, in the order of versions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedlora.adapter import AdapterState, compress, stack
+
+
+@dataclass(frozen=True)
+class Folds:
+    """Args:
+    parts: parts[0] leads from the untouched base to version `first`, each later one a version further.
+    first: the version that parts[0] leads to.
+    """
+
+    parts: tuple[AdapterState, ...] = ()
+    first: int = 1
+
+    @property
+    def version(self) -> int:
+        return self.first + len(self.parts) - 1 if self.parts else 0
+
+    def push(self, fold: AdapterState, max_rank: int = 0, compact: bool = True) -> Folds:
+        """The folds with one more, compacted when some module's sum of ranks exceeds its limit.
+
+        Args:
+            fold: the factors to add.
+            max_rank: the limit; 0 means min(d_out, d_in), where compacting loses nothing.
+            compact: False keeps every fold as it came (for clients that merge folds into an fp32 base).
+        """
+        grown = Folds((*self.parts, fold), self.first)
+        if not compact or len(grown.parts) == 1 and not max_rank:
+            return grown
+        total = concatenate(grown.parts)
+        over = any(
+            f.rank > (min(max_rank, f.A.shape[1], f.B.shape[0]) if max_rank else min(f.A.shape[1], f.B.shape[0]))
+            for f in total.lora.values()
+        )
+        if not over:
+            return grown
+        small = {name: compress(factors, max_rank) for name, factors in total.lora.items()}
+        return Folds((AdapterState(lora=small),), first=grown.version)
+
+    def since(self, known_version: int) -> tuple[int, tuple[AdapterState, ...]]:
+        """`(from_version, folds)`: what brings a client of this version up to date; from 0 means all anew."""
+        if known_version == self.version:
+            return known_version, ()
+        if self.first <= known_version < self.version:
+            return known_version, self.parts[known_version - self.first + 1 :]
+        return 0, self.parts
+
+    def total(self) -> AdapterState:
+        """All folds as one adapter of scaling 1."""
+        return concatenate(self.parts)
+
+
+def concatenate(parts: tuple[AdapterState, ...]) -> AdapterState:
+    """The sum of frozen updates as one adapter, by stacking alone: the same parts give the same bits."""
+    names = dict.fromkeys(name for part in parts for name in part.lora)
+    return AdapterState(lora={name: stack([p.lora[name] for p in parts if name in p.lora]) for name in names})
