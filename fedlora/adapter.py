@@ -1,18 +1,22 @@
 """LoRA adapters as values, and their algebra. Nothing here forms a d_out x d_in matrix but `delta`.
 
-Notation: an adapted module's update is dW = scaling * B @ A, A: [r, d_in], B: [d_out, r].
+Notation: an adapted module's update is dW = scaling * B @ A, A: [r, d_in], B: [d_out, r]. Results are fp32,
+or fp64 where the factors are: narrower ones (bf16) are widened before they are scaled or added.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fedlora.errors import AdapterError
+
+if TYPE_CHECKING:
+    from fedlora.exchange import ClientUpdate
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +47,8 @@ class AdapterState:
         dense: parameter name -> tensor trained in full (a classification head), averaged by every strategy.
     """
 
-    lora: Mapping[str, LoraFactors] = field(default_factory=lambda: MappingProxyType({}))
-    dense: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
+    lora: Mapping[str, LoraFactors] = field(default_factory=dict)
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def delta(factors: LoraFactors) -> Tensor:
@@ -64,27 +68,82 @@ def inner(left: LoraFactors, right: LoraFactors) -> float:
     return left.scaling * right.scaling * float((across_out * across_in).sum())
 
 
+def initial(
+    shapes: Mapping[str, tuple[int, int]],
+    ranks: Callable[[str], int] | Mapping[str, int],
+    scalings: Callable[[str], float] | Mapping[str, float],
+    generator: torch.Generator,
+) -> AdapterState:
+    """A fresh adapter with dW = 0: A from U(-1/sqrt(d_in), 1/sqrt(d_in)), which is PEFT's kaiming-uniform; B = 0.
+
+    Args:
+        shapes: module name -> (d_out, d_in), as a Linear's weight has it.
+        ranks: the rank of a module by its name.
+        scalings: the scaling of a module by its name.
+        generator: what A is drawn from, in sorted order of the names, so that the mapping's order is of no matter.
+    """
+    rank_of = ranks if callable(ranks) else ranks.__getitem__
+    scaling_of = scalings if callable(scalings) else scalings.__getitem__
+    lora: dict[str, LoraFactors] = {}
+    for name in sorted(shapes):
+        d_out, d_in = shapes[name]
+        A = torch.empty(rank_of(name), d_in, device=generator.device)
+        A.uniform_(-(d_in**-0.5), d_in**-0.5, generator=generator)
+        B = torch.zeros(d_out, rank_of(name), device=generator.device)
+        lora[name] = LoraFactors(A=A, B=B, scaling=scaling_of(name))
+    return AdapterState(lora=lora)
+
+
 def mean(parts: Sequence[LoraFactors], weights: Sequence[float] | None = None) -> LoraFactors:
-    """The weighted means of A and of B (not of the products), as in FedIT.
+    """The weighted means of A and of B (not of the products), as in FedIT (https://arxiv.org/abs/2305.05644).
 
     Args:
         parts: factors of equal shapes and scaling.
         weights: one non-negative weight each, of any sum above zero; equal when left out.
 
     Raises:
-        AdapterError: shapes or scalings differ.
+        AdapterError: shapes or scalings differ, or the weights do not sum to more than zero.
     """
-    share = normalized(len(parts) if weights is None else weights)
+    w = [1.0] * len(parts) if weights is None else [float(x) for x in weights]
+    if not w or min(w) < 0 or sum(w) <= 0:
+        raise AdapterError(f"weights must be non-negative with a sum above zero, got {w}")
     first = parts[0]
     for part in parts:
         if part.A.shape != first.A.shape or part.B.shape != first.B.shape or part.scaling != first.scaling:
             raise AdapterError(
-                f"mean of factors needs equal ranks and scalings, got ranks {[p.rank for p in parts]} and "
+                f"mean of factors needs equal shapes and scalings, got ranks {[p.rank for p in parts]} and "
                 f"scalings {[p.scaling for p in parts]}; pad them to one rank, or stack them"
             )
-    return LoraFactors(
-        A=weighted_sum([p.A for p in parts], share), B=weighted_sum([p.B for p in parts], share), scaling=first.scaling
-    )
+    total, A, B = 0.0, None, None
+    for part, weight in zip(parts, w, strict=True):
+        if weight:
+            total += weight
+            A, B = running_mean(A, part.A, weight / total), running_mean(B, part.B, weight / total)
+    assert A is not None
+    assert B is not None
+    return LoraFactors(A=A, B=B, scaling=first.scaling)
+
+
+def running_mean(so_far: Tensor | None, tensor: Tensor, share: float) -> Tensor:
+    """`so_far + share * (tensor - so_far)`, in place; a wide copy of `tensor` when nothing came before it.
+
+    In this form one tensor is its own mean, and equal tensors are, to the last bit.
+
+    Args:
+        so_far: the mean until now, overwritten; None at the first tensor.
+        tensor: what comes next, of the same shape.
+        share: its weight over the sum of all weights until now, itself included.
+    """
+    if so_far is None:
+        return wide(tensor).clone()
+    if so_far.shape != tensor.shape:
+        raise AdapterError(f"a mean needs equal shapes, got {list(tensor.shape)} after {list(so_far.shape)}")
+    return so_far.lerp_(tensor.to(so_far), share)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in fp32, or as it is in fp64: sums in bf16 or fp16 would lose the small terms."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def stack(parts: Sequence[LoraFactors], weights: Sequence[float] | None = None) -> LoraFactors:
@@ -95,10 +154,58 @@ def stack(parts: Sequence[LoraFactors], weights: Sequence[float] | None = None) 
     """
     w = [1.0] * len(parts) if weights is None else weights
     return LoraFactors(
-        A=torch.cat([(wk * p.scaling) * p.A for wk, p in zip(w, parts, strict=True)]),
-        B=torch.cat([p.B for p in parts], dim=1),
+        A=torch.cat([(wk * p.scaling) * wide(p.A) for wk, p in zip(w, parts, strict=True)]),
+        B=torch.cat([wide(p.B) for p in parts], dim=1),
         scaling=1.0,
     )
+
+
+def concatenate(parts: Sequence[AdapterState]) -> AdapterState:
+    """The sum of frozen updates as one adapter, by stacking alone: the same parts give the same bits."""
+    names = dict.fromkeys(name for part in parts for name in part.lora)
+    return AdapterState(lora={name: stack([p.lora[name] for p in parts if name in p.lora]) for name in names})
+
+
+def ideal(updates: Iterable[ClientUpdate]) -> dict[str, LoraFactors]:
+    """What exact aggregation gives: `sum_k p_k s_k B_k A_k` by module, as a stack.
+
+    Args:
+        updates: one round's replies with both factors. p_k = n_k / sum(n) over those that have the module.
+    """
+    parts: dict[str, list[LoraFactors]] = {}
+    examples: dict[str, list[int]] = {}
+    for update in updates:
+        for name, factors in update.adapter.lora.items():
+            parts.setdefault(name, []).append(factors)
+            examples.setdefault(name, []).append(update.num_examples)
+    return {name: stack(parts[name], [n / sum(examples[name]) for n in examples[name]]) for name in parts}
+
+
+def relative_error(aggregate: Mapping[str, LoraFactors], ideal: Mapping[str, LoraFactors]) -> float:
+    """`|aggregate - ideal|_F / |ideal|_F`, all modules together; a module that `aggregate` lacks counts as zero.
+
+    The difference is a stack, whose norm comes from QR: a difference of squared norms would drown in
+    rounding below 1e-8.
+
+    Args:
+        aggregate: what the server made of the replies, by module.
+        ideal: what `ideal` gives for the same replies.
+    """
+    difference = reference = 0.0
+    for name, exact in ideal.items():
+        missed = stack([aggregate[name], exact], [1.0, -1.0]) if name in aggregate else exact
+        difference += _core_norm(missed) ** 2
+        reference += _core_norm(exact) ** 2
+    if reference == 0:
+        return 0.0 if difference == 0 else float("inf")
+    return (difference / reference) ** 0.5
+
+
+def _core_norm(factors: LoraFactors) -> float:
+    """|dW|_F as the norm of the core `R_b R_a'` of two QRs, in fp64: accurate where the factors' terms cancel."""
+    r_b = torch.linalg.qr(factors.B.double(), mode="r").R
+    r_a = torch.linalg.qr(factors.A.double().T, mode="r").R
+    return abs(factors.scaling) * float(torch.linalg.norm(r_b @ r_a.T))
 
 
 def qr_svd(factors: LoraFactors) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,7 +221,7 @@ def qr_svd(factors: LoraFactors) -> tuple[Tensor, Tensor, Tensor]:
     u, vh = q_b @ u, vh @ q_a.T
     peak = u.gather(0, u.abs().argmax(dim=0, keepdim=True))
     sign = torch.where(peak < 0, -1.0, 1.0).to(u.dtype)
-    dtype = factors.A.dtype
+    dtype = wide(factors.A).dtype
     return (u * sign).to(dtype), s.to(dtype), (vh * sign.T).to(dtype)
 
 
@@ -154,27 +261,13 @@ def pad(factors: LoraFactors, rank: int) -> LoraFactors:
 
 
 def first_ranks(factors: LoraFactors, rank: int, scaling: float) -> LoraFactors:
-    """The first `rank` rows of A and columns of B at the receiver's scaling; the effective scale moves into A."""
+    """The first `rank` rows of A and columns of B at the receiver's scaling; the effective scale moves into A.
+
+    Raises:
+        AdapterError: the factors have fewer rows.
+    """
+    if rank > factors.rank:
+        raise AdapterError(f"cannot take {rank} rows of factors of rank {factors.rank}; pad them first")
     return LoraFactors(
-        A=(factors.scaling / scaling) * factors.A[:rank], B=factors.B[:, :rank].clone(), scaling=scaling
+        A=(factors.scaling / scaling) * wide(factors.A[:rank]), B=wide(factors.B[:, :rank]).clone(), scaling=scaling
     )
-
-
-def normalized(weights: int | Sequence[float]) -> list[float]:
-    """Weights that sum to 1; a count stands for that many equal ones."""
-    w = [1.0] * weights if isinstance(weights, int) else [float(x) for x in weights]
-    total = sum(w)
-    if not w or total <= 0:
-        raise AdapterError(f"weights must be non-negative with a sum above zero, got {w}")
-    return [x / total for x in w]
-
-
-def weighted_sum(tensors: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
-    """`sum_k w_k t_k`, accumulated in fp32 or wider."""
-    total: Tensor | None = None
-    for tensor, weight in zip(tensors, weights, strict=True):
-        wide = tensor if tensor.dtype == torch.float64 else tensor.float()
-        total = wide * weight if total is None else total.add_(wide, alpha=weight)
-    if total is None:
-        raise AdapterError("a weighted sum needs at least one tensor")
-    return total

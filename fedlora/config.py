@@ -24,7 +24,8 @@ def option(default: Any, text: str, choices: tuple[str, ...] = (), low: float | 
 
 @dataclass(frozen=True)
 class RunConfig:
-    name: str = option("run", "results go to <run.dir>/<run.name>/<time>")
+    name: str = option("run", "results go to <run.dir>/<run.name>/<run.id>")
+    id: str = option("", "name of this run's folder; empty: the time")
     dir: str = option("runs", "folder of all results")
     seed: int = option(0, "seed of everything random", low=0)
     threads: int = option(0, "torch threads of each process; 0 leaves torch's own choice", low=0)
@@ -154,6 +155,17 @@ class Config:
             for section in fields(self)
             for key in fields(getattr(self, section.name))
         }
+
+
+def describe() -> list[tuple[str, Scalar, str]]:
+    """`(key, default, meaning)` of every key, with the choices in the meaning."""
+    rows: list[tuple[str, Scalar, str]] = []
+    for key, default in Config().to_flat().items():
+        section, name = key.split(".", 1)
+        meta = next(f for f in fields(getattr(Config(), section)) if f.name == name.replace("-", "_")).metadata
+        choices = f" [{', '.join(meta['choices'])}]" if meta["choices"] else ""
+        rows.append((key, default, meta["help"] + choices))
+    return rows
 
 
 def parse(flat: Mapping[str, Scalar], base: Config | None = None, where: str = "config") -> Config:

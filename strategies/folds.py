@@ -8,9 +8,10 @@ since a client only ever concatenates what the server sends, in the order of ver
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fedlora.adapter import AdapterState, compress, stack
+from fedlora.adapter import AdapterState, compress, concatenate
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,13 @@ class Folds:
 
         Args:
             fold: the factors to add.
-            max_rank: the limit; 0 means min(d_out, d_in), where compacting loses nothing.
+            max_rank: the limit; 0 means min(d_out, d_in), where compacting keeps fp32's numerical rank.
             compact: False keeps every fold as it came (for clients that merge folds into an fp32 base).
         """
         grown = Folds((*self.parts, fold), self.first)
-        if not compact or len(grown.parts) == 1 and not max_rank:
+        if not compact or not any(_excess(grown.parts, max_rank)):
             return grown
-        total = concatenate(grown.parts)
-        over = any(
-            f.rank > (min(max_rank, f.A.shape[1], f.B.shape[0]) if max_rank else min(f.A.shape[1], f.B.shape[0]))
-            for f in total.lora.values()
-        )
-        if not over:
-            return grown
-        small = {name: compress(factors, max_rank) for name, factors in total.lora.items()}
+        small = {name: compress(factors, max_rank) for name, factors in grown.total().lora.items()}
         return Folds((AdapterState(lora=small),), first=grown.version)
 
     def since(self, known_version: int) -> tuple[int, tuple[AdapterState, ...]]:
@@ -61,7 +55,13 @@ class Folds:
         return concatenate(self.parts)
 
 
-def concatenate(parts: tuple[AdapterState, ...]) -> AdapterState:
-    """The sum of frozen updates as one adapter, by stacking alone: the same parts give the same bits."""
-    names = dict.fromkeys(name for part in parts for name in part.lora)
-    return AdapterState(lora={name: stack([p.lora[name] for p in parts if name in p.lora]) for name in names})
+def _excess(parts: tuple[AdapterState, ...], max_rank: int) -> Iterator[bool]:
+    """Whether a module's sum of ranks exceeds its limit, module by module."""
+    ranks: dict[str, int] = {}
+    shapes: dict[str, int] = {}
+    for part in parts:
+        for name, factors in part.lora.items():
+            ranks[name] = ranks.get(name, 0) + factors.rank
+            shapes[name] = min(factors.A.shape[1], factors.B.shape[0])
+    for name, rank in ranks.items():
+        yield rank > min(max_rank or shapes[name], shapes[name])

@@ -1,0 +1,39 @@
+"""Client optimizers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from fedlora.config import TrainConfig
+from fedlora.errors import ConfigError
+
+
+def make(config: TrainConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that `train.optimizer` names, over these parameters.
+
+    adamw is torch's own (decoupled weight decay, https://arxiv.org/abs/1711.05101); 8bit and paged are
+    bitsandbytes' block-wise quantized state (https://arxiv.org/abs/2110.02861) and state in pageable memory.
+
+    Raises:
+        ConfigError: a bitsandbytes optimizer without a CUDA GPU.
+    """
+    rate, decay = config.lr, config.weight_decay
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=rate, weight_decay=decay)
+    if parameters[0].device.type != "cuda":
+        raise ConfigError(
+            f"train.optimizer = {config.optimizer!r} needs a CUDA GPU, the model is on {parameters[0].device}; use adamw"
+        )
+    import bitsandbytes as bnb
+
+    kinds = {
+        "adamw-8bit": bnb.optim.AdamW8bit,
+        "paged-adamw": bnb.optim.PagedAdamW,
+        "paged-adamw-8bit": bnb.optim.PagedAdamW8bit,
+    }
+    return kinds[config.optimizer](parameters, lr=rate, weight_decay=decay)

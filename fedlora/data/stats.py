@@ -1,0 +1,81 @@
+"""What each client holds, in numbers: for `fedlora data`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedlora.config import DataConfig
+from fedlora.data.forms import column_names, form_of
+from fedlora.data.partition import Split
+
+
+@dataclass(frozen=True)
+class ClientStatistics:
+    """One client's rows in numbers.
+
+    Args:
+        client_id: 0-based.
+        name: its natural key; empty for other partitions.
+        rows: its number of rows, its own test rows included.
+        mean_characters: of prompt and response, of all messages, or of the text.
+        labels: rows of each class, by name where the set names them; empty but for classification.
+    """
+
+    client_id: int
+    name: str
+    rows: int
+    mean_characters: float
+    labels: Mapping[str, int]
+
+
+def client_statistics(split: Split, data: DataConfig, task: str) -> list[ClientStatistics]:
+    """The numbers of every client, in order.
+
+    Args:
+        split: as `prepare` gives it.
+        data: form and names of the columns.
+        task: "causal-lm" or "classification".
+
+    Raises:
+        DataError: a column is missing, or the form does not fit the task.
+    """
+    form = form_of(split.rows.column_names, data, task)
+    columns = [name for name in column_names(form, data) if form != "label" or name != data.label_column]
+    characters = sum(
+        (np.array([_characters(cell) for cell in split.rows[:][name]], dtype=np.int64) for name in columns),
+        start=np.zeros(len(split.rows), dtype=np.int64),
+    )
+    labels = np.array(_label_names(split, data) if form == "label" else [])
+    return [
+        ClientStatistics(
+            client_id=client,
+            name=split.names[client] if split.names else "",
+            rows=len(part),
+            mean_characters=float(characters[part].mean()),
+            labels=_counts(labels[part]) if form == "label" else {},
+        )
+        for client, part in enumerate(split.parts)
+    ]
+
+
+def _characters(cell: Any) -> int:
+    """Characters of a text, or of all messages of a conversation."""
+    if isinstance(cell, list):
+        return sum(len(message.get("content") or "") for message in cell)
+    return len(cell or "")
+
+
+def _label_names(split: Split, data: DataConfig) -> list[str]:
+    """The class of each row, by name where the column has names."""
+    cells = split.rows[:][data.label_column]
+    names = getattr(split.rows.features[data.label_column], "names", None)
+    return [names[cell] if names and cell is not None else str(cell) for cell in cells]
+
+
+def _counts(labels: np.ndarray) -> dict[str, int]:
+    values, counts = np.unique(labels, return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))

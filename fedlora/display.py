@@ -1,0 +1,141 @@
+"""What a run looks like in a terminal: a bar per round and client, a line per finished round, a closing table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+
+
+class RunDisplay:
+    """A listener for `fedlora.events`: bars on a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._rounds: TaskID | None = None
+        self._clients: dict[int, TaskID] = {}
+        self._evaluation: TaskID | None = None
+
+    def __enter__(self) -> RunDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, kind: str, facts: dict[str, Any]) -> None:
+        """One event."""
+        handle = getattr(self, "_on_" + kind.replace("-", "_"), None)
+        if handle:
+            handle(**facts)
+
+    def _on_round_start(self, round: int, rounds: int, clients: int) -> None:
+        if self._rounds is None:
+            self._rounds = self._progress.add_task("rounds", total=rounds, note="")
+        self._progress.update(self._rounds, description=f"round {round}/{rounds}")
+
+    def _on_client_start(self, client_id: int, rank: int, round: int) -> None:
+        self._clients[client_id] = self._progress.add_task(f"  client {client_id} (rank {rank})", total=None, note="")
+
+    def _on_client_step(self, client_id: int, step: int, steps: int, loss: float, round: int) -> None:
+        if client_id in self._clients:
+            self._progress.update(self._clients[client_id], total=steps, completed=step, note=f"loss {loss:.3f}")
+
+    def _on_client_done(self, client_id: int, round: int, metrics: dict[str, float]) -> None:
+        self._drop(self._clients.pop(client_id, None))
+        if not self._console.is_terminal:
+            self._console.print(
+                f"round {round}  client {client_id}  train loss {metrics['train-loss']:.4f}  "
+                f"{metrics['train-steps']:.0f} steps, {metrics['train-tokens']:.0f} tokens, "
+                f"{metrics['train-seconds']:.1f} s"
+            )
+
+    def _on_client_failed(self, client_id: int, reason: str, round: int = 0) -> None:
+        self._drop(self._clients.pop(client_id, None))
+        self._console.print(f"[yellow]round {round}  client {client_id} does not count: {reason}[/yellow]")
+
+    def _on_evaluate_start(self, examples: int) -> None:
+        self._evaluation = self._progress.add_task("  held-out rows", total=examples, note="")
+
+    def _on_evaluate_step(self, done: int, total: int) -> None:
+        if self._evaluation is not None:
+            self._progress.update(self._evaluation, completed=done)
+            if done >= total:
+                self._drop(self._evaluation)
+                self._evaluation = None
+
+    def _on_baseline(self, metrics: dict[str, float]) -> None:
+        self._console.print(f"round 0  held-out {_metrics(metrics)}  (untouched base)")
+
+    def _on_round_end(self, entry: dict[str, Any]) -> None:
+        if self._rounds is not None:
+            self._progress.advance(self._rounds)
+        failed = f"  {len(entry['failures'])} failed" if entry["failures"] else ""
+        heldout = f"held-out {_metrics(entry['heldout'])}  " if "heldout" in entry else ""
+        self._console.print(
+            f"round {entry['round']}  {heldout}{len(entry['clients'])} clients{failed}  "
+            f"up {_megabytes(entry['upload-bytes'])}  down {_megabytes(entry['download-bytes'])}  "
+            f"{entry['seconds']['round']:.0f} s"
+        )
+
+    def _drop(self, task: TaskID | None) -> None:
+        if task is not None:
+            self._progress.remove_task(task)
+
+
+def result_table(folder: Path) -> Table:
+    """The rounds of a run, from its result.json; columns without a value are left out."""
+    data = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    rows = [{"round": "0", **_scores(data["baseline"])}] if "baseline" in data else []
+    for entry in data["rounds"]:
+        error = entry["aggregation-error"]
+        rows.append(
+            {
+                "round": str(entry["round"]),
+                **_scores(entry.get("heldout", {})),
+                "client test loss": _number(entry.get("client-test", {}).get("mean", {}).get("loss")),
+                "train loss": _number(entry["train-loss"]),
+                "clients": str(len(entry["clients"])),
+                "up": _megabytes(entry["upload-bytes"]),
+                "down": _megabytes(entry["download-bytes"]),
+                "error vs ideal": "" if error is None else f"{error:.1e}",
+            }
+        )
+    table = Table(title=f"{data['config']['strategy.name']} on {data['config']['model.name']}: {data['status']}")
+    titles = [title for title in (rows[-1] if rows else ()) if any(row.get(title) for row in rows)]
+    for title in titles:
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(*[row.get(title, "") for title in titles])
+    return table
+
+
+def _scores(metrics: dict[str, float]) -> dict[str, str]:
+    return {"held-out loss": _number(metrics.get("loss")), "accuracy": _number(metrics.get("accuracy"))}
+
+
+def _metrics(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "perplexity")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"

@@ -1,0 +1,304 @@
+"""AdapterState <-> a PEFT model: the trainable adapter, the frozen anchor beside it, and checkpoints on disk.
+
+The model gets its LoRA layers once per process. From then on factors of any rank are set by replacing the
+tensors of the layers, so that changing clients costs no injection and no copy of the base.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fedlora.adapter import AdapterState, LoraFactors, compress, concatenate, delta
+from fedlora.config import LoraConfig, ModelConfig
+from fedlora.errors import AdapterError, ModelError
+from fedlora.models import BaseModel, head_modules, load_base, meta_model
+
+ADAPTER, ANCHOR = "default", "anchor"
+_PREFIX = "base_model.model."
+_LAYER = {"none": "Linear", "int8": "Linear8bitLt", "nf4": "Linear4bit"}
+
+
+@dataclass
+class Workbench:
+    """A base model with LoRA layers, ready to take any client's factors.
+
+    Attributes:
+        layers: base-model module name -> its LoRA layer.
+        dense: parameter name -> parameter trained in full.
+        config: what the base was loaded from.
+        merged: (run id, base version) merged into the weights of an unquantized base.
+    """
+
+    config: ModelConfig
+    base: BaseModel
+    model: PeftModel
+    layers: Mapping[str, LoraLayer]
+    dense: Mapping[str, nn.Parameter]
+    merged: tuple[object, int] = field(default=(None, 0))
+
+
+_current: tuple[tuple[object, ...], Workbench] | None = None
+
+
+def workbench(model: ModelConfig, lora: LoraConfig) -> Workbench:
+    """The process's one workbench; loaded on the first call and kept until another base is asked for.
+
+    Raises:
+        ModelError: the base cannot be loaded, no module matches `lora.target-modules`, or PEFT did not make
+            the layers that the quantization asks for.
+    """
+    global _current  # noqa: PLW0603 - one base model per process, shared by all its clients and rounds
+    key = (model, lora.target_modules, lora.dropout)
+    if _current is None or _current[0] != key:
+        _current = None  # let go of the old weights before the new ones are read
+        _current = (key, _build(model, lora))
+    return _current[1]
+
+
+def forget() -> None:
+    """Drop the workbench; the next call loads the base anew."""
+    global _current  # noqa: PLW0603
+    _current = None
+
+
+def _build(config: ModelConfig, lora: LoraConfig) -> Workbench:
+    base = load_base(config)
+    model = _inject(base.model, lora)
+    layers = _lora_layers(model)
+    wrong = {type(layer).__name__ for layer in layers.values()} - {_LAYER[config.quantization]}
+    if wrong:
+        raise ModelError(
+            f"{config.name}: asked for model.quantization = {config.quantization!r}, but PEFT made layers of class "
+            f"{', '.join(sorted(wrong))} instead of {_LAYER[config.quantization]}; the installed peft and "
+            "bitsandbytes do not support this model"
+        )
+    dense = _head_parameters(model, base.heads)
+    return Workbench(config=config, base=base, model=model, layers=layers, dense=dense)
+
+
+def _inject(model: nn.Module, lora: LoraConfig) -> PeftModel:
+    targets = lora.target_modules
+    names = None if targets == "auto" else targets if targets == "all-linear" else targets.replace(" ", "").split(",")
+    config = PeftLoraConfig(r=1, lora_alpha=1, target_modules=names, lora_dropout=lora.dropout)
+    try:
+        return get_peft_model(model, config)  # pyright: ignore[reportArgumentType, reportReturnType]
+    except ValueError as error:
+        leaves = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_linear(module)})
+        raise ModelError(
+            f"lora.target-modules = {targets!r}: {str(error).split('. ')[0]}; this model's linear modules are "
+            f"{', '.join(leaves)}"
+        ) from None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "weight", None), Tensor) and hasattr(module, "in_features")
+
+
+def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    return {
+        name.removeprefix(_PREFIX): module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    }
+
+
+def _head_parameters(model: nn.Module, heads: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters of these modules by the base model's own names."""
+    return {
+        name.removeprefix(_PREFIX): parameter
+        for name, parameter in model.named_parameters()
+        if any(name.removeprefix(_PREFIX).startswith(head + ".") for head in heads)
+    }
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a server needs to know of a base: `lora` module -> (d_out, d_in), `dense` name -> shape."""
+
+    lora: Mapping[str, tuple[int, int]]
+    dense: Mapping[str, tuple[int, ...]]
+
+
+def shapes(model: ModelConfig, lora: LoraConfig) -> Shapes:
+    """The adapted modules and the head of a base, from its config alone: no weights are read."""
+    bare = meta_model(model)
+    heads = head_modules(bare)
+    injected = _inject(bare, lora)
+    layers = _lora_layers(injected)
+    head = _head_parameters(injected, heads)
+    return Shapes(
+        lora={name: (int(layer.out_features), int(layer.in_features)) for name, layer in layers.items()},
+        dense={name: tuple(parameter.shape) for name, parameter in head.items()},
+    )
+
+
+def initial_head(shape: Mapping[str, tuple[int, ...]], generator: torch.Generator) -> dict[str, Tensor]:
+    """A fresh head: weights from N(0, 0.02^2) as in BERT, biases zero; drawn in the order of names."""
+    return {
+        name: torch.randn(size, generator=generator) * 0.02 if len(size) > 1 else torch.zeros(size)
+        for name, size in sorted(shape.items())
+    }
+
+
+def install(bench: Workbench, adapter: AdapterState, trainable: Iterable[str] = ()) -> list[nn.Parameter]:
+    """Set the trainable adapter and the head; returns the parameters that are to be trained.
+
+    Args:
+        bench: the model.
+        adapter: one pair of factors for every adapted module, of any ranks.
+        trainable: of "A" and "B"; the head is trained whenever anything is.
+
+    Raises:
+        AdapterError: modules or shapes do not fit the model.
+    """
+    trained = frozenset(trainable)
+    _same_names("modules", adapter.lora, bench.layers)
+    _same_names("dense tensors", adapter.dense, bench.dense)
+    parameters: list[nn.Parameter] = []
+    for name, layer in bench.layers.items():
+        parameters += _set_factors(name, layer, ADAPTER, adapter.lora[name], trained)
+        layer._active_adapter = [ADAPTER]
+    for name, parameter in bench.dense.items():
+        value = adapter.dense[name]
+        if value.shape != parameter.shape:
+            raise AdapterError(f"{name}: got shape {tuple(value.shape)}, the model has {tuple(parameter.shape)}")
+        with torch.no_grad():
+            parameter.copy_(value)
+        parameter.requires_grad_(bool(trained))
+        if trained:
+            parameters.append(parameter)
+    return parameters
+
+
+def install_anchor(bench: Workbench, folds: tuple[AdapterState, ...]) -> None:
+    """Add folds as one frozen adapter beside the trainable one, after `install`; () leaves the base alone."""
+    if folds and ANCHOR not in bench.model.peft_config:
+        config = PeftLoraConfig(r=1, lora_alpha=1, target_modules=[*bench.layers])
+        bench.model.add_adapter(ANCHOR, config)
+    anchor = concatenate(folds)
+    for name, layer in bench.layers.items():
+        factors = anchor.lora.get(name)
+        if factors is not None:
+            _set_factors(name, layer, ANCHOR, factors, frozenset())
+        layer._active_adapter = [ADAPTER] if factors is None else [ANCHOR, ADAPTER]
+
+
+def merge_folds(bench: Workbench, run: object, folds: tuple[AdapterState, ...]) -> None:
+    """Bring the weights of an unquantized base to the version of these folds, adding each once, in order.
+
+    The base is reread from disk when it holds another run's folds or a later version.
+    """
+    held_run, held = bench.merged
+    if held and (held_run != run or held > len(folds)):
+        _reload_weights(bench)
+        held = 0
+    with torch.no_grad():
+        for fold in folds[held:]:
+            for name, factors in fold.lora.items():
+                weight = bench.layers[name].get_base_layer().weight
+                update = delta(factors).to(weight)  # pyright: ignore[reportArgumentType, reportCallIssue]
+                transposed = getattr(bench.layers[name], "fan_in_fan_out", False)
+                weight.add_(update.T if transposed else update)  # pyright: ignore[reportCallIssue]
+    bench.merged = (run, len(folds))
+
+
+def _reload_weights(bench: Workbench) -> None:
+    fresh = load_base(bench.config).model
+    with torch.no_grad():
+        for name, layer in bench.layers.items():
+            layer.get_base_layer().weight.copy_(fresh.get_submodule(name).weight)  # pyright: ignore[reportCallIssue]
+    bench.merged = (None, 0)
+
+
+def read(bench: Workbench) -> AdapterState:
+    """The trainable adapter and the head as they are now, on the CPU in fp32, as copies."""
+    lora = {
+        name: LoraFactors(
+            A=_fp32_copy(layer.lora_A[ADAPTER].weight),
+            B=_fp32_copy(layer.lora_B[ADAPTER].weight),
+            scaling=float(layer.scaling[ADAPTER]),
+        )
+        for name, layer in bench.layers.items()
+    }
+    return AdapterState(lora=lora, dense={name: _fp32_copy(p) for name, p in bench.dense.items()})
+
+
+def _fp32_copy(tensor: object) -> Tensor:
+    assert isinstance(tensor, Tensor)
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def _set_factors(
+    name: str, layer: LoraLayer, adapter: str, factors: LoraFactors, trainable: frozenset[str]
+) -> list[nn.Parameter]:
+    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+    d_in, d_out = int(layer.in_features), int(layer.out_features)
+    rank = factors.rank
+    if factors.A.shape != (rank, d_in) or factors.B.shape != (d_out, rank):
+        raise AdapterError(
+            f"{name}: got A {tuple(factors.A.shape)} and B {tuple(factors.B.shape)}, the model needs A [r, {d_in}] "
+            f"and B [{d_out}, r]"
+        )
+    device = down.weight.device  # pyright: ignore[reportAttributeAccessIssue]
+    a = nn.Parameter(factors.A.to(device, torch.float32, copy=True), requires_grad="A" in trainable)
+    b = nn.Parameter(factors.B.to(device, torch.float32, copy=True), requires_grad="B" in trainable)
+    down.weight, up.weight = a, b
+    down.out_features = up.in_features = rank  # pyright: ignore[reportAttributeAccessIssue]
+    layer.r[adapter], layer.lora_alpha[adapter] = rank, factors.scaling * rank  # pyright: ignore
+    layer.scaling[adapter] = factors.scaling
+    return [p for p in (a, b) if p.requires_grad]
+
+
+def _same_names(what: str, got: Iterable[str], expected: Iterable[str]) -> None:
+    odd = sorted(set(got) ^ set(expected))
+    if odd:
+        raise AdapterError(
+            f"the adapter's {what} are not the model's, for instance {odd[0]!r}; both sides need the same model.name "
+            "and lora.target-modules"
+        )
+
+
+def save_checkpoint(adapter: AdapterState, folder: Path, model: ModelConfig, about: Mapping[str, object]) -> None:
+    """Write a PEFT checkpoint that `PeftModel.from_pretrained` loads on the untouched base.
+
+    Every module is written at its numerical rank with scaling 1 (`rank_pattern` where ranks differ).
+
+    Args:
+        adapter: everything learned, folds included.
+        folder: made when missing.
+        model: the base, for the checkpoint's config.
+        about: written beside it as fedlora.json (configuration, base fingerprint).
+    """
+    small = {name: compress(factors) for name, factors in adapter.lora.items()}
+    ranks = {name: factors.rank for name, factors in small.items()}
+    top = max(ranks.values())
+    heads = sorted({name.rsplit(".", 1)[0].split(".")[0] for name in adapter.dense})
+    config = PeftLoraConfig(
+        r=top,
+        lora_alpha=top,
+        target_modules=list(small),
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != top},
+        alpha_pattern={name: rank for name, rank in ranks.items() if rank != top},
+        modules_to_save=heads or None,
+        task_type="SEQ_CLS" if model.task == "classification" else "CAUSAL_LM",
+        base_model_name_or_path=model.name,
+        inference_mode=True,
+    )
+    tensors: dict[str, Tensor] = {}
+    for name, factors in small.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = (factors.A * factors.scaling).contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = factors.B.contiguous()
+    for name, tensor in adapter.dense.items():
+        tensors[f"{_PREFIX}{name}"] = tensor.contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "fedlora.json").write_text(json.dumps(about, indent=2) + "\n")

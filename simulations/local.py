@@ -1,0 +1,112 @@
+"""The in-process engine: the same ServerApp and ClientApp in one process, one client after another."""
+
+from __future__ import annotations
+
+import secrets
+import traceback
+from collections.abc import Iterable
+from uuid import uuid4
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedlora.config import Config, Scalar
+
+_SERVER = 1  # Flower's own id of the SuperLink
+
+
+class LocalGrid(Grid):
+    """A grid whose clients run here, when their replies are pulled.
+
+    Args:
+        client_app: handles every message.
+        node_configs: one per client.
+        run_config: what each client's context carries.
+        run_id: of this run.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        node_configs: list[dict[str, Scalar]],
+        run_config: dict[str, Scalar],
+        run_id: int,
+    ) -> None:
+        self._app, self._run_id = client_app, run_id
+        self._contexts = {
+            node: Context(run_id, node, {**node_config}, RecordDict(), run_config)
+            for node, node_config in enumerate(node_configs, start=_SERVER + 1)
+        }
+        self._waiting: dict[str, Message] = {}
+        # Message() takes its sender from here; Flower sets it in the processes that it starts itself.
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, _SERVER, 0
+
+    def set_run(self, run: Run) -> None:
+        raise NotImplementedError("a local grid belongs to one run")
+
+    @property
+    def run(self) -> Run:
+        raise NotImplementedError("a local run has no Flower run record")
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        pushed = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid4())
+            self._waiting[message.metadata.message_id] = message
+            pushed.append(message.metadata.message_id)
+        return pushed
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Runs the first of these clients that is still waiting, and returns its reply."""
+        for message_id in message_ids:
+            message = self._waiting.pop(message_id, None)
+            if message is not None:
+                return [self._run_client(message)]
+        return []
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return [reply for message_id in self.push_messages(messages) for reply in self.pull_messages([message_id])]
+
+    def _run_client(self, message: Message) -> Message:
+        try:
+            return self._app(message, self._contexts[message.metadata.dst_node_id])
+        except Exception:  # as in Flower, a client that crashes fails its own message and nothing else
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, traceback.format_exc()), reply_to=message)
+
+
+def run(config: Config, server_app: ServerApp | None = None, client_app: ClientApp | None = None) -> None:
+    """Run a federation in this process.
+
+    Args:
+        config: the run.
+        server_app: the product's own when left out.
+        client_app: the product's own when left out.
+
+    Raises:
+        FedLoraError: the run failed; result.json says why.
+    """
+    if server_app is None:
+        from ..strategies.server_app import app as server_app
+    if client_app is None:
+        from ..clients.client_app import app as client_app
+
+    run_config = config.to_flat()
+    run_id = secrets.randbits(62)
+    count = config.federation.clients
+    nodes: list[dict[str, Scalar]] = [
+        {"partition-id": i, "num-partitions": count, "resident": True} for i in range(count)
+    ]
+    grid = LocalGrid(client_app, nodes, run_config, run_id)
+    server_app(grid, Context(run_id, _SERVER, {}, RecordDict(), run_config))

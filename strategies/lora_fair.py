@@ -1,0 +1,168 @@
+"""LoRA-FAIR: the mean factors, with B corrected towards the mean of the products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import AdapterState, LoraFactors, norm, pad, stack, wide
+from fedlora.errors import StrategyError
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
+
+from .base import ServerState, sliced_adapter, total
+from .means import Parts, gather
+
+_STEPS = 100
+_GRADIENT = 1e-8
+_ROUNDING = 1e-12  # of f, which is near 1
+
+
+@dataclass(frozen=True)
+class LoraFair:
+    """`A = mean A_k`, `B = mean B_k + dB`, with dB such that `B A` is near to `sum_k p_k s_k B_k A_k` and dB is small.
+
+    Bian et al. 2024, "LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement",
+    https://arxiv.org/abs/2411.14961, with the clients starting from the result ("Avg-Initial"). Differences: the
+    minimum is computed instead of approached by SGD; the default similarity is the squared distance, which has a
+    closed form; scalings are folded into A_k, and unequal ranks zero-padded.
+    Memory: the factors of all replies. Cost: O(K d r^2), and with "cosine" O(d r^2) more for each step.
+
+    Args:
+        similarity: "frobenius" minimises `|ideal - (B + dB) A|^2 + lam |dB|^2`; "cosine", the paper's, minimises
+            `1 - cos(ideal, (B + dB) A) + lam |dB|^2`.
+        lam: weight of `|dB|^2`; 0.01 as in the paper's experiments.
+    """
+
+    similarity: Literal["frobenius", "cosine"] = "frobenius"
+    lam: float = 0.01
+
+    linear: ClassVar[bool] = False
+    unequal_ranks: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lam < float("inf"):
+            raise StrategyError(f"strategy.options: lora-fair's lam = {self.lam}, expected a number of at least 0")
+
+    def check(self, clients: Sequence[ClientInfo]) -> None:
+        """Serves any ranks and scalings."""
+
+    def init(self, adapter: AdapterState) -> ServerState:
+        """The state before round 1."""
+        return ServerState(adapter=adapter)
+
+    def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
+        """The refined factors, sliced to the client's rank, with its own scaling divided out once.
+
+        Raises:
+            StrategyError: the client's rank exceeds the largest of the run.
+        """
+        return Broadcast(round=round, adapter=sliced_adapter(state.adapter, client))
+
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+        """The refined factors; a module or dense tensor that no reply has stays as it was."""
+        parts, dense = gather(updates, round)
+        lora = dict(state.adapter.lora)
+        for name, part in parts.items():
+            before = lora.get(name, part.factors[0])
+            lora[name] = _grown(self._refined(part, before.scaling), before)
+        return replace(state, adapter=AdapterState(lora=lora, dense={**state.adapter.dense, **dense}))
+
+    def global_adapter(self, state: ServerState) -> AdapterState:
+        """The refined factors, at scaling 1."""
+        return total(state)
+
+    def _refined(self, parts: Parts, scaling: float) -> LoraFactors:
+        """The mean factors with B corrected, at the largest rank among the parts, computed in fp64."""
+        rank = max(part.rank for part in parts.factors)
+        effective = [
+            LoraFactors(A=part.scaling * part.A.double(), B=part.B.double(), scaling=1.0) for part in parts.factors
+        ]
+        padded = [pad(part, rank) for part in effective]
+        mean_a = torch.stack([p * part.A for p, part in zip(parts.shares, padded, strict=True)]).sum(dim=0)
+        mean_b = torch.stack([p * part.B for p, part in zip(parts.shares, padded, strict=True)]).sum(dim=0)
+        ideal = stack(effective, parts.shares)
+        gram = mean_a @ mean_a.T
+        cross = ideal.B @ (ideal.A @ mean_a.T)
+        if self.similarity == "frobenius":
+            refined_b = mean_b + solve(cross - mean_b @ gram, gram, self.lam)
+        else:
+            refined_b = cosine_minimum(mean_b, gram, cross, norm(ideal), self.lam)
+        dtype = wide(parts.factors[0].A).dtype
+        return LoraFactors(A=(mean_a / scaling).to(dtype), B=refined_b.to(dtype), scaling=scaling)
+
+
+def solve(right: Tensor, gram: Tensor, ridge: float) -> Tensor:
+    """`right (gram + ridge I)^-1`, or with a singular matrix the pseudo-inverse's answer, the smallest one.
+
+    Args:
+        right: [d_out, r].
+        gram: [r, r], symmetric positive semi-definite.
+        ridge: at least 0.
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    shifted = values.clamp(min=0.0) + ridge
+    # Rows of A known to fp32's 1e-7 leave eigenvalues of A A' below 1e-13 of the largest to rounding.
+    known = shifted > 1e-13 * shifted.max()
+    inverse = torch.where(known, 1.0 / shifted.where(known, torch.ones_like(shifted)), 0.0)
+    return (right @ vectors) * inverse @ vectors.T
+
+
+def cosine_minimum(mean_b: Tensor, gram: Tensor, cross: Tensor, ideal_norm: float, lam: float) -> Tensor:
+    """A minimum X of `f = 1 - cos(ideal, X A) + lam |X - B|^2`, from X = B down to a gradient below 1e-8.
+
+    With q = |X A| and c = cos, the gradient is zero where `X ((c/q^2) G + 2 lam I) = C/(|ideal| q) + 2 lam B`.
+    Each step solves this for the X on the left, then scales X to `<X, B>/<X, X>` of itself: the cosine does not
+    see the scale, and without this the steps creep along it. No minimum exists where the best direction points
+    away from B (X shrinks for ever); the search ends after 100 steps, or when f rises.
+
+    Args:
+        mean_b: B, [d_out, r].
+        gram: G = A A', [r, r].
+        cross: C = ideal A', [d_out, r].
+        ideal_norm: |ideal|_F.
+        lam: at least 0.
+
+    Returns:
+        X, [d_out, r]; B itself where a cosine is undefined, as `B A` or the ideal is zero.
+    """
+
+    def evaluate(x: Tensor) -> tuple[float, float, float]:
+        q = float(((x @ gram) * x).sum().clamp(min=0.0)) ** 0.5
+        c = float((cross * x).sum()) / (ideal_norm * q) if ideal_norm and q else 0.0
+        return q, c, 1.0 - c + lam * float((x - mean_b).square().sum())
+
+    x = mean_b
+    q, c, value = evaluate(x)
+    if not ideal_norm or not q:
+        return mean_b
+    for _ in range(_STEPS):
+        gradient = (c / q**2) * (x @ gram) - cross / (ideal_norm * q) + 2 * lam * (x - mean_b)
+        if float(gradient.norm()) < _GRADIENT:
+            break
+        # |c|: a negative cosine would turn the step uphill
+        tried = x - solve(gradient, (abs(c) / q**2) * gram, 2 * lam)
+        along = float((tried * mean_b).sum())
+        if along > 0:
+            tried = tried * (along / float(tried.square().sum()))
+        q, c, tried_value = evaluate(tried)
+        if not q or tried_value > value + _ROUNDING:
+            break
+        x, value = tried, tried_value
+    return x
+
+
+def _grown(factors: LoraFactors, before: LoraFactors) -> LoraFactors:
+    """The same update at the rank that the server held before, if that is larger.
+
+    When no client of the largest rank was sampled, zero-padding would leave rows of A and columns of B that
+    are both zero, and stay so for good, having no gradient. The rows of A are kept instead, with B = 0.
+    """
+    rank = factors.rank
+    if rank >= before.rank:
+        return factors
+    kept = (before.scaling / factors.scaling) * before.A[rank:].to(factors.A)
+    return LoraFactors(A=torch.cat([factors.A, kept]), B=pad(factors, before.rank).B, scaling=factors.scaling)

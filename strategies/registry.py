@@ -1,0 +1,134 @@
+"""Strategies by name, imported only when one is asked for: this module loads no torch.
+
+A strategy is a frozen dataclass with the methods of `base.Strategy`; its fields, each with a default, are its
+options. The round loop sets the field `seed`, where a class has one, to the run's seed.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import fields, is_dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from fedlora.errors import StrategyError, suggest
+
+if TYPE_CHECKING:
+    from .base import Strategy
+
+Option = bool | int | float | str
+
+NAMES: dict[str, str] = {
+    "fedavg": "fedlora.strategies.fedavg:FedAvg",
+    "flora": "fedlora.strategies.flora:Flora",
+    "lora-fair": "fedlora.strategies.lora_fair:LoraFair",
+}
+
+_PROTOCOL = ("linear", "unequal_ranks", "check", "init", "broadcast", "aggregate", "global_adapter")
+
+
+def load(name: str, **options: Option) -> Strategy:
+    """A strategy with its options set.
+
+    Args:
+        name: one of `NAMES`, or your own class as "your_package.module:Class".
+        options: values for the class's fields; the others keep their defaults.
+
+    Raises:
+        StrategyError: no such strategy, it cannot be imported, or an option has a wrong name, type or value.
+
+    Example:
+        >>> load("lora-fair", similarity="cosine", lam=0.01)
+        LoraFair(similarity='cosine', lam=0.01)
+    """
+    cls = resolve(name)
+    known = {f.name: f for f in fields(cls) if f.init}
+    hints = get_type_hints(cls)
+    for option in options:
+        if option not in known:
+            hint = suggest(option, known) if known else "; it has no options"
+            raise StrategyError(f"strategy.options: {name} has no option {option!r}{hint}")
+    checked = {option: _check(name, option, value, hints[option]) for option, value in options.items()}
+    try:
+        return cls(**checked)
+    except (TypeError, ValueError) as error:
+        raise StrategyError(f"strategy.options: {name} refuses {checked}: {error}") from error
+
+
+def resolve(name: str) -> type[Any]:
+    """The class that a name stands for; see `load` for names and errors."""
+    target = NAMES.get(name, name)
+    module_name, colon, class_name = target.partition(":")
+    if not colon:
+        raise StrategyError(
+            f"strategy.name: unknown strategy {name!r}{suggest(name, NAMES)}, or give your own as package.module:Class"
+        )
+    try:
+        module = import_module(module_name)
+    except Exception as error:  # a user's module may fail in any way while it is imported
+        raise StrategyError(
+            f"strategy.name = {name!r}: cannot import {module_name!r} ({type(error).__name__}: {error}); "
+            "install it, or start in the folder that holds it"
+        ) from error
+    cls = getattr(module, class_name, None)
+    if cls is None:
+        raise StrategyError(f"strategy.name = {name!r}: module {module_name!r} has no class {class_name!r}")
+    missing = [attribute for attribute in _PROTOCOL if not hasattr(cls, attribute)]
+    if not (isinstance(cls, type) and is_dataclass(cls)) or missing:
+        lack = f"it lacks {', '.join(missing)}" if missing else "it is not a dataclass"
+        raise StrategyError(
+            f"strategy.name = {name!r}: {class_name} is no strategy, {lack}; "
+            "write a frozen dataclass with the methods of fedlora.strategies.base.Strategy"
+        )
+    return cls
+
+
+def parse_options(text: str) -> dict[str, Option]:
+    """`strategy.options`: "similarity=cosine, lam=0.01" as {"similarity": "cosine", "lam": 0.01}.
+
+    A value is read as a TOML bool, number or string, or else as plain text; it holds no comma.
+
+    Raises:
+        StrategyError: a part is not name=value, or a name occurs twice.
+    """
+    options: dict[str, Option] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not name or not value:
+            raise StrategyError(f"strategy.options: got {item!r}, expected name=value, such as lam=0.01")
+        name = name.replace("-", "_")
+        if name in options:
+            raise StrategyError(f"strategy.options: {name} is given twice in {text!r}; leave one")
+        options[name] = _scalar(value)
+    return options
+
+
+def unequal_rank_names() -> list[str]:
+    """The registered strategies that serve clients of different ranks, sorted; for error messages."""
+    return sorted(name for name in NAMES if resolve(name).unequal_ranks)
+
+
+def _scalar(text: str) -> Option:
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return value if isinstance(value, Option) else text
+
+
+def _check(name: str, option: str, value: Option, expected: Any) -> Option:
+    """The value in its field's type; types other than scalars and Literal are left to the class."""
+    if get_origin(expected) is Literal:
+        choices = [str(choice) for choice in get_args(expected)]
+        if value not in get_args(expected):
+            raise StrategyError(f"strategy.options: {name}'s {option} = {value!r}{suggest(str(value), choices)}")
+        return value
+    if expected is float and type(value) is int:
+        return float(value)
+    if expected is str and type(value) in (int, float):
+        return str(value)
+    if expected in (bool, int, float, str) and type(value) is not expected:
+        raise StrategyError(
+            f"strategy.options: {name}'s {option} = {value!r} is {type(value).__name__}, expected {expected.__name__}"
+        )
+    return value

@@ -1,0 +1,46 @@
+"""Fixtures for all tests: tiny models, and caches that no fast test shares with the user."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Read when huggingface_hub is imported, hence before anything else here.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from fedlora.models.read import quiet
+from tests.tiny import save_bert, save_llama
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads() -> None:
+    """Tiny models are slower on many threads, and test runs share their machine."""
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def caches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, session_cache: Path) -> None:
+    """Fast tests keep assets and models in a folder of the session; slow ones in the user's own cache."""
+    if "slow" not in request.keywords:
+        monkeypatch.setenv("FEDLORA_CACHE", str(session_cache / "fedlora"))
+        monkeypatch.setenv("HF_HOME", str(session_cache / "huggingface"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with quiet():
+        return save_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with quiet():
+        return save_bert(tmp_path_factory.mktemp("models") / "tiny-bert")

@@ -1,0 +1,270 @@
+"""The loss is taken of the response and its end token alone, whatever the tokenizer, the template and the length."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from fedlora.config import DataConfig
+from fedlora.data import Example, encode, form_of
+from fedlora.errors import DataError
+
+from .conftest import CHATML, wrap
+
+DATA = DataConfig(source="mine.jsonl", max_length=4096)
+CAUSAL = "causal-lm"
+texts = st.text(st.sampled_from("ab hello\n\t.,é🙂?"), max_size=20)
+
+
+def pairs(*rows: tuple[str, str]) -> Dataset:
+    return Dataset.from_dict({"prompt": [p for p, _ in rows], "response": [r for _, r in rows]})
+
+
+def chat(*contents: str, first: str = "user") -> Dataset:
+    roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
+    messages = [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+    return Dataset.from_dict({"messages": [messages]})
+
+
+def learned(example: Example) -> list[int]:
+    assert isinstance(example.labels, list)
+    assert len(example.labels) == len(example.input_ids)
+    assert all(label in (-100, token) for label, token in zip(example.labels, example.input_ids, strict=True))
+    return [label for label in example.labels if label != -100]
+
+
+def text_of(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def prompt_ids(example: Example) -> list[int]:
+    assert isinstance(example.labels, list)
+    return example.input_ids[: next(i for i, label in enumerate(example.labels) if label != -100)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompt=texts, response=texts)
+@pytest.mark.parametrize("name", ["chatml", "plain"])
+def test_learns_the_response_and_the_end_token(
+    name: str, prompt: str, response: str, request: pytest.FixtureRequest
+) -> None:
+    tokenizer: PreTrainedTokenizerFast = request.getfixturevalue(name)
+    (example,) = encode(pairs((prompt, response)), tokenizer, DATA, CAUSAL)
+    assert text_of(tokenizer, learned(example)) == response + "<|im_end|>"
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompt=texts, response=texts)
+def test_context_is_the_prompt_as_it_is_tokenized_for_generation(
+    chatml: PreTrainedTokenizerFast, prompt: str, response: str
+) -> None:
+    (example,) = encode(pairs((prompt, response)), chatml, DATA, CAUSAL)
+    alone = chatml.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+    )
+    assert prompt_ids(example) == alone
+
+
+def test_a_token_across_the_boundary_is_split(chatml: PreTrainedTokenizerFast) -> None:
+    assert len(chatml("\n\n")["input_ids"]) == 1
+    (example,) = encode(pairs(("hi", "\nhello")), chatml, DATA, CAUSAL)
+    assert example.input_ids[: -len(learned(example))][-1] == chatml("\n")["input_ids"][0]
+    assert text_of(chatml, learned(example)) == "\nhello<|im_end|>"
+
+
+@settings(max_examples=40, deadline=None)
+@given(contents=st.lists(texts, min_size=2, max_size=6))
+def test_learns_every_assistant_turn(chatml: PreTrainedTokenizerFast, contents: list[str]) -> None:
+    (example,) = encode(chat(*contents), chatml, DATA, CAUSAL)
+    expected = "".join(content + "<|im_end|>" for content in contents[1::2])
+    assert text_of(chatml, learned(example)) == expected
+
+
+def test_pairs_and_chats_are_the_same_examples(chatml: PreTrainedTokenizerFast) -> None:
+    assert encode(pairs(("hi", "hello")), chatml, DATA, CAUSAL) == encode(chat("hi", "hello"), chatml, DATA, CAUSAL)
+
+
+def test_a_turn_without_a_prompt_is_context(chatml: PreTrainedTokenizerFast) -> None:
+    (example,) = encode(chat("welcome", "hi", "hello", first="assistant"), chatml, DATA, CAUSAL)
+    assert text_of(chatml, learned(example)) == "hello<|im_end|>"
+    assert "welcome" in text_of(chatml, prompt_ids(example))
+
+
+def test_turns_that_the_template_rewrites_are_context(byte_level: Any) -> None:
+    drops_early_thoughts = CHATML.replace(
+        "m['content'] +",
+        "(m['content'].split('!')[-1] if m['role'] == 'assistant' and not loop.last else m['content']) +",
+    )
+    tokenizer = wrap(byte_level, drops_early_thoughts)
+    (example,) = encode(chat("a", "think!b", "c", "think!d"), tokenizer, DATA, CAUSAL)
+    assert text_of(tokenizer, learned(example)) == "think!d<|im_end|>"
+    assert "think!b" not in text_of(tokenizer, example.input_ids)
+
+
+def test_word_marks_stay_those_of_the_whole_text(sentencepiece_like: PreTrainedTokenizerFast) -> None:
+    tokenizer = sentencepiece_like
+    (example,) = encode(pairs(("how are you?", "I am fine, thank you!")), tokenizer, DATA, CAUSAL)
+    messages = [
+        {"role": "user", "content": "how are you?"},
+        {"role": "assistant", "content": "I am fine, thank you!"},
+    ]
+    whole = tokenizer.apply_chat_template(messages, return_dict=False)
+    assert whole[: len(example.input_ids)] == example.input_ids
+    assert text_of(tokenizer, learned(example)).replace(" ", "") == "Iamfine,thankyou!<|im_end|>"
+
+
+def test_no_template_joins_by_a_newline(plain: PreTrainedTokenizerFast) -> None:
+    (example,) = encode(pairs(("how are", "you today")), plain, DATA, CAUSAL)
+    assert text_of(plain, example.input_ids) == "how are\nyou today<|im_end|>"
+
+
+def test_system_prompt_comes_first_and_once(chatml: PreTrainedTokenizerFast) -> None:
+    data = replace(DATA, system_prompt="Be brief")
+    own = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant")]
+    rows = Dataset.from_dict({"messages": [own, own[1:]]})
+    with_own, without = encode(rows, chatml, data, CAUSAL)
+    assert with_own == without
+    decoded = text_of(chatml, without.input_ids)
+    assert decoded.startswith("<|im_start|>system\nBe brief<|im_end|>")
+    assert decoded.count("system") == 1
+    assert encode(rows, chatml, DATA, CAUSAL)[1] != without
+
+
+@settings(max_examples=80, deadline=None)
+@given(prompt=st.integers(0, 60), response=st.integers(0, 60), length=st.integers(4, 60))
+def test_truncation_keeps_response_tokens(
+    chatml: PreTrainedTokenizerFast, prompt: int, response: int, length: int
+) -> None:
+    rows = pairs((" hello" * prompt, " hello" * response))
+    (whole,) = encode(rows, chatml, DATA, CAUSAL)
+    (cut,) = encode(rows, chatml, replace(DATA, max_length=length), CAUSAL)
+    assert len(cut.input_ids) == min(length, len(whole.input_ids))
+    assert len(learned(cut)) >= min(length // 2, len(learned(whole)))
+    assert learned(whole)[: len(learned(cut))] == learned(cut)
+    assert isinstance(cut.labels, list)
+    assert cut.labels[0] == -100
+
+
+def test_a_long_prompt_loses_its_start_not_its_response(chatml: PreTrainedTokenizerFast) -> None:
+    (example,) = encode(pairs((" hello" * 500 + " today?", "fine")), chatml, replace(DATA, max_length=32), CAUSAL)
+    assert text_of(chatml, learned(example)) == "fine<|im_end|>"
+    assert "today?<|im_end|>\n<|im_start|>assistant\n" in text_of(chatml, example.input_ids)
+
+
+def test_text_learns_every_token_and_the_end(plain: PreTrainedTokenizerFast) -> None:
+    rows = Dataset.from_dict({"text": ["hello there", "hello" * 50]})
+    short, long = encode(rows, plain, replace(DATA, max_length=16), CAUSAL)
+    assert learned(short) == short.input_ids
+    assert text_of(plain, short.input_ids) == "hello there<|im_end|>"
+    assert len(long.input_ids) == 16
+    assert long.input_ids[-1] != plain.eos_token_id
+
+
+def test_text_does_not_double_an_end_token_that_the_text_has(plain: PreTrainedTokenizerFast) -> None:
+    (example,) = encode(Dataset.from_dict({"text": ["hello<|im_end|>"]}), plain, DATA, CAUSAL)
+    assert [token == plain.eos_token_id for token in example.input_ids].count(True) == 1
+
+
+def test_label(plain: PreTrainedTokenizerFast) -> None:
+    rows = Dataset.from_dict({"text": ["hello", "you " * 99], "label": [1, 0]})
+    one, two = encode(rows, plain, replace(DATA, max_length=8), "classification")
+    assert (one.labels, two.labels) == (1, 0)
+    assert text_of(plain, one.input_ids) == "hello"
+    assert len(two.input_ids) == 8
+
+
+def test_named_classes_are_numbers(plain: PreTrainedTokenizerFast) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b", "c"])})
+    rows = Dataset.from_dict({"text": ["x", "y"], "label": ["c", "a"]}, features=features)
+    assert [example.labels for example in encode(rows, plain, DATA, "classification", labels=3)] == [2, 0]
+
+
+@pytest.mark.parametrize("label", [2, -1, 0.5, None, "positive"])
+def test_label_out_of_range(plain: PreTrainedTokenizerFast, label: Any) -> None:
+    rows = Dataset.from_dict({"text": ["hello"], "label": [label]})
+    with pytest.raises(DataError, match=r"'label' holds the class .* expected 0 to 1; set model\.labels"):
+        encode(rows, plain, DATA, "classification")
+
+
+def test_no_rows_no_examples(plain: PreTrainedTokenizerFast) -> None:
+    assert encode(Dataset.from_dict({"text": []}), plain, DATA, CAUSAL) == []
+
+
+@pytest.mark.parametrize(
+    ("columns", "task", "form"),
+    [
+        (["prompt", "response", "topic"], CAUSAL, "prompt"),
+        (["messages", "prompt", "response"], CAUSAL, "chat"),
+        (["text", "label"], CAUSAL, "text"),
+        (["text", "label"], "classification", "label"),
+    ],
+)
+def test_auto_form(columns: list[str], task: str, form: str) -> None:
+    assert form_of(columns, DATA, task) == form
+
+
+@pytest.mark.parametrize(
+    ("columns", "form", "task", "message"),
+    [
+        (["question", "answer"], "auto", CAUSAL, r"mine\.jsonl: .*'question', 'answer'.*data\.prompt-column"),
+        (["prompt", "answer"], "prompt", CAUSAL, r"mine\.jsonl: no column 'response'.*'prompt', 'answer'"),
+        (["text", "stars"], "auto", "classification", r"no column 'label'.*'text', 'stars'"),
+        (["text", "label"], "label", CAUSAL, r"'label' does not fit model\.task = 'causal-lm'"),
+        (["text", "label"], "text", "classification", r"'text' does not fit model\.task = 'classification'"),
+    ],
+)
+def test_wrong_columns(columns: list[str], form: str, task: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        form_of(columns, replace(DATA, form=form), task)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"prompt": ["a"], "response": [None]}, r"'response' holds None .* expected text"),
+        ({"prompt": [3], "response": ["a"]}, r"'prompt' holds 3 \(int\)"),
+        ({"text": ["  "]}, r"'text' holds an empty text"),
+        ({"messages": ["hello"]}, r"'messages' holds 'hello', expected a list"),
+        ({"messages": [[{"role": "user", "content": None}]]}, r"'content': None.*expected a list"),
+        ({"messages": [[{"role": "user", "content": "a"}]]}, r"nothing to learn"),
+        ({"messages": [[{"role": "assistant", "content": "a"}]]}, r"nothing to learn"),
+    ],
+)
+def test_wrong_values(chatml: PreTrainedTokenizerFast, rows: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        encode(Dataset.from_dict(rows), chatml, DATA, CAUSAL)
+
+
+def test_a_template_that_refuses_the_roles_is_named(byte_level: Any) -> None:
+    picky = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+    data = replace(DATA, system_prompt="Be brief")
+    with pytest.raises(DataError, match=r"refuses the roles \['system', 'user', 'assistant'\]: no system role"):
+        encode(pairs(("a", "b")), wrap(byte_level, picky), data, CAUSAL)
+
+
+def test_a_template_that_does_not_continue_the_prompt_is_refused(byte_level: Any) -> None:
+    odd = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>'")
+    with pytest.raises(DataError, match="nothing to learn"):
+        encode(pairs(("a", "b")), wrap(byte_level, odd), DATA, CAUSAL)
+
+
+@pytest.mark.slow
+def test_smollm2() -> None:
+    from transformers import AutoTokenizer
+
+    from fedlora.models.folders import resolve
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve("smollm2-135m-instruct"))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    contents = ["hi", " hello\n", "how are you?", "\n\nfine"]
+    (example,) = encode(chat(*contents), tokenizer, DATA, CAUSAL)
+    assert text_of(tokenizer, learned(example)) == " hello\n<|im_end|>\n\nfine<|im_end|>"
+    assert prompt_ids(example) == tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], add_generation_prompt=True, return_dict=False
+    )

@@ -1,0 +1,69 @@
+"""A small federation for tests: four people's rows in a file, a tiny model, a few steps."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import Config, Scalar, parse
+from fedlora.results import folder_of
+from fedlora.simulations import local
+
+WORDS = "ash birch cedar elm fir hazel larch maple oak pine rowan willow".split()
+
+
+def write_rows(path: Path, people: int = 4, rows: int = 14) -> Path:
+    """Prompt/response rows by person; each person's answers follow their own rule."""
+    rng = random.Random(0)
+    with path.open("w", encoding="utf-8") as file:
+        for person in range(people):
+            for _ in range(rows):
+                words = rng.sample(WORDS, 2)
+                reply = f"{person} {words[0]}"
+                file.write(json.dumps({"prompt": " ".join(words), "response": reply, "person": f"p{person}"}) + "\n")
+    return path
+
+
+def write_labels(path: Path, rows: int = 80) -> Path:
+    """Text/label rows of two domains, told apart by one word."""
+    rng = random.Random(0)
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(rows):
+            label = index % 2
+            word = ("bad", "good")[label]
+            text = f"{rng.choice(WORDS)} {word} {rng.choice(WORDS)}"
+            file.write(json.dumps({"text": text, "label": label, "domain": f"d{index % 4 // 2}"}) + "\n")
+    return path
+
+
+def tiny(folder: Path, model: Path, **keys: Scalar) -> Config:
+    """A config on the tiny Llama; keys as `lora__rank=4`."""
+    base: dict[str, Scalar] = {
+        "run.dir": str(folder / "runs"),
+        "run.name": "tiny",
+        "run.id": "one",
+        "run.threads": 1,
+        "model.name": str(model),
+        "model.quantization": "none",
+        "model.device": "cpu",
+        "lora.ranks": "4,2,2,1",
+        "lora.target-modules": "q_proj,v_proj,down_proj",
+        "data.source": str(write_rows(folder / "rows.jsonl")),
+        "data.partition-by": "person",
+        "data.max-length": 64,
+        "federation.clients": 4,
+        "federation.rounds": 2,
+        "train.steps": 3,
+        "train.batch-size": 2,
+        "train.lr": 5e-3,
+    }
+    return parse(base | {key.replace("__", ".").replace("_", "-"): value for key, value in keys.items()})
+
+
+def run_locally(config: Config) -> tuple[Path, dict[str, Any]]:
+    """Run in this process; `(folder, result)`."""
+    local.run(config)
+    folder = folder_of(config)
+    return folder, json.loads((folder / "result.json").read_text(encoding="utf-8"))

@@ -1,0 +1,1 @@
+"""Loop-written, dense, fp64 twins of the strategies, from the papers' formulas: slow, and easy to check by eye."""

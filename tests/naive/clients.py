@@ -1,0 +1,82 @@
+"""Clients of a made-up federation: random starts, random training, and a base that folds are added to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import AdapterState, LoraFactors, delta, initial
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
+from fedlora.strategies.folds import concatenate
+
+# d_out != d_in both ways, a square one as small as the ranks, and one that any stack outgrows
+SHAPES = {"layers.0.q": (6, 9), "layers.0.v": (8, 5), "layers.1.q": (4, 4), "layers.1.v": (3, 2)}
+
+
+def start(clients: Sequence[ClientInfo], seed: int = 0, shapes: Mapping[str, tuple[int, int]] = SHAPES) -> AdapterState:
+    """The seeded adapter at each module's largest rank, with a dense head."""
+    generator = torch.Generator().manual_seed(seed)
+    largest = {name: max(clients, key=lambda client: client.rank_of(name)) for name in shapes}
+    fresh = initial(
+        shapes,
+        {name: client.rank_of(name) for name, client in largest.items()},
+        {name: client.scaling_of(name) for name, client in largest.items()},
+        generator,
+    )
+    return AdapterState(lora=fresh.lora, dense={"head.weight": torch.randn(2, 3, generator=generator)})
+
+
+def train(broadcast: Broadcast, client: ClientInfo, seed: int, size: float = 0.3) -> ClientUpdate:
+    """Random training: what is trainable moves, and what is not uploaded comes back empty."""
+    generator = torch.Generator().manual_seed(1000 * seed + client.client_id)
+
+    def move(tensor: Tensor, factor: str) -> Tensor:
+        if factor in broadcast.trainable:
+            tensor = tensor + size * torch.randn(tensor.shape, generator=generator)
+        return tensor if factor in broadcast.upload else torch.empty(0)
+
+    lora = {
+        name: LoraFactors(A=move(f.A, "A"), B=move(f.B, "B"), scaling=f.scaling)
+        for name, f in sorted(broadcast.adapter.lora.items())
+    }
+    dense = {
+        name: tensor + torch.randn(tensor.shape, generator=generator)
+        for name, tensor in broadcast.adapter.dense.items()
+    }
+    return ClientUpdate(
+        client_id=client.client_id,
+        adapter=AdapterState(lora=lora, dense=dense),
+        num_examples=client.num_examples,
+        base_version=broadcast.base_version,
+    )
+
+
+@dataclass
+class HeldBase:
+    """The folds that one client holds, brought up to date as a real client does: by concatenation alone."""
+
+    version: int = 0
+    folds: AdapterState = field(default_factory=AdapterState)
+
+    def apply(self, broadcast: Broadcast) -> None:
+        if broadcast.folds_from == 0:
+            self.folds = concatenate(broadcast.folds)
+        else:
+            assert broadcast.folds_from == self.version
+            self.folds = concatenate((self.folds, *broadcast.folds))
+        self.version = broadcast.base_version
+
+    def weights(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The client's effective frozen weights."""
+        return {
+            name: weight + delta(self.folds.lora[name]) if name in self.folds.lora else weight
+            for name, weight in base.items()
+        }
+
+
+def dense_deltas(adapter: AdapterState) -> dict[str, Tensor]:
+    """Every module's update as a matrix, in fp64."""
+    return {name: f.scaling * (f.B.double() @ f.A.double()) for name, f in sorted(adapter.lora.items())}
