@@ -10,6 +10,7 @@ from functools import lru_cache
 from fedlora.config import Config, DataConfig
 from fedlora.data.batches import batch_at, collate, eval_batches
 from fedlora.data.forms import Example, encode, form_of
+from fedlora.data.lazy import LazyExamples
 from fedlora.data.partition import Split, client_split, split_rows
 from fedlora.data.sources import PACKAGED, load_rows
 from fedlora.data.stats import ClientStatistics, client_statistics
@@ -18,6 +19,7 @@ __all__ = [
     "PACKAGED",
     "ClientStatistics",
     "Example",
+    "LazyExamples",
     "Split",
     "batch_at",
     "client_split",

@@ -216,7 +216,9 @@ def _read_hub(config: DataConfig) -> Dataset:
             f"(a hub data set is named 'owner/name')"
         )
     try:
-        rows = datasets.load_dataset(config.source, config.subset or None, split=config.split or None)
+        rows = datasets.load_dataset(
+            config.source, config.subset or None, split=config.split or None, revision=config.revision or None
+        )
     except (DatasetsError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise DataError(
             f"data.source: {config.source!r} is no packaged set ({', '.join(PACKAGED)}), no file, and the hub gave no "

@@ -168,9 +168,12 @@ def test_hub_gets_subset_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert load_rows(DataConfig(source="owner/name", subset="en", split="test")).to_list() == ROWS
+    assert load_rows(DataConfig(source="owner/name", subset="en", split="test", revision="v2")).to_list() == ROWS
     assert load_rows(DataConfig(source="owner/name")).to_list() == ROWS
-    assert asked == [(("owner/name", "en"), {"split": "test"}), (("owner/name", None), {"split": "train"})]
+    assert asked == [
+        (("owner/name", "en"), {"split": "test", "revision": "v2"}),
+        (("owner/name", None), {"split": "train", "revision": None}),
+    ]
 
 
 @pytest.mark.parametrize(
