@@ -149,7 +149,7 @@ def wide(tensor: Tensor) -> Tensor:
 def stack(parts: Sequence[LoraFactors], weights: Sequence[float] | None = None) -> LoraFactors:
     """Factors whose product is exactly `sum_k w_k dW_k`: B = [B_1|...], A = [w_1 s_1 A_1; ...], scaling 1.
 
-    FLoRA (https://arxiv.org/abs/2409.05976, eq. 6), with the scale folded into A. The weights are taken
+    FLoRA (https://arxiv.org/abs/2409.05976), with the scale folded into A. The weights are taken
     as they are, so that differences are stacks too: `stack([x, y], [1.0, -1.0])`.
     """
     w = [1.0] * len(parts) if weights is None else weights

@@ -189,9 +189,7 @@ class TrainRound:
             return None
         self.upload_bytes += wire.payload_bytes(content)
         self.answers[client] = dict(answer.update.metrics) | {"num-examples": answer.update.num_examples}
-        self.roster.infos[client] = replace(
-            self.roster.infos[client], known_base_version=answer.known_base_version
-        )
+        self.roster.infos[client] = replace(self.roster.infos[client], known_base_version=answer.known_base_version)
         if self.keep:
             self.kept.append(answer.update)
         emit("client-done", client_id=client, round=self.number, metrics=self.answers[client])
@@ -207,6 +205,7 @@ def evaluate_on_clients(
     config: Config,
     fingerprint: str,
     roster: Roster,
+    *,
     number: int,
     make_broadcast: Callable[[ClientInfo], Broadcast],
 ) -> dict[str, Any]:

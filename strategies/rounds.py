@@ -88,8 +88,8 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> AdapterSt
                         config,
                         fingerprint,
                         roster,
-                        number,
-                        lambda client, state=state, number=number: strategy.broadcast(state, client, number + 1),
+                        number=number,
+                        make_broadcast=lambda client, s=state, n=number: strategy.broadcast(s, client, n + 1),
                     )
         with _clock(seconds, "save"):
             record.save_adapter(strategy.global_adapter(state))
@@ -178,7 +178,9 @@ class Judge:
         self._bench = peft_io.workbench(config.model, config.lora)
         rows = prepare(config).heldout
         if not len(rows):
-            raise RunError("no held-out rows to evaluate on; raise data.heldout-fraction or set evaluate.server = false")
+            raise RunError(
+                "no held-out rows to evaluate on; raise data.heldout-fraction or set evaluate.server = false"
+            )
         self._examples: list[Example] = encode(
             rows, self._bench.base.tokenizer, config.data, config.model.task, config.model.labels
         )
