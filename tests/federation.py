@@ -11,7 +11,7 @@ from fedlora.config import Config, Scalar, parse
 from fedlora.results import folder_of
 from fedlora.simulations import local
 
-WORDS = "ash birch cedar elm fir hazel larch maple oak pine rowan willow".split()
+WORDS = ["ash", "birch", "cedar", "elm", "fir", "hazel", "larch", "maple", "oak", "pine", "rowan", "willow"]
 
 
 def write_rows(path: Path, people: int = 4, rows: int = 14) -> Path:

@@ -139,7 +139,7 @@ def test_no_pip(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
     bare.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(bare))
-    with pytest.raises(AssetError, match="has no pip; install it with .* -m ensurepip"):
+    with pytest.raises(AssetError, match=r"has no pip; install it with .* -m ensurepip"):
         fetch("rows")
 
 

@@ -55,7 +55,9 @@ def test_a_bad_value_is_named(flat, says):
 
 
 def test_overrides_are_read_as_toml_or_text():
-    got = parse_overrides(["lora.rank=16", "train.lr = 1e-4", "strategy.name=flora", "lora.ranks=8,4", "evaluate.server=false"])
+    got = parse_overrides(
+        ["lora.rank=16", "train.lr = 1e-4", "strategy.name=flora", "lora.ranks=8,4", "evaluate.server=false"]
+    )
     assert got == {
         "lora.rank": 16,
         "train.lr": 1e-4,

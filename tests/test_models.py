@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
@@ -43,9 +44,13 @@ def config(folder: Path, **fields: object) -> ModelConfig:
     return replace(ModelConfig(name=str(folder), device="cpu", quantization="none"), **fields)  # pyright: ignore[reportArgumentType]
 
 
-def logits(model: nn.Module) -> torch.Tensor:
+def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=TOKENS).logits
+
+
+def model_of(settings: ModelConfig) -> Any:
+    return load_base(settings).model
 
 
 def rewrite(folder: Path, change: str) -> None:
@@ -110,7 +115,7 @@ def test_fingerprint_sees_the_architecture(tiny_llama: Path, copy: Path) -> None
 
 
 def test_misspelt_packaged_name() -> None:
-    with pytest.raises(ModelError, match="'smollm2-135m-instrct' is no .*; did you mean 'smollm2-135m-instruct'"):
+    with pytest.raises(ModelError, match=r"'smollm2-135m-instrct' is no .*; did you mean 'smollm2-135m-instruct'"):
         resolve("smollm2-135m-instrct")
 
 
@@ -120,24 +125,24 @@ def test_no_such_folder() -> None:
 
 
 def test_hub_out_of_reach() -> None:
-    with pytest.raises(ModelError, match="the hub cannot be reached .*; check the network"):
+    with pytest.raises(ModelError, match=r"the hub cannot be reached .*; check the network"):
         resolve("some-owner/some-model")
 
 
 def test_revision_of_a_folder(tiny_llama: Path) -> None:
-    with pytest.raises(ModelError, match="model.revision = 'main' is for hub ids"):
+    with pytest.raises(ModelError, match=r"model.revision = 'main' is for hub ids"):
         resolve(str(tiny_llama), "main")
 
 
 def test_folder_without_config(copy: Path) -> None:
     (copy / "config.json").unlink()
-    with pytest.raises(ModelError, match="has no config.json"):
+    with pytest.raises(ModelError, match=r"has no config.json"):
         resolve(str(copy))
 
 
 def test_folder_without_weights(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="has no model.safetensors, expected"):
+    with pytest.raises(ModelError, match=r"has no model.safetensors, expected"):
         resolve(str(copy))
 
 
@@ -215,7 +220,7 @@ def test_unquantized_logits_are_those_of_transformers(tiny_llama: Path) -> None:
 
 def test_tied_embeddings_are_one_tensor(tiny_llama: Path, own_cache: Path) -> None:
     for quantization in ("none", "nf4", "nf4"):
-        model = load_base(config(tiny_llama, quantization=quantization)).model
+        model = model_of(config(tiny_llama, quantization=quantization))
         assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
 
 
@@ -243,7 +248,7 @@ def test_later_loads_read_the_quantized_copy_alone(
     folders: list[Path] = []
     weights = quantized_module.read.weights
 
-    def watched(recipe, folder, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
+    def watched(recipe, folder, *args, **kwargs):
         folders.append(folder)
         return weights(recipe, folder, *args, **kwargs)
 
@@ -300,7 +305,7 @@ def test_evaluation_leaves_nf4_weights_as_they_are(
 ) -> None:
     """Where a CPU has AVX512-BF16, bitsandbytes would repack them, and gradients would end there."""
     monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
-    model = load_base(config(tiny_llama, quantization="nf4")).model
+    model = model_of(config(tiny_llama, quantization="nf4"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     packed = model.model.layers[0].mlp.up_proj.weight
     layout = packed.data.clone()
@@ -313,7 +318,7 @@ def test_evaluation_leaves_nf4_weights_as_they_are(
 def test_gradients_reach_the_input(tiny_llama: Path, own_cache: Path, quantization: str) -> None:
     grads = []
     for checkpointing in (False, True):
-        model = load_base(config(tiny_llama, quantization=quantization, gradient_checkpointing=checkpointing)).model
+        model = model_of(config(tiny_llama, quantization=quantization, gradient_checkpointing=checkpointing))
         model.train()
         assert model.is_gradient_checkpointing is checkpointing
         embedded = model.get_input_embeddings()(TOKENS).requires_grad_()
@@ -323,16 +328,16 @@ def test_gradients_reach_the_input(tiny_llama: Path, own_cache: Path, quantizati
     torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_head_is_fp32_and_the_same_everywhere(tiny_bert: Path, own_cache: Path, dtype: str) -> None:
-    settings = config(tiny_bert, task="classification", labels=4, quantization="nf4", compute_dtype=dtype)
+def test_head_is_fp32_and_the_same_everywhere(tiny_bert: Path, own_cache: Path, quantization: str, dtype: str) -> None:
+    settings = config(tiny_bert, task="classification", labels=4, quantization=quantization, compute_dtype=dtype)
     torch.manual_seed(5)
-    first = load_base(settings).model
+    first = model_of(settings)
+    following = torch.rand(1)
     torch.manual_seed(5)
-    expected_next = torch.rand(1)
-    torch.manual_seed(5)
-    second = load_base(settings).model
-    assert torch.equal(torch.rand(1), expected_next)  # loading takes none of the caller's random numbers
+    assert torch.equal(torch.rand(1), following)  # loading takes none of the caller's random numbers
+    second = model_of(settings)
     head = first.get_submodule("classifier")
     assert torch.equal(head.weight, second.get_submodule("classifier").weight)
     assert head.weight.dtype == torch.float32
@@ -369,7 +374,13 @@ def test_pad_token_is_made_of_the_end_token(copy: Path) -> None:
     assert load_base(config(copy)).tokenizer.pad_token == "<|im_end|>"
 
 
-def test_nothing_is_printed(tiny_llama: Path, tiny_bert: Path, own_cache: Path, capfd: pytest.CaptureFixture) -> None:
+def test_nothing_is_printed(
+    tiny_llama: Path,
+    tiny_bert: Path,
+    own_cache: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     for settings in (
         config(tiny_llama, quantization="nf4"),
         config(tiny_llama, quantization="int8"),
@@ -378,6 +389,7 @@ def test_nothing_is_printed(tiny_llama: Path, tiny_bert: Path, own_cache: Path, 
         logits(load_base(settings).model)
         logits(load_base(settings).model.train())
     assert capfd.readouterr() == ("", "")
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "classification"])
@@ -408,12 +420,12 @@ def test_seed_makes_another_model(tiny_llama: Path, tmp_path: Path) -> None:
 def test_smollm2_answers(quantization: str) -> None:
     base = load_base(ModelConfig(quantization=quantization, device="cpu"))
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = base.tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    tokenizer: Any = base.tokenizer
+    model: Any = base.model
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     with torch.no_grad():
-        output = base.model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    assert "Paris" in base.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert "Paris" in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
 
 
 @pytest.mark.slow

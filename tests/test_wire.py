@@ -33,7 +33,9 @@ def same(left: AdapterState, right: AdapterState) -> bool:
         list(left.lora) == list(right.lora)
         and list(left.dense) == list(right.dense)
         and all(
-            torch.equal(f.A, right.lora[n].A) and torch.equal(f.B, right.lora[n].B) and f.scaling == right.lora[n].scaling
+            torch.equal(f.A, right.lora[n].A)
+            and torch.equal(f.B, right.lora[n].B)
+            and f.scaling == right.lora[n].scaling
             for n, f in left.lora.items()
         )
         and all(torch.equal(t, right.dense[n]) for n, t in left.dense.items())
@@ -82,7 +84,13 @@ def test_values_beyond_fp16_are_refused_by_the_sender():
 
 
 def update(**changes) -> ClientUpdate:
-    fields = {"client_id": 7, "adapter": adapter(1), "num_examples": 10, "base_version": 2, "metrics": {"train-loss": 1.5}}
+    fields = {
+        "client_id": 7,
+        "adapter": adapter(1),
+        "num_examples": 10,
+        "base_version": 2,
+        "metrics": {"train-loss": 1.5},
+    }
     return ClientUpdate(**(fields | changes))
 
 

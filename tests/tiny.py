@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -21,7 +22,7 @@ CHAT_TEMPLATE = (
 
 
 def save_llama(folder: Path, seed: int = 0) -> Path:
-    """A Llama causal LM: 2 layers, hidden 32, 4 query and 2 key-value heads, tied embeddings; a byte-level tokenizer."""
+    """A Llama causal LM: 2 layers, hidden 32, 4 query and 2 key-value heads, tied; a byte-level tokenizer."""
     tokenizer = _bytes_tokenizer(
         bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token="<|unk|>", pad_token="<|pad|>"
     )
@@ -71,7 +72,7 @@ def save_bert(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def _bytes_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+def _bytes_tokenizer(**special: str) -> Any:
     """One token per byte, and the special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*special.values(), *alphabet])}

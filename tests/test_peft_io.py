@@ -1,0 +1,210 @@
+"""Factors in a PEFT model, anchors beside them, and checkpoints that PEFT itself loads."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+
+from fedlora import peft_io
+from fedlora.adapter import AdapterState, LoraFactors, delta, initial
+from fedlora.config import LoraConfig, ModelConfig
+from fedlora.errors import AdapterError, ModelError
+from fedlora.models import load_base
+
+LORA = LoraConfig(target_modules="q_proj,v_proj,down_proj")
+IDS = torch.arange(12).reshape(2, 6) + 20
+
+
+@pytest.fixture(autouse=True)
+def _fresh_workbench():
+    yield
+    peft_io.forget()
+
+
+def model_config(folder, quantization="none", **changes) -> ModelConfig:
+    return replace(ModelConfig(name=str(folder), quantization=quantization, device="cpu"), **changes)
+
+
+def random_adapter(bench, seed: int, rank: int, scaling: float = 0.5) -> AdapterState:
+    g = torch.Generator().manual_seed(seed)
+    lora = {
+        name: LoraFactors(
+            A=torch.randn(rank, int(layer.in_features), generator=g) * 0.1,
+            B=torch.randn(int(layer.out_features), rank, generator=g) * 0.1,
+            scaling=scaling,
+        )
+        for name, layer in bench.layers.items()
+    }
+    return AdapterState(lora=lora, dense={n: torch.randn(p.shape, generator=g) for n, p in bench.dense.items()})
+
+
+def logits(model) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+
+
+def dense_logits(config: ModelConfig, *updates: AdapterState) -> torch.Tensor:
+    """The reference: updates added to the weights of an unquantized base."""
+    model = load_base(config).model
+    for update in updates:
+        for name, factors in update.lora.items():
+            model.get_submodule(name).weight.data += delta(factors)
+    return logits(model)
+
+
+def test_factors_of_any_rank_do_what_their_product_says(tiny_llama):
+    config = model_config(tiny_llama)
+    bench = peft_io.workbench(config, LORA)
+    for rank in (1, 7, 3):
+        adapter = random_adapter(bench, rank, rank)
+        peft_io.install(bench, adapter)
+        peft_io.install_anchor(bench, ())
+        torch.testing.assert_close(logits(bench.model), dense_logits(config, adapter), rtol=1e-4, atol=1e-4)
+
+
+def test_folds_add_up_beside_the_adapter_and_leave_again(tiny_llama):
+    config = model_config(tiny_llama)
+    bench = peft_io.workbench(config, LORA)
+    adapter, *folds = (random_adapter(bench, seed, rank) for seed, rank in ((0, 4), (1, 9), (2, 2)))
+    peft_io.install(bench, adapter)
+    peft_io.install_anchor(bench, tuple(folds))
+    torch.testing.assert_close(logits(bench.model), dense_logits(config, adapter, *folds), rtol=1e-4, atol=1e-4)
+    peft_io.install(bench, adapter)
+    peft_io.install_anchor(bench, ())
+    torch.testing.assert_close(logits(bench.model), dense_logits(config, adapter), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_on_a_quantized_base_anchor_and_adapter_equal_one_stacked_adapter(tiny_llama, quantization):
+    bench = peft_io.workbench(model_config(tiny_llama, quantization), LORA)
+    adapter, fold = random_adapter(bench, 0, 4), random_adapter(bench, 1, 6)
+    peft_io.install(bench, adapter)
+    peft_io.install_anchor(bench, (fold,))
+    both = logits(bench.model)
+    stacked = {
+        name: LoraFactors(torch.cat([f.A, fold.lora[name].A]), torch.cat([f.B, fold.lora[name].B], 1), f.scaling)
+        for name, f in adapter.lora.items()
+    }
+    peft_io.install(bench, AdapterState(lora=stacked))
+    peft_io.install_anchor(bench, ())
+    torch.testing.assert_close(both, logits(bench.model), rtol=1e-4, atol=1e-4)
+
+
+def test_merged_folds_equal_the_anchor_and_are_added_once(tiny_llama):
+    config = model_config(tiny_llama)
+    bench = peft_io.workbench(config, LORA)
+    first, second, adapter = (random_adapter(bench, seed, 3) for seed in range(3))
+    peft_io.install(bench, adapter)
+    peft_io.merge_folds(bench, "run", (first,))
+    peft_io.merge_folds(bench, "run", (first, second))
+    one_by_one = {name: layer.get_base_layer().weight.clone() for name, layer in bench.layers.items()}
+    torch.testing.assert_close(logits(bench.model), dense_logits(config, adapter, first, second), rtol=1e-4, atol=1e-4)
+    peft_io.merge_folds(bench, "another run", (first, second))  # rereads the base, adds both at once
+    for name, layer in bench.layers.items():
+        assert torch.equal(layer.get_base_layer().weight, one_by_one[name])
+
+
+def test_reading_gives_back_the_bits_that_were_set(tiny_llama):
+    bench = peft_io.workbench(model_config(tiny_llama), LORA)
+    adapter = random_adapter(bench, 0, 5)
+    peft_io.install(bench, adapter)
+    got = peft_io.read(bench)
+    for name, factors in adapter.lora.items():
+        assert torch.equal(got.lora[name].A, factors.A)
+        assert torch.equal(got.lora[name].B, factors.B)
+        assert got.lora[name].scaling == factors.scaling
+
+
+def test_only_what_is_trainable_gets_a_gradient(tiny_llama):
+    bench = peft_io.workbench(model_config(tiny_llama), LORA)
+    parameters = peft_io.install(bench, random_adapter(bench, 0, 2), {"B"})
+    peft_io.install_anchor(bench, (random_adapter(bench, 1, 2),))
+    bench.model(input_ids=IDS, labels=IDS).loss.backward()
+    with_gradient = {id(p) for p in bench.model.parameters() if p.grad is not None}
+    assert with_gradient == {id(p) for p in parameters}
+    assert with_gradient == {id(layer.lora_B["default"].weight) for layer in bench.layers.values()}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kind"), [("none", "Linear"), ("int8", "Linear8bitLt"), ("nf4", "Linear4bit")]
+)
+def test_layers_are_the_class_that_was_asked_for(tiny_llama, quantization, kind):
+    bench = peft_io.workbench(model_config(tiny_llama, quantization), LORA)
+    assert {type(layer).__name__ for layer in bench.layers.values()} == {kind}
+    assert len(bench.layers) == 6
+
+
+def test_layers_of_another_class_are_an_error(tiny_llama, monkeypatch):
+    plain = load_base(model_config(tiny_llama))
+    monkeypatch.setattr(peft_io, "load_base", lambda config: plain)
+    with pytest.raises(ModelError, match=r"asked for model.quantization = 'nf4', but PEFT made layers of class Linear"):
+        peft_io.workbench(model_config(tiny_llama, "nf4"), LORA)
+
+
+def test_a_target_that_matches_nothing_names_what_there_is(tiny_llama):
+    with pytest.raises(ModelError, match=r"lora.target-modules = 'query'.*q_proj"):
+        peft_io.workbench(model_config(tiny_llama), LoraConfig(target_modules="query"))
+
+
+@pytest.mark.parametrize("change", ["missing module", "wrong shape"])
+def test_an_adapter_that_does_not_fit_is_refused(tiny_llama, change):
+    bench = peft_io.workbench(model_config(tiny_llama), LORA)
+    lora = dict(random_adapter(bench, 0, 2).lora)
+    name = next(iter(lora))
+    if change == "missing module":
+        del lora[name]
+    else:
+        lora[name] = replace(lora[name], A=lora[name].A[:, 1:])
+    with pytest.raises(AdapterError, match=name.replace(".", r"\.")):
+        peft_io.install(bench, AdapterState(lora=lora))
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "classification"])
+def test_shapes_need_no_weights(tiny_llama, tiny_bert, task):
+    config = model_config(tiny_llama if task == "causal-lm" else tiny_bert, task=task, labels=3)
+    lora = LORA if task == "causal-lm" else LoraConfig(target_modules="auto")
+    found = peft_io.shapes(config, lora)
+    bench = peft_io.workbench(config, lora)
+    assert found.lora == {n: (layer.out_features, layer.in_features) for n, layer in bench.layers.items()}
+    assert found.dense == {name: tuple(p.shape) for name, p in bench.dense.items()}
+    assert bool(found.dense) == (task == "classification")
+
+
+def test_a_fresh_head_is_seeded():
+    shapes = {"classifier.weight": (2, 8), "classifier.bias": (2,)}
+    one, two = (peft_io.initial_head(shapes, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(one["classifier.weight"], two["classifier.weight"])
+    assert not one["classifier.bias"].any()
+
+
+def test_a_start_changes_nothing(tiny_llama):
+    config = model_config(tiny_llama)
+    bench = peft_io.workbench(config, LORA)
+    shapes = peft_io.shapes(config, LORA)
+    start = initial(shapes.lora, lambda name: 4, lambda name: 2.0, torch.Generator().manual_seed(0))
+    peft_io.install(bench, start)
+    assert torch.equal(logits(bench.model), dense_logits(config))
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("task", ["causal-lm", "classification"])
+def test_peft_loads_the_checkpoint_onto_the_untouched_base(tiny_llama, tiny_bert, tmp_path, task, quantization):
+    config = model_config(tiny_llama if task == "causal-lm" else tiny_bert, quantization, task=task)
+    bench = peft_io.workbench(config, LORA if task == "causal-lm" else LoraConfig(target_modules="auto"))
+    adapter = random_adapter(bench, 0, 5)
+    one = next(iter(adapter.lora))  # unequal ranks, and one that is lower than its factors say
+    lora = dict(adapter.lora)
+    lora[one] = LoraFactors(lora[one].A[:2].repeat(2, 1), lora[one].B[:, :2].repeat(1, 2), 1.0)
+    adapter = AdapterState(lora=lora, dense=adapter.dense)
+    peft_io.install(bench, adapter)
+    peft_io.install_anchor(bench, ())
+    expected = copy.deepcopy(logits(bench.model))
+    peft_io.save_checkpoint(adapter, tmp_path / "adapter", config, {"base": bench.base.fingerprint})
+    peft_io.forget()
+
+    loaded = PeftModel.from_pretrained(load_base(config).model, str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
+    assert loaded.peft_config["default"].rank_pattern
