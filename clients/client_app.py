@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from fedlora import config as configuration
 from fedlora import peft_io, wire
 from fedlora.config import Config
-from fedlora.data import Example, client_split, encode, prepare
+from fedlora.data import LazyExamples, client_split, prepare
 from fedlora.errors import ConfigError, DataError, FedLoraError
 from fedlora.evaluate import evaluate as evaluate_model
 from fedlora.events import emit
@@ -190,12 +190,8 @@ def _rows(config: Config, client_id: int, own_data: str):
 
 
 @functools.lru_cache(maxsize=64)
-def _examples(config: Config, client_id: int, own_data: str) -> tuple[list[Example], list[Example]]:
-    """This client's encoded training and test examples."""
+def _examples(config: Config, client_id: int, own_data: str) -> tuple[LazyExamples, LazyExamples]:
+    """This client's training and test examples."""
     tokenizer = peft_io.workbench(config.model, config.lora).base.tokenizer
     train_rows, test_rows = _rows(config, client_id, own_data)
-    both = [
-        encode(rows, tokenizer, config.data, config.model.task, config.model.labels) if len(rows) else []
-        for rows in (train_rows, test_rows)
-    ]
-    return both[0], both[1]
+    return LazyExamples(train_rows, tokenizer, config), LazyExamples(test_rows, tokenizer, config)

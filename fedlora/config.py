@@ -52,7 +52,9 @@ class LoraConfig:
     alpha: str = option("2r", "a number, or a multiple of the rank such as 2r")
     rslora: bool = option(False, "scale by alpha/sqrt(rank) instead of alpha/rank")
     dropout: float = option(0.0, "dropout before A", low=0.0, high=0.99)
-    target_modules: str = option("auto", "comma list of module name endings, all-linear, or auto (attention projections)")
+    target_modules: str = option(
+        "auto", "comma list of module name endings, all-linear, or auto (attention projections)"
+    )
     rank_pattern: str = option("", "ranks of some modules, for every client: 'k_proj=4, layers.0.mlp.up_proj=2'")
 
 
@@ -61,6 +63,7 @@ class DataConfig:
     source: str = option("chitchat", "a packaged set, a .jsonl/.csv/.parquet file, or a hub dataset id")
     subset: str = option("", "configuration of a hub dataset")
     split: str = option("train", "split of a hub dataset")
+    revision: str = option("", "hub revision (branch, tag or commit); empty is the default branch")
     form: str = option(
         "auto", "what a row holds; auto looks at its columns", ("auto", "prompt", "chat", "text", "label")
     )
@@ -71,12 +74,17 @@ class DataConfig:
     label_column: str = option("label", "form label: the column of the class, 0-based integers or names")
     system_prompt: str = option("", "system message put before every conversation; empty: the template's own")
     partition: str = option("natural", "how rows are dealt to clients", ("iid", "dirichlet", "natural", "sizes"))
-    partition_by: str = option("auto", "natural and dirichlet: the column of the key; auto: the packaged set's own, or the label")
+    partition_by: str = option(
+        "auto",
+        "column of the key (natural, dirichlet), such as label; auto: the packaged set's own, or the label",
+    )
     dirichlet_alpha: float = option(0.5, "dirichlet: small values give unlike clients", low=1e-3)
     sizes: str = option("", "sizes: rows per client, '400,200,100,50'")
     heldout_fraction: float = option(0.1, "rows kept from every client for the server's evaluation", low=0.0, high=0.9)
     heldout_max: int = option(64, "at most this many held-out rows are evaluated; 0: all", low=0)
-    client_test_fraction: float = option(0.1, "share of each client's own rows kept for evaluate.clients", low=0.0, high=0.9)
+    client_test_fraction: float = option(
+        0.1, "share of each client's own rows kept for evaluate.clients", low=0.0, high=0.9
+    )
     client_max: int = option(0, "at most this many rows per client; 0: all", low=0)
     max_length: int = option(128, "tokens per example; longer ones are cut", low=4)
 
@@ -255,7 +263,9 @@ def alpha_of(alpha: float | str, rank: int) -> float:
     try:
         return float(alpha[:-1] or 1) * rank if isinstance(alpha, str) and alpha.endswith("r") else float(alpha)
     except ValueError:
-        raise ConfigError(f"lora.alpha: got {alpha!r}, expected a number or a multiple of the rank such as '2r'") from None
+        raise ConfigError(
+            f"lora.alpha: got {alpha!r}, expected a number or a multiple of the rank such as '2r'"
+        ) from None
 
 
 def client_rank(config: LoraConfig, client_id: int) -> int:

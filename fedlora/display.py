@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+
+class ConsoleLog(logging.Handler):
+    """The product's log lines in the console, dimmed, never wrapped."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(record.getMessage(), style="dim", soft_wrap=True, markup=False)
 
 
 class RunDisplay:
@@ -30,6 +41,9 @@ class RunDisplay:
         self._rounds: TaskID | None = None
         self._clients: dict[int, TaskID] = {}
         self._evaluation: TaskID | None = None
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True)
 
     def __enter__(self) -> RunDisplay:
         self._progress.start()
@@ -59,7 +73,7 @@ class RunDisplay:
     def _on_client_done(self, client_id: int, round: int, metrics: dict[str, float]) -> None:
         self._drop(self._clients.pop(client_id, None))
         if not self._console.is_terminal:
-            self._console.print(
+            self._line(
                 f"round {round}  client {client_id}  train loss {metrics['train-loss']:.4f}  "
                 f"{metrics['train-steps']:.0f} steps, {metrics['train-tokens']:.0f} tokens, "
                 f"{metrics['train-seconds']:.1f} s"
@@ -67,7 +81,7 @@ class RunDisplay:
 
     def _on_client_failed(self, client_id: int, reason: str, round: int = 0) -> None:
         self._drop(self._clients.pop(client_id, None))
-        self._console.print(f"[yellow]round {round}  client {client_id} does not count: {reason}[/yellow]")
+        self._line(f"[yellow]round {round}  client {client_id} does not count: {reason}[/yellow]")
 
     def _on_evaluate_start(self, examples: int) -> None:
         self._evaluation = self._progress.add_task("  held-out rows", total=examples, note="")
@@ -80,14 +94,14 @@ class RunDisplay:
                 self._evaluation = None
 
     def _on_baseline(self, metrics: dict[str, float]) -> None:
-        self._console.print(f"round 0  held-out {_metrics(metrics)}  (untouched base)")
+        self._line(f"round 0  held-out {_metrics(metrics)}  (untouched base)")
 
     def _on_round_end(self, entry: dict[str, Any]) -> None:
         if self._rounds is not None:
             self._progress.advance(self._rounds)
         failed = f"  {len(entry['failures'])} failed" if entry["failures"] else ""
         heldout = f"held-out {_metrics(entry['heldout'])}  " if "heldout" in entry else ""
-        self._console.print(
+        self._line(
             f"round {entry['round']}  {heldout}{len(entry['clients'])} clients{failed}  "
             f"up {_megabytes(entry['upload-bytes'])}  down {_megabytes(entry['download-bytes'])}  "
             f"{entry['seconds']['round']:.0f} s"
@@ -108,15 +122,18 @@ def result_table(folder: Path) -> Table:
             {
                 "round": str(entry["round"]),
                 **_scores(entry.get("heldout", {})),
-                "client test loss": _number(entry.get("client-test", {}).get("mean", {}).get("loss")),
+                "client loss": _number(entry.get("client-test", {}).get("mean", {}).get("loss")),
                 "train loss": _number(entry["train-loss"]),
                 "clients": str(len(entry["clients"])),
                 "up": _megabytes(entry["upload-bytes"]),
                 "down": _megabytes(entry["download-bytes"]),
-                "error vs ideal": "" if error is None else f"{error:.1e}",
+                "error": "" if error is None else f"{error:.1e}",
             }
         )
-    table = Table(title=f"{data['config']['strategy.name']} on {data['config']['model.name']}: {data['status']}")
+    table = Table(
+        title=f"{data['config']['strategy.name']} on {data['config']['model.name']}: {data['status']}",
+        caption="held-out: loss on rows that no client trains on. error: of the aggregate, against the exact sum.",
+    )
     titles = [title for title in (rows[-1] if rows else ()) if any(row.get(title) for row in rows)]
     for title in titles:
         table.add_column(title, justify="right")
@@ -126,7 +143,7 @@ def result_table(folder: Path) -> Table:
 
 
 def _scores(metrics: dict[str, float]) -> dict[str, str]:
-    return {"held-out loss": _number(metrics.get("loss")), "accuracy": _number(metrics.get("accuracy"))}
+    return {"held-out": _number(metrics.get("loss")), "accuracy": _number(metrics.get("accuracy"))}
 
 
 def _metrics(metrics: dict[str, float]) -> str:

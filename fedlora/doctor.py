@@ -37,7 +37,9 @@ def examine() -> list[Finding]:
     findings += [quantization_check(kind) for kind in ("nf4", "int8")]
     for program in ("flwr", "flower-superlink"):
         path = Path(sys.executable).with_name(program)
-        findings.append(Finding(program, str(path), path.exists(), "pip install 'flwr[simulation]' in this environment"))
+        findings.append(
+            Finding(program, str(path), path.exists(), "pip install 'flwr[simulation]' in this environment")
+        )
     findings += _cache()
     return findings
 
@@ -88,6 +90,8 @@ def _cache() -> list[Finding]:
     enough = free > 2e9
     return [
         Finding("cache", str(folder)),
-        Finding("free disk", f"{free / 1e9:.1f} GB", enough, "a quickstart needs 2 GB; set FEDLORA_CACHE to another disk"),
+        Finding(
+            "free disk", f"{free / 1e9:.1f} GB", enough, "a quickstart needs 2 GB; set FEDLORA_CACHE to another disk"
+        ),
         Finding("cached assets", ", ".join(have) or "none yet; fedlora fetch --all"),
     ]

@@ -6,12 +6,9 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from fedlora.adapter import AdapterState
 from fedlora.config import alpha_of
-
-_NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class ClientInfo:
     num_examples: int = 1
     known_base_version: int = 0
     rslora: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=lambda: _NOTHING)
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
 
     def rank_of(self, module: str) -> int:
         """The rank of one module's factors on this client."""
@@ -89,4 +86,4 @@ class ClientUpdate:
     adapter: AdapterState
     num_examples: int
     base_version: int = 0
-    metrics: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    metrics: Mapping[str, float] = field(default_factory=dict)

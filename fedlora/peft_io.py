@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -135,7 +136,7 @@ def shapes(model: ModelConfig, lora: LoraConfig) -> Shapes:
     layers = _lora_layers(injected)
     head = _head_parameters(injected, heads)
     return Shapes(
-        lora={name: (int(layer.out_features), int(layer.in_features)) for name, layer in layers.items()},
+        lora={name: _shape(layer) for name, layer in layers.items()},
         dense={name: tuple(parameter.shape) for name, parameter in head.items()},
     )
 
@@ -214,7 +215,7 @@ def _reload_weights(bench: Workbench) -> None:
     fresh = load_base(bench.config).model
     with torch.no_grad():
         for name, layer in bench.layers.items():
-            layer.get_base_layer().weight.copy_(fresh.get_submodule(name).weight)  # pyright: ignore[reportCallIssue]
+            layer.get_base_layer().weight.copy_(cast("Tensor", fresh.get_submodule(name).weight))  # pyright: ignore[reportCallIssue]
     bench.merged = (None, 0)
 
 
@@ -239,22 +240,26 @@ def _fp32_copy(tensor: object) -> Tensor:
 def _set_factors(
     name: str, layer: LoraLayer, adapter: str, factors: LoraFactors, trainable: frozenset[str]
 ) -> list[nn.Parameter]:
-    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-    d_in, d_out = int(layer.in_features), int(layer.out_features)
+    down, up = cast("nn.Linear", layer.lora_A[adapter]), cast("nn.Linear", layer.lora_B[adapter])
+    d_out, d_in = _shape(layer)
     rank = factors.rank
     if factors.A.shape != (rank, d_in) or factors.B.shape != (d_out, rank):
         raise AdapterError(
             f"{name}: got A {tuple(factors.A.shape)} and B {tuple(factors.B.shape)}, the model needs A [r, {d_in}] "
             f"and B [{d_out}, r]"
         )
-    device = down.weight.device  # pyright: ignore[reportAttributeAccessIssue]
-    a = nn.Parameter(factors.A.to(device, torch.float32, copy=True), requires_grad="A" in trainable)
-    b = nn.Parameter(factors.B.to(device, torch.float32, copy=True), requires_grad="B" in trainable)
+    a = nn.Parameter(factors.A.to(down.weight.device, torch.float32, copy=True), requires_grad="A" in trainable)
+    b = nn.Parameter(factors.B.to(down.weight.device, torch.float32, copy=True), requires_grad="B" in trainable)
     down.weight, up.weight = a, b
-    down.out_features = up.in_features = rank  # pyright: ignore[reportAttributeAccessIssue]
+    down.out_features = up.in_features = rank
     layer.r[adapter], layer.lora_alpha[adapter] = rank, factors.scaling * rank  # pyright: ignore
     layer.scaling[adapter] = factors.scaling
     return [p for p in (a, b) if p.requires_grad]
+
+
+def _shape(layer: LoraLayer) -> tuple[int, int]:
+    """(d_out, d_in)."""
+    return cast("tuple[int, int]", (layer.out_features, layer.in_features))
 
 
 def _same_names(what: str, got: Iterable[str], expected: Iterable[str]) -> None:

@@ -58,7 +58,8 @@ class RunRecord:
         """Who takes part, on which base."""
         self.data["base"] = fingerprint
         self.data["clients"] = [
-            {"client-id": c.client_id, "rank": c.rank, "alpha": c.alpha, "num-examples": c.num_examples} for c in clients
+            {"client-id": c.client_id, "rank": c.rank, "alpha": c.alpha, "num-examples": c.num_examples}
+            for c in clients
         ]
         self._write()
 
@@ -159,7 +160,9 @@ def code_version() -> dict[str, Any]:
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True)
+            done = subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
+            )
         except (OSError, subprocess.SubprocessError):
             return None
         return done.stdout.strip()
@@ -201,4 +204,3 @@ def _peak_rss() -> int:
         return int(psutil.Process().memory_info().peak_wset)
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-

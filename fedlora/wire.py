@@ -52,9 +52,9 @@ def encode_broadcast(broadcast: Broadcast, fingerprint: str, dtype: str = "fp32"
         "upload": "".join(sorted(broadcast.upload)),
     }
     record = RecordDict()
-    _put(record, head, _ADAPTER, broadcast.adapter, "AB", dtype)
+    _put(record, head, _ADAPTER, broadcast.adapter, "AB")
     for index, fold in enumerate(broadcast.folds):
-        _put(record, head, f"fold-{index}", fold, "AB", dtype)
+        _put(record, head, f"fold-{index}", fold, "AB")
     record[_HEAD] = ConfigRecord(head)
     return record
 
@@ -92,7 +92,7 @@ def encode_update(
         "known-base-version": known_base_version,
     }
     record = RecordDict()
-    _put(record, head, _ADAPTER, update.adapter, "".join(sorted(upload)), dtype)
+    _put(record, head, _ADAPTER, update.adapter, "".join(sorted(upload)))
     record[_HEAD] = ConfigRecord(head)
     record[_METRICS] = MetricRecord({name: float(value) for name, value in update.metrics.items()})
     return record
@@ -210,8 +210,9 @@ def _checked_head(record: RecordDict, fingerprint: str, who: str) -> Mapping[str
     return head
 
 
-def _put(record: RecordDict, head: dict[str, Any], key: str, adapter: AdapterState, parts: str, dtype: str) -> None:
+def _put(record: RecordDict, head: dict[str, Any], key: str, adapter: AdapterState, parts: str) -> None:
     """Adds one adapter to a message: its arrays, and its scalings in the head."""
+    dtype = head["dtype"]
     arrays: dict[str, Array] = {}
     for module, factors in adapter.lora.items():
         for part in parts:
@@ -283,7 +284,7 @@ def _to_tensor(array: Array, dtype: str, where: str) -> Tensor:
 
 
 def _metrics(record: RecordDict, who: str) -> dict[str, float]:
-    metrics = {name: value for name, value in record.metric_records.get(_METRICS, MetricRecord()).items()}
+    metrics = dict(record.metric_records.get(_METRICS, MetricRecord()).items())
     for name, value in metrics.items():
         if isinstance(value, list) or not math.isfinite(value):
             raise WireError(f"{who}: metric {name!r} is {value!r}, expected one finite number")

@@ -18,7 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,18 +163,13 @@ def _stop_tree(process: subprocess.Popen[bytes]) -> None:
     except psutil.NoSuchProcess:
         return
     for member in family:
-        _quietly(member.terminate)
+        with suppress(psutil.NoSuchProcess):
+            member.terminate()
     _, alive = psutil.wait_procs(family, timeout=10)
     for member in alive:
-        _quietly(member.kill)
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
     psutil.wait_procs(alive, timeout=10)
-
-
-def _quietly(action: Any) -> None:
-    try:
-        action()
-    except psutil.NoSuchProcess:
-        pass
 
 
 def _submit(bundle: Path, environment: dict[str, str], config: Config, at_once: int) -> int:
