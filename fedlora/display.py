@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -132,7 +133,8 @@ def result_table(folder: Path) -> Table:
         )
     table = Table(
         title=f"{data['config']['strategy.name']} on {data['config']['model.name']}: {data['status']}",
-        caption="held-out: loss on rows that no client trains on. error: of the aggregate, against the exact sum.",
+        caption="loss, accuracy: on held-out rows. error: of the aggregate, against the exact sum of updates.",
+        box=box.SIMPLE_HEAD,
     )
     titles = [title for title in (rows[-1] if rows else ()) if any(row.get(title) for row in rows)]
     for title in titles:
@@ -143,7 +145,7 @@ def result_table(folder: Path) -> Table:
 
 
 def _scores(metrics: dict[str, float]) -> dict[str, str]:
-    return {"held-out": _number(metrics.get("loss")), "accuracy": _number(metrics.get("accuracy"))}
+    return {"loss": _number(metrics.get("loss")), "accuracy": _number(metrics.get("accuracy"))}
 
 
 def _metrics(metrics: dict[str, float]) -> str:

@@ -1,0 +1,103 @@
+"""Flower's simulation engine: the same federation, and failures that are failures."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedlora import config as configuration
+from fedlora import peft_io
+from fedlora.config import parse
+from fedlora.errors import RunError
+from fedlora.results import folder_of
+from fedlora.simulations import flower, local
+from tests.federation import tiny
+from tests.simulations.test_local import apart, saved_adapter
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def test_the_bundle_holds_the_whole_config_and_nothing_else(tmp_path, tiny_llama):
+    config = tiny(tmp_path, tiny_llama, strategy__options="similarity=cosine", data__system_prompt='say "hi"\n')
+    bundle = flower.write_bundle(config, tmp_path / "app")
+    project = tomllib.loads((bundle / "pyproject.toml").read_text(encoding="utf-8"))
+    assert parse(configuration.flatten(project["tool"]["flwr"]["app"]["config"])) == config
+    from flwr.cli.config_utils import load_and_validate
+
+    load_and_validate(bundle / "pyproject.toml")
+
+
+def test_this_project_is_itself_a_valid_flower_app():
+    from flwr.cli.build import build_fab_from_disk
+    from flwr.cli.config_utils import load_and_validate
+
+    load_and_validate(ROOT / "pyproject.toml")
+    assert len(build_fab_from_disk(ROOT)) < 10 * 2**20
+
+
+@pytest.mark.slow
+def test_both_engines_give_the_same_adapter(tmp_path, tiny_llama):
+    """Same seed, fp32, same thread count."""
+    config = tiny(tmp_path, tiny_llama)
+    local.run(config)
+    other = parse({"run.id": "two"}, config)
+    flower.run(other)
+    assert apart(saved_adapter(folder_of(config)), saved_adapter(folder_of(other))) <= 1e-6
+    one, two = (json.loads((folder_of(c) / "result.json").read_text()) for c in (config, other))
+    assert two["status"] == "completed"
+    assert [e["heldout"]["loss"] for e in one["rounds"]] == pytest.approx([e["heldout"]["loss"] for e in two["rounds"]])
+
+
+@pytest.mark.slow
+def test_flwr_run_on_a_checkout_gives_the_same_adapter(tmp_path, tiny_llama):
+    """`flwr run .` as a user types it, with the config as overrides."""
+    config = tiny(tmp_path, tiny_llama)
+    local.run(config)
+    peft_io.forget()
+    other = parse({"run.id": "two"}, config)
+    overrides = tmp_path / "run.toml"
+    overrides.write_text(flower.config_table(other), encoding="utf-8")
+    with flower._superlink(tmp_path) as environment:
+        command = [str(Path(sys.executable).with_name("flwr")), "run", str(ROOT), "local", "--stream"]
+        command += ["--federation-config", "num-supernodes=4 client-resources-num-cpus=1 init-args-num-cpus=1"]
+        command += ["--run-config", str(overrides)]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500, check=False
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert apart(saved_adapter(folder_of(config)), saved_adapter(folder_of(other))) <= 1e-6
+
+
+@pytest.mark.slow
+def test_a_failed_run_is_a_non_zero_exit_and_leaves_nothing_running(tmp_path, tiny_llama):
+    config = tiny(tmp_path, tiny_llama, data__response_column="answer")
+    preset = tmp_path / "run.toml"
+    preset.write_text(flower.config_table(config), encoding="utf-8")
+    before = {process.pid for process in psutil.process_iter()}
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("fedlora")), "run", str(preset), "--engine", "flower"],
+        cwd=tmp_path,
+        env=os.environ | {"COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "ended as finished:failed" in done.stderr
+    assert "no column 'answer'" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    left = [p.info for p in psutil.process_iter(["pid", "name", "cmdline"]) if p.pid not in before]
+    assert not [p for p in left if any(str(tmp_path) in word or "ray" in word for word in p["cmdline"] or [])]
+
+
+@pytest.mark.parametrize("program", ["flower-superlink", "flwr"])
+def test_a_missing_program_says_what_to_install(monkeypatch, tmp_path, program):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(RunError, match=r"pip install 'flwr\[simulation\]'"):
+        flower._program(program)

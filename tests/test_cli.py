@@ -1,0 +1,158 @@
+"""The command line as a user meets it: help that teaches, one sentence per error, exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedlora.simulations.flower import config_table
+from tests.federation import tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def fedlora(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fedlora.cli", *words],
+        cwd=cwd,
+        env=os.environ | {"COLUMNS": "160"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["evaluate"], ["data"], ["fetch"], ["doctor"], ["keys"]])
+def test_every_command_explains_itself(tmp_path, command):
+    done = fedlora(*command, "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "Usage: " in done.stdout
+
+
+def test_keys_lists_every_key(tmp_path):
+    from fedlora.config import Config
+
+    done = fedlora("keys", cwd=tmp_path)
+    assert done.returncode == 0
+    assert all(key in done.stdout for key in Config().to_flat())
+
+
+ERRORS = [
+    (["run", "nope"], "nope: neither a TOML file nor a preset"),
+    (["run", "none.toml"], "none.toml: no such file"),
+    (["run", "quickstart", "-c", "lora.rnak=1"], "did you mean 'lora.rank'"),
+    (["run", "quickstart", "-c", "lora.rank"], "expected key=value"),
+    (["run", "quickstart", "-c", "train.lr=fast"], "train.lr = 'fast' is str, expected float"),
+    (["run", "quickstart", "-c", "strategy.name=fedvag"], "unknown strategy 'fedvag'; did you mean 'fedavg'"),
+    (["run", "quickstart", "-c", "strategy.name=fedavg"], "use strategy.name = flora or lora-fair"),
+    (["run", "quickstart", "-c", "strategy.options=lamda=1"], "flora has no option 'lamda'"),
+    (["evaluate", "--adapter", "nowhere"], "no adapter_config.json here"),
+    (["fetch", "smolm2"], "'smolm2' is not packaged"),
+    (["keys", "trian"], "did you mean 'train'"),
+]
+
+
+@pytest.mark.parametrize(("words", "says"), ERRORS, ids=[" ".join(words) for words, _ in ERRORS])
+def test_a_wrong_word_is_one_sentence_and_a_failure(tmp_path, words, says):
+    done = fedlora(*words, cwd=tmp_path)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("model.name=missing/folder/here", "model.name"),
+        ("model.device=cuda:7", "model.device = 'cuda:7'"),
+        ("data.source=missing.csv", "missing.csv: no such file"),
+        ("data.response-column=answer", "no column 'answer'"),
+        ("federation.clients=9", "federation.clients"),
+        ("lora.target-modules=query", "this model's linear modules are"),
+    ],
+)
+def test_a_wrong_value_that_only_loading_shows_is_one_sentence_too(tmp_path, tiny_llama, change, says):
+    preset = tmp_path / "run.toml"
+    preset.write_text(config_table(tiny(tmp_path, tiny_llama)), encoding="utf-8")
+    done = fedlora("run", str(preset), "-c", change, cwd=tmp_path)
+    assert done.returncode == 1, done.stdout
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    result = tmp_path / "runs" / "tiny" / "one" / "result.json"
+    assert json.loads(result.read_text())["status"] == "failed"
+
+
+def test_debug_gives_the_traceback(tmp_path):
+    done = fedlora("run", "nope", "--debug", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_run_then_evaluate_from_another_folder(tmp_path, tiny_llama):
+    preset = tmp_path / "run.toml"
+    preset.write_text(config_table(tiny(tmp_path, tiny_llama)), encoding="utf-8")
+    ran = fedlora("run", str(preset), cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    folder = tmp_path / "runs" / "tiny" / "one"
+    result = json.loads((folder / "result.json").read_text())
+    assert "round 0  held-out loss" in ran.stdout
+    assert f"adapter: {folder / 'adapter'}" in ran.stdout
+
+    scored = fedlora("evaluate", "--adapter", str(folder / "adapter"), cwd=ROOT)
+    assert scored.returncode == 0, scored.stderr
+    assert f"{result['baseline']['loss']:.4f}" in scored.stdout
+    assert f"{result['rounds'][-1]['heldout']['loss']:.4f}" in scored.stdout
+
+    refused = fedlora("evaluate", "--adapter", str(folder / "adapter"), "-c", "model.name=other", cwd=ROOT)
+    assert refused.returncode == 1
+    assert "model.name" in refused.stderr
+
+
+def test_data_shows_who_gets_what(tmp_path, tiny_llama):
+    preset = tmp_path / "run.toml"
+    preset.write_text(config_table(tiny(tmp_path, tiny_llama)), encoding="utf-8")
+    done = fedlora("data", str(preset), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(f"(p{person})" in done.stdout for person in range(4))
+
+
+def test_doctor_checks_quantization(tmp_path):
+    done = fedlora("doctor", cwd=tmp_path)
+    assert "nf4 self-test" in done.stdout
+    assert "int8 self-test" in done.stdout
+    assert done.returncode == 0, done.stdout
+
+
+def test_ctrl_c_keeps_what_was_finished(tmp_path, tiny_llama):
+    import signal
+    import time
+
+    preset = tmp_path / "run.toml"
+    config = tiny(tmp_path, tiny_llama, federation__rounds=500)
+    preset.write_text(config_table(config), encoding="utf-8")
+    result = tmp_path / "runs" / "tiny" / "one" / "result.json"
+    with subprocess.Popen(
+        [sys.executable, "-m", "fedlora.cli", "run", str(preset)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if result.exists() and json.loads(result.read_text())["rounds"]:
+                break
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    data = json.loads(result.read_text())
+    assert data["status"] == "interrupted"
+    assert data["rounds"]
+    assert (result.parent / "adapter" / "adapter_model.safetensors").exists()
