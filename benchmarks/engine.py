@@ -120,7 +120,9 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"4 clients x {options.rounds} rounds x {options.steps} steps, {options.quantization}, {options.strategy}")
+    table = Table(
+        title=f"4 clients x {options.rounds} rounds x {options.steps} steps, {options.quantization}, {options.strategy}"
+    )
     for title in ("pair", "engine s", "bare loop s", "ratio", "not training"):
         table.add_column(title, justify="right")
     pairs = []
@@ -138,7 +140,10 @@ def main() -> None:
     share = statistics.median(pair["engine"]["not-training"] for pair in pairs)
     table.add_row("median", "", "", f"{ratio:.3f}", f"{share:.1%}")
     Console().print(table)
-    write(f"engine-{options.strategy}-{options.quantization}", {"options": vars(options), "pairs": pairs, "ratio": ratio, "not-training": share})
+    write(
+        f"engine-{options.strategy}-{options.quantization}",
+        {"options": vars(options), "pairs": pairs, "ratio": ratio, "not-training": share},
+    )
 
 
 def write(name: str, data: dict[str, Any]) -> None:

@@ -53,6 +53,9 @@ def run(
     engine: Annotated[
         Engine, typer.Option(help="local: all clients in this process. flower: Flower's simulation engine (Ray).")
     ] = Engine.local,
+    at_once: Annotated[
+        int, typer.Option(min=1, help="flower: clients that train at the same time, each with its own base model.")
+    ] = 1,
 ) -> None:
     """Run a federation and save its adapter.
 
@@ -81,7 +84,7 @@ def run(
             if engine is Engine.flower:
                 from fedlora.simulations import flower  # pyright: ignore[reportMissingImports]
 
-                flower.run(settings)
+                flower.run(settings, at_once)
             else:
                 from fedlora.simulations import local  # pyright: ignore[reportMissingImports]
 
@@ -229,7 +232,7 @@ def version() -> None:
 def check_ranks(settings: configuration.Config) -> None:
     """Raises StrategyError before anything is loaded, if the strategy cannot serve these ranks."""
     from fedlora.exchange import ClientInfo
-    from fedlora.strategies.rounds import make_strategy  # pyright: ignore[reportMissingImports]
+    from fedlora.strategies.registry import configured  # pyright: ignore[reportMissingImports]
 
     clients = [
         ClientInfo(
@@ -241,13 +244,13 @@ def check_ranks(settings: configuration.Config) -> None:
         )
         for i in range(settings.federation.clients)
     ]
-    make_strategy(settings).check(clients)
+    configured(settings).check(clients)
 
 
 def find_preset(name: str) -> Path:
     """The path itself, or the packaged preset of that name."""
     path = Path(name).expanduser()
-    if path.suffix == ".toml" or path.exists():
+    if path.suffix == ".toml" or path.is_file():
         return path
     from fedlora import configs  # pyright: ignore[reportAttributeAccessIssue]
 

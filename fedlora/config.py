@@ -96,7 +96,7 @@ class FederationConfig:
     fraction: float = option(1.0, "share of the clients sampled each round", low=1e-6, high=1.0)
     min_clients: int = option(1, "a round with fewer good answers fails the run", low=1)
     round_timeout: float = option(0.0, "seconds to wait for a round's answers; 0: as long as it takes", low=0.0)
-    wait_timeout: float = option(600.0, "seconds to wait for the clients to connect", low=0.0)
+    wait_timeout: float = option(120.0, "seconds to wait until federation.clients have connected", low=0.0)
 
 
 @dataclass(frozen=True)

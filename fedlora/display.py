@@ -80,9 +80,9 @@ class RunDisplay:
                 f"{metrics['train-seconds']:.1f} s"
             )
 
-    def _on_client_failed(self, client_id: int, reason: str, round: int = 0) -> None:
-        self._drop(self._clients.pop(client_id, None))
-        self._line(f"[yellow]round {round}  client {client_id} does not count: {reason}[/yellow]")
+    def _on_client_failed(self, client_id: int | None, reason: str, round: int) -> None:
+        self._drop(self._clients.pop(client_id, None) if client_id is not None else None)
+        self._console.print(f"round {round}  not counted: {reason}", style="yellow", soft_wrap=True, markup=False)
 
     def _on_evaluate_start(self, examples: int) -> None:
         self._evaluation = self._progress.add_task("  held-out rows", total=examples, note="")

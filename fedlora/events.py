@@ -17,6 +17,11 @@ def emit(kind: str, **facts: Any) -> None:
         listener(kind, facts)
 
 
+def heard() -> bool:
+    """Whether anybody listens."""
+    return bool(_listeners)
+
+
 @contextmanager
 def listen(listener: Listener) -> Iterator[None]:
     """Call `listener(kind, facts)` for everything emitted in this process within the block."""

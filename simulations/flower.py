@@ -129,6 +129,8 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
+        # Several processes share the cores; threads that spin while they wait would slow each other down tenfold.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
     command = [_program("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]

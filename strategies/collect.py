@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,8 @@ from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 # A dead node's error reply, or a full queue, takes Flower up to a minute; asking more often costs more than it gains.
 _LONGEST_PAUSE_SECONDS = 1.0
-_HELLO_SECONDS = 600.0
+_HELLO_SECONDS = 600.0  # a client's first answer may need a download
+_log = logging.getLogger("fedlora")
 
 
 @dataclass
@@ -76,8 +78,9 @@ def meet(grid: Grid, config: Config, fingerprint: str) -> Roster:
     wanted, least, wait = config.federation.clients, config.federation.min_clients, config.federation.wait_timeout
     deadline = time.monotonic() + wait
     nodes = list(grid.get_node_ids())
+    if len(nodes) < wanted:
+        _log.info("waiting up to %.0f s for %d clients (federation.clients)", wait, wanted)
     while len(nodes) < wanted and time.monotonic() < deadline:
-        emit("waiting", connected=len(nodes), wanted=wanted)
         time.sleep(0.5)
         nodes = list(grid.get_node_ids())
     if len(nodes) < least:
@@ -85,7 +88,7 @@ def meet(grid: Grid, config: Config, fingerprint: str) -> Roster:
             f"{len(nodes)} of {wanted} clients connected within {wait:.0f} s, and federation.min-clients = {least}; "
             "start more clients or raise federation.wait-timeout"
         )
-    mailbox = Mailbox(grid, "query", "0", _HELLO_SECONDS)
+    mailbox = Mailbox(grid, "query", "0", max(wait, _HELLO_SECONDS))
     for node in nodes:
         mailbox.post(node, wire.encode_hello(fingerprint))
     roster = Roster({}, {})
@@ -96,7 +99,7 @@ def meet(grid: Grid, config: Config, fingerprint: str) -> Roster:
             info = wire.decode_info(_content(reply, who), fingerprint, who)
         except FedLoraError as error:
             refusals.append(str(error))
-            emit("client-failed", client_id=node, reason=str(error))
+            emit("client-failed", client_id=None, reason=str(error), round=0)
             continue
         if info.client_id in roster.nodes:
             raise RunError(
@@ -205,14 +208,15 @@ def evaluate_on_clients(
     config: Config,
     fingerprint: str,
     roster: Roster,
+    chosen: Sequence[int],
     *,
     number: int,
     make_broadcast: Callable[[ClientInfo], Broadcast],
 ) -> dict[str, Any]:
-    """Federated evaluation: each client's metrics on its own test rows, and their weighted means."""
+    """Federated evaluation: the chosen clients' metrics on their own test rows, and their weighted means."""
     mailbox = Mailbox(grid, "evaluate", str(number), config.federation.round_timeout)
-    clients = {node: client for client, node in roster.nodes.items()}
-    for client, node in roster.nodes.items():
+    clients = {roster.nodes[client]: client for client in chosen}
+    for node, client in clients.items():
         broadcast = make_broadcast(replace(roster.infos[client], known_base_version=0))
         mailbox.post(node, wire.encode_broadcast(broadcast, fingerprint, config.wire.dtype))
     answers: dict[int, dict[str, float]] = {}

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 from fedlora.errors import StrategyError, suggest
 
 if TYPE_CHECKING:
+    from fedlora.config import Config
+
     from .base import Strategy
 
 Option = bool | int | float | str
@@ -81,6 +83,21 @@ def resolve(name: str) -> type[Any]:
             "write a frozen dataclass with the methods of fedlora.strategies.base.Strategy"
         )
     return cls
+
+
+def configured(config: Config) -> Strategy:
+    """The strategy that a run's config names.
+
+    The run's seed and its anchor settings go to a strategy that has fields `seed`, `max_rank` or `compact`.
+    """
+    run_wide: dict[str, Option] = {
+        "seed": config.run.seed,
+        "max_rank": config.anchor.max_rank,
+        "compact": config.anchor.base_update == "anchor",
+    }
+    known = {f.name for f in fields(resolve(config.strategy.name))}
+    options = {name: value for name, value in run_wide.items() if name in known}
+    return load(config.strategy.name, **(options | parse_options(config.strategy.options)))
 
 
 def parse_options(text: str) -> dict[str, Option]:

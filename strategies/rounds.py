@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from flwr.serverapp import Grid
@@ -22,10 +22,10 @@ from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.models import base_fingerprint
 from fedlora.results import RunRecord
 
-from . import registry
 from .base import ServerState, Strategy
 from .collect import TrainRound, evaluate_on_clients, meet
 from .folds import Folds
+from .registry import configured
 
 # The error against the ideal needs every update at once; with more clients than this, memory matters more.
 _MAX_DIAGNOSED = 64
@@ -41,7 +41,7 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> AdapterSt
         StrategyError: the strategy cannot serve these clients.
     """
     fingerprint = base_fingerprint(config.model)
-    strategy = make_strategy(config)
+    strategy = configured(config)
     roster = meet(grid, config, fingerprint)
     clients = list(roster.infos.values())
     strategy.check(clients)
@@ -88,6 +88,7 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> AdapterSt
                         config,
                         fingerprint,
                         roster,
+                        chosen,
                         number=number,
                         make_broadcast=lambda client, s=state, n=number: strategy.broadcast(s, client, n + 1),
                     )
@@ -98,18 +99,6 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> AdapterSt
         record.round(entry)
         emit("round-end", entry=entry)
     return strategy.global_adapter(state)
-
-
-def make_strategy(config: Config) -> Strategy:
-    """The strategy that the config names; the run's seed and anchor settings go to those that have such fields."""
-    run_wide = {
-        "seed": config.run.seed,
-        "max_rank": config.anchor.max_rank,
-        "compact": config.anchor.base_update == "anchor",
-    }
-    names = {f.name for f in fields(registry.resolve(config.strategy.name))}  # pyright: ignore[reportArgumentType]
-    options = {name: value for name, value in run_wide.items() if name in names}
-    return registry.load(config.strategy.name, **(options | registry.parse_options(config.strategy.options)))
 
 
 def start(config: Config, clients: Sequence[ClientInfo]) -> AdapterState:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from rich.console import Console
 
 from fedlora import config as configuration
+from fedlora.display import ConsoleLog, RunDisplay
 from fedlora.errors import FedLoraError
-from fedlora.events import emit
+from fedlora.events import heard, listen
 from fedlora.results import RunRecord
 
 from . import rounds
@@ -20,6 +24,23 @@ app = ServerApp()
 _log = logging.getLogger("fedlora")
 
 
+@contextmanager
+def _narrated() -> Iterator[None]:
+    """Lines about the run in Flower's log, unless a display listens already (the in-process engine has one)."""
+    if heard():
+        yield
+        return
+    console = Console(highlight=False)
+    handler = ConsoleLog(console)
+    _log.addHandler(handler)
+    _log.setLevel(logging.INFO)
+    try:
+        with RunDisplay(console) as display, listen(display):
+            yield
+    finally:
+        _log.removeHandler(handler)
+
+
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """One run. A failure is written to result.json and raised, so that Flower marks the run as failed."""
@@ -27,10 +48,10 @@ def main(grid: Grid, context: Context) -> None:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     record = RunRecord(config)
-    _log.info("results: %s", record.folder)
-    emit("run-start", folder=record.folder, config=config)
     try:
-        rounds.run(grid, config, record, context.run_id)
+        with _narrated():
+            _log.info("results: %s", record.folder)
+            rounds.run(grid, config, record, context.run_id)
     except FedLoraError as error:
         record.finish("failed", str(error))
         raise
@@ -41,4 +62,3 @@ def main(grid: Grid, context: Context) -> None:
         record.finish("failed", f"{type(error).__name__}: {error}")
         raise
     record.finish("completed")
-    emit("run-end", folder=record.folder)

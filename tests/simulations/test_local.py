@@ -20,6 +20,7 @@ from fedlora.events import listen
 from fedlora.models import load_base
 from fedlora.results import folder_of
 from fedlora.simulations import local
+from fedlora.strategies.registry import configured
 from tests.federation import run_locally, tiny, write_labels, write_rows
 from tests.tiny import save_llama
 
@@ -82,7 +83,7 @@ def test_the_checkpoint_gives_the_logits_of_the_global_model(tmp_path, tiny_llam
     bench = peft_io.workbench(config.model, config.lora)
     ids = torch.arange(40).reshape(2, 20) + 20
     bench.model.eval()
-    peft_io.install(bench, rounds.make_strategy(config).global_adapter(states[-1]))
+    peft_io.install(bench, configured(config).global_adapter(states[-1]))
     peft_io.install_anchor(bench, ())
     with torch.no_grad():
         stacked = bench.model(input_ids=ids).logits
