@@ -277,7 +277,8 @@ def _quiet() -> None:
 
     log = logging.getLogger("fedlora")
     log.setLevel(logging.INFO)
-    log.addHandler(ConsoleLog(out))
+    if not log.handlers:
+        log.addHandler(ConsoleLog(out))
     log.propagate = False
     if "--debug" not in _flags:
         warnings.filterwarnings("ignore")

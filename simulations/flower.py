@@ -172,6 +172,7 @@ def _stop_tree(process: subprocess.Popen[bytes]) -> None:
         with suppress(psutil.NoSuchProcess):
             member.kill()
     psutil.wait_procs(alive, timeout=10)
+    process.wait(timeout=10)
 
 
 def _submit(bundle: Path, environment: dict[str, str], config: Config, at_once: int) -> int:

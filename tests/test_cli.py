@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from fedlora import cli, peft_io
 from fedlora.simulations.flower import config_table
 from tests.federation import tiny
 
@@ -26,17 +28,45 @@ def fedlora(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedP
     )
 
 
+@dataclass
+class Done:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run a command in this process, in an empty folder."""
+
+    def run(*words: str) -> Done:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("COLUMNS", "160")
+        monkeypatch.setattr(sys, "argv", ["fedlora", *words])
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        written = capsys.readouterr()
+        return Done(int(end.value.code or 0), written.out, written.err)
+
+    yield run
+    peft_io.forget()
+    cli._flags.clear()
+
+
 @pytest.mark.parametrize("command", [[], ["run"], ["evaluate"], ["data"], ["fetch"], ["doctor"], ["keys"]])
-def test_every_command_explains_itself(tmp_path, command):
-    done = fedlora(*command, "--help", cwd=tmp_path)
+def test_every_command_explains_itself(call, command):
+    done = call(*command, "--help")
     assert done.returncode == 0
     assert "Usage: " in done.stdout
 
 
-def test_keys_lists_every_key(tmp_path):
+def test_keys_lists_every_key(call):
     from fedlora.config import Config
 
-    done = fedlora("keys", cwd=tmp_path)
+    done = call("keys")
     assert done.returncode == 0
     assert all(key in done.stdout for key in Config().to_flat())
 
@@ -57,8 +87,8 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("words", "says"), ERRORS, ids=[" ".join(words) for words, _ in ERRORS])
-def test_a_wrong_word_is_one_sentence_and_a_failure(tmp_path, words, says):
-    done = fedlora(*words, cwd=tmp_path)
+def test_a_wrong_word_is_one_sentence_and_a_failure(call, tmp_path, words, says):
+    done = call(*words)
     assert done.returncode == 1
     assert says in done.stderr
     assert "Traceback" not in done.stderr
@@ -71,15 +101,15 @@ def test_a_wrong_word_is_one_sentence_and_a_failure(tmp_path, words, says):
         ("model.name=missing/folder/here", "model.name"),
         ("model.device=cuda:7", "model.device = 'cuda:7'"),
         ("data.source=missing.csv", "missing.csv: no such file"),
-        ("data.response-column=answer", "no column 'answer'"),
+        ("data.response-column=answer", "the form of its rows cannot be told from the columns"),
         ("federation.clients=9", "federation.clients"),
         ("lora.target-modules=query", "this model's linear modules are"),
     ],
 )
-def test_a_wrong_value_that_only_loading_shows_is_one_sentence_too(tmp_path, tiny_llama, change, says):
+def test_a_wrong_value_that_only_loading_shows_is_one_sentence_too(call, tmp_path, tiny_llama, change, says):
     preset = tmp_path / "run.toml"
     preset.write_text(config_table(tiny(tmp_path, tiny_llama)), encoding="utf-8")
-    done = fedlora("run", str(preset), "-c", change, cwd=tmp_path)
+    done = call("run", str(preset), "-c", change)
     assert done.returncode == 1, done.stdout
     assert says in done.stderr
     assert "Traceback" not in done.stderr
@@ -87,8 +117,8 @@ def test_a_wrong_value_that_only_loading_shows_is_one_sentence_too(tmp_path, tin
     assert json.loads(result.read_text())["status"] == "failed"
 
 
-def test_debug_gives_the_traceback(tmp_path):
-    done = fedlora("run", "nope", "--debug", cwd=tmp_path)
+def test_debug_gives_the_traceback(call):
+    done = call("run", "nope", "--debug")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
 
@@ -113,16 +143,16 @@ def test_run_then_evaluate_from_another_folder(tmp_path, tiny_llama):
     assert "model.name" in refused.stderr
 
 
-def test_data_shows_who_gets_what(tmp_path, tiny_llama):
+def test_data_shows_who_gets_what(call, tmp_path, tiny_llama):
     preset = tmp_path / "run.toml"
     preset.write_text(config_table(tiny(tmp_path, tiny_llama)), encoding="utf-8")
-    done = fedlora("data", str(preset), cwd=tmp_path)
+    done = call("data", str(preset))
     assert done.returncode == 0, done.stderr
     assert all(f"(p{person})" in done.stdout for person in range(4))
 
 
-def test_doctor_checks_quantization(tmp_path):
-    done = fedlora("doctor", cwd=tmp_path)
+def test_doctor_checks_quantization(call):
+    done = call("doctor")
     assert "nf4 self-test" in done.stdout
     assert "int8 self-test" in done.stdout
     assert done.returncode == 0, done.stdout

@@ -75,7 +75,7 @@ def test_flwr_run_on_a_checkout_gives_the_same_adapter(tmp_path, tiny_llama):
 
 @pytest.mark.slow
 def test_a_failed_run_is_a_non_zero_exit_and_leaves_nothing_running(tmp_path, tiny_llama):
-    config = tiny(tmp_path, tiny_llama, data__response_column="answer")
+    config = tiny(tmp_path, tiny_llama, data__form="prompt", data__response_column="answer")
     preset = tmp_path / "run.toml"
     preset.write_text(flower.config_table(config), encoding="utf-8")
     before = {process.pid for process in psutil.process_iter()}
