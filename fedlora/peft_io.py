@@ -7,6 +7,7 @@ tensors of the layers, so that changing clients costs no injection and no copy o
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -303,7 +304,14 @@ def save_checkpoint(adapter: AdapterState, folder: Path, model: ModelConfig, abo
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = factors.B.contiguous()
     for name, tensor in adapter.dense.items():
         tensors[f"{_PREFIX}{name}"] = tensor.contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "fedlora.json").write_text(json.dumps(about, indent=2) + "\n")
+    part, old = folder.with_name(f".{folder.name}-part"), folder.with_name(f".{folder.name}-old")
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    part.mkdir(parents=True)
+    config.save_pretrained(str(part))
+    save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
+    (part / "fedlora.json").write_text(json.dumps(about, indent=2) + "\n")
+    if folder.exists():  # an interruption leaves a whole checkpoint, the old one or the new one
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fedlora.config import ModelConfig
 from fedlora.errors import ModelError
 from fedlora.models import base_fingerprint, fingerprint, load_base, meta_model, pick_device, pick_dtype, resolve
 from fedlora.models import quantized as quantized_module
+from fedlora.models.fingerprint import remembered_fingerprint
 from fedlora.models.read import quiet
 from tests.tiny import save_llama
 
@@ -61,6 +63,18 @@ def rewrite(folder: Path, change: str) -> None:
 
 
 # --- fingerprint
+
+
+def test_a_remembered_fingerprint_reads_no_weights_until_they_change(
+    copy: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = remembered_fingerprint(copy)
+    assert first == fingerprint(copy)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["fedlora.models.fingerprint"], "safe_open", None)
+        assert remembered_fingerprint(copy) == first
+    rewrite(copy, "model.norm.weight")
+    assert remembered_fingerprint(copy) == fingerprint(copy) != first
 
 
 def test_fingerprint_follows_the_content_not_the_place(tiny_llama: Path, copy: Path) -> None:

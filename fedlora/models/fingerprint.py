@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+
+from fedlora.assets import cache_dir
 
 # Keys of config.json that change with the place, the library or the use of a model, not with the model.
 _VOLATILE = frozenset(
@@ -46,6 +49,25 @@ def fingerprint(folder: Path) -> str:
     for name, content in sorted(item for path in weight_files(folder) for item in _weights(path)):
         digest.update(f"{name} {content}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def remembered_fingerprint(folder: Path) -> str:
+    """`fingerprint`, from the cache while the folder's files have the same place, size and time of change.
+
+    So that loading a quantized copy touches no full-precision weight.
+    """
+    files = [(path.resolve(), path.stat()) for path in (folder / "config.json", *weight_files(folder))]
+    stamp = "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in files)
+    kept = cache_dir() / "fingerprints" / hashlib.sha256(stamp.encode()).hexdigest()[:32]
+    try:
+        return kept.read_text("utf-8")
+    except OSError:
+        value = fingerprint(folder)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False, encoding="utf-8") as part:
+        part.write(value)
+    Path(part.name).replace(kept)
+    return value
 
 
 def _weights(path: Path) -> list[tuple[str, str]]:

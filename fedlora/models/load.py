@@ -16,7 +16,7 @@ from fedlora.errors import ModelError
 
 from . import quantized, read
 from .devices import pick_device, pick_dtype
-from .fingerprint import fingerprint
+from .fingerprint import remembered_fingerprint
 from .folders import resolve
 
 
@@ -53,7 +53,7 @@ class BaseModel:
 @lru_cache(maxsize=8)
 def base_fingerprint(config: ModelConfig) -> str:
     """The fingerprint of a base that is not in memory; remembered, since clients ask for it in every round."""
-    return fingerprint(resolve(config.name, config.revision))
+    return remembered_fingerprint(resolve(config.name, config.revision))
 
 
 def load_base(config: ModelConfig, say: Say = LOG.info) -> BaseModel:
@@ -77,7 +77,7 @@ def load_base(config: ModelConfig, say: Say = LOG.info) -> BaseModel:
     recipe = read.Recipe(
         config, folder, device, pick_dtype(config.compute_dtype, device), heads, _unquantized(shapes, heads)
     )
-    identity = fingerprint(folder)
+    identity = remembered_fingerprint(folder)
     if config.quantization == "none":
         model = read.weights(recipe, folder, heads)
     else:
