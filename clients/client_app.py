@@ -21,6 +21,7 @@ from fedlora.evaluate import evaluate as evaluate_model
 from fedlora.events import emit
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 from fedlora.models import base_fingerprint
+from fedlora.results import peak_memory_bytes
 
 from . import trainer
 from .held_folds import StaleBase, bring_up
@@ -96,6 +97,7 @@ def train(message: Message, context: Context) -> RecordDict:
             "train-tokens": result.tokens,
             "train-seconds": result.seconds,
             "client-seconds": time.perf_counter() - began,
+            "peak-memory-bytes": peak_memory_bytes()["process"],
         },
     )
     # A process that lives from message to message still holds these folds next time.

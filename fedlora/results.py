@@ -175,8 +175,10 @@ def device_facts(config: Config) -> dict[str, Any]:
     """What it ran on."""
     import torch
 
+    from fedlora.models import pick_device
+
     facts: dict[str, Any] = {
-        "device": config.model.device,
+        "device": str(pick_device("auto")) if config.model.device == "auto" else config.model.device,
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "memory-bytes": psutil.virtual_memory().total,

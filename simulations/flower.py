@@ -29,7 +29,7 @@ from fedlora import __version__
 from fedlora.config import Config, Scalar
 from fedlora.errors import RunError
 from fedlora.events import emit
-from fedlora.results import folder_of, stamp
+from fedlora.results import folder_of, stamp, write_json
 
 _log = logging.getLogger("fedlora")
 _START_SECONDS = 60.0
@@ -62,9 +62,12 @@ def run(config: Config, at_once: int = 1) -> None:
                 status = _follow(run_id, config, environment, home)
             except KeyboardInterrupt:
                 _flwr(["stop", str(run_id), "local"], environment, home)
+                _close_record(config, "interrupted")
                 raise
             if status != "finished:completed":
-                raise RunError(f"Flower run {run_id} ended as {status}: {_reason(config, run_id, environment, home)}")
+                reason = _reason(config, run_id, environment, home)
+                _close_record(config, "failed", reason)
+                raise RunError(f"Flower run {run_id} ended as {status}: {reason}")
 
 
 def write_bundle(config: Config, folder: Path) -> Path:
@@ -137,7 +140,14 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
     command += ["--host", "127.0.0.1", "--port", str(port), "--control-api-address", f"127.0.0.1:{control}"]
     log = home / "superlink.log"
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=home, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command,
+            cwd=home,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for this process, which then stops the run in order
+        )
     try:
         _wait_until_healthy(process, port, log)
         yield environment
@@ -225,6 +235,13 @@ def _tell_rounds(config: Config, seen: int) -> int:
 def _result(config: Config) -> dict[str, Any]:
     path = folder_of(config) / "result.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _close_record(config: Config, status: str, error: str = "") -> None:
+    """The last word in result.json, where a ServerApp that was killed could not say it."""
+    data = _result(config)
+    if data.get("status") == "running":
+        write_json(folder_of(config) / "result.json", data | {"status": status} | ({"error": error} if error else {}))
 
 
 def _reason(config: Config, run_id: int, environment: dict[str, str], home: Path) -> str:

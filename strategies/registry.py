@@ -63,7 +63,7 @@ def resolve(name: str) -> type[Any]:
     module_name, colon, class_name = target.partition(":")
     if not colon:
         raise StrategyError(
-            f"strategy.name: unknown strategy {name!r}{suggest(name, NAMES)}, or give your own as package.module:Class"
+            f"strategy.name: unknown strategy {name!r} (your own is named package.module:Class){suggest(name, NAMES)}"
         )
     try:
         module = import_module(module_name)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -94,6 +96,31 @@ def test_a_failed_run_is_a_non_zero_exit_and_leaves_nothing_running(tmp_path, ti
     assert "Traceback" not in done.stderr + done.stdout
     left = [p.info for p in psutil.process_iter(["pid", "name", "cmdline"]) if p.pid not in before]
     assert not [p for p in left if any(str(tmp_path) in word or "ray" in word for word in p["cmdline"] or [])]
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_flower_and_keeps_what_was_finished(tmp_path, tiny_llama):
+    config = tiny(tmp_path, tiny_llama, federation__rounds=2000)
+    preset = tmp_path / "run.toml"
+    preset.write_text(flower.config_table(config), encoding="utf-8")
+    path = folder_of(config) / "result.json"
+    command = [str(Path(sys.executable).with_name("fedlora")), "run", str(preset), "--engine", "flower"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and process.poll() is None:
+            if path.exists() and json.loads(path.read_text())["rounds"]:
+                break
+            time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    result = json.loads(path.read_text())
+    assert result["status"] == "interrupted"
+    assert result["rounds"]
+    assert (path.parent / "adapter" / "adapter_model.safetensors").exists()
+    assert not [
+        p for p in psutil.process_iter(["cmdline"]) if any("fedlora-flower-" in w for w in p.info["cmdline"] or [])
+    ]
 
 
 @pytest.mark.parametrize("program", ["flower-superlink", "flwr"])

@@ -328,6 +328,15 @@ def test_another_model_of_the_same_shape_has_another_fingerprint(tmp_path, tiny_
     assert one["base"] != two["base"]
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_one_alpha_over_unequal_ranks_keeps_every_clients_own_scale(tmp_path, tiny_llama, rslora):
+    """Scales 16/r or 16/sqrt(r) differ between clients; the aggregate is exact only if each is taken as it is."""
+    config = tiny(tmp_path, tiny_llama, lora__alpha="16", lora__rslora=rslora, federation__rounds=2)
+    _, result = run_locally(config)
+    assert max(entry["aggregation-error"] for entry in result["rounds"]) < 1e-5
+    assert result["rounds"][-1]["heldout"]["loss"] < result["baseline"]["loss"]
+
+
 def test_one_client_under_flora_is_plain_fine_tuning(tmp_path, tiny_llama):
     """One round of one client: what is saved is exactly the update that the client made."""
     config = tiny(tmp_path, tiny_llama, federation__clients=1, federation__rounds=1, lora__ranks="3")
