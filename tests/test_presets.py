@@ -26,17 +26,6 @@ def run(preset: str, tmp_path: Path, *overrides: str):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_quickstart_lowers_the_held_out_loss_round_by_round(tmp_path):
-    result = run("quickstart", tmp_path)
-    losses = [result["baseline"]["loss"]] + [entry["heldout"]["loss"] for entry in result["rounds"]]
-    assert [client["rank"] for client in result["clients"]] == [16, 8, 8, 4]
-    assert len(losses) == 4
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < losses[0] - 0.5
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_fedavg_reaches_80_percent_on_sentiment(tmp_path):
     result = run("sentiment", tmp_path)
     assert result["config"]["strategy.name"] == "fedavg"
@@ -45,17 +34,21 @@ def test_fedavg_reaches_80_percent_on_sentiment(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
-def test_every_quantization_learns_on_the_real_model(tmp_path, quantization):
+def test_the_quickstart_learns_round_by_round_on_every_quantization(tmp_path, quantization):
+    """The real model and data at unequal ranks, with fewer clients and steps than `make demo` takes."""
     result = run(
         "quickstart",
         tmp_path,
         f"model.quantization={quantization}",
         "federation.clients=2",
-        "federation.rounds=1",
+        "federation.rounds=2",
         "train.steps=3",
         "data.heldout-max=16",
     )
-    assert result["rounds"][0]["heldout"]["loss"] < result["baseline"]["loss"] - 0.05
+    losses = [result["baseline"]["loss"]] + [entry["heldout"]["loss"] for entry in result["rounds"]]
+    assert [client["rank"] for client in result["clients"]] == [16, 8]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.2
 
 
 @pytest.mark.slow
