@@ -34,6 +34,7 @@ from fedlora.results import folder_of, stamp, write_json
 _log = logging.getLogger("fedlora")
 _START_SECONDS = 60.0
 _POLL_SECONDS = 1.0
+_ASK_SECONDS = 15.0
 _APP = """from fedlora.{side}.{module} import app as fedlora_app
 
 app = fedlora_app
@@ -209,15 +210,22 @@ def _has_gpu() -> bool:
 
 
 def _follow(run_id: int, config: Config, environment: dict[str, str], cwd: Path) -> str:
-    """Wait for the run's end and tell of finished rounds as they appear in result.json; returns the status."""
-    seen = 0
+    """Wait for the run's end and tell of finished rounds as they appear in result.json; returns the status.
+
+    The record is read every second. Flower is asked now and then, and once the record says that the run has
+    ended: each question starts a process that takes a core for seconds.
+    """
+    seen, asked = 0, 0.0
     while True:
-        answer = _flwr(["ls", "local", "--run-id", str(run_id), "--format", "json"], environment, cwd)
-        runs = answer.get("runs") or [{}]
-        status = str(runs[0].get("status", "unknown"))
         seen = _tell_rounds(config, seen)
-        if status.startswith("finished"):
-            return status
+        ended = _result(config).get("status", "running") != "running"
+        if ended or time.monotonic() - asked > _ASK_SECONDS:
+            answer = _flwr(["ls", "local", "--run-id", str(run_id), "--format", "json"], environment, cwd)
+            asked = time.monotonic()
+            status = str((answer.get("runs") or [{}])[0].get("status", "unknown"))
+            if status.startswith("finished"):
+                _tell_rounds(config, seen)
+                return status
         time.sleep(_POLL_SECONDS)
 
 

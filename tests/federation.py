@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ def tiny(folder: Path, model: Path, **keys: Scalar) -> Config:
         "train.lr": 5e-3,
     }
     return parse(base | {key.replace("__", ".").replace("_", "-"): value for key, value in keys.items()})
+
+
+def hears_ctrl_c() -> None:
+    """In a child before it starts: a test run in the background would hand down that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_locally(config: Config) -> tuple[Path, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The command line as a user meets it: help that teaches, one sentence per error, exit codes."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from fedlora import cli, peft_io
 from fedlora.simulations.flower import config_table
-from tests.federation import tiny
+from tests.federation import hears_ctrl_c, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,7 +52,10 @@ def call(monkeypatch, capsys, tmp_path):
         written = capsys.readouterr()
         return Done(int(end.value.code or 0), written.out, written.err)
 
+    log = logging.getLogger("fedlora")
+    before = log.handlers[:], log.level, log.propagate
     yield run
+    log.handlers[:], log.level, log.propagate = before
     peft_io.forget()
     cli._flags.clear()
 
@@ -171,6 +175,7 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path, tiny_llama):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hears_ctrl_c,  # noqa: PLW1509 - no other thread starts here
     ) as process:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:

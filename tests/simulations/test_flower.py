@@ -18,7 +18,7 @@ from fedlora.config import parse
 from fedlora.errors import RunError
 from fedlora.results import folder_of
 from fedlora.simulations import flower, local
-from tests.federation import tiny
+from tests.federation import hears_ctrl_c, tiny
 from tests.simulations.test_local import apart, saved_adapter
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -105,7 +105,14 @@ def test_ctrl_c_stops_flower_and_keeps_what_was_finished(tmp_path, tiny_llama):
     preset.write_text(flower.config_table(config), encoding="utf-8")
     path = folder_of(config) / "result.json"
     command = [str(Path(sys.executable).with_name("fedlora")), "run", str(preset), "--engine", "flower"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hears_ctrl_c,  # noqa: PLW1509 - no other thread starts here
+    ) as process:
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline and process.poll() is None:
             if path.exists() and json.loads(path.read_text())["rounds"]:
