@@ -61,14 +61,10 @@ def describe(message: Message, context: Context) -> RecordDict:
 def train(message: Message, context: Context) -> RecordDict:
     """One round of local training from the server's start."""
     began = time.perf_counter()
-    config, client_id = _config(context), _client_id(context)
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    bench = peft_io.workbench(config.model, config.lora)
-    broadcast = wire.decode_broadcast(message.content, bench.base.fingerprint)
+    config, client_id, bench, broadcast = _open(message, context)
     info = _info(config, context)
     _check_ranks(broadcast, info)
-    parameters = _set_up(config, context, broadcast, broadcast.trainable)
+    parameters = _set_up(bench, config, context, broadcast, broadcast.trainable)
     examples = _examples(config, client_id, _own_data(context))[0]
     emit("client-start", client_id=client_id, rank=info.rank, round=broadcast.round)
     result = trainer.train(
@@ -109,12 +105,8 @@ def train(message: Message, context: Context) -> RecordDict:
 @_answer
 def evaluate(message: Message, context: Context) -> RecordDict:
     """The server's adapter on this client's own test rows."""
-    config, client_id = _config(context), _client_id(context)
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    bench = peft_io.workbench(config.model, config.lora)
-    broadcast = wire.decode_broadcast(message.content, bench.base.fingerprint)
-    _set_up(config, context, broadcast, frozenset())
+    config, client_id, bench, broadcast = _open(message, context)
+    _set_up(bench, config, context, broadcast, frozenset())
     examples = _examples(config, client_id, _own_data(context))[1]
     if not examples:
         raise DataError(
@@ -124,15 +116,23 @@ def evaluate(message: Message, context: Context) -> RecordDict:
     return wire.encode_evaluation(len(examples), metrics, bench.base.fingerprint)
 
 
+def _open(message: Message, context: Context) -> tuple[Config, int, peft_io.Workbench, Broadcast]:
+    """What every message on the adapter begins with: the config, who this is, the base, and what was sent."""
+    config = _config(context)
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    bench = peft_io.workbench(config.model, config.lora)
+    return config, _client_id(context), bench, wire.decode_broadcast(message.content, bench.base.fingerprint)
+
+
 def _set_up(
-    config: Config, context: Context, broadcast: Broadcast, trainable: frozenset[str]
+    bench: peft_io.Workbench, config: Config, context: Context, broadcast: Broadcast, trainable: frozenset[str]
 ) -> list[torch.nn.Parameter]:
     """The base at the broadcast's version, and its adapter in place."""
-    bench = peft_io.workbench(config.model, config.lora)
-    if config.anchor.base_update == "merge":
-        peft_io.merge_folds(bench, context.run_id, bring_up(context.run_id, broadcast))
-        return peft_io.install(bench, broadcast.adapter, trainable)
     folds = bring_up(context.run_id, broadcast)
+    if config.anchor.base_update == "merge":
+        peft_io.merge_folds(bench, context.run_id, folds)
+        folds = ()
     parameters = peft_io.install(bench, broadcast.adapter, trainable)
     peft_io.install_anchor(bench, folds)
     return parameters

@@ -257,21 +257,22 @@ def _reason(config: Config, run_id: int, environment: dict[str, str], home: Path
     error = _result(config).get("error")
     if error:
         return str(error)
-    shown = subprocess.run(
-        [_program("flwr"), "log", str(run_id), "local", "--show"],
-        env=environment,
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    shown = _run_flwr(["log", str(run_id), "local", "--show"], environment, home)
     return _last_line(shown.stdout) or _last_line((home / "superlink.log").read_text(errors="replace"))
 
 
 def _flwr(words: list[str], environment: dict[str, str], cwd: Path) -> dict[str, Any]:
     """One `flwr` command's JSON answer."""
-    done = subprocess.run(
+    done = _run_flwr(words, environment, cwd)
+    begin = done.stdout.find("{")
+    try:
+        return json.loads(done.stdout[begin:]) if begin >= 0 else {}
+    except json.JSONDecodeError:
+        raise RunError(f"flwr {words[0]}: {_last_line(done.stdout + done.stderr)}") from None
+
+
+def _run_flwr(words: list[str], environment: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [_program("flwr"), *words],
         env=environment,
         cwd=cwd,
@@ -280,11 +281,6 @@ def _flwr(words: list[str], environment: dict[str, str], cwd: Path) -> dict[str,
         timeout=120,
         check=False,
     )
-    begin = done.stdout.find("{")
-    try:
-        return json.loads(done.stdout[begin:]) if begin >= 0 else {}
-    except json.JSONDecodeError:
-        raise RunError(f"flwr {words[0]}: {_last_line(done.stdout + done.stderr)}") from None
 
 
 def _program(name: str) -> str:
