@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fedlora import lowrank
 from fedlora.errors import AdapterError
+
+# Numbers of a batch of equal modules: large enough that Python's loop does not show, small beside a model.
+_AT_ONCE = 1 << 23
 
 if TYPE_CHECKING:
     from fedlora.exchange import ClientUpdate
@@ -208,44 +212,74 @@ def _core_norm(factors: LoraFactors) -> float:
     return abs(factors.scaling) * float(torch.linalg.norm(r_b @ r_a.T))
 
 
-def qr_svd(factors: LoraFactors) -> tuple[Tensor, Tensor, Tensor]:
+def svd_each(lora: Mapping[str, LoraFactors], rank: int = 0) -> dict[str, lowrank.Svd]:
+    """The thin SVD of every module's dW: `U [d_out, k], S [k], Vh [k, d_in]` in fp64, k = min(R, d_out, d_in).
+
+    Modules of equal shapes go through `lowrank.product_svd` together.
+
+    Args:
+        lora: module name -> factors, of any ranks.
+        rank: the number of leading components to return; 0: all.
+    """
+    alike: dict[tuple[int, int, int], list[str]] = {}
+    for name, f in lora.items():
+        alike.setdefault((f.B.shape[0], f.rank, f.A.shape[1]), []).append(name)
+    found: dict[str, lowrank.Svd] = {}
+    for (d_out, r, d_in), group in alike.items():
+        size = max(1, _AT_ONCE // ((d_out + d_in) * max(r, 1)))
+        for begin in range(0, len(group), size):
+            names = group[begin : begin + size]
+            B = torch.stack([lora[name].B for name in names])
+            A = torch.stack([lora[name].scaling * wide(lora[name].A) for name in names])
+            u, s, vh = lowrank.product_svd(B, A, rank)
+            found |= {name: (u[i], s[i], vh[i]) for i, name in enumerate(names)}
+    return {name: found[name] for name in lora}
+
+
+def qr_svd(factors: LoraFactors) -> lowrank.Svd:
     """Thin SVD of dW from its factors: `U [d_out, k], S [k], Vh [k, d_in]`, k = min(R, d_out, d_in).
 
-    QR of B and of A', then the SVD of the R x R core, in fp64: O((d_out + d_in) R^2 + R^3). Signs are fixed
-    (the entry of largest magnitude in each column of U is positive), so that results reproduce.
+    By QR of B and of A' and the SVD of the R x R core, in fp64: O((d_out + d_in) R^2 + R^3). `svd_each` is faster.
     """
-    b, a = factors.B.double(), factors.A.double()
-    q_b, r_b = torch.linalg.qr(b)
-    q_a, r_a = torch.linalg.qr(a.T)
-    u, s, vh = torch.linalg.svd(factors.scaling * (r_b @ r_a.T), full_matrices=False)
-    u, vh = q_b @ u, vh @ q_a.T
-    peak = u.gather(0, u.abs().argmax(dim=0, keepdim=True))
-    sign = torch.where(peak < 0, -1.0, 1.0).to(u.dtype)
+    u, s, vh = lowrank.qr(factors.B, factors.scaling * wide(factors.A))
     dtype = wide(factors.A).dtype
-    return (u * sign).to(dtype), s.to(dtype), (vh * sign.T).to(dtype)
+    return u.to(dtype), s.to(dtype), vh.to(dtype)
+
+
+def leading(svd: lowrank.Svd, rank: int, scaling: float = 1.0, dtype: torch.dtype = torch.float32) -> LoraFactors:
+    """The first `rank` components of an SVD as factors, split evenly: B = U sqrt(S/s), A = sqrt(S/s) Vh.
+
+    Args:
+        svd: as `svd_each` gives it.
+        rank: components to keep; fewer come back where there are fewer.
+        scaling: the receiver's own scaling s, divided out once.
+        dtype: of the factors.
+    """
+    u, s, vh = svd
+    root = (s[:rank] / scaling).sqrt()
+    return LoraFactors(A=(root[:, None] * vh[:rank]).to(dtype), B=(u[:, :rank] * root).to(dtype), scaling=scaling)
 
 
 def truncate(factors: LoraFactors, rank: int, scaling: float = 1.0) -> LoraFactors:
-    """The best approximation of dW of at most this rank, split evenly: B = U sqrt(S/s), A = sqrt(S/s) Vh.
+    """The best approximation of dW of at most this rank; see `leading` for its form.
 
     Args:
         factors: of any rank.
         rank: the rank to keep; fewer rows come back where dW has fewer (see `compress` for the numerical rank).
         scaling: the receiver's own scaling, divided out once.
     """
-    u, s, vh = qr_svd(factors)
-    root = (s[:rank] / scaling).sqrt()
-    return LoraFactors(A=root[:, None] * vh[:rank], B=u[:, :rank] * root, scaling=scaling)
+    return leading(svd_each({"": factors}, rank)[""], rank, scaling, wide(factors.A).dtype)
 
 
-def compress(factors: LoraFactors, max_rank: int = 0) -> LoraFactors:
-    """The same update at its numerical rank in fp32 (at least 1), or at `max_rank` if that is lower and not 0."""
-    u, s, vh = qr_svd(factors)
-    tolerance = float(s[0]) * max(u.shape[0], vh.shape[1]) * torch.finfo(torch.float32).eps
-    rank = max(1, int((s > tolerance).sum()))
-    rank = min(rank, max_rank) if max_rank else rank
-    root = s[:rank].sqrt()
-    return LoraFactors(A=root[:, None] * vh[:rank], B=u[:, :rank] * root, scaling=1.0)
+def compress(lora: Mapping[str, LoraFactors], max_rank: int = 0) -> dict[str, LoraFactors]:
+    """The same updates at their numerical rank in fp32 (at least 1), or at `max_rank` if that is lower and not 0."""
+    small: dict[str, LoraFactors] = {}
+    for name, svd in svd_each(lora, max_rank).items():
+        u, s, vh = svd
+        tolerance = float(s[0]) * max(u.shape[0], vh.shape[1]) * torch.finfo(torch.float32).eps
+        rank = max(1, int((s > tolerance).sum()))
+        small[name] = leading(svd, min(rank, max_rank) if max_rank else rank, dtype=wide(lora[name].A).dtype)
+    return small
 
 
 def pad(factors: LoraFactors, rank: int) -> LoraFactors:

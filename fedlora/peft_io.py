@@ -283,7 +283,7 @@ def save_checkpoint(adapter: AdapterState, folder: Path, model: ModelConfig, abo
         model: the base, for the checkpoint's config.
         about: written beside it as fedlora.json (configuration, base fingerprint).
     """
-    small = {name: compress(factors) for name, factors in adapter.lora.items()}
+    small = compress(adapter.lora)
     ranks = {name: factors.rank for name, factors in small.items()}
     top = max(ranks.values())
     heads = sorted({name.rsplit(".", 1)[0].split(".")[0] for name in adapter.dense})

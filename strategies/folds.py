@@ -39,8 +39,8 @@ class Folds:
         grown = Folds((*self.parts, fold), self.first)
         if not compact or not any(_excess(grown.parts, max_rank)):
             return grown
-        small = {name: compress(factors, max_rank) for name, factors in grown.total().lora.items()}
-        return Folds((AdapterState(lora=small),), first=grown.version)
+        small = AdapterState(lora=compress(grown.total().lora, max_rank))
+        return Folds((small,), first=grown.version)
 
     def since(self, known_version: int) -> tuple[int, tuple[AdapterState, ...]]:
         """`(from_version, folds)`: what brings a client of this version up to date; from 0 means all anew."""
