@@ -59,6 +59,12 @@ class Broadcast:
         folds_from: the version that `folds` continue; 0 means: drop what you hold and start with these.
         trainable: the factors that are trained, of "A" and "B".
         upload: the factors that are sent back, of "A" and "B".
+        personal: the factors of "A" and "B" that a client keeps to itself from round to round: it starts from its
+            own, where it has any, and from the adapter's otherwise.
+        steady: row j of A and column j of B mean what they meant in the round before, so that what a coarse number
+            format left out of the last reply may be added to the next.
+        task: "train"; or "gradient", where the reply's factors are the leading `rank` singular directions of the
+            loss's gradient with respect to the module's weight, at the adapter as sent.
     """
 
     round: int
@@ -68,6 +74,9 @@ class Broadcast:
     folds_from: int = 0
     trainable: frozenset[str] = frozenset({"A", "B"})
     upload: frozenset[str] = frozenset({"A", "B"})
+    personal: frozenset[str] = frozenset()
+    steady: bool = False
+    task: str = "train"
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,9 @@ def encode_broadcast(broadcast: Broadcast, fingerprint: str, dtype: str = "fp32"
         "folds": len(broadcast.folds),
         "trainable": "".join(sorted(broadcast.trainable)),
         "upload": "".join(sorted(broadcast.upload)),
+        "personal": "".join(sorted(broadcast.personal)),
+        "steady": broadcast.steady,
+        "task": broadcast.task,
     }
     record = RecordDict()
     _put(record, head, _ADAPTER, broadcast.adapter, "AB")
@@ -74,6 +77,9 @@ def decode_broadcast(record: RecordDict, fingerprint: str) -> Broadcast:
         folds_from=_int(head, "folds-from"),
         trainable=frozenset(_str(head, "trainable")),
         upload=frozenset(_str(head, "upload")),
+        personal=frozenset(_str(head, "personal")),
+        steady=bool(_int(head, "steady")),
+        task=_str(head, "task"),
     )
 
 

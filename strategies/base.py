@@ -1,12 +1,15 @@
-"""The Strategy protocol: pure functions from state and updates to state, and what every strategy shares."""
+"""The Strategy base class: pure functions from state and updates to state, and what every strategy shares."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
-from fedlora.adapter import AdapterState, LoraFactors, first_ranks
+import torch
+
+from fedlora.adapter import AdapterState, LoraFactors, first_ranks, pad
 from fedlora.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
@@ -20,45 +23,72 @@ class ServerState:
     Args:
         adapter: the factors that the next round starts from, at the largest rank.
         folds: the frozen updates that every client adds to its base model first.
+        memory: what a strategy or a wrapper remembers besides, by a name of its own (momenta, for instance).
     """
 
     adapter: AdapterState
     folds: Folds = field(default_factory=Folds)
+    memory: Mapping[str, AdapterState] = field(default_factory=dict)
 
 
-class Strategy(Protocol):
-    """One aggregation method. A frozen dataclass whose fields are its options.
+class Strategy(ABC):
+    """One aggregation method: a frozen dataclass whose fields are its options, with pure methods.
 
-    The round loop sets the field `seed`, where a strategy has one, to the run's seed.
+    Only `aggregate` must be written; what is here serves a method that averages factors. The round loop sets
+    the field `seed`, where a strategy has one, to the run's seed.
 
     Attributes:
         linear: True if the result is a weighted mean of what was uploaded (secure aggregation and
             differential privacy may then wrap it).
         unequal_ranks: True if clients may have different ranks.
+        steady: True if row j of A and column j of B keep their meaning from round to round: no restart, no new
+            basis. Server optimizers need it, and error feedback of coarse number formats.
+        personal: the factors, of "A" and "B", that stay on the clients.
+        statistics: "gradient" if the strategy wants a round 0 in which clients send their gradients' leading
+            singular directions; see `Broadcast.task`.
     """
 
-    linear: ClassVar[bool]
-    unequal_ranks: ClassVar[bool]
+    linear: ClassVar[bool] = False
+    unequal_ranks: ClassVar[bool] = True
+    steady: ClassVar[bool] = False
+    personal: ClassVar[frozenset[str]] = frozenset()
+    statistics: ClassVar[str] = ""
 
-    def check(self, clients: Sequence[ClientInfo]) -> None:
+    def check(self, clients: Sequence[ClientInfo]) -> None:  # noqa: B027 - most serve everyone
         """Raises StrategyError, before the run starts, if the method cannot serve these clients."""
-        ...
 
     def init(self, adapter: AdapterState) -> ServerState:
         """The state before round 1, from a seeded adapter (B = 0) at the largest rank."""
-        ...
+        return ServerState(adapter=adapter)
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
-        """What this client needs for this round (rounds count from 1)."""
-        ...
+        """What this client needs for this round (rounds count from 1): its slice, and the folds that it lacks.
 
+        Raises:
+            StrategyError: the client's rank exceeds the largest of the run.
+        """
+        folds_from, folds = state.folds.since(client.known_base_version)
+        return Broadcast(
+            round=round,
+            adapter=sliced_adapter(state.adapter, client),
+            base_version=state.folds.version,
+            folds=folds,
+            folds_from=folds_from,
+            personal=self.personal,
+            steady=self.steady,
+        )
+
+    @abstractmethod
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
-        """The next state. `updates` is lazy: consume it once, in the order of arrival."""
-        ...
+        """The next state. `updates` is lazy: consume it once, in the order of arrival.
+
+        Raises:
+            StrategyError: no reply arrived, or one does not fit.
+        """
 
     def global_adapter(self, state: ServerState) -> AdapterState:
         """Everything learned so far, folds included, as one adapter on the untouched base."""
-        ...
+        return total(state)
 
 
 def sliced(factors: LoraFactors, client: ClientInfo, module: str) -> LoraFactors:
@@ -81,6 +111,37 @@ def sliced_adapter(adapter: AdapterState, client: ClientInfo) -> AdapterState:
     return AdapterState(
         lora={name: sliced(factors, client, name) for name, factors in adapter.lora.items()}, dense=adapter.dense
     )
+
+
+def regrown(factors: LoraFactors, before: LoraFactors) -> LoraFactors:
+    """The same update at the rank that the server held before, if that is larger.
+
+    When no client of the largest rank was sampled, zero-padding would leave rows of A and columns of B that
+    are both zero, and stay so for good, having no gradient. The rows of A are kept instead, with B = 0.
+    """
+    rank = factors.rank
+    if rank >= before.rank:
+        return factors
+    kept = (before.scaling / factors.scaling) * before.A[rank:].to(factors.A)
+    return LoraFactors(A=torch.cat([factors.A, kept]), B=pad(factors, before.rank).B, scaling=factors.scaling)
+
+
+def completed(update: ClientUpdate, state: ServerState) -> AdapterState:
+    """The factors that a client ended with: a factor that it did not send is the server's, cut to its rank.
+
+    Args:
+        update: a reply of the round that started from `state`.
+        state: not of a strategy with personal factors, which the server does not know.
+    """
+    lora: dict[str, LoraFactors] = {}
+    for name, factors in update.adapter.lora.items():
+        if factors.A.numel() and factors.B.numel():
+            lora[name] = factors
+            continue
+        rank = factors.A.shape[0] if factors.A.numel() else factors.B.shape[1]
+        sent = first_ranks(state.adapter.lora[name], rank, factors.scaling)
+        lora[name] = replace(factors, A=sent.A) if not factors.A.numel() else replace(factors, B=sent.B)
+    return AdapterState(lora=lora, dense=update.adapter.dense)
 
 
 def total(state: ServerState) -> AdapterState:

@@ -11,13 +11,13 @@ from fedlora.adapter import AdapterState, LoraFactors
 from fedlora.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
-from .base import ServerState, sliced_adapter, total
+from .base import ServerState, Strategy
 from .means import Means, arrivals
 from .registry import unequal_rank_names
 
 
 @dataclass(frozen=True)
-class FedAvg:
+class FedAvg(Strategy):
     """`A = sum_k p_k A_k`, `B = sum_k p_k B_k`, with p_k = n_k / sum(n).
 
     Zhang et al. 2023, "Towards Building the Federated GPT: Federated Instruction Tuning" (FedIT),
@@ -27,6 +27,7 @@ class FedAvg:
 
     linear: ClassVar[bool] = True
     unequal_ranks: ClassVar[bool] = False
+    steady: ClassVar[bool] = True
 
     def check(self, clients: Sequence[ClientInfo]) -> None:
         """Raises StrategyError if ranks or effective scalings differ between clients."""
@@ -42,10 +43,6 @@ class FedAvg:
                 f"set one lora.alpha and lora.rslora for all clients, or use strategy.name = {_others()}"
             )
 
-    def init(self, adapter: AdapterState) -> ServerState:
-        """The state before round 1."""
-        return ServerState(adapter=adapter)
-
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
         """The mean factors.
 
@@ -54,7 +51,7 @@ class FedAvg:
         """
         for name, factors in state.adapter.lora.items():
             _check_rank(name, client.client_id, client.rank_of(name), factors.rank, "has")
-        return Broadcast(round=round, adapter=sliced_adapter(state.adapter, client))
+        return super().broadcast(state, client, round)
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
         """The means; a module or dense tensor that no reply has stays as it was.
@@ -79,10 +76,6 @@ class FedAvg:
         }
         adapter = AdapterState(lora={**state.adapter.lora, **lora}, dense={**state.adapter.dense, **dense.values})
         return replace(state, adapter=adapter)
-
-    def global_adapter(self, state: ServerState) -> AdapterState:
-        """The mean factors, at scaling 1."""
-        return total(state)
 
 
 def _check_rank(module: str, client_id: int, got: int, expected: int, verb: str) -> None:

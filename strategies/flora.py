@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 
-from fedlora.adapter import AdapterState, LoraFactors, initial, stack
+from fedlora.adapter import AdapterState, initial, stack
 from fedlora.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
-from .base import ServerState, sliced, total
+from .base import ServerState, Strategy
 from .means import gather
 
 
 @dataclass(frozen=True)
-class Flora:
+class Flora(Strategy):
     """Folds `B = [B_1|...|B_K]`, `A = [p_1 s_1 A_1; ...; p_K s_K A_K]`: the product is `sum_k p_k s_k B_k A_k`.
 
     Wang et al. 2024, "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank
@@ -36,19 +35,9 @@ class Flora:
     max_rank: int = 0
     compact: bool = True
 
-    linear: ClassVar[bool] = False
-    unequal_ranks: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if self.max_rank < 0:
             raise StrategyError(f"strategy.options: flora's max_rank = {self.max_rank}, expected 0 (no limit) or more")
-
-    def check(self, clients: Sequence[ClientInfo]) -> None:
-        """Serves any ranks and scalings."""
-
-    def init(self, adapter: AdapterState) -> ServerState:
-        """The state before round 1, which starts from the given adapter."""
-        return ServerState(adapter=adapter)
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
         """The first r_j rows of the round's random A with B = 0, and the folds that this client lacks.
@@ -56,19 +45,7 @@ class Flora:
         Raises:
             StrategyError: the client's rank exceeds the largest of the run.
         """
-        lora = {
-            # B = 0, so A carries no scale: a client starts with A as PEFT would draw it, whatever its scaling
-            name: sliced(LoraFactors(f.A, f.B, client.scaling_of(name)), client, name)
-            for name, f in state.adapter.lora.items()
-        }
-        folds_from, folds = state.folds.since(client.known_base_version)
-        return Broadcast(
-            round=round,
-            adapter=AdapterState(lora=lora, dense=state.adapter.dense),
-            base_version=state.folds.version,
-            folds=folds,
-            folds_from=folds_from,
-        )
+        return super().broadcast(unscaled(state, client), client, round)
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
         """The stack as one more fold, and the next round's restart."""
@@ -79,9 +56,11 @@ class Flora:
         )
         return ServerState(adapter=adapter, folds=state.folds.push(fold, self.max_rank, self.compact))
 
-    def global_adapter(self, state: ServerState) -> AdapterState:
-        """The sum of all folds."""
-        return total(state)
+
+def unscaled(state: ServerState, client: ClientInfo) -> ServerState:
+    """The state as this client's scaling sees it, for B = 0: A carries no scale then, and is sent as it was drawn."""
+    lora = {name: replace(f, scaling=client.scaling_of(name)) for name, f in state.adapter.lora.items()}
+    return replace(state, adapter=replace(state.adapter, lora=lora))
 
 
 def restart(adapter: AdapterState, seed: int, round: int) -> AdapterState:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fedlora.adapter import AdapterState, LoraFactors, norm, pad, stack, wide
 from fedlora.errors import StrategyError
-from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
+from fedlora.exchange import ClientUpdate
 
-from .base import ServerState, sliced_adapter, total
+from .base import ServerState, Strategy, regrown
 from .means import Parts, gather
 
 _STEPS = 100
@@ -22,7 +22,7 @@ _ROUNDING = 1e-12  # of f, which is near 1
 
 
 @dataclass(frozen=True)
-class LoraFair:
+class LoraFair(Strategy):
     """`A = mean A_k`, `B = mean B_k + dB`, with dB such that `B A` is near to `sum_k p_k s_k B_k A_k` and dB is small.
 
     Bian et al. 2024, "LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement",
@@ -40,27 +40,11 @@ class LoraFair:
     similarity: Literal["frobenius", "cosine"] = "frobenius"
     lam: float = 0.01
 
-    linear: ClassVar[bool] = False
-    unequal_ranks: ClassVar[bool] = True
+    steady: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.lam < float("inf"):
             raise StrategyError(f"strategy.options: lora-fair's lam = {self.lam}, expected a number of at least 0")
-
-    def check(self, clients: Sequence[ClientInfo]) -> None:
-        """Serves any ranks and scalings."""
-
-    def init(self, adapter: AdapterState) -> ServerState:
-        """The state before round 1."""
-        return ServerState(adapter=adapter)
-
-    def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
-        """The refined factors, sliced to the client's rank, with its own scaling divided out once.
-
-        Raises:
-            StrategyError: the client's rank exceeds the largest of the run.
-        """
-        return Broadcast(round=round, adapter=sliced_adapter(state.adapter, client))
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
         """The refined factors; a module or dense tensor that no reply has stays as it was."""
@@ -68,12 +52,8 @@ class LoraFair:
         lora = dict(state.adapter.lora)
         for name, part in parts.items():
             before = lora.get(name, part.factors[0])
-            lora[name] = _grown(self._refined(part, before.scaling), before)
+            lora[name] = regrown(self._refined(part, before.scaling), before)
         return replace(state, adapter=AdapterState(lora=lora, dense={**state.adapter.dense, **dense}))
-
-    def global_adapter(self, state: ServerState) -> AdapterState:
-        """The refined factors, at scaling 1."""
-        return total(state)
 
     def _refined(self, parts: Parts, scaling: float) -> LoraFactors:
         """The mean factors with B corrected, at the largest rank among the parts, computed in fp64."""
@@ -153,16 +133,3 @@ def cosine_minimum(mean_b: Tensor, gram: Tensor, cross: Tensor, ideal_norm: floa
             break
         x, value = tried, tried_value
     return x
-
-
-def _grown(factors: LoraFactors, before: LoraFactors) -> LoraFactors:
-    """The same update at the rank that the server held before, if that is larger.
-
-    When no client of the largest rank was sampled, zero-padding would leave rows of A and columns of B that
-    are both zero, and stay so for good, having no gradient. The rows of A are kept instead, with B = 0.
-    """
-    rank = factors.rank
-    if rank >= before.rank:
-        return factors
-    kept = (before.scaling / factors.scaling) * before.A[rank:].to(factors.A)
-    return LoraFactors(A=torch.cat([factors.A, kept]), B=pad(factors, before.rank).B, scaling=factors.scaling)

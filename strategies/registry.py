@@ -1,6 +1,6 @@
 """Strategies by name, imported only when one is asked for: this module loads no torch.
 
-A strategy is a frozen dataclass with the methods of `base.Strategy`; its fields, each with a default, are its
+A strategy is a frozen dataclass that extends `base.Strategy`; its fields, each with a default, are its
 options. The round loop sets the field `seed`, where a class has one, to the run's seed.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import fields, is_dataclass
 from importlib import import_module
+from inspect import isabstract
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from fedlora.errors import StrategyError, suggest
@@ -25,8 +26,6 @@ NAMES: dict[str, str] = {
     "flora": "fedlora.strategies.flora:Flora",
     "lora-fair": "fedlora.strategies.lora_fair:LoraFair",
 }
-
-_PROTOCOL = ("linear", "unequal_ranks", "check", "init", "broadcast", "aggregate", "global_adapter")
 
 
 def load(name: str, **options: Option) -> Strategy:
@@ -75,12 +74,12 @@ def resolve(name: str) -> type[Any]:
     cls = getattr(module, class_name, None)
     if cls is None:
         raise StrategyError(f"strategy.name = {name!r}: module {module_name!r} has no class {class_name!r}")
-    missing = [attribute for attribute in _PROTOCOL if not hasattr(cls, attribute)]
-    if not (isinstance(cls, type) and is_dataclass(cls)) or missing:
-        lack = f"it lacks {', '.join(missing)}" if missing else "it is not a dataclass"
+    from .base import Strategy
+
+    if not (isinstance(cls, type) and issubclass(cls, Strategy) and is_dataclass(cls)) or isabstract(cls):
         raise StrategyError(
-            f"strategy.name = {name!r}: {class_name} is no strategy, {lack}; "
-            "write a frozen dataclass with the methods of fedlora.strategies.base.Strategy"
+            f"strategy.name = {name!r}: {class_name} is no strategy; write a frozen dataclass that extends "
+            "fedlora.strategies.base.Strategy and has a method aggregate"
         )
     return cls
 

@@ -32,6 +32,8 @@ def start(clients: Sequence[ClientInfo], seed: int = 0, shapes: Mapping[str, tup
 def train(broadcast: Broadcast, client: ClientInfo, seed: int, size: float = 0.3) -> ClientUpdate:
     """Random training: what is trainable moves, and what is not uploaded comes back empty."""
     generator = torch.Generator().manual_seed(1000 * seed + client.client_id)
+    if broadcast.task == "gradient":
+        return _gradient(broadcast, client, generator)
 
     def move(tensor: Tensor, factor: str) -> Tensor:
         if factor in broadcast.trainable:
@@ -52,6 +54,33 @@ def train(broadcast: Broadcast, client: ClientInfo, seed: int, size: float = 0.3
         num_examples=client.num_examples,
         base_version=broadcast.base_version,
     )
+
+
+def _gradient(broadcast: Broadcast, client: ClientInfo, generator: torch.Generator) -> ClientUpdate:
+    """A random gradient by its leading factors, of the ranks that the server asked for."""
+    lora = {
+        name: LoraFactors(
+            A=torch.randn(f.A.shape, generator=generator), B=torch.randn(f.B.shape, generator=generator), scaling=1.0
+        )
+        for name, f in sorted(broadcast.adapter.lora.items())
+    }
+    return ClientUpdate(client_id=client.client_id, adapter=AdapterState(lora=lora), num_examples=client.num_examples)
+
+
+def whole(sent: Broadcast, reply: ClientUpdate) -> AdapterState:
+    """What the client ended with: its reply, with the factors that it did not send as it was sent them.
+
+    Not for factors that a client trains and keeps to itself.
+    """
+    lora = {
+        name: LoraFactors(
+            A=f.A if "A" in sent.upload else sent.adapter.lora[name].A,
+            B=f.B if "B" in sent.upload else sent.adapter.lora[name].B,
+            scaling=f.scaling,
+        )
+        for name, f in reply.adapter.lora.items()
+    }
+    return AdapterState(lora=lora, dense=reply.adapter.dense)
 
 
 @dataclass

@@ -142,7 +142,7 @@ def test_memory_is_that_of_one_reply() -> None:
     def stream():
         nonlocal most
         for i in range(6):
-            update = train(FEDAVG.broadcast(state, one, 1), one, seed=i)
+            update = replace(train(FEDAVG.broadcast(state, one, 1), one, seed=i), client_id=i)
             alive.append(weakref.ref(update.adapter.lora["layers.0.q"].A))
             yield update
             del update
