@@ -15,6 +15,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.config import Config, Scalar
+from fedlora.results import folder_of, stamp
 
 _SERVER = 1  # Flower's own id of the SuperLink
 
@@ -102,11 +103,13 @@ def run(config: Config, server_app: ServerApp | None = None, client_app: ClientA
     if client_app is None:
         from ..clients.client_app import app as client_app
 
+    config = stamp(config)
     run_config = config.to_flat()
     run_id = secrets.randbits(62)
     count = config.federation.clients
     nodes: list[dict[str, Scalar]] = [
-        {"partition-id": i, "num-partitions": count, "resident": True} for i in range(count)
+        {"partition-id": i, "num-partitions": count, "resident": True, "state": str(folder_of(config) / "clients")}
+        for i in range(count)
     ]
     grid = LocalGrid(client_app, nodes, run_config, run_id)
     server_app(grid, Context(run_id, _SERVER, {}, RecordDict(), run_config))
