@@ -120,6 +120,23 @@ class TrainConfig:
 class StrategyConfig:
     name: str = option("flora", "an aggregation strategy, or your own as package.module:Class")
     options: str = option("", "its options: 'similarity=cosine, lam=0.01'")
+    server_optimizer: str = option(
+        "none", "the server's own steps, along a round's change", ("none", "momentum", "adam", "yogi", "adagrad")
+    )
+    server_lr: float = option(1.0, "server-optimizer: learning rate; adam, yogi, adagrad want about 0.01", low=0.0)
+    server_beta1: float = option(0.9, "server-optimizer: decay of the first moment", low=0.0, high=0.9999)
+    server_beta2: float = option(0.99, "adam, yogi: decay of the second moment", low=0.0, high=0.9999)
+    server_tau: float = option(1e-3, "adam, yogi, adagrad: added to the root of the second moment", low=1e-12)
+    restart_every: int = option(0, "rounds after which the adapter is folded and restarts; 0: never", low=0)
+    robust: str = option(
+        "none",
+        "how poisoned replies are kept out",
+        ("none", "norm-bound", "median", "trimmed-mean", "krum", "multi-krum"),
+    )
+    robust_bound: float = option(2.0, "norm-bound: largest update over the clients' median", low=1.0)
+    robust_trim: float = option(0.2, "trimmed-mean: share of clients dropped at either end", low=0.0, high=0.49)
+    robust_byzantine: int = option(1, "krum, multi-krum: poisoned clients withstood; K >= 2 f + 3", low=0)
+    robust_keep: int = option(0, "multi-krum: clients kept; 0: all but robust-byzantine", low=0)
 
 
 @dataclass(frozen=True)
@@ -138,7 +155,13 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class WireConfig:
-    dtype: str = option("fp32", "number format of factors on the wire", ("fp32", "fp16", "bf16"))
+    dtype: str = option("fp32", "number format of what the server sends", ("fp32", "fp16", "bf16"))
+    upload_dtype: str = option(
+        "fp32",
+        "number format of what clients send; all but fp32 carry the change since the broadcast, and what they leave "
+        "out is added to the next reply",
+        ("fp32", "fp16", "bf16", "int8", "int4"),
+    )
 
 
 @dataclass(frozen=True)
