@@ -6,7 +6,7 @@ or fp64 where the factors are: narrower ones (bf16) are widened before they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,9 @@ from fedlora.errors import AdapterError
 
 # Numbers of a batch of equal modules: large enough that Python's loop does not show, small beside a model.
 _AT_ONCE = 1 << 23
+
+# Ends the names of cores among the dense tensors.
+CORE = ".lora_R"
 
 if TYPE_CHECKING:
     from fedlora.exchange import ClientUpdate
@@ -48,7 +51,8 @@ class AdapterState:
 
     Args:
         lora: base-model module name -> factors.
-        dense: parameter name -> tensor trained in full (a classification head), averaged by every strategy.
+        dense: parameter name -> tensor trained in full (a classification head), averaged by every strategy; and
+            "<module>.lora_R" -> a core R [r, r] between that module's factors: dW = scaling * B @ R @ A.
     """
 
     lora: Mapping[str, LoraFactors] = field(default_factory=dict)
@@ -58,6 +62,17 @@ class AdapterState:
 def delta(factors: LoraFactors) -> Tensor:
     """The dense update `scaling * B @ A`, [d_out, d_in]. For tests and merging into an fp32 base only."""
     return factors.scaling * (factors.B @ factors.A)
+
+
+def without_cores(adapter: AdapterState) -> AdapterState:
+    """The same updates as A and B alone: a core is multiplied into its A."""
+    lora = {
+        name: LoraFactors(A=wide(adapter.dense[name + CORE]) @ wide(f.A), B=f.B, scaling=f.scaling)
+        if name + CORE in adapter.dense
+        else f
+        for name, f in adapter.lora.items()
+    }
+    return AdapterState(lora=lora, dense={k: v for k, v in adapter.dense.items() if not k.endswith(CORE)})
 
 
 def norm(factors: LoraFactors) -> float:
@@ -226,14 +241,19 @@ def svd_each(lora: Mapping[str, LoraFactors], rank: int = 0) -> dict[str, lowran
         alike.setdefault((f.B.shape[0], f.rank, f.A.shape[1]), []).append(name)
     found: dict[str, lowrank.Svd] = {}
     for (d_out, r, d_in), group in alike.items():
-        size = max(1, _AT_ONCE // ((d_out + d_in) * max(r, 1)))
-        for begin in range(0, len(group), size):
-            names = group[begin : begin + size]
+        for names in at_once(group, (d_out + d_in) * r):
             B = torch.stack([lora[name].B for name in names])
             A = torch.stack([lora[name].scaling * wide(lora[name].A) for name in names])
             u, s, vh = lowrank.product_svd(B, A, rank)
             found |= {name: (u[i], s[i], vh[i]) for i, name in enumerate(names)}
     return {name: found[name] for name in lora}
+
+
+def at_once(names: Sequence[str], numbers: int) -> Iterator[Sequence[str]]:
+    """Equal modules in groups that are computed together, each of so many numbers in its factors."""
+    size = max(1, _AT_ONCE // max(numbers, 1))
+    for begin in range(0, len(names), size):
+        yield names[begin : begin + size]
 
 
 def qr_svd(factors: LoraFactors) -> lowrank.Svd:

@@ -66,6 +66,16 @@ def gram(B: Tensor, A: Tensor, rank: int = 0) -> Svd:
     return _signed(u, s, vh)
 
 
+def singular_values(g_b: Tensor, g_a: Tensor) -> Tensor:
+    """The singular values of B @ A from its Gram matrices B'B and AA' [..., R, R], largest first, fp64 [..., R].
+
+    Those below 1e-8 of the product of the factors' norms are rounding.
+    """
+    values, vectors = torch.linalg.eigh(g_a)
+    root = vectors * values.clamp(min=0.0).sqrt()[..., None, :]
+    return torch.linalg.eigvalsh(root.mT @ g_b @ root).clamp(min=0.0).sqrt().flip(-1)
+
+
 def qr(B: Tensor, A: Tensor, rank: int = 0) -> Svd:
     """QR of B and of A', then the SVD of the R x R core, all in fp64: slower, and accurate where terms cancel."""
     q_b, r_b = torch.linalg.qr(B.double())

@@ -67,10 +67,9 @@ class FedAvg(Strategy):
                 expected = state.adapter.lora[name].rank if name in state.adapter.lora else factors.rank
                 _check_rank(name, update.client_id, factors.rank, expected if held is None else len(held), "sent")
                 _check_scaling(name, update.client_id, factors.scaling, scalings.setdefault(name, factors.scaling))
-                means_a.add(name, factors.A, update)
-                means_b.add(name, factors.B, update)
-            for name, tensor in update.adapter.dense.items():
-                dense.add(name, tensor, update)
+            means_a.add({name: factors.A for name, factors in update.adapter.lora.items()}, update)
+            means_b.add({name: factors.B for name, factors in update.adapter.lora.items()}, update)
+            dense.add(update.adapter.dense, update)
         lora = {
             name: LoraFactors(A=a, B=means_b.values[name], scaling=scalings[name]) for name, a in means_a.values.items()
         }
@@ -104,7 +103,8 @@ def _fix(ranks: Sequence[int]) -> str:
 
 
 def _others() -> str:
-    return " or ".join(unequal_rank_names())
+    *names, last = unequal_rank_names()
+    return f"{', '.join(names)} or {last}"
 
 
 def _listed(values: Sequence[float], most: int = 10) -> str:

@@ -9,12 +9,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedlora.adapter import AdapterState, LoraFactors, norm, pad, stack, wide
+from fedlora.adapter import AdapterState, LoraFactors, norm
 from fedlora.errors import StrategyError
 from fedlora.exchange import ClientUpdate
 
 from .base import ServerState, Strategy, regrown
-from .means import Parts, gather
+from .means import Batch, alike, gather
 
 _STEPS = 100
 _GRADIENT = 1e-8
@@ -50,45 +50,45 @@ class LoraFair(Strategy):
         """The refined factors; a module or dense tensor that no reply has stays as it was."""
         parts, dense = gather(updates, round)
         lora = dict(state.adapter.lora)
-        for name, part in parts.items():
-            before = lora.get(name, part.factors[0])
-            lora[name] = regrown(self._refined(part, before.scaling), before)
+        for batch in alike(parts):
+            A, B = self._refined(batch)
+            for name, a, b in zip(batch.names, A, B, strict=True):
+                before = lora.get(name, parts[name].factors[0])
+                refined = LoraFactors(
+                    A=(a / before.scaling).to(batch.dtype), B=b.to(batch.dtype), scaling=before.scaling
+                )
+                lora[name] = regrown(refined, before)
         return replace(state, adapter=AdapterState(lora=lora, dense={**state.adapter.dense, **dense}))
 
-    def _refined(self, parts: Parts, scaling: float) -> LoraFactors:
-        """The mean factors with B corrected, at the largest rank among the parts, computed in fp64."""
-        rank = max(part.rank for part in parts.factors)
-        effective = [
-            LoraFactors(A=part.scaling * part.A.double(), B=part.B.double(), scaling=1.0) for part in parts.factors
-        ]
-        padded = [pad(part, rank) for part in effective]
-        mean_a = torch.stack([p * part.A for p, part in zip(parts.shares, padded, strict=True)]).sum(dim=0)
-        mean_b = torch.stack([p * part.B for p, part in zip(parts.shares, padded, strict=True)]).sum(dim=0)
-        ideal = stack(effective, parts.shares)
-        gram = mean_a @ mean_a.T
-        cross = ideal.B @ (ideal.A @ mean_a.T)
+    def _refined(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The mean factors with B corrected, [n, r, d_in] and [n, d_out, r], r the largest rank, in fp64."""
+        A, B = batch.A, batch.B  # their product is the ideal; p_k s_k is in A
+        rank = int(batch.rows.max()) + 1
+        mean_a = A.new_zeros(len(A), rank, A.shape[2]).index_add_(1, batch.rows, A)
+        mean_b = B.new_zeros(len(B), B.shape[1], rank).index_add_(2, batch.rows, B * batch.shares)
+        gram = mean_a @ mean_a.mT
+        cross = B @ (A @ mean_a.mT)
         if self.similarity == "frobenius":
-            refined_b = mean_b + solve(cross - mean_b @ gram, gram, self.lam)
-        else:
-            refined_b = cosine_minimum(mean_b, gram, cross, norm(ideal), self.lam)
-        dtype = wide(parts.factors[0].A).dtype
-        return LoraFactors(A=(mean_a / scaling).to(dtype), B=refined_b.to(dtype), scaling=scaling)
+            return mean_a, mean_b + solve(cross - mean_b @ gram, gram, self.lam)
+        sizes = [norm(LoraFactors(A=a, B=b, scaling=1.0)) for a, b in zip(A, B, strict=True)]
+        minima = [cosine_minimum(*each, self.lam) for each in zip(mean_b, gram, cross, sizes, strict=True)]
+        return mean_a, torch.stack(minima)
 
 
 def solve(right: Tensor, gram: Tensor, ridge: float) -> Tensor:
     """`right (gram + ridge I)^-1`, or with a singular matrix the pseudo-inverse's answer, the smallest one.
 
     Args:
-        right: [d_out, r].
-        gram: [r, r], symmetric positive semi-definite.
+        right: [..., d_out, r].
+        gram: [..., r, r], symmetric positive semi-definite.
         ridge: at least 0.
     """
     values, vectors = torch.linalg.eigh(gram)
     shifted = values.clamp(min=0.0) + ridge
     # Rows of A known to fp32's 1e-7 leave eigenvalues of A A' below 1e-13 of the largest to rounding.
-    known = shifted > 1e-13 * shifted.max()
+    known = shifted > 1e-13 * shifted.amax(dim=-1, keepdim=True)
     inverse = torch.where(known, 1.0 / shifted.where(known, torch.ones_like(shifted)), 0.0)
-    return (right @ vectors) * inverse @ vectors.T
+    return (right @ vectors) * inverse[..., None, :] @ vectors.mT
 
 
 def cosine_minimum(mean_b: Tensor, gram: Tensor, cross: Tensor, ideal_norm: float, lam: float) -> Tensor:
