@@ -1,0 +1,80 @@
+"""HetLoRA against dense norms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedlora.adapter import norm
+from fedlora.exchange import ClientInfo
+from fedlora.strategies.hetlora import HetLora
+from tests.naive import dense as naive
+from tests.naive.clients import SHAPES, start, train
+from tests.naive.drawn import before, factors_of, replies, updates_of
+from tests.naive.hetlora import Module, weights
+
+HETLORA = HetLora()
+
+
+@settings(max_examples=40, deadline=None)
+@given(parts=replies(), more=st.integers(0, 2))
+def test_equals_the_dense_reference(parts: list[naive.Part], more: int) -> None:
+    begun = before(parts, more)
+    twin = Module(begun.lora["m"].A, begun.lora["m"].B, begun.lora["m"].scaling)
+    twin.aggregate(parts)
+    got = HETLORA.aggregate(HETLORA.init(begun), updates_of(parts), 1).adapter.lora["m"]
+    torch.testing.assert_close(got.scaling * got.A, twin.A)
+    torch.testing.assert_close(got.B, twin.B)
+
+
+@settings(max_examples=30, deadline=None)
+@given(parts=replies(least=2))
+def test_weights_are_the_dense_norms(parts: list[naive.Part]) -> None:
+    """Read off A: each client has one row of its own, one; so row k of the mean is w_k."""
+    norms = [norm(factors_of(part)) for part in parts]
+    for got, expected in zip(norms, weights(parts), strict=True):
+        torch.testing.assert_close(got / sum(norms), expected)
+    count, d_in = len(parts), parts[0].A.shape[1]
+    marked = []
+    for k, part in enumerate(parts):
+        A, B = torch.zeros(count, d_in).double(), torch.zeros(1, count).double()
+        A[k], B[0, k] = 1.0, norms[k] / (d_in**0.5)
+        marked.append(naive.Part(A, B, 1.0, part.examples))
+    got = HETLORA.aggregate(HETLORA.init(before(marked)), updates_of(marked), 1).adapter.lora["m"]
+    torch.testing.assert_close(got.scaling * got.A[:, 0], torch.tensor(weights(parts)).double())
+
+
+def test_fault_2_norms_are_those_of_the_effective_updates() -> None:
+    """Equal factors at scalings 1 and 3 weigh 1/4 and 3/4: B = 1/4 + 2 * 3/4, A = 1/4 + 3 * 3/4 * 1/2."""
+    ones = naive.Part(torch.ones(1, 1), torch.ones(1, 1), 1.0, 100)
+    tripled = naive.Part(torch.full((1, 1), 0.5), torch.full((1, 1), 2.0), 3.0, 1)
+    got = HETLORA.aggregate(HETLORA.init(before([ones])), updates_of([ones, tripled]), 1).adapter.lora["m"]
+    torch.testing.assert_close(got.B.float(), torch.tensor([[1.75]]))
+    torch.testing.assert_close((got.scaling * got.A).float(), torch.tensor([[1.375]]))
+
+
+def test_examples_do_not_count_and_an_update_of_zero_counts_for_nothing() -> None:
+    clients = [ClientInfo(client_id=i, rank=r, alpha=16, num_examples=i + 1) for i, r in enumerate((4, 2, 1))]
+    state = HETLORA.init(start(clients))
+    sent = [HETLORA.broadcast(state, c, 1) for c in clients]
+    updates = [train(s, c, seed=1) for s, c in zip(sent, clients, strict=True)]
+    got = HETLORA.aggregate(state, updates, 1).adapter.lora
+    heavy = HETLORA.aggregate(state, [replace(updates[0], num_examples=1000), *updates[1:]], 1).adapter.lora
+    idle = replace(updates[1], adapter=replace(updates[1].adapter, lora=sent[1].adapter.lora))
+    without = HETLORA.aggregate(state, [updates[0], updates[2]], 1).adapter.lora
+    with_idle = HETLORA.aggregate(state, [updates[0], idle, updates[2]], 1).adapter.lora
+    for name in SHAPES:
+        assert torch.equal(got[name].A, heavy[name].A)
+        assert torch.equal(with_idle[name].A, without[name].A)
+        assert torch.equal(with_idle[name].B, without[name].B)
+        assert not torch.allclose(got[name].B, without[name].B)
+
+
+def test_where_nothing_moved_all_count_alike() -> None:
+    parts = [naive.Part(torch.full((2, 3), float(k)), torch.zeros(4, 2), 1.0, 10**k) for k in (0, 1, 2)]
+    got = HETLORA.aggregate(HETLORA.init(before(parts)), updates_of(parts), 1).adapter.lora["m"]
+    torch.testing.assert_close((got.scaling * got.A).float(), torch.ones(2, 3))
+    assert not got.B.any()
