@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from fedlora.adapter import AdapterState, LoraFactors, first_ranks, pad
+from fedlora.adapter import CORE, AdapterState, LoraFactors, first_ranks, pad, without_cores
 from fedlora.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
@@ -127,7 +127,7 @@ def regrown(factors: LoraFactors, before: LoraFactors) -> LoraFactors:
 
 
 def completed(update: ClientUpdate, state: ServerState) -> AdapterState:
-    """The factors that a client ended with: a factor that it did not send is the server's, cut to its rank.
+    """The factors that a client ended with: one that it did not send is the server's, cut to its rank; cores are in A.
 
     Args:
         update: a reply of the round that started from `state`.
@@ -135,13 +135,14 @@ def completed(update: ClientUpdate, state: ServerState) -> AdapterState:
     """
     lora: dict[str, LoraFactors] = {}
     for name, factors in update.adapter.lora.items():
-        if factors.A.numel() and factors.B.numel():
+        has_a, has_b = factors.A.numel() > 0, factors.B.numel() > 0
+        if has_a and has_b:
             lora[name] = factors
             continue
-        rank = factors.A.shape[0] if factors.A.numel() else factors.B.shape[1]
-        sent = first_ranks(state.adapter.lora[name], rank, factors.scaling)
-        lora[name] = replace(factors, A=sent.A) if not factors.A.numel() else replace(factors, B=sent.B)
-    return AdapterState(lora=lora, dense=update.adapter.dense)
+        trained = factors.A if has_a else factors.B.T if has_b else update.adapter.dense[name + CORE]
+        sent = first_ranks(state.adapter.lora[name], len(trained), factors.scaling)
+        lora[name] = replace(sent, A=factors.A) if has_a else replace(sent, B=factors.B) if has_b else sent
+    return without_cores(AdapterState(lora=lora, dense=update.adapter.dense))
 
 
 def total(state: ServerState) -> AdapterState:

@@ -25,6 +25,17 @@ NAMES: dict[str, str] = {
     "fedavg": "fedlora.strategies.fedavg:FedAvg",
     "flora": "fedlora.strategies.flora:Flora",
     "lora-fair": "fedlora.strategies.lora_fair:LoraFair",
+    "fedavg-zeropad": "fedlora.strategies.fedavg_zeropad:FedAvgZeropad",
+    "rblora": "fedlora.strategies.rblora:RbLora",
+    "hetlora": "fedlora.strategies.hetlora:HetLora",
+    "flexlora": "fedlora.strategies.flexlora:FlexLora",
+    "fedex": "fedlora.strategies.fedex:FedEx",
+    "florist": "fedlora.strategies.florist:Florist",
+    "ffa": "fedlora.strategies.ffa:Ffa",
+    "rolora": "fedlora.strategies.rolora:RoLora",
+    "fedsvd": "fedlora.strategies.fedsvd:FedSvd",
+    "fedsa": "fedlora.strategies.fedsa:FedSa",
+    "fedsb": "fedlora.strategies.fedsb:FedSb",
 }
 
 
@@ -85,9 +96,11 @@ def resolve(name: str) -> type[Any]:
 
 
 def configured(config: Config) -> Strategy:
-    """The strategy that a run's config names.
+    """The strategy that a run's config names, inside the wrappers that it asks for.
 
     The run's seed and its anchor settings go to a strategy that has fields `seed`, `max_rank` or `compact`.
+    From the outside in: `Robust` filters the replies, `Restart` folds what the optimizer made and drops its moments,
+    `ServerOptimizer` takes the strategy's change of the adapter for a gradient.
     """
     run_wide: dict[str, Option] = {
         "seed": config.run.seed,
@@ -96,7 +109,41 @@ def configured(config: Config) -> Strategy:
     }
     known = {f.name for f in fields(resolve(config.strategy.name))}
     options = {name: value for name, value in run_wide.items() if name in known}
-    return load(config.strategy.name, **(options | parse_options(config.strategy.options)))
+    strategy = load(config.strategy.name, **(options | parse_options(config.strategy.options)))
+    chosen: Any = config.strategy  # its choices are the wrappers' Literals
+    if chosen.server_optimizer != "none":
+        from .server_optimizer import ServerOptimizer
+
+        strategy = ServerOptimizer(
+            strategy,
+            kind=chosen.server_optimizer,
+            lr=chosen.server_lr,
+            beta1=chosen.server_beta1,
+            beta2=chosen.server_beta2,
+            tau=chosen.server_tau,
+        )
+    if chosen.restart_every:
+        from .restart import Restart
+
+        strategy = Restart(
+            strategy,
+            every=chosen.restart_every,
+            seed=config.run.seed,
+            max_rank=config.anchor.max_rank,
+            compact=config.anchor.base_update == "anchor",
+        )
+    if chosen.robust != "none":
+        from .robust import Robust
+
+        strategy = Robust(
+            strategy,
+            rule=chosen.robust,
+            bound=chosen.robust_bound,
+            trim=chosen.robust_trim,
+            byzantine=chosen.robust_byzantine,
+            keep=chosen.robust_keep,
+        )
+    return strategy
 
 
 def parse_options(text: str) -> dict[str, Option]:
@@ -122,6 +169,11 @@ def parse_options(text: str) -> dict[str, Option]:
 def unequal_rank_names() -> list[str]:
     """The registered strategies that serve clients of different ranks, sorted; for error messages."""
     return sorted(name for name in NAMES if resolve(name).unequal_ranks)
+
+
+def steady_names() -> list[str]:
+    """The registered strategies that keep the meaning of rows from round to round, sorted; for error messages."""
+    return sorted(name for name in NAMES if resolve(name).steady)
 
 
 def _scalar(text: str) -> Option:

@@ -22,27 +22,41 @@ from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies import load
 from fedlora.strategies.base import ServerState, Strategy
 from fedlora.strategies.registry import NAMES
+from fedlora.strategies.restart import Restart
+from fedlora.strategies.robust import Robust
+from fedlora.strategies.server_optimizer import ServerOptimizer
 from tests.naive import dense as naive
 from tests.naive.clients import SHAPES, HeldBase, dense_deltas, start, train, whole
 
 MORE_OPTIONS: dict[str, list[dict[str, Any]]] = {
     "flora": [{"compact": False}],
     "lora-fair": [{"lam": 0.0}, {"similarity": "cosine"}],
+    "flexlora": [{"keep_tail": True}, {"keep_tail": True, "max_rank": 4}],
+    "fedex": [{"compact": False}],
+    "florist": [{"tau": 1.0}],
+    "fedsvd": [{"period": 2}],
 }
 # weighs clients by the norms of their updates, not by their examples
 BY_NORM = {"hetlora"}
+# drops the smallest components of what it gets, also from one client alone
+TRUNCATING = [("florist", {})]
 VARIANTS = [(name, options) for name in NAMES for options in [{}, *MORE_OPTIONS.get(name, [])]]
+WRAPPED: dict[str, Strategy] = {
+    "momentum-fedavg": ServerOptimizer(load("fedavg"), beta1=0.0),
+    "restart-1-fedavg": Restart(load("fedavg"), every=1),
+    "restart-2-fedavg": Restart(load("fedavg"), every=2),
+    "bounded-flora": Robust(load("flora"), bound=1e9),
+}
 
 
 def over(variants: Sequence[tuple[str, dict[str, Any]]]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(
-        "strategy", [load(n, **o) for n, o in variants], ids=[f"{n}{list(o.items()) if o else ''}" for n, o in variants]
-    )
+    named = {f"{n}{list(o.items()) if o else ''}": load(n, **o) for n, o in variants} | WRAPPED
+    return pytest.mark.parametrize("strategy", named.values(), ids=named)
 
 
 every_strategy = over(VARIANTS)
 by_examples = over([(n, o) for n, o in VARIANTS if n not in BY_NORM])
-with_global_model = over([(n, o) for n, o in VARIANTS if not load(n, **o).personal])
+with_all_of_one = over([(n, o) for n, o in VARIANTS if not load(n, **o).personal and (n, o) not in TRUNCATING])
 few = settings(max_examples=12, deadline=None)
 
 
@@ -132,7 +146,7 @@ def outcome(strategy: Strategy, state: ServerState, updates: Sequence[ClientUpda
     return dense_deltas(strategy.global_adapter(new)) | dense
 
 
-@with_global_model
+@with_all_of_one
 @few
 @given(draw=draws())
 def test_one_client_is_identity(strategy: Strategy, draw: Draw) -> None:
@@ -214,7 +228,15 @@ def test_dense_tensors_are_averaged_over_those_that_sent_them(strategy: Strategy
 
 def without(update: ClientUpdate, module: str) -> ClientUpdate:
     lora = {name: factors for name, factors in update.adapter.lora.items() if name != module}
-    return replace(update, adapter=replace(update.adapter, lora=lora))
+    dense = {name: tensor for name, tensor in update.adapter.dense.items() if not name.startswith(module)}
+    return replace(update, adapter=AdapterState(lora=lora, dense=dense))
+
+
+def of(module: str, outcomes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of an outcome that is about one module: its update, or its A and its core."""
+    found = {name: tensor for name, tensor in outcomes.items() if name.startswith(module)}
+    assert found
+    return found
 
 
 @every_strategy
@@ -224,7 +246,7 @@ def test_a_module_is_averaged_over_the_clients_that_sent_it(strategy: Strategy, 
     state, updates = begin(strategy, draw.clients(strategy), draw.seed)
     got = outcome(strategy, state, [without(updates[0], "layers.0.q"), *updates[1:]])
     absent, present = outcome(strategy, state, updates[1:]), outcome(strategy, state, updates)
-    assert_near(got, present | {"layers.0.q": absent["layers.0.q"]})
+    assert_near(got, present | of("layers.0.q", absent))
 
 
 @every_strategy
@@ -232,8 +254,10 @@ def test_a_module_that_nobody_sent_stays(strategy: Strategy) -> None:
     clients = [ClientInfo(client_id=i, rank=3) for i in range(2)]
     state, updates = begin(strategy, clients, 3)
     before = dense_deltas(strategy.global_adapter(state))["layers.0.q"]
-    got = outcome(strategy, state, [without(update, "layers.0.q") for update in updates])
-    assert_near({"layers.0.q": got["layers.0.q"]}, {"layers.0.q": before})
+    new = strategy.aggregate(state, [without(update, "layers.0.q") for update in updates], 2)
+    assert_near(of("layers.0.q", dense_deltas(strategy.global_adapter(new))), {"layers.0.q": before})
+    if strategy.steady:
+        assert torch.equal(new.adapter.lora["layers.0.q"].A, state.adapter.lora["layers.0.q"].A)
 
 
 @every_strategy
@@ -360,7 +384,8 @@ def test_bf16_replies_are_summed_in_fp32(strategy: Strategy) -> None:
         replace(
             u,
             adapter=AdapterState(
-                lora={n: LoraFactors(f.A.bfloat16(), f.B.bfloat16(), f.scaling) for n, f in u.adapter.lora.items()}
+                lora={n: LoraFactors(f.A.bfloat16(), f.B.bfloat16(), f.scaling) for n, f in u.adapter.lora.items()},
+                dense={n: tensor.bfloat16() for n, tensor in u.adapter.dense.items()},
             ),
         )
         for u in updates
@@ -369,7 +394,8 @@ def test_bf16_replies_are_summed_in_fp32(strategy: Strategy) -> None:
         replace(
             u,
             adapter=AdapterState(
-                lora={n: LoraFactors(f.A.float(), f.B.float(), f.scaling) for n, f in u.adapter.lora.items()}
+                lora={n: LoraFactors(f.A.float(), f.B.float(), f.scaling) for n, f in u.adapter.lora.items()},
+                dense={n: tensor.float() for n, tensor in u.adapter.dense.items()},
             ),
         )
         for u in narrow

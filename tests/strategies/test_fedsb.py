@@ -1,0 +1,143 @@
+"""Fed-SB: the start against the dense mean gradient, and blocks of R."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedlora.adapter import CORE, AdapterState, LoraFactors, delta
+from fedlora.errors import StrategyError
+from fedlora.exchange import ClientInfo, ClientUpdate
+from fedlora.strategies import load
+from fedlora.strategies.base import ServerState, Strategy
+from tests.naive.clients import SHAPES, dense_deltas, start, train
+
+
+def server(strategy: Strategy, d_out: int, d_in: int, rank: int) -> ServerState:
+    seeded = LoraFactors(A=torch.ones(rank, d_in), B=torch.zeros(d_out, rank), scaling=2.0)
+    return strategy.init(AdapterState(lora={"m": seeded}))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    d_out=st.integers(1, 9),
+    d_in=st.integers(1, 9),
+    rank=st.integers(1, 7),
+    sent=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 30)), min_size=1, max_size=3),
+    size=st.sampled_from([1e-6, 1.0, 1e4]),
+    seed=st.integers(0, 9999),
+)
+def test_it_starts_along_the_best_approximation_of_minus_the_mean_gradient(
+    d_out: int, d_in: int, rank: int, sent: list[tuple[int, int]], size: float, seed: int
+) -> None:
+    strategy = load("fedsb", first_step=1e-3)
+    generator = torch.Generator().manual_seed(seed)
+    replies = [
+        ClientUpdate(
+            client_id=i,
+            adapter=AdapterState(
+                lora={
+                    "m": LoraFactors(
+                        A=size * torch.randn(q, d_in, generator=generator),
+                        B=torch.randn(d_out, q, generator=generator),
+                        scaling=1.0,
+                    )
+                }
+            ),
+            num_examples=n,
+        )
+        for i, (q, n) in enumerate(sent)
+    ]
+    total = sum(n for _, n in sent)
+    gradient = sum(r.num_examples / total * delta(r.adapter.lora["m"]).double() for r in replies)
+    state = strategy.aggregate(server(strategy, d_out, d_in, rank), replies, 0)
+    factors, core = state.adapter.lora["m"], state.adapter.dense["m" + CORE]
+    assert (factors.A.shape, factors.B.shape, core.shape) == ((rank, d_in), (d_out, rank), (rank, rank))
+
+    full_a, full_b = min(rank, d_in), min(rank, d_out)  # whole bases, however few directions the gradient has
+    torch.testing.assert_close(factors.A[:full_a] @ factors.A[:full_a].T, torch.eye(full_a), rtol=0, atol=1e-5)
+    torch.testing.assert_close(factors.B[:, :full_b].T @ factors.B[:, :full_b], torch.eye(full_b), rtol=0, atol=1e-5)
+    assert torch.equal(core, torch.diag(core.diagonal()))
+
+    u, s, vh = torch.linalg.svd(-gradient)
+    keep = min(rank, len(s))
+    best = (u[:, :keep] * s[:keep]) @ vh[:keep]
+    first = dense_deltas(strategy.global_adapter(state))["m"]
+    assert float(first.square().mean().sqrt()) == pytest.approx(1e-3, rel=1e-4)
+    gap = float(s[keep - 1] - s[keep]) if keep < len(s) else float(s[0])
+    if gap > 1e-3 * float(s[0]):  # else the best approximation is not one, but many
+        torch.testing.assert_close(first / first.norm(), best / best.norm(), rtol=0, atol=1e-4)
+
+
+def test_a_module_without_a_gradient_starts_at_zero_and_can_be_trained() -> None:
+    strategy = load("fedsb")
+    nothing = LoraFactors(A=torch.zeros(3, 5), B=torch.zeros(4, 3), scaling=1.0)
+    reply = ClientUpdate(client_id=0, adapter=AdapterState(lora={"m": nothing}), num_examples=1)
+    state = strategy.aggregate(server(strategy, 4, 5, 3), [reply], 0)
+    assert not state.adapter.dense["m" + CORE].any()
+    torch.testing.assert_close(state.adapter.lora["m"].A @ state.adapter.lora["m"].A.T, torch.eye(3))
+    torch.testing.assert_close(state.adapter.lora["m"].B.T @ state.adapter.lora["m"].B, torch.eye(3))
+
+
+def test_round_0_asks_for_the_gradient_at_the_base_model() -> None:
+    strategy = load("fedsb")
+    clients = [ClientInfo(client_id=i, rank=rank, alpha=8) for i, rank in enumerate((4, 2))]
+    state = strategy.init(start(clients))
+    for client in clients:
+        sent = strategy.broadcast(state, client, 0)
+        assert (sent.task, sent.trainable, sent.upload) == ("gradient", frozenset(), {"A", "B"})
+        assert not sent.steady
+        for name, factors in sent.adapter.lora.items():
+            assert factors.scaling == 1.0
+            assert factors.A.shape == (client.rank, SHAPES[name][1])
+            assert not factors.A.any()
+            assert not factors.B.any()
+        assert sent.adapter.dense.keys() == {"head.weight"}
+
+
+def test_each_client_trains_the_leading_block_of_one_r() -> None:
+    strategy = load("fedsb")
+    clients = [ClientInfo(client_id=i, rank=rank, alpha=8, num_examples=i + 1) for i, rank in enumerate((4, 2, 1))]
+    state = strategy.init(start(clients))
+    state = strategy.aggregate(state, [train(strategy.broadcast(state, c, 0), c, 0) for c in clients], 0)
+    for round in (1, 2):
+        fixed, before = state.adapter.lora, state.adapter.dense
+        sent = [strategy.broadcast(state, client, round) for client in clients]
+        for client, broadcast in zip(clients, sent, strict=True):
+            assert (broadcast.task, broadcast.trainable, broadcast.upload) == ("train", {"R"}, frozenset())
+            assert broadcast.steady
+            for name, f in broadcast.adapter.lora.items():
+                r = client.rank
+                assert torch.equal(broadcast.adapter.dense[name + CORE], before[name + CORE][:r, :r])
+                torch.testing.assert_close(f.scaling * f.B @ f.A, fixed[name].B[:, :r] @ fixed[name].A[:r])
+        replies = [train(b, c, round) for b, c in zip(sent, clients, strict=True)]
+        state = strategy.aggregate(state, replies, round)
+        for name in SHAPES:
+            expected = torch.zeros(4, 4).double()
+            for reply, share in zip(replies, (1 / 6, 2 / 6, 3 / 6), strict=True):
+                core = reply.adapter.dense[name + CORE].double()
+                expected[: len(core), : len(core)] += share * core
+            torch.testing.assert_close(state.adapter.dense[name + CORE].double(), expected, rtol=1e-5, atol=1e-6)
+            assert torch.equal(state.adapter.lora[name].A, fixed[name].A)
+            assert torch.equal(state.adapter.lora[name].B, fixed[name].B)
+    learned = strategy.global_adapter(state)
+    assert learned.dense.keys() == {"head.weight"}
+    for name, factors in learned.lora.items():
+        torch.testing.assert_close(factors.A, state.adapter.dense[name + CORE] @ state.adapter.lora[name].A)
+        assert factors.scaling == 1.0
+
+
+def test_a_first_step_of_zero_starts_at_the_base_model() -> None:
+    strategy, client = load("fedsb", first_step=0.0), ClientInfo(client_id=0, rank=2)
+    state = strategy.init(start([client]))
+    state = strategy.aggregate(state, [train(strategy.broadcast(state, client, 0), client, 0)], 0)
+    assert not any(delta.any() for delta in dense_deltas(strategy.global_adapter(state)).values())
+    assert all(f.B.any() for f in state.adapter.lora.values())
+
+
+@pytest.mark.parametrize("size", [-1.0, float("inf"), float("nan")])
+def test_a_first_step_that_is_no_size_is_refused(size: float) -> None:
+    with pytest.raises(StrategyError, match=r"fedsb's first_step = .*, expected a number of at least 0"):
+        load("fedsb", first_step=size)
