@@ -118,7 +118,6 @@ def result_table(folder: Path) -> Table:
     data = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     rows = [{"round": "0", **_scores(data["baseline"])}] if "baseline" in data else []
     for entry in data["rounds"]:
-        error = entry["aggregation-error"]
         rows.append(
             {
                 "round": str(entry["round"]),
@@ -128,12 +127,16 @@ def result_table(folder: Path) -> Table:
                 "clients": str(len(entry["clients"])),
                 "up": _megabytes(entry["upload-bytes"]),
                 "down": _megabytes(entry["download-bytes"]),
-                "error": "" if error is None else f"{error:.1e}",
+                "codec": _share(entry["codec-error"]),
+                "error": _share(entry["aggregation-error"]),
+                "drift": "" if entry["drift"] is None else f"{entry['drift']:.2f}",
+                "rank": "" if entry["effective-rank"] is None else f"{entry['effective-rank']:.1f}",
             }
         )
     table = Table(
         title=f"{data['config']['strategy.name']} on {data['config']['model.name']}: {data['status']}",
-        caption="loss, accuracy: on held-out rows. error: of the aggregate, against the exact sum of updates.",
+        caption="loss, accuracy: on held-out rows. error: of the aggregate, against the exact mean of the updates. "
+        "drift: 0 where clients moved alike, 1 where they share nothing. rank: effective, of the mean update.",
         box=box.SIMPLE_HEAD,
     )
     titles = [title for title in (rows[-1] if rows else ()) if any(row.get(title) for row in rows)]
@@ -154,6 +157,11 @@ def _metrics(metrics: dict[str, float]) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
+
+
+def _share(value: float | None) -> str:
+    """A relative error; fp32 factors know no more than seven digits."""
+    return "" if value is None else f"{value:.1e}" if value >= 1e-7 else "< 1e-7"
 
 
 def _megabytes(count: int) -> str:

@@ -76,8 +76,8 @@ class RunRecord:
         self._scalars("heldout", entry.get("heldout", {}), number)
         self._scalars("client-test", entry.get("client-test", {}).get("mean", {}), number)
         self._scalars("seconds", entry["seconds"], number)
-        single = ("train-loss", "upload-bytes", "download-bytes", "aggregation-error")
-        self._scalars("round", {name: entry[name] for name in single if entry[name] is not None}, number)
+        single = {name: value for name, value in entry.items() if isinstance(value, int | float) and name != "round"}
+        self._scalars("round", single, number)
         self._write()
 
     def save_adapter(self, adapter: AdapterState) -> None:

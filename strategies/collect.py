@@ -124,6 +124,7 @@ class TrainRound:
         answers: client id -> its metrics.
         failures: client id -> why it does not count in this round.
         kept: the updates, when `keep` is set.
+        sent: client id -> its broadcast, as the client reads it.
         wait_seconds, decode_seconds: of `updates`.
     """
 
@@ -142,7 +143,7 @@ class TrainRound:
     encode_seconds: float = 0.0
     wait_seconds: float = 0.0
     decode_seconds: float = 0.0
-    _sent: dict[int, Broadcast] = field(default_factory=dict)
+    sent: dict[int, Broadcast] = field(default_factory=dict)
 
     def updates(self, chosen: Sequence[int]) -> Iterator[ClientUpdate]:
         """Good updates in the order of client ids, each as soon as those before it are settled.
@@ -178,14 +179,14 @@ class TrainRound:
         with _adding(self, "encode_seconds"):
             broadcast = self.make_broadcast(self.roster.infos[client])
             content = wire.encode_broadcast(broadcast, self.fingerprint, self.config.wire.dtype)
-            self._sent[client] = broadcast
+            self.sent[client] = wire.as_received(broadcast, self.config.wire.dtype)
             self.download_bytes += wire.payload_bytes(content)
         mailbox.post(self.roster.nodes[client], content)
 
     def _settle(self, client: int, reply: Message | None) -> ClientUpdate | None:
         try:
             content = _content(reply, f"client {client}")
-            answer = wire.decode_update(content, client, self._sent[client], self.fingerprint)
+            answer = wire.decode_update(content, client, self.sent[client], self.fingerprint)
         except WireError as error:
             self.failures[client] = str(error)
             emit("client-failed", client_id=client, reason=str(error), round=self.number)

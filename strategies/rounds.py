@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -12,10 +13,10 @@ import torch
 from flwr.serverapp import Grid
 
 from fedlora import peft_io
-from fedlora.adapter import AdapterState, concatenate, ideal, initial, relative_error
+from fedlora.adapter import AdapterState, initial
 from fedlora.config import Config
 from fedlora.data import Example, encode, prepare
-from fedlora.errors import RunError
+from fedlora.errors import RunError, StrategyError
 from fedlora.evaluate import evaluate
 from fedlora.events import emit
 from fedlora.exchange import ClientInfo, ClientUpdate
@@ -24,35 +25,48 @@ from fedlora.results import RunRecord
 
 from .base import ServerState, Strategy
 from .collect import TrainRound, evaluate_on_clients, meet
+from .diagnostics import Diagnosis, diagnose
 from .folds import Folds
 from .registry import configured
 
-# The error against the ideal needs every update at once; with more clients than this, memory matters more.
+# A round's diagnosis needs every update at once; with more clients than this, memory matters more.
 _MAX_DIAGNOSED = 64
+_log = logging.getLogger("fedlora")
 
 
-def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> AdapterState:
-    """Run a whole federation and return everything that it learned, as one adapter on the untouched base.
+def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
+    """Run a whole federation.
 
-    `record` keeps the adapter and the numbers of every complete round, and so survives an interruption.
+    `record` keeps everything learned, as one adapter on the untouched base, and the numbers of every complete
+    round, and so survives an interruption. A strategy that asks for statistics gets them in a round 0, which
+    differs in the clients' task alone: it is recorded like any round, and nothing is evaluated after it.
 
     Raises:
         RunError: fewer clients than `federation.min-clients` connected, or answered a round.
-        StrategyError: the strategy cannot serve these clients.
+        StrategyError: the strategy cannot serve these clients, or nobody could evaluate what it learns.
     """
-    fingerprint = base_fingerprint(config.model)
     strategy = configured(config)
+    if strategy.personal and not config.evaluate.clients:
+        raise StrategyError(
+            f"strategy.name = {config.strategy.name}: {' and '.join(sorted(strategy.personal))} stays on the clients, "
+            "so that only they can evaluate what is learned; set evaluate.clients = true"
+        )
+    fingerprint = base_fingerprint(config.model)
     roster = meet(grid, config, fingerprint)
     clients = list(roster.infos.values())
     strategy.check(clients)
     state = strategy.init(start(config, clients))
     record.start(clients, fingerprint)
-    judge = Judge(config, run_id) if config.evaluate.server else None
+    judge = Judge(config, run_id) if config.evaluate.server and not strategy.personal else None
+    if strategy.personal:
+        _log.info(
+            "no evaluation on held-out rows: %s has no model without a client's own factors", type(strategy).__name__
+        )
     if judge:
-        baseline = judge(strategy, state)
+        baseline = judge(strategy, state, strategy.global_adapter(state))
         record.baseline(baseline)
         emit("baseline", metrics=baseline)
-    for number in range(1, config.federation.rounds + 1):
+    for number in range(0 if strategy.statistics else 1, config.federation.rounds + 1):
         seconds: dict[str, float] = {}
         began = time.perf_counter()
         chosen = sample(list(roster.infos), config.federation.fraction, config.run.seed, number)
@@ -67,8 +81,10 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> AdapterSt
             keep=len(chosen) <= _MAX_DIAGNOSED,
         )
         before, state = state, _aggregate(strategy, state, this, chosen, seconds)
+        learned = strategy.global_adapter(state)
         with _clock(seconds, "diagnose"):
-            error = aggregation_error(before, state, this.kept) if this.keep else None
+            diagnosed = this.keep and number > 0 and not strategy.personal
+            numbers = diagnose(before, state, this.kept, this.sent) if diagnosed else Diagnosis()
         entry: dict[str, object] = {
             "round": number,
             "train-loss": this.mean("train-loss"),
@@ -76,12 +92,17 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> AdapterSt
             "failures": this.failures,
             "upload-bytes": this.upload_bytes,
             "download-bytes": this.download_bytes,
-            "aggregation-error": error,
+            "aggregation-error": numbers.error,
+            "drift": numbers.drift,
+            "tail-energy": numbers.tail_energy,
+            "effective-rank": numbers.effective_rank,
+            "codec-error": this.mean("codec-error") if config.wire.upload_dtype != "fp32" else None,
+            "norms": numbers.norms,
         }
-        if number == config.federation.rounds or number % config.evaluate.every == 0:
+        if number and (number == config.federation.rounds or number % config.evaluate.every == 0):
             with _clock(seconds, "evaluate"):
                 if judge:
-                    entry["heldout"] = judge(strategy, state)
+                    entry["heldout"] = judge(strategy, state, learned)
                 if config.evaluate.clients:
                     entry["client-test"] = evaluate_on_clients(
                         grid,
@@ -93,12 +114,11 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> AdapterSt
                         make_broadcast=lambda client, s=state, n=number: strategy.broadcast(s, client, n + 1),
                     )
         with _clock(seconds, "save"):
-            record.save_adapter(strategy.global_adapter(state))
+            record.save_adapter(learned)
         seconds["round"] = time.perf_counter() - began
         entry["seconds"] = seconds
         record.round(entry)
         emit("round-end", entry=entry)
-    return strategy.global_adapter(state)
 
 
 def start(config: Config, clients: Sequence[ClientInfo]) -> AdapterState:
@@ -147,18 +167,6 @@ def _chain(first: ClientUpdate, rest: Iterator[ClientUpdate]) -> Iterator[Client
     yield from rest
 
 
-def aggregation_error(before: ServerState, after: ServerState, updates: Sequence[ClientUpdate]) -> float:
-    """|what the round added - sum_k p_k dW_k| / |sum_k p_k dW_k| over all modules, in Frobenius norm.
-
-    What the round added is its fold, if any, and the adapter that the next round starts from.
-    """
-    folds_from, folds = after.folds.since(before.folds.version)
-    old = before.folds.total().lora if folds_from != before.folds.version else {}
-    negated = {name: replace(factors, scaling=-factors.scaling) for name, factors in old.items()}
-    added = concatenate((*folds, AdapterState(lora=after.adapter.lora), AdapterState(lora=negated)))
-    return relative_error(added.lora, ideal(updates))
-
-
 class Judge:
     """The global adapter on the held-out rows; callable, so that the rows are encoded once."""
 
@@ -174,12 +182,13 @@ class Judge:
             rows, self._bench.base.tokenizer, config.data, config.model.task, config.model.labels
         )
 
-    def __call__(self, strategy: Strategy, state: ServerState) -> dict[str, float]:
+    def __call__(self, strategy: Strategy, state: ServerState, learned: AdapterState) -> dict[str, float]:
+        """Metrics of what is learned: the strategy's global adapter at this state."""
         emit("evaluate-start", examples=len(self._examples))
         if self._config.anchor.base_update == "merge":  # this process's clients share the merged weights
             peft_io.merge_folds(self._bench, self._run_id, state.folds.parts)
-            state = replace(state, folds=Folds())
-        peft_io.install(self._bench, strategy.global_adapter(state))
+            learned = strategy.global_adapter(replace(state, folds=Folds()))
+        peft_io.install(self._bench, learned)
         peft_io.install_anchor(self._bench, ())
         return evaluate(
             self._bench.model,

@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "simulations": {"fedlora", "strategies", "clients", "simulations"},
     "configs": set(),
 }
-NOT_METHODS = {"__init__", "base", "folds", "means", "registry", "collect", "rounds", "server_app"}
+NOT_METHODS = {"diagnostics", "__init__", "base", "folds", "means", "registry", "collect", "rounds", "server_app"}
 HEAVY = {"peft", "transformers", "bitsandbytes", "flwr", "datasets"}
 
 
