@@ -14,16 +14,20 @@ from flwr.clientapp import ClientApp
 
 from fedlora import config as configuration
 from fedlora import peft_io, wire
+from fedlora.adapter import AdapterState, LoraFactors
+from fedlora.assets import cache_dir
 from fedlora.config import Config
 from fedlora.data import LazyExamples, client_split, prepare
-from fedlora.errors import ConfigError, DataError, FedLoraError
+from fedlora.errors import AdapterError, ConfigError, DataError, FedLoraError
 from fedlora.evaluate import evaluate as evaluate_model
 from fedlora.events import emit
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 from fedlora.models import base_fingerprint
 from fedlora.results import peak_memory_bytes
 
-from . import trainer
+from . import own_state, trainer
+from .coding import coded
+from .gradients import leading_directions
 from .held_folds import StaleBase, bring_up
 
 Handler = Callable[[Message, Context], RecordDict]
@@ -59,7 +63,7 @@ def describe(message: Message, context: Context) -> RecordDict:
 @app.train()
 @_answer
 def train(message: Message, context: Context) -> RecordDict:
-    """One round of local training from the server's start."""
+    """One round's task from the server's start: local training, or the gradient's leading directions."""
     began = time.perf_counter()
     config, client_id, bench, broadcast = _open(message, context)
     info = _info(config, context)
@@ -67,23 +71,29 @@ def train(message: Message, context: Context) -> RecordDict:
     parameters = _set_up(bench, config, context, broadcast, broadcast.trainable)
     examples = _examples(config, client_id, _own_data(context))[0]
     emit("client-start", client_id=client_id, rank=info.rank, round=broadcast.round)
-    result = trainer.train(
-        bench.model,
-        parameters,
-        examples,
-        config.train,
-        pad_id=bench.base.pad_id,
-        round=broadcast.round,
-        rounds=config.federation.rounds,
-        seed=trainer.hash_seed(config.run.seed, client_id),
-        on_step=lambda step, steps, loss: emit(
-            "client-step", client_id=client_id, step=step, steps=steps, loss=loss, round=broadcast.round
-        ),
-    )
-    adapter = peft_io.read(bench)
+    if broadcast.task == "gradient":
+        adapter, result = _gradient(bench, config, client_id, broadcast, examples)
+    else:
+        result = trainer.train(
+            bench.model,
+            parameters,
+            examples,
+            config.train,
+            pad_id=bench.base.pad_id,
+            round=broadcast.round,
+            rounds=config.federation.rounds,
+            seed=trainer.hash_seed(config.run.seed, client_id),
+            on_step=lambda step, steps, loss: emit(
+                "client-step", client_id=client_id, step=step, steps=steps, loss=loss, round=broadcast.round
+            ),
+        )
+        adapter = peft_io.read(bench)
+    if broadcast.personal:
+        own_state.save(_own_folder(context), "personal", _personal_part(adapter, broadcast.personal))
+    to_send, codec_error = coded(adapter, broadcast, config.wire.upload_dtype, _own_folder(context))
     update = ClientUpdate(
         client_id=client_id,
-        adapter=adapter,
+        adapter=to_send,
         num_examples=len(examples),
         base_version=broadcast.base_version,
         metrics={
@@ -92,13 +102,30 @@ def train(message: Message, context: Context) -> RecordDict:
             "train-steps": result.steps,
             "train-tokens": result.tokens,
             "train-seconds": result.seconds,
+            "codec-error": codec_error,
             "client-seconds": time.perf_counter() - began,
             "peak-memory-bytes": peak_memory_bytes()["process"],
         },
     )
     # A process that lives from message to message still holds these folds next time.
     known = broadcast.base_version if context.node_config.get("resident") else 0
-    return wire.encode_update(update, bench.base.fingerprint, config.wire.dtype, broadcast.upload, known)
+    return wire.encode_update(update, bench.base.fingerprint, config.wire.upload_dtype, broadcast.upload, known)
+
+
+def _gradient(
+    bench: peft_io.Workbench, config: Config, client_id: int, broadcast: Broadcast, examples: LazyExamples
+) -> tuple[AdapterState, trainer.TrainResult]:
+    """The gradient's leading directions, as many for each module as its factors in the broadcast have rows."""
+    lora, result = leading_directions(
+        bench.model,
+        bench.layers,
+        {name: factors.rank for name, factors in broadcast.adapter.lora.items()},
+        examples,
+        config.train,
+        pad_id=bench.base.pad_id,
+        seed=trainer.hash_seed(config.run.seed, client_id),
+    )
+    return AdapterState(lora=lora, dense=broadcast.adapter.dense), result
 
 
 @app.evaluate()
@@ -128,14 +155,51 @@ def _open(message: Message, context: Context) -> tuple[Config, int, peft_io.Work
 def _set_up(
     bench: peft_io.Workbench, config: Config, context: Context, broadcast: Broadcast, trainable: frozenset[str]
 ) -> list[torch.nn.Parameter]:
-    """The base at the broadcast's version, and its adapter in place."""
+    """The base at the broadcast's version, and its adapter in place, with this client's own factors."""
     folds = bring_up(context.run_id, broadcast)
     if config.anchor.base_update == "merge":
         peft_io.merge_folds(bench, context.run_id, folds)
         folds = ()
-    parameters = peft_io.install(bench, broadcast.adapter, trainable)
+    parameters = peft_io.install(bench, _with_own(broadcast, context), trainable)
     peft_io.install_anchor(bench, folds)
     return parameters
+
+
+def _with_own(broadcast: Broadcast, context: Context) -> AdapterState:
+    """The broadcast's adapter, with the personal factors that this client keeps in place of those that were sent."""
+    folder = _own_folder(context)
+    kept = own_state.load(folder, "personal") if broadcast.personal else None
+    if kept is None:
+        return broadcast.adapter
+    lora = dict(broadcast.adapter.lora)
+    for name, own in kept.lora.items():
+        for factor in broadcast.personal:
+            sent, mine = getattr(lora[name], factor), getattr(own, factor)
+            if mine.shape != sent.shape:
+                raise ConfigError(
+                    f"{name}: this client keeps a {factor} {tuple(mine.shape)} of its own, this run's is "
+                    f"{tuple(sent.shape)}; give the client its earlier rank, or remove {folder} to start it anew"
+                )
+            lora[name] = replace(lora[name], **{factor: mine})
+    return replace(broadcast.adapter, lora=lora)
+
+
+def _personal_part(adapter: AdapterState, personal: frozenset[str]) -> AdapterState:
+    """The personal factors alone; a value that is not finite would spoil every later round, and is refused."""
+    nothing = torch.empty(0, 0)
+    lora: dict[str, LoraFactors] = {}
+    for name, factors in adapter.lora.items():
+        a, b = (f if part in personal else nothing for part, f in (("A", factors.A), ("B", factors.B)))
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise AdapterError(f"{name}: training diverged, its own factors are not finite; lower train.lr")
+        lora[name] = LoraFactors(A=a, B=b, scaling=factors.scaling)
+    return AdapterState(lora=lora)
+
+
+def _own_folder(context: Context) -> Path:
+    """Where this client keeps its own state in this run: below the node's `state` folder, or the cache."""
+    root = context.node_config.get("state") or cache_dir() / "clients"
+    return own_state.folder_of(str(root), context.run_id, _client_id(context))
 
 
 def _check_ranks(broadcast: Broadcast, info: ClientInfo) -> None:

@@ -28,6 +28,10 @@ def bring_up(run_id: int, broadcast: Broadcast) -> tuple[AdapterState, ...]:
     if known is None:
         raise StaleBase(f"base version {broadcast.folds_from} is not held here")
     folds = (*known, *broadcast.folds)
+    # The server continues no version from before the first that its folds lead to: they were compacted, or replaced.
+    first = broadcast.base_version - len(folds) + 1
+    for key in [key for key in _held if key[0] == run_id and key[1] < first]:
+        del _held[key]
     _held[(run_id, broadcast.base_version)] = folds
     while len(_held) > _VERSIONS_KEPT:
         del _held[next(iter(_held))]

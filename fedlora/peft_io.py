@@ -1,7 +1,8 @@
 """AdapterState <-> a PEFT model: the trainable adapter, the frozen anchor beside it, and checkpoints on disk.
 
 The model gets its LoRA layers once per process. From then on factors of any rank are set by replacing the
-tensors of the layers, so that changing clients costs no injection and no copy of the base.
+tensors of the layers, so that changing clients costs no injection and no copy of the base. A core R between the
+factors, where the adapter has one, is part of the down projection, which then computes R A x.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fedlora.adapter import AdapterState, LoraFactors, compress, concatenate, delta
+from fedlora.adapter import CORE, AdapterState, LoraFactors, compress, concatenate, delta
 from fedlora.config import LoraConfig, ModelConfig
 from fedlora.errors import AdapterError, ModelError
 from fedlora.models import BaseModel, head_modules, load_base, meta_model
@@ -28,6 +30,20 @@ from fedlora.models import BaseModel, head_modules, load_base, meta_model
 ADAPTER, ANCHOR = "default", "anchor"
 _PREFIX = "base_model.model."
 _LAYER = {"none": "Linear", "int8": "Linear8bitLt", "nf4": "Linear4bit"}
+
+
+class _Down(nn.Linear):
+    """PEFT's lora_A with room for a core: x -> R (A x), or A x without one."""
+
+    core: nn.Parameter | None
+
+    def __init__(self, d_in: int, device: torch.device) -> None:
+        super().__init__(d_in, 1, bias=False, device=device)
+        self.register_parameter("core", None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        down = super().forward(input)
+        return down if self.core is None else F.linear(down, self.core)
 
 
 @dataclass
@@ -77,6 +93,8 @@ def _build(config: ModelConfig, lora: LoraConfig) -> Workbench:
     base = load_base(config)
     model = _inject(base.model, lora)
     layers = _lora_layers(model)
+    for layer in layers.values():
+        layer.lora_A[ADAPTER] = _Down(_shape(layer)[1], cast("Tensor", layer.lora_A[ADAPTER].weight).device)
     wrong = {type(layer).__name__ for layer in layers.values()} - {_LAYER[config.quantization]}
     if wrong:
         raise ModelError(
@@ -155,18 +173,20 @@ def install(bench: Workbench, adapter: AdapterState, trainable: Iterable[str] = 
 
     Args:
         bench: the model.
-        adapter: one pair of factors for every adapted module, of any ranks.
-        trainable: of "A" and "B"; the head is trained whenever anything is.
+        adapter: one pair of factors for every adapted module, of any ranks, and a core R for any of them.
+        trainable: of "A", "B" and "R"; the head is trained whenever anything is.
 
     Raises:
         AdapterError: modules or shapes do not fit the model.
     """
     trained = frozenset(trainable)
     _same_names("modules", adapter.lora, bench.layers)
-    _same_names("dense tensors", adapter.dense, bench.dense)
+    cores = {name.removesuffix(CORE): core for name, core in adapter.dense.items() if name.endswith(CORE)}
+    _same_names("dense tensors", adapter.dense, [*bench.dense, *(n + CORE for n in cores if n in bench.layers)])
     parameters: list[nn.Parameter] = []
     for name, layer in bench.layers.items():
         parameters += _set_factors(name, layer, ADAPTER, adapter.lora[name], trained)
+        parameters += _set_core(name, layer, cores.get(name), trained)
         layer._active_adapter = [ADAPTER]
     for name, parameter in bench.dense.items():
         value = adapter.dense[name]
@@ -221,7 +241,7 @@ def _reload_weights(bench: Workbench) -> None:
 
 
 def read(bench: Workbench) -> AdapterState:
-    """The trainable adapter and the head as they are now, on the CPU in fp32, as copies."""
+    """The trainable adapter, its cores and the head as they are now, on the CPU in fp32, as copies."""
     lora = {
         name: LoraFactors(
             A=_fp32_copy(layer.lora_A[ADAPTER].weight),
@@ -230,7 +250,9 @@ def read(bench: Workbench) -> AdapterState:
         )
         for name, layer in bench.layers.items()
     }
-    return AdapterState(lora=lora, dense={name: _fp32_copy(p) for name, p in bench.dense.items()})
+    downs = {name: cast("_Down", layer.lora_A[ADAPTER]) for name, layer in bench.layers.items()}
+    cores = {name + CORE: _fp32_copy(down.core) for name, down in downs.items() if down.core is not None}
+    return AdapterState(lora=lora, dense={name: _fp32_copy(p) for name, p in bench.dense.items()} | cores)
 
 
 def _fp32_copy(tensor: object) -> Tensor:
@@ -256,6 +278,22 @@ def _set_factors(
     layer.r[adapter], layer.lora_alpha[adapter] = rank, factors.scaling * rank  # pyright: ignore
     layer.scaling[adapter] = factors.scaling
     return [p for p in (a, b) if p.requires_grad]
+
+
+def _set_core(name: str, layer: LoraLayer, core: Tensor | None, trainable: frozenset[str]) -> list[nn.Parameter]:
+    """The module's core, or none: one of an earlier adapter is dropped."""
+    down = cast("_Down", layer.lora_A[ADAPTER])
+    rank = down.out_features
+    if core is None:
+        down.core = None
+        return []
+    if core.shape != (rank, rank):
+        raise AdapterError(
+            f"{name}: got a core R {tuple(core.shape)}, its factors of rank {rank} need ({rank}, {rank})"
+        )
+    value = core.to(down.weight.device, torch.float32, copy=True)
+    down.core = nn.Parameter(value, requires_grad="R" in trainable)
+    return [down.core] if "R" in trainable else []
 
 
 def _shape(layer: LoraLayer) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlora.adapter import AdapterState, LoraFactors
+from fedlora.adapter import CORE, AdapterState, LoraFactors, without_cores
 from fedlora.exchange import Broadcast, ClientUpdate
 from fedlora.lowrank import singular_values
 
@@ -130,6 +130,7 @@ def _terms(
     before: ServerState, after: ServerState, updates: Sequence[ClientUpdate], sent: Mapping[int, Broadcast]
 ) -> Iterator[tuple[str, _Terms]]:
     whole = {update.client_id: completed(update, before).lora for update in updates}
+    made = without_cores(after.adapter).lora
     examples = {update.client_id: update.num_examples for update in updates}
     # Folds that all clients share cancel out; where each holds its own, they are part of what it trained on.
     shared = all(_holds(sent[k], before.folds.parts) for k in whole)
@@ -147,12 +148,16 @@ def _terms(
         start = before.adapter.lora[name]
         ranks = [whole[k][name].A.shape[0] for k in clients]
         anchors = [_of(name, own[k]) for k in clients]
+        # With a core between the factors, what a smaller client starts from is no part of the server's terms.
+        cored = name + CORE in before.adapter.dense
+        starts = [[without_cores(sent[k].adapter).lora[name]] for k in clients] if cored else []
         sums = [
             *[[whole[k][name]] for k in clients],
             [start],
             *anchors,
-            [after.adapter.lora[name], *_of(name, new)],
+            [made[name], *_of(name, new)],
             _of(name, replaced),
+            *starts,
         ]
         columns = torch.cat([f.B for group in sums for f in group], dim=1)
         rows = torch.cat([f.A for group in sums for f in group])
@@ -172,7 +177,9 @@ def _terms(
         ideal = torch.stack([only(i, float(shares[i])) for i in range(count)]).sum(0)
         held = [only(count + 1 + i, float(shares[i])) for i in range(count)]
         added = only(2 * count + 1) - only(2 * count + 2) - torch.stack(held).sum(0)
-        moves = torch.stack([only(i) - only(count, most=ranks[i]) for i in range(count)])
+        moves = torch.stack(
+            [only(i) - (only(2 * count + 3 + i) if cored else only(count, most=ranks[i])) for i in range(count)]
+        )
         yield (
             name,
             _Terms(

@@ -54,7 +54,7 @@ class Flora(Strategy):
         adapter = AdapterState(
             lora=restart(state.adapter, self.seed, round + 1).lora, dense={**state.adapter.dense, **dense}
         )
-        return ServerState(adapter=adapter, folds=state.folds.push(fold, self.max_rank, self.compact))
+        return replace(state, adapter=adapter, folds=state.folds.push(fold, self.max_rank, self.compact))
 
 
 def unscaled(state: ServerState, client: ClientInfo) -> ServerState:

@@ -8,7 +8,6 @@ since a client only ever concatenates what the server sends, in the order of ver
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fedlora.adapter import AdapterState, compress, concatenate
@@ -29,7 +28,7 @@ class Folds:
         return self.first + len(self.parts) - 1 if self.parts else 0
 
     def push(self, fold: AdapterState, max_rank: int = 0, compact: bool = True) -> Folds:
-        """The folds with one more, compacted when some module's sum of ranks exceeds its limit.
+        """The folds with one more; as one fold when some module's sum of ranks exceeds its limit, and is compacted.
 
         Args:
             fold: the factors to add.
@@ -37,10 +36,12 @@ class Folds:
             compact: False keeps every fold as it came (for clients that merge folds into an fp32 base).
         """
         grown = Folds((*self.parts, fold), self.first)
-        if not compact or not any(_excess(grown.parts, max_rank)):
+        full = _full(grown.parts, max_rank) if compact else set()
+        if not full:
             return grown
-        small = AdapterState(lora=compress(grown.total().lora, max_rank))
-        return Folds((small,), first=grown.version)
+        lora = dict(grown.total().lora)
+        lora |= compress({name: lora[name] for name in full}, max_rank)
+        return Folds((AdapterState(lora=lora),), first=grown.version)
 
     def since(self, known_version: int) -> tuple[int, tuple[AdapterState, ...]]:
         """`(from_version, folds)`: what brings a client of this version up to date; from 0 means all anew."""
@@ -55,13 +56,13 @@ class Folds:
         return concatenate(self.parts)
 
 
-def _excess(parts: tuple[AdapterState, ...], max_rank: int) -> Iterator[bool]:
-    """Whether a module's sum of ranks exceeds its limit, module by module."""
+def _full(parts: tuple[AdapterState, ...], max_rank: int) -> set[str]:
+    """The modules whose sum of ranks exceeds its limit."""
     ranks: dict[str, int] = {}
-    shapes: dict[str, int] = {}
+    limits: dict[str, int] = {}
     for part in parts:
         for name, factors in part.lora.items():
             ranks[name] = ranks.get(name, 0) + factors.rank
-            shapes[name] = min(factors.A.shape[1], factors.B.shape[0])
-    for name, rank in ranks.items():
-        yield rank > min(max_rank or shapes[name], shapes[name])
+            most = min(factors.A.shape[1], factors.B.shape[0])
+            limits[name] = min(max_rank or most, most)
+    return {name for name, rank in ranks.items() if rank > limits[name]}

@@ -82,7 +82,7 @@ ERRORS = [
     (["run", "quickstart", "-c", "lora.rank"], "expected key=value"),
     (["run", "quickstart", "-c", "train.lr=fast"], "train.lr = 'fast' is str, expected float"),
     (["run", "quickstart", "-c", "strategy.name=fedvag"], "; did you mean 'fedavg'?"),
-    (["run", "quickstart", "-c", "strategy.name=fedavg"], "use strategy.name = flora or lora-fair"),
+    (["run", "quickstart", "-c", "strategy.name=fedavg"], "flora, florist, hetlora, lora-fair,"),
     (["run", "quickstart", "-c", "strategy.options=lamda=1"], "flora has no option 'lamda'"),
     (["evaluate", "--adapter", "nowhere"], "no adapter_config.json here"),
     (["fetch", "smolm2"], "'smolm2' is not packaged"),

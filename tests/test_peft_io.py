@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 
 from fedlora import peft_io
-from fedlora.adapter import AdapterState, LoraFactors, delta, initial
+from fedlora.adapter import AdapterState, LoraFactors, delta, initial, without_cores
 from fedlora.config import LoraConfig, ModelConfig
 from fedlora.errors import AdapterError, ModelError
 from fedlora.models import load_base
@@ -208,3 +208,78 @@ def test_peft_loads_the_checkpoint_onto_the_untouched_base(tiny_llama, tiny_bert
     loaded = PeftModel.from_pretrained(load_base(config).model, str(tmp_path / "adapter"))
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
     assert loaded.peft_config["default"].rank_pattern
+
+
+def with_cores(bench, seed: int, rank: int) -> AdapterState:
+    """A random adapter with a core between the factors of every module."""
+    plain, g = random_adapter(bench, seed, rank), torch.Generator().manual_seed(100 + seed)
+    cores = {f"{name}.lora_R": torch.randn(rank, rank, generator=g) for name in plain.lora}
+    return AdapterState(lora=plain.lora, dense={**plain.dense, **cores})
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_a_core_lies_between_the_factors_and_leaves_with_its_adapter(tiny_llama, quantization):
+    """One workbench serves adapters with and without cores, of any ranks, one after another."""
+    bench = peft_io.workbench(model_config(tiny_llama, quantization), LORA)
+
+    def in_place(adapter: AdapterState) -> torch.Tensor:
+        peft_io.install(bench, adapter)
+        peft_io.install_anchor(bench, ())
+        return logits(bench.model)
+
+    plain = random_adapter(bench, 5, 4)
+    before = in_place(plain)
+    for rank in (3, 6):
+        cored = with_cores(bench, rank, rank)
+        got = in_place(cored)
+        torch.testing.assert_close(got, in_place(without_cores(cored)), rtol=1e-4, atol=1e-4)
+        assert float((got - in_place(AdapterState(lora=cored.lora, dense={}))).abs().max()) > 1e-2
+    assert torch.equal(in_place(plain), before)
+    assert peft_io.read(bench).dense == {}
+
+
+def test_reading_gives_cores_and_head_back_apart(tiny_bert):
+    config = model_config(tiny_bert, task="classification", labels=2)
+    bench = peft_io.workbench(config, LoraConfig(target_modules="query,value"))
+    adapter = with_cores(bench, 0, 3)
+    parameters = peft_io.install(bench, adapter, {"R"})
+    assert len(parameters) == len(bench.layers) + len(bench.dense)  # a core each, and the head
+    got = peft_io.read(bench)
+    assert got.dense.keys() == adapter.dense.keys()
+    assert all(torch.equal(tensor, got.dense[name]) for name, tensor in adapter.dense.items())
+    for name, factors in adapter.lora.items():
+        assert torch.equal(got.lora[name].A, factors.A)
+        assert torch.equal(got.lora[name].B, factors.B)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_cores_gradient_is_the_weights_between_b_and_a(tiny_llama, quantization):
+    """dL/dR = s B' G A' with G the gradient by the weight, here by autograd on a full matrix added beside the base."""
+    bench = peft_io.workbench(model_config(tiny_llama, quantization), LORA)
+    cored = with_cores(bench, 1, 3)
+    parameters = peft_io.install(bench, cored, {"R"})
+    peft_io.install_anchor(bench, ())
+    bench.model(input_ids=IDS, labels=IDS).loss.backward()
+    assert {id(p) for p in bench.model.parameters() if p.grad is not None} == {id(p) for p in parameters}
+    gradients = dict(zip(bench.layers, [p.grad for p in parameters], strict=True))
+
+    whole = {}  # the same update as one matrix: A = I, B = dW
+    for name, f in without_cores(cored).lora.items():
+        whole[name] = LoraFactors(A=torch.eye(f.A.shape[1]), B=delta(f), scaling=1.0)
+    dense = peft_io.install(bench, AdapterState(lora=whole), {"B"})
+    bench.model(input_ids=IDS, labels=IDS).loss.backward()
+    for (name, f), matrix in zip(cored.lora.items(), dense, strict=True):
+        assert matrix.grad is not None
+        expected = f.scaling * f.B.T @ matrix.grad @ f.A.T
+        torch.testing.assert_close(gradients[name], expected, rtol=1e-4, atol=1e-5)
+        assert expected.any()
+
+
+def test_cores_that_do_not_fit_are_named(tiny_llama):
+    bench = peft_io.workbench(model_config(tiny_llama), LORA)
+    cored = with_cores(bench, 0, 3)
+    name = next(iter(cored.lora))
+    with pytest.raises(AdapterError, match=rf"{name}: got a core R \(2, 2\), its factors of rank 3 need \(3, 3\)"):
+        peft_io.install(bench, replace(cored, dense={**cored.dense, f"{name}.lora_R": torch.eye(2)}))
+    with pytest.raises(AdapterError, match=r"dense tensors are not the model's, for instance 'elsewhere.lora_R'"):
+        peft_io.install(bench, replace(cored, dense={**cored.dense, "elsewhere.lora_R": torch.eye(3)}))

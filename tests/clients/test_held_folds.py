@@ -1,5 +1,7 @@
 """A client that missed rounds ends with the bits of one that did not."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 
@@ -48,3 +50,18 @@ def test_folds_that_continue_an_unknown_version_are_refused():
 
 def test_an_untouched_base_needs_nothing():
     assert bring_up(98, Broadcast(round=1, adapter=AdapterState())) == ()
+
+
+def test_versions_that_no_broadcast_can_continue_are_let_go():
+    """Compacted or replaced: what a client holds does not grow with the rounds."""
+    folds, held = Folds(), []
+    for number in range(12):
+        folds = folds.push(fold(number), 5)
+        held.append(bring_up(97, broadcast(folds, folds.version - 1)))
+    refused = 0
+    for version in range(1, 12):
+        with suppress(StaleBase):
+            bring_up(97, Broadcast(1, AdapterState(), base_version=12, folds=(fold(0),), folds_from=version))
+            continue
+        refused += 1
+    assert refused >= 9

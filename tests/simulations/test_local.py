@@ -343,9 +343,9 @@ def test_one_client_under_flora_is_plain_fine_tuning(tmp_path, tiny_llama):
     kept = []
     from fedlora.strategies import rounds
 
-    error = rounds.aggregation_error
+    diagnose = rounds.diagnose
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounds, "aggregation_error", lambda a, b, updates: kept.extend(updates) or error(a, b, updates))
+        patch.setattr(rounds, "diagnose", lambda a, b, got, sent: kept.extend(got) or diagnose(a, b, got, sent))
         folder, _ = run_locally(config)
     saved = saved_adapter(folder)
     for name, factors in kept[0].adapter.lora.items():

@@ -88,17 +88,17 @@ def test_only_what_is_trained_is_sent(strategy: Strategy) -> None:
 
 
 def gradient_sizes(sent: Broadcast, seed: int) -> dict[str, float]:
-    """The norm of what the trained factor's gradient is on `<G, s B R A>`, with any G, by module."""
+    """The size of the trained factor's gradients on `<G, B R A>`, over a few random G, by module."""
     generator = torch.Generator().manual_seed(seed)
     sizes = {}
     for name, f in sent.adapter.lora.items():
-        G = torch.randn(SHAPES[name], generator=generator)
-        core = sent.adapter.dense.get(name + CORE, torch.eye(f.rank))
-        leaves = {"A": f.A.clone(), "B": f.B.clone(), "R": core.clone()}
-        for leaf in leaves.values():
-            leaf.requires_grad_()
-        (G * (leaves["B"] @ leaves["R"] @ leaves["A"])).sum().backward()
-        sizes[name] = sum(float(leaves[factor].grad.norm()) for factor in sent.trainable)  # pyright: ignore[reportOptionalMemberAccess]
+        leaves = {"A": f.A, "B": f.B, "R": sent.adapter.dense.get(name + CORE, torch.eye(f.rank))}
+        leaves = {factor: tensor.clone().requires_grad_() for factor, tensor in leaves.items()}
+        trained = [leaves[factor] for factor in sorted(sent.trainable)]
+        sizes[name] = 0.0
+        for G in torch.randn(10, *SHAPES[name], generator=generator):
+            value = (G * (leaves["B"] @ leaves["R"] @ leaves["A"])).sum()
+            sizes[name] += sum(float(gradient.norm()) for gradient in torch.autograd.grad(value, trained))
     return sizes
 
 
