@@ -60,18 +60,22 @@ class FedAvg(Strategy):
             StrategyError: a reply has another rank than the server, or another scaling than the replies before it.
         """
         means_a, means_b, dense = Means(), Means(), Means()
-        scalings: dict[str, float] = {}
+        expected: dict[str, tuple[int, float]] = {}
         for update in arrivals(updates, round):
-            for name, factors in update.adapter.lora.items():
-                held = means_a.values.get(name)
-                expected = state.adapter.lora[name].rank if name in state.adapter.lora else factors.rank
-                _check_rank(name, update.client_id, factors.rank, expected if held is None else len(held), "sent")
-                _check_scaling(name, update.client_id, factors.scaling, scalings.setdefault(name, factors.scaling))
-            means_a.add({name: factors.A for name, factors in update.adapter.lora.items()}, update)
-            means_b.add({name: factors.B for name, factors in update.adapter.lora.items()}, update)
+            lora = update.adapter.lora
+            sent = {name: (f.rank, f.scaling) for name, f in lora.items()}
+            if sent != expected:
+                for name, (rank, scaling) in sent.items():
+                    held = state.adapter.lora.get(name, lora[name])
+                    first = expected.setdefault(name, (held.rank, scaling))
+                    _check_rank(name, update.client_id, rank, first[0], "sent")
+                    _check_scaling(name, update.client_id, scaling, first[1])
+            means_a.add({name: f.A for name, f in lora.items()}, update)
+            means_b.add({name: f.B for name, f in lora.items()}, update)
             dense.add(update.adapter.dense, update)
         lora = {
-            name: LoraFactors(A=a, B=means_b.values[name], scaling=scalings[name]) for name, a in means_a.values.items()
+            name: LoraFactors(A=a, B=means_b.values[name], scaling=expected[name][1])
+            for name, a in means_a.values.items()
         }
         adapter = AdapterState(lora={**state.adapter.lora, **lora}, dense={**state.adapter.dense, **dense.values})
         return replace(state, adapter=adapter)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedlora.adapter import AdapterState, LoraFactors, first_ranks, mean, pad, wide
+from fedlora.adapter import AdapterState, LoraFactors, first_ranks, wide
 from fedlora.exchange import ClientUpdate
 
 from .base import ServerState, Strategy, regrown
@@ -59,9 +59,8 @@ def effective_means(
         means_a.add({name: at_scaling(f, scalings.setdefault(name, f.scaling)) for name, f in lora.items()}, update)
         means_b.add({name: f.B for name, f in lora.items()}, update)
         dense.add(update.adapter.dense, update)
-    means = {
-        name: LoraFactors(A=a, B=means_b.values[name], scaling=scalings[name]) for name, a in means_a.values.items()
-    }
+    of_b = means_b.values()
+    means = {name: LoraFactors(A=a, B=of_b[name], scaling=scalings[name]) for name, a in means_a.values().items()}
     return means, dense.values
 
 
@@ -70,7 +69,17 @@ def at_scaling(factors: LoraFactors, scaling: float) -> Tensor:
     return factors.A if factors.scaling == scaling else (factors.scaling / scaling) * wide(factors.A)
 
 
-def padded_mean(factors: Sequence[LoraFactors], weights: Sequence[float] | None = None) -> LoraFactors:
-    """The weighted means of pad(s_k A_k) and pad(B_k), scaling 1, of factors held together; see `adapter.mean`."""
-    rank = max(f.rank for f in factors)
-    return mean([pad(first_ranks(f, f.rank, 1.0), rank) for f in factors], weights)
+def padded_mean(factors: Sequence[LoraFactors], weights: Sequence[float]) -> LoraFactors:
+    """The weighted means of pad(s_k A_k) and pad(B_k), scaling 1, of factors held together.
+
+    Args:
+        factors: one per client, of any ranks.
+        weights: with sum 1.
+    """
+    first, rank = factors[0], max(f.rank for f in factors)
+    A = wide(first.A).new_zeros(rank, first.A.shape[1])
+    B = wide(first.B).new_zeros(first.B.shape[0], rank)
+    for f, weight in zip(factors, weights, strict=True):
+        A[: f.rank].add_(wide(f.A), alpha=weight * f.scaling)
+        B[:, : f.rank].add_(wide(f.B), alpha=weight)
+    return LoraFactors(A=A, B=B, scaling=1.0)

@@ -42,7 +42,7 @@ class FedSa(Strategy):
             means.add({name: at_scaling(f, server[name].scaling) for name, f in update.adapter.lora.items()}, update)
             dense.add(update.adapter.dense, update)
         lora = dict(state.adapter.lora)
-        for name, rows in means.values.items():
+        for name, rows in means.values().items():
             before = lora[name]
             lora[name] = replace(before, A=torch.cat([rows, before.A[len(rows) :].to(rows)]))
         return replace(state, adapter=AdapterState(lora=lora, dense={**state.adapter.dense, **dense.values}))

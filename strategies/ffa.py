@@ -58,7 +58,7 @@ def averaged(state: ServerState, updates: Iterable[ClientUpdate], round: int, fa
         else:
             means.add({name: f.B for name, f in lora.items()}, update)
         dense.add(update.adapter.dense, update)
-    lora = {name: _replaced(state.adapter.lora[name], factor, mean) for name, mean in means.values.items()}
+    lora = {name: _replaced(state.adapter.lora[name], factor, mean) for name, mean in means.values().items()}
     adapter = AdapterState(lora={**state.adapter.lora, **lora}, dense={**state.adapter.dense, **dense.values})
     return replace(state, adapter=adapter)
 
@@ -69,11 +69,11 @@ def _replaced(before: LoraFactors, factor: Literal["A", "B"], mean: Tensor) -> L
     A row that would be zero in both factors has no gradient and would stay so for good; it keeps what it was,
     which adds nothing while the other factor is zero.
     """
-    old, other, new = (before.A, before.B.T, mean) if factor == "A" else (before.B.T, before.A, mean.T)
-    missing = before.rank - len(new)
+    axis = 0 if factor == "A" else 1
+    missing = before.rank - mean.shape[axis]
     if missing:
-        new = torch.cat([new, new.new_zeros(missing, new.shape[1])])
-    dead = ~(new.any(dim=1) | other.any(dim=1))
-    if bool(dead.any()):
-        new = torch.where(dead[:, None], old.to(new), new)
-    return replace(before, A=new) if factor == "A" else replace(before, B=new.T.contiguous())
+        old = (before.A if factor == "A" else before.B).narrow(axis, mean.shape[axis], missing).to(mean)
+        other = (before.B if factor == "A" else before.A).narrow(1 - axis, mean.shape[axis], missing)
+        alive = other.any(dim=axis).unsqueeze(1 - axis)
+        mean = torch.cat([mean, torch.where(alive, torch.zeros_like(old), old)], dim=axis)
+    return replace(before, A=mean) if factor == "A" else replace(before, B=mean)

@@ -33,7 +33,8 @@ class HetLora(Strategy):
         lora = dict(state.adapter.lora)
         for name, part in parts.items():
             norms = [norm(factors) for factors in part.factors]
-            mean = padded_mean(part.factors, norms if any(norms) else None)
+            weights = [size / sum(norms) for size in norms] if any(norms) else [1 / len(norms)] * len(norms)
+            mean = padded_mean(part.factors, weights)
             before = lora.get(name, mean)
             lora[name] = regrown(first_ranks(mean, mean.rank, before.scaling), before)
         return replace(state, adapter=AdapterState(lora=lora, dense={**state.adapter.dense, **dense}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,11 +15,20 @@ from fedlora.exchange import ClientUpdate
 
 
 class Means:
-    """Weighted means of tensors by name, each over the clients that sent it; memory for one tensor per name."""
+    """Weighted means of tensors by name, each over the clients that sent it; memory for one tensor per name.
+
+    They run as `mean + share (tensor - mean)`: one tensor is its own mean, and equal tensors are, to the last bit.
+
+    Attributes:
+        values: the means.
+        weights: the sum of examples behind each.
+    """
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
-        self._weights: dict[str, float] = {}
+        self.weights: dict[str, float] = {}
+        # What every reply so far had, by name and shape; empty where they differed.
+        self._shapes: list[tuple[str, torch.Size]] = []
 
     def add(self, tensors: Mapping[str, Tensor], update: ClientUpdate) -> None:
         """Counts these tensors of an update, weighted by the client's examples.
@@ -28,25 +38,41 @@ class Means:
         Raises:
             StrategyError: a shape differs from the earlier ones'; nothing is ever broadcast.
         """
-        steps = _Steps()
-        for name, tensor in tensors.items():
-            so_far = self.values.get(name)
-            weight = self._weights.get(name, 0) + update.num_examples
-            self._weights[name] = weight
-            if so_far is None:
-                self.values[name] = wide(tensor).clone()
-                continue
-            if so_far.shape != tensor.shape:
-                raise StrategyError(
-                    f"{name}: client {update.client_id} sent shape {list(tensor.shape)}, others sent "
-                    f"{list(so_far.shape)}; every client must train the same modules of the same base model"
-                )
-            steps.towards(so_far, tensor, update.num_examples / weight)
-        steps.take()
+        steps: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        if self._shapes and [(name, t.shape) for name, t in tensors.items()] == self._shapes:  # as most replies are
+            steps[self._share([*tensors], update)] = [*self.values.values()], [*tensors.values()]
+        else:
+            self._shapes = []
+            for name, tensor in tensors.items():
+                so_far = self.values.get(name)
+                if so_far is None:
+                    self.values[name], self.weights[name] = wide(tensor).clone(), update.num_examples
+                    continue
+                if so_far.shape != tensor.shape:
+                    raise StrategyError(
+                        f"{name}: client {update.client_id} sent shape {list(tensor.shape)}, others sent "
+                        f"{list(so_far.shape)}; every client must train the same modules of the same base model"
+                    )
+                means, arrived = steps.setdefault(self._share([name], update), ([], []))
+                means.append(so_far)
+                arrived.append(tensor)
+            if len(set(self.weights.values())) == 1:
+                self._shapes = [(name, t.shape) for name, t in self.values.items()]
+        for share, (means, arrived) in steps.items():
+            same = all(t.dtype == m.dtype and t.device == m.device for t, m in zip(arrived, means, strict=True))
+            torch._foreach_lerp_(
+                means, arrived if same else [t.to(m) for t, m in zip(arrived, means, strict=True)], share
+            )
+
+    def _share(self, names: Sequence[str], update: ClientUpdate) -> float:
+        """This update's part in these means, which have one weight, itself included."""
+        weight = self.weights[names[0]] + update.num_examples
+        self.weights |= dict.fromkeys(names, weight)
+        return update.num_examples / weight
 
 
 class RankMeans:
-    """Weighted means of factors of unequal ranks, row by row: memory for one tensor per name.
+    """Weighted means of factors of unequal ranks, row by row: memory for one tensor per name and rank.
 
     Args:
         axis: that of the rank: 0 for A [r, d_in], 1 for B [d_out, r].
@@ -55,83 +81,68 @@ class RankMeans:
     """
 
     def __init__(self, axis: int, zero_pad: bool) -> None:
-        self.values: dict[str, Tensor] = {}
         self._axis, self._zero_pad = axis, zero_pad
-        # Rows before each end weigh alike: [(end, weight)], by ascending end.
-        self._weights: dict[str, list[tuple[int, float]]] = {}
+        # Clients of one rank are averaged by themselves: whole tensors, which is faster than parts of a larger one.
+        self._of_rank: dict[int, Means] = {}
 
     def add(self, factors: Mapping[str, Tensor], update: ClientUpdate) -> None:
-        """Counts one factor of each module, weighted by the client's examples; as fast as `Means.add`.
+        """Counts one factor of each module, weighted by the client's examples.
 
         Raises:
             StrategyError: the other dimension differs from the earlier ones'.
         """
-        steps = _Steps()
+        by_rank: dict[int, dict[str, Tensor]] = {}
         for name, factor in factors.items():
-            rank, n = factor.shape[self._axis], update.num_examples
-            so_far = self._room(name, factor, update)
-            ends, begin = [], 0
-            for end, weight in self._weights[name]:
-                if begin < rank:
-                    cut = min(end, rank)
-                    share = n / (weight + n)
-                    steps.towards(self._rows(so_far, begin, cut), self._rows(factor, begin, cut), share)
-                    ends.append((cut, weight + n))
-                if end > rank and self._zero_pad:
-                    steps.fade(self._rows(so_far, max(begin, rank), end), n / (weight + n))
-                if end > rank:
-                    ends.append((end, weight + n if self._zero_pad else weight))
-                begin = end
-            self._weights[name] = ends
-        steps.take()
+            by_rank.setdefault(factor.shape[self._axis], {})[name] = factor
+        for rank, alike in by_rank.items():
+            self._of_rank.setdefault(rank, Means()).add(alike, update)
 
-    def _rows(self, tensor: Tensor, begin: int, end: int) -> Tensor:
-        return tensor.narrow(self._axis, begin, end - begin)
+    def values(self) -> dict[str, Tensor]:
+        """The means, at the largest rank that came.
 
-    def _room(self, name: str, factor: Tensor, update: ClientUpdate) -> Tensor:
-        """The mean so far, grown to the factor's rank by rows of zeros that weigh what zeros weighed until now."""
-        axis, rank = self._axis, factor.shape[self._axis]
-        so_far = self.values.get(name)
-        if so_far is None:
-            so_far = self.values[name] = torch.zeros_like(wide(factor))
-            self._weights[name] = [(rank, 0.0)]
-        if so_far.shape[1 - axis] != factor.shape[1 - axis]:
-            raise StrategyError(
-                f"{name}: client {update.client_id} sent a factor of shape {list(factor.shape)}, others sent "
-                f"{list(so_far.shape)}; every client must train the same modules of the same base model"
-            )
-        missing = rank - so_far.shape[axis]
-        if missing > 0:
-            shape = (missing, so_far.shape[1]) if axis == 0 else (so_far.shape[0], missing)
-            so_far = self.values[name] = torch.cat([so_far, so_far.new_zeros(shape)], dim=axis)
-            self._weights[name].append((rank, self._weights[name][-1][1] if self._zero_pad else 0.0))
-        return so_far
+        Raises:
+            StrategyError: clients of different ranks sent factors of different lengths.
+        """
+        groups: dict[str, list[tuple[int, Tensor, float]]] = {}
+        for rank in sorted(self._of_rank, reverse=True):
+            for name, mean in self._of_rank[rank].values.items():
+                groups.setdefault(name, []).append((rank, mean, self._of_rank[rank].weights[name]))
+        found: dict[str, Tensor] = {}
+        steps: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        for name, group in groups.items():
+            first = found[name] = group[0][1]
+            if len(group) > 1:
+                found[name] = torch.zeros_like(first)
+                self._combine(name, group, found[name], steps)
+        for share, (totals, means) in steps.items():
+            torch._foreach_add_(totals, means, alpha=share)
+        return found
 
-
-class _Steps:
-    """Running means' steps `x + share (y - x)`, gathered by their share and taken in one call for each.
-
-    In this form one tensor is its own mean, and equal tensors are, to the last bit.
-    """
-
-    def __init__(self) -> None:
-        self._towards: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-        self._fading: dict[float, list[Tensor]] = {}
-
-    def towards(self, so_far: Tensor, tensor: Tensor, share: float) -> None:
-        means, tensors = self._towards.setdefault(share, ([], []))
-        means.append(so_far)
-        tensors.append(tensor.to(so_far))
-
-    def fade(self, so_far: Tensor, share: float) -> None:
-        """A step towards zero."""
-        self._fading.setdefault(share, []).append(so_far)
-
-    def take(self) -> None:
-        for share, (means, tensors) in self._towards.items():
-            torch._foreach_lerp_(means, tensors, share)
-        for share, means in self._fading.items():
-            torch._foreach_mul_(means, 1.0 - share)
+    def _combine(
+        self,
+        name: str,
+        group: list[tuple[int, Tensor, float]],
+        total: Tensor,
+        steps: dict[float, tuple[list[Tensor], list[Tensor]]],
+    ) -> None:
+        """Adds to the steps what makes `total` the mean of these ranks' means: (rank, mean, weight), falling ranks."""
+        axis, every = self._axis, sum(weight for _, _, weight in group)
+        for _, mean, _ in group:
+            if mean.shape[1 - axis] != total.shape[1 - axis]:
+                raise StrategyError(
+                    f"{name}: clients sent factors of shapes {list(total.shape)} and {list(mean.shape)}; every client "
+                    "must train the same modules of the same base model"
+                )
+        # rows from one rank to the next larger one are those of the clients with the larger ranks
+        ends = [0, *(rank for rank, _, _ in reversed(group))] if not self._zero_pad else [0, group[0][0]]
+        for begin, end in itertools.pairwise(ends):
+            having = every if self._zero_pad else sum(weight for rank, _, weight in group if rank >= end)
+            for rank, mean, weight in group:
+                count = min(rank, end) - begin
+                if count > 0:
+                    totals, means = steps.setdefault(weight / having, ([], []))
+                    totals.append(total.narrow(axis, begin, count))
+                    means.append(mean.narrow(axis, begin, count))
 
 
 @dataclass(frozen=True)
