@@ -20,6 +20,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 from torch.nn import functional as F
 
 from fedlora.adapter import CORE, AdapterState, LoraFactors, compress, concatenate, delta
@@ -109,7 +110,11 @@ def _build(config: ModelConfig, lora: LoraConfig) -> Workbench:
 def _inject(model: nn.Module, lora: LoraConfig) -> PeftModel:
     targets = lora.target_modules
     names = None if targets == "auto" else targets if targets == "all-linear" else targets.replace(" ", "").split(",")
-    config = PeftLoraConfig(r=1, lora_alpha=1, target_modules=names, lora_dropout=lora.dropout)
+    # GPT-2's layers keep their weights as [d_in, d_out]
+    transposed = any(isinstance(module, Conv1D) for module in model.modules())
+    config = PeftLoraConfig(
+        r=1, lora_alpha=1, target_modules=names, lora_dropout=lora.dropout, fan_in_fan_out=transposed
+    )
     try:
         return get_peft_model(model, config)  # pyright: ignore[reportArgumentType, reportReturnType]
     except ValueError as error:
@@ -203,7 +208,8 @@ def install(bench: Workbench, adapter: AdapterState, trainable: Iterable[str] = 
 def install_anchor(bench: Workbench, folds: tuple[AdapterState, ...]) -> None:
     """Add folds as one frozen adapter beside the trainable one, after `install`; () leaves the base alone."""
     if folds and ANCHOR not in bench.model.peft_config:
-        config = PeftLoraConfig(r=1, lora_alpha=1, target_modules=[*bench.layers])
+        transposed = any(getattr(layer, "fan_in_fan_out", False) for layer in bench.layers.values())
+        config = PeftLoraConfig(r=1, lora_alpha=1, target_modules=[*bench.layers], fan_in_fan_out=transposed)
         bench.model.add_adapter(ANCHOR, config)
     anchor = concatenate(folds)
     for name, layer in bench.layers.items():

@@ -12,6 +12,7 @@ from fedlora.adapter import AdapterState, LoraFactors, delta, initial, without_c
 from fedlora.config import LoraConfig, ModelConfig
 from fedlora.errors import AdapterError, ModelError
 from fedlora.models import load_base
+from tests.tiny import save_gpt2
 
 LORA = LoraConfig(target_modules="q_proj,v_proj,down_proj")
 IDS = torch.arange(12).reshape(2, 6) + 20
@@ -105,6 +106,28 @@ def test_merged_folds_equal_the_anchor_and_are_added_once(tiny_llama):
     peft_io.merge_folds(bench, "another run", (first, second))  # rereads the base, adds both at once
     for name, layer in bench.layers.items():
         assert torch.equal(layer.get_base_layer().weight, one_by_one[name])
+
+
+def test_fault_6_conv1d_weights_are_transposed_and_updates_are_not(tmp_path):
+    """GPT-2's Conv1D keeps W [d_in, d_out]; a square one would hide a transposed update."""
+    config = model_config(save_gpt2(tmp_path / "gpt2"))
+    targets = LoraConfig(target_modules="c_attn,c_proj")
+    bench = peft_io.workbench(config, targets)
+    shapes = peft_io.shapes(config, targets).lora
+    assert {(96, 32), (32, 32), (32, 128)} == set(shapes.values())
+    adapter, fold = random_adapter(bench, 0, 4), random_adapter(bench, 1, 3)
+    peft_io.install(bench, adapter)
+    peft_io.install_anchor(bench, (fold,))
+    beside = logits(bench.model)
+    dense = load_base(config).model
+    with torch.no_grad():
+        for part in (adapter, fold):
+            for name, factors in part.lora.items():
+                dense.get_submodule(name).weight += delta(factors).T
+    torch.testing.assert_close(beside, logits(dense), rtol=1e-4, atol=1e-4)
+    peft_io.install_anchor(bench, ())
+    peft_io.merge_folds(bench, "run", (fold,))
+    torch.testing.assert_close(logits(bench.model), beside, rtol=1e-4, atol=1e-4)
 
 
 def test_reading_gives_back_the_bits_that_were_set(tiny_llama):

@@ -261,7 +261,7 @@ def test_a_module_that_nobody_sent_stays(strategy: Strategy) -> None:
 
 
 @every_strategy
-def test_aggregate_is_pure(strategy: Strategy) -> None:
+def test_fault_8_aggregate_is_pure(strategy: Strategy) -> None:
     """Nothing given is changed, and nothing of an earlier call is averaged in again (fault 8)."""
     clients = [ClientInfo(client_id=i, rank=3, num_examples=i + 1) for i in range(3)]
     state, updates = begin(strategy, clients, 7)
@@ -350,7 +350,7 @@ def test_a_round_without_replies_is_refused(strategy: Strategy) -> None:
 
 
 @every_strategy
-def test_every_client_gets_its_own_ranks_and_scalings(strategy: Strategy) -> None:
+def test_fault_3_every_client_gets_its_own_ranks_and_scalings(strategy: Strategy) -> None:
     """Fault 3: not the last client's; also with a rank pattern, and whatever the state has been through."""
     ranks = (5, 2, 1, 3) if strategy.unequal_ranks else (3, 3, 3, 3)
     clients = [ClientInfo(client_id=i, rank=r, alpha=8, rank_pattern={"v": 2}) for i, r in enumerate(ranks)]
@@ -467,7 +467,7 @@ def test_rounds_match_a_dense_reference(name: str) -> None:
 
 
 @every_strategy
-def test_late_clients_end_up_with_bit_equal_weights(strategy: Strategy) -> None:
+def test_fault_10_late_clients_end_up_with_bit_equal_weights(strategy: Strategy) -> None:
     """Fault 10: always on, on every other round, late, restarted: one base, compacted on the way or not."""
     own_anchors = getattr(strategy, "keep_tail", False)  # there, clients of one rank hold the same
     ranks = (5, 2, 1, 4) if strategy.unequal_ranks and not own_anchors else (3, 3, 3, 3)
