@@ -21,6 +21,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/basedpyright
 
 bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.aggregation
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.engine --strategy flora
 	$(BIN)/python -m benchmarks.memory
