@@ -46,6 +46,7 @@ def train(
     rounds: int,
     seed: int,
     on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+    penalty: Callable[[], None] = lambda: None,
 ) -> TrainResult:
     """Train the given parameters in place for one round.
 
@@ -64,6 +65,7 @@ def train(
         rounds: of the whole run, for the schedule.
         seed: of this client's order of examples and dropout.
         on_step: called after each step with (step, steps, loss).
+        penalty: called before each optimizer step, to add a term's gradient to the parameters'.
 
     Raises:
         AdapterError: the loss is not finite.
@@ -94,6 +96,7 @@ def train(
             raise AdapterError(f"training diverged: loss {total} at step {step + 1} of round {round}; lower train.lr")
         if config.prox_mu:
             add_proximal(parameters, start, config.prox_mu)
+        penalty()
         if config.clip:
             torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         for group in optimizer.param_groups:
@@ -136,6 +139,26 @@ def add_proximal(parameters: Sequence[nn.Parameter], start: Sequence[Tensor], mu
     for parameter, origin in zip(parameters, start, strict=True):
         if parameter.grad is not None:
             parameter.grad.add_(parameter.detach() - origin, alpha=mu)
+
+
+def add_tail_penalty(factors: Sequence[tuple[nn.Parameter, nn.Parameter]], gamma: float, weight: float) -> None:
+    """Adds the gradient of `weight * sum |B tail|_F |A tail|_F`, so that the last ranks fade (HetLoRA's self-pruning).
+
+    Cho et al. 2024, https://arxiv.org/abs/2401.06432, Section 4.
+
+    Args:
+        factors: A [r, d_in] and B [d_out, r] of each module.
+        gamma: the tail begins at row ceil(gamma r), and at the second row at the earliest.
+        weight: of the term.
+    """
+    for A, B in factors:
+        keep = max(1, math.ceil(gamma * A.shape[0]))
+        a, b = A.detach()[keep:], B.detach()[:, keep:]
+        size_a, size_b = a.norm(), b.norm()
+        if A.grad is not None and float(size_a) > 0:
+            A.grad[keep:].add_(a * (weight * size_b / size_a))
+        if B.grad is not None and float(size_b) > 0:
+            B.grad[:, keep:].add_(b * (weight * size_a / size_b))
 
 
 def count_labels(labels: Tensor) -> int:

@@ -106,6 +106,7 @@ def configured(config: Config) -> Strategy:
         "seed": config.run.seed,
         "max_rank": config.anchor.max_rank,
         "compact": config.anchor.base_update == "anchor",
+        "prune_gamma": config.lora.prune_gamma,
     }
     known = {f.name for f in fields(resolve(config.strategy.name))}
     options = {name: value for name, value in run_wide.items() if name in known}

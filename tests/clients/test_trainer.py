@@ -198,3 +198,24 @@ def test_progress_is_told_step_by_step(tiny_llama):
 def test_gpu_optimizers_refuse_a_cpu(name):
     with pytest.raises(ConfigError, match=rf"train.optimizer = '{name}' needs a CUDA GPU, the model is on cpu"):
         optimizers.make(TrainConfig(optimizer=name), [torch.nn.Parameter(torch.zeros(2))])
+
+
+def test_the_tail_penalty_is_the_gradient_of_its_term():
+    g = torch.Generator().manual_seed(0)
+    factors = [(torch.randn(r, 6, generator=g), torch.randn(5, r, generator=g)) for r in (4, 3, 1)]
+    mine = [tuple(torch.nn.Parameter(t.clone()) for t in pair) for pair in factors]
+    theirs = [tuple(torch.nn.Parameter(t.clone()) for t in pair) for pair in factors]
+    for pair in mine:
+        for parameter in pair:
+            parameter.grad = torch.zeros_like(parameter)
+    trainer.add_tail_penalty([(a, b) for a, b in mine], 0.5, 0.3)
+    term = sum(0.3 * b[:, k:].norm() * a[k:].norm() for (a, b), k in zip(theirs, (2, 2, 1), strict=True))
+    term.backward()
+    for (a, b), (x, y) in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a.grad, x.grad)
+        torch.testing.assert_close(b.grad, y.grad)
+    zero = [(torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.zeros(3, 2)))]
+    for parameter in zero[0]:
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.add_tail_penalty(zero, 0.5, 1.0)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in zero[0])

@@ -51,3 +51,21 @@ def test_runs_on_a_quantized_base_and_lowers_the_loss(tmp_path, tiny_llama, name
 def test_unequal_ranks_are_refused_before_the_run_where_they_cannot_be_served(tmp_path, tiny_llama, name):
     with pytest.raises(StrategyError, match=r"needs one rank, got ranks 4, 2, 2, 1; .*or use strategy\.name"):
         run_locally(tiny(tmp_path, tiny_llama, strategy__name=name, lora__ranks="4,2,2,1"))
+
+
+def test_hetlora_prunes_clients_to_smaller_ranks(tmp_path, tiny_llama):
+    """The penalty shrinks the last rows until they go, and the upload shrinks with them."""
+    config = tiny(
+        tmp_path,
+        tiny_llama,
+        strategy__name="hetlora",
+        lora__prune_gamma=0.5,
+        lora__prune_weight=10.0,
+        federation__rounds=4,
+        train__steps=6,
+        train__lr=2e-2,
+    )
+    _, result = run_locally(config)
+    bytes_up = [entry["upload-bytes"] for entry in result["rounds"]]
+    assert bytes_up[-1] < 0.9 * bytes_up[0]
+    assert result["rounds"][-1]["heldout"]["loss"] < result["baseline"]["loss"]

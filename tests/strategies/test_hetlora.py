@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.adapter import norm
-from fedlora.exchange import ClientInfo
+from fedlora.adapter import LoraFactors, norm
+from fedlora.errors import StrategyError
+from fedlora.exchange import ClientInfo, ClientUpdate
+from fedlora.strategies.base import ServerState
 from fedlora.strategies.hetlora import HetLora
 from tests.naive import dense as naive
 from tests.naive.clients import SHAPES, start, train
@@ -78,3 +82,57 @@ def test_where_nothing_moved_all_count_alike() -> None:
     got = HETLORA.aggregate(HETLORA.init(before(parts)), updates_of(parts), 1).adapter.lora["m"]
     torch.testing.assert_close((got.scaling * got.A).float(), torch.ones(2, 3))
     assert not got.B.any()
+
+
+def test_a_client_whose_tail_shrank_is_pruned_for_good() -> None:
+    """Rank 4, gamma 1/2: rows 2 and 3 shrink on client 0 and grow on client 1."""
+    strategy = HetLora(prune_gamma=0.5)
+    clients = [ClientInfo(client_id=i, rank=4, alpha=8.0, rank_pattern={"1.v": 3}) for i in range(2)]
+    state = strategy.init(start(clients))
+    state = strategy.aggregate(state, [train(strategy.broadcast(state, c, 1), c, 1) for c in clients], 1)
+    assert all(
+        f.rank == 4 for n, f in strategy.broadcast(state, clients[0], 2).adapter.lora.items() if n != "layers.1.v"
+    )
+
+    def reply(client: ClientInfo, size: float) -> ClientUpdate:
+        sent = strategy.broadcast(state, client, 2).adapter
+        lora = {}
+        for name, f in sent.lora.items():
+            scale = torch.ones(f.rank)
+            scale[math.ceil(f.rank / 2) :] = size
+            lora[name] = LoraFactors(scale[:, None] * f.A, f.B * scale, f.scaling)
+        return ClientUpdate(client_id=client.client_id, adapter=replace(sent, lora=lora), num_examples=1)
+
+    replies = [reply(clients[0], 0.5), reply(clients[1], 2.0)]
+    new = strategy.aggregate(state, replies, 2)
+    small, large = (strategy.broadcast(new, client, 3).adapter for client in clients)
+    assert {name: f.rank for name, f in small.lora.items()} == dict.fromkeys(SHAPES, 2)
+    assert {f.rank for n, f in large.lora.items() if n != "layers.1.v"} == {4}
+    assert small.lora["layers.0.q"].scaling == 8.0 / 2
+    cut = replies[0].adapter.lora["layers.0.q"]
+    halved = {n: LoraFactors(f.A[:2], f.B[:, :2], f.scaling) for n, f in replies[0].adapter.lora.items()}
+    by_hand = replace(replies[0], adapter=replace(replies[0].adapter, lora=halved))
+    plain = HetLora().aggregate(state, [by_hand, replies[1]], 2)
+    assert cut.rank == 4
+    for name, f in plain.adapter.lora.items():
+        assert torch.equal(f.A, new.adapter.lora[name].A)
+        assert torch.equal(f.B, new.adapter.lora[name].B)
+    # once more: a quarter of the rank is left, at least one row
+    again = strategy.aggregate(new, [replace(reply_of(strategy, new, clients[0], 0.1), client_id=0)], 3)
+    assert {f.rank for f in strategy.broadcast(again, clients[0], 4).adapter.lora.values()} == {1}
+
+
+def reply_of(strategy: HetLora, state: ServerState, client: ClientInfo, size: float) -> ClientUpdate:
+    sent = strategy.broadcast(state, client, 3).adapter
+    lora = {n: LoraFactors(torch.cat([f.A[:1], size * f.A[1:]]), f.B, f.scaling) for n, f in sent.lora.items()}
+    return ClientUpdate(client_id=client.client_id, adapter=replace(sent, lora=lora), num_examples=1)
+
+
+def test_without_gamma_nobody_is_pruned() -> None:
+    clients = [ClientInfo(client_id=0, rank=4)]
+    strategy = HetLora()
+    state = strategy.init(start(clients))
+    state = strategy.aggregate(state, [train(strategy.broadcast(state, clients[0], 1), clients[0], 1)], 1)
+    assert not state.memory
+    with pytest.raises(StrategyError, match=r"prune_gamma = 1\.0, expected 0 .never. or a share below 1"):
+        HetLora(prune_gamma=1.0)
