@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +13,7 @@ from pathlib import Path
 import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 
 from fedlora import config as configuration
 from fedlora import peft_io, wire
@@ -25,18 +28,23 @@ from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 from fedlora.models import base_fingerprint
 from fedlora.results import peak_memory_bytes
 
-from . import own_state, trainer
+from . import node, own_state, trainer
 from .coding import coded
 from .gradients import leading_directions
 from .held_folds import StaleBase, bring_up
 
 Handler = Callable[[Message, Context], RecordDict]
 
+_log = logging.getLogger("fedlora")
+
 app = ClientApp()
 
 
 def _answer(handler: Handler) -> Callable[[Message, Context], Message]:
-    """A refusal is an answer too: one sentence for the server to show, never a dead process."""
+    """A refusal is an answer too: one sentence for the server to show, never a dead process.
+
+    What goes wrong with a node's own rows may quote them, and stays in the node's log.
+    """
 
     @functools.wraps(handler)
     def handle(message: Message, context: Context) -> Message:
@@ -44,8 +52,20 @@ def _answer(handler: Handler) -> Callable[[Message, Context], Message]:
             return Message(handler(message, context), reply_to=message)
         except StaleBase as error:
             return Message(Error(wire.STALE, str(error)), reply_to=message)
+        except DataError as error:
+            if not node.own_data(context.node_config):
+                return Message(Error(wire.REFUSED, str(error)), reply_to=message)
+            _log.error("%s", error)
+            reason = "node config: the file that data names cannot be used; the node's log says why"
+            return Message(Error(wire.REFUSED, reason), reply_to=message)
         except FedLoraError as error:
             return Message(Error(wire.REFUSED, str(error)), reply_to=message)
+        except Exception as error:
+            if not node.own_data(context.node_config):
+                raise
+            _log.exception("a message was not answered")
+            reason = f"{type(error).__name__} on a node with its own data; the node's log says more"
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
     return handle
 
@@ -67,9 +87,9 @@ def train(message: Message, context: Context) -> RecordDict:
     began = time.perf_counter()
     config, client_id, bench, broadcast = _open(message, context)
     info = _info(config, context)
-    _check_ranks(broadcast, info)
+    _check_ranks(broadcast, info, context)
     parameters = _set_up(bench, config, context, broadcast, broadcast.trainable)
-    examples = _examples(config, client_id, _own_data(context))[0]
+    examples = _examples(config, client_id, node.own_data(context.node_config))[0]
     emit("client-start", client_id=client_id, rank=info.rank, round=broadcast.round)
     if broadcast.task == "gradient":
         adapter, result = _gradient(bench, config, client_id, broadcast, examples)
@@ -86,11 +106,13 @@ def train(message: Message, context: Context) -> RecordDict:
             on_step=lambda step, steps, loss: emit(
                 "client-step", client_id=client_id, step=step, steps=steps, loss=loss, round=broadcast.round
             ),
+            penalty=_penalty(bench, config),
         )
         adapter = peft_io.read(bench)
+    folder = _own_folder(context, broadcast)
     if broadcast.personal:
-        own_state.save(_own_folder(context), "personal", _personal_part(adapter, broadcast.personal))
-    to_send, codec_error = coded(adapter, broadcast, config.wire.upload_dtype, _own_folder(context))
+        own_state.save(folder, "personal", _personal_part(adapter, broadcast.personal), broadcast.round)
+    to_send, codec_error = coded(adapter, broadcast, config.wire.upload_dtype, folder)
     update = ClientUpdate(
         client_id=client_id,
         adapter=to_send,
@@ -109,7 +131,17 @@ def train(message: Message, context: Context) -> RecordDict:
     )
     # A process that lives from message to message still holds these folds next time.
     known = broadcast.base_version if context.node_config.get("resident") else 0
-    return wire.encode_update(update, bench.base.fingerprint, config.wire.upload_dtype, broadcast.upload, known)
+    return wire.encode_update(
+        update, bench.base.fingerprint, config.wire.upload_dtype, broadcast.upload, known, task=broadcast.task
+    )
+
+
+def _penalty(bench: peft_io.Workbench, config: Config) -> Callable[[], None]:
+    """The term that shrinks what HetLoRA may prune, where it is asked for."""
+    gamma, weight = config.lora.prune_gamma, config.lora.prune_weight
+    if not (gamma and weight and config.strategy.name == "hetlora"):
+        return lambda: None
+    return functools.partial(trainer.add_tail_penalty, peft_io.factors_of(bench), gamma, weight)
 
 
 def _gradient(
@@ -134,9 +166,9 @@ def evaluate(message: Message, context: Context) -> RecordDict:
     """The server's adapter on this client's own test rows."""
     config, client_id, bench, broadcast = _open(message, context)
     _set_up(bench, config, context, broadcast, frozenset())
-    examples = _examples(config, client_id, _own_data(context))[1]
+    examples = _examples(config, client_id, node.own_data(context.node_config))[1]
     if not examples:
-        raise DataError(
+        raise ConfigError(
             f"client {client_id} has no test rows; raise data.client-test-fraction or set evaluate.clients = false"
         )
     metrics = evaluate_model(bench.model, examples, config.evaluate.batch_size, bench.base.pad_id)
@@ -147,7 +179,7 @@ def _open(message: Message, context: Context) -> tuple[Config, int, peft_io.Work
     """What every message on the adapter begins with: the config, who this is, the base, and what was sent."""
     config = _config(context)
     if config.run.threads:
-        torch.set_num_threads(config.run.threads)
+        torch.set_num_threads(min(config.run.threads, os.cpu_count() or 1))
     bench = peft_io.workbench(config.model, config.lora)
     return config, _client_id(context), bench, wire.decode_broadcast(message.content, bench.base.fingerprint)
 
@@ -167,12 +199,13 @@ def _set_up(
 
 def _with_own(broadcast: Broadcast, context: Context) -> AdapterState:
     """The broadcast's adapter, with the personal factors that this client keeps in place of those that were sent."""
-    folder = _own_folder(context)
-    kept = own_state.load(folder, "personal") if broadcast.personal else None
+    folder = _own_folder(context, broadcast)
+    kept = own_state.load(folder, "personal", broadcast.round) if broadcast.personal else None
     if kept is None:
         return broadcast.adapter
     lora = dict(broadcast.adapter.lora)
-    for name, own in kept.lora.items():
+    for name in lora.keys() & kept.lora.keys():
+        own = kept.lora[name]
         for factor in broadcast.personal:
             sent, mine = getattr(lora[name], factor), getattr(own, factor)
             if mine.shape != sent.shape:
@@ -196,40 +229,37 @@ def _personal_part(adapter: AdapterState, personal: frozenset[str]) -> AdapterSt
     return AdapterState(lora=lora)
 
 
-def _own_folder(context: Context) -> Path:
+def _own_folder(context: Context, broadcast: Broadcast) -> Path:
     """Where this client keeps its own state in this run: below the node's `state` folder, or the cache."""
     root = context.node_config.get("state") or cache_dir() / "clients"
-    return own_state.folder_of(str(root), context.run_id, _client_id(context))
+    return own_state.folder_of(str(root), broadcast.run or str(context.run_id), _client_id(context))
 
 
-def _check_ranks(broadcast: Broadcast, info: ClientInfo) -> None:
+def _check_ranks(broadcast: Broadcast, info: ClientInfo, context: Context) -> None:
     """A server may not ask for more than this client's hardware affords."""
     for module, factors in broadcast.adapter.lora.items():
         if factors.rank > info.rank_of(module):
+            key = next((key for key in ("max-rank", "rank") if key in context.node_config), "")
             raise ConfigError(
-                f"{module}: the server sent rank {factors.rank}, client {info.client_id} affords {info.rank_of(module)}"
+                f"{module}: the server sent rank {factors.rank}, client {info.client_id} affords "
+                f"{info.rank_of(module)}{f' (node config: {key})' if key else ''}"
             )
 
 
 def _config(context: Context) -> Config:
-    return configuration.parse(context.run_config, where="run config")
+    """The run's config as this node takes part in it."""
+    return node.ruled(configuration.parse(context.run_config, where="run config"), context.node_config)
 
 
 def _client_id(context: Context) -> int:
     return int(context.node_config.get("partition-id", context.node_id))
 
 
-def _own_data(context: Context) -> str:
-    """The node's own data file, where its config names one."""
-    return str(context.node_config.get("data", ""))
-
-
 def _info(config: Config, context: Context) -> ClientInfo:
     client_id = _client_id(context)
-    rank = context.node_config.get("rank") or configuration.client_rank(config.lora, client_id)
-    if not isinstance(rank, int) or rank < 1:
-        raise ConfigError(f"node config: rank = {rank!r}, expected a positive integer")
-    train_rows, _ = _rows(config, client_id, _own_data(context))
+    rank = node.rank(config, context.node_config, client_id)
+    train_rows, _ = _rows(config, client_id, node.own_data(context.node_config))
+    node.check_steps(config.train, context.node_config, trainer.steps_per_round(config.train, len(train_rows)))
     return ClientInfo(
         client_id=client_id,
         rank=rank,
@@ -243,14 +273,7 @@ def _info(config: Config, context: Context) -> ClientInfo:
 @functools.lru_cache(maxsize=4096)
 def _rows(config: Config, client_id: int, own_data: str):
     """This client's rows, split into training and test rows."""
-    if own_data:
-        if not Path(own_data).is_file():
-            raise DataError(f"node config: data = {own_data!r}: no such file")
-        alone = replace(config.data, source=own_data, partition="iid", heldout_fraction=0.0)
-        config = replace(config, data=alone, federation=replace(config.federation, clients=1))
-        rows = prepare(config).client(0)
-    else:
-        rows = prepare(config).client(client_id)
+    rows = prepare(config).client(0 if own_data else client_id)
     fraction = config.data.client_test_fraction if config.evaluate.clients else 0.0
     return client_split(rows, fraction, trainer.hash_seed(config.run.seed, client_id))
 

@@ -37,12 +37,12 @@ def coded(adapter: AdapterState, broadcast: Broadcast, number_format: str, folde
     start = broadcast.adapter
     wanted = difference(_uploaded(adapter, broadcast.upload), start)
     steady = broadcast.steady and broadcast.task == "train"
-    kept = own_state.load(folder, _KIND) if steady else None
+    kept = own_state.load(folder, _KIND, broadcast.round) if steady else None
     if kept is not None:
         wanted = _with_left_out(wanted, kept)
     arrived = through(wanted, number_format)
     if steady:
-        own_state.save(folder, _KIND, _merged(difference(wanted, arrived), kept))
+        own_state.save(folder, _KIND, _merged(difference(wanted, arrived), kept), broadcast.round)
     received = _completed(sum_of(arrived, start), adapter)
     return wanted, relative_error(without_cores(received).lora, without_cores(adapter).lora)
 

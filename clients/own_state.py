@@ -1,13 +1,13 @@
 """What a client keeps on its own disk from round to round: personal factors, what coarse formats left out.
 
-One safetensors file per run, client and kind, read when needed: clients that are not at work cost no memory,
-and a client that was restarted goes on where it was.
+One safetensors file per run, client, kind and round, read when needed: clients that are not at work cost no
+memory, and a client that was restarted goes on where it was. The round before is kept too: a server that died
+before its round was complete plays that round again, and each client must start it from what it had then.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -15,18 +15,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fedlora.adapter import AdapterState, LoraFactors
+from fedlora.durable import replacing
 from fedlora.errors import DataError
 
 
-def load(folder: Path, kind: str) -> AdapterState | None:
-    """What `save` wrote there, or None.
+def load(folder: Path, kind: str, round: int) -> AdapterState | None:
+    """What a client has at the start of a round: what `save` wrote in the last of the rounds before, or None.
 
     Raises:
         DataError: the file cannot be read.
     """
-    path = folder / f"{kind}.safetensors"
-    if not path.exists():
+    earlier = {number: path for number, path in _files(folder, kind).items() if number < round}
+    if not earlier:
         return None
+    path = earlier[max(earlier)]
     try:
         with safe_open(path, framework="pt") as file:
             scalings: dict[str, float] = json.loads(file.metadata()["scalings"])
@@ -45,13 +47,15 @@ def load(folder: Path, kind: str) -> AdapterState | None:
     return AdapterState(lora=lora, dense=dense)
 
 
-def save(folder: Path, kind: str, state: AdapterState) -> None:
-    """Keep this state, whole or not at all; a factor that is empty is left out.
+def save(folder: Path, kind: str, state: AdapterState, round: int) -> None:
+    """Keep what a round made, whole or not at all, beside that of the client's round before; a factor that is empty
+    is left out.
 
     Args:
         folder: this run's and client's own; see `folder_of`.
         kind: names the file: "personal" or "left-out".
         state: any factors and tensors.
+        round: that made it. Later rounds that are there already were undone, and go.
     """
     tensors = {f"dense|{name}": tensor.contiguous() for name, tensor in state.dense.items()}
     for name, factors in state.lora.items():
@@ -60,13 +64,21 @@ def save(folder: Path, kind: str, state: AdapterState) -> None:
                 tensors[f"{name}|{part}"] = tensor.contiguous()
     scalings = {name: factors.scaling for name, factors in state.lora.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    part_path, path = folder / f".{kind}.part", folder / f"{kind}.safetensors"
-    save_file(tensors, part_path, metadata={"scalings": json.dumps(scalings)})
-    with part_path.open("rb") as file:
-        os.fsync(file.fileno())
-    part_path.replace(path)
+    with replacing(folder / f"{kind}-{round}.safetensors") as part:
+        save_file(tensors, part, metadata={"scalings": json.dumps(scalings)})
+    files = _files(folder, kind)
+    before = max((number for number in files if number < round), default=None)
+    for number, path in files.items():
+        if number not in (before, round):
+            path.unlink()
 
 
-def folder_of(root: str | Path, run_id: int, client_id: int) -> Path:
-    """`<root>/<run id>/client-<id>`."""
-    return Path(root) / str(run_id) / f"client-{client_id}"
+def folder_of(root: str | Path, run: int | str, client_id: int) -> Path:
+    """`<root>/<run's key>/client-<id>`."""
+    return Path(root) / str(run) / f"client-{client_id}"
+
+
+def _files(folder: Path, kind: str) -> dict[int, Path]:
+    """The files of this kind by round."""
+    names = {path: path.stem.removeprefix(f"{kind}-") for path in folder.glob(f"{kind}-*.safetensors")}
+    return {int(name): path for path, name in names.items() if name.isdigit()}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -37,6 +39,15 @@ Overrides = Annotated[
 Preset = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a preset such as quickstart.")
 ]
+Authority = Annotated[
+    Path | None, typer.Option("--ca", help="Certificate of the authority behind the server: ca.crt of fedlora certs.")
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Neither TLS nor node authentication: for tests on one machine.")
+]
+State = Annotated[
+    Path | None, typer.Option(help="Folder for logs and state; default: in the user's own, by port or key.")
+]
 
 
 class Engine(StrEnum):
@@ -48,30 +59,51 @@ class Engine(StrEnum):
 
 @app.command()
 def run(
-    config: Preset,
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="[CONFIG]", help="A TOML file, or the name of a preset such as quickstart."),
+    ] = None,
     overrides: Overrides = None,
     engine: Annotated[
         Engine, typer.Option(help="local: all clients in this process. flower: Flower's simulation engine (Ray).")
     ] = Engine.local,
+    *,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN_FOLDER", help="Go on with this run after its last complete round, by its config."),
+    ] = None,
     at_once: Annotated[
         int, typer.Option(min=1, help="flower: clients that train at the same time, each with its own base model.")
     ] = 1,
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Run on the nodes of this server (fedlora server) instead."),
+    ] = None,
+    ca: Authority = None,
+    insecure: Insecure = False,
 ) -> None:
     """Run a federation and save its adapter.
 
     Results go to runs/<name>/<time>/: result.json (everything measured), adapter/ (a PEFT checkpoint of all
-    that was learned) and tensorboard/.
+    that was learned), tensorboard/, and state/, from which a run goes on that was interrupted or whose process died.
 
     Examples:
 
       fedlora run quickstart
 
+      fedlora run --resume runs/quickstart/20260101-120000
+
       fedlora run configs/quickstart.toml -c strategy.name=lora-fair -c federation.rounds=5
 
       fedlora run sentiment --engine flower
+
+      fedlora run federation.toml --server fed.example.org:9092 --ca certs/ca.crt
     """
-    settings = _load(config, overrides)
-    check_ranks(settings)
+    if (config is None) == (resume is None):
+        raise ConfigError("run: name either a CONFIG, such as quickstart, or the folder of a run with --resume")
+    settings = _load(config, overrides) if config is not None else _resumed(resume, overrides)
+    if server is None:
+        check_ranks(settings)  # nodes have ranks of their own, which the server checks when it has met them
     from fedlora.display import RunDisplay, result_table
     from fedlora.events import listen
     from fedlora.results import folder_of, stamp
@@ -81,7 +113,11 @@ def run(
     _quiet()
     try:
         with RunDisplay(out) as display, listen(display):
-            if engine is Engine.flower:
+            if server is not None:
+                from fedlora import deployment
+
+                deployment.run(settings, server, ca, insecure)
+            elif engine is Engine.flower:
                 from fedlora.simulations import flower  # pyright: ignore[reportMissingImports]
 
                 flower.run(settings, at_once)
@@ -91,7 +127,11 @@ def run(
                 local.run(settings)
     except KeyboardInterrupt:
         err.print(f"[yellow]interrupted[/yellow]; what was finished is in {folder}", soft_wrap=True)
+        err.print(f"go on with it: fedlora run --resume {folder}", soft_wrap=True)
         raise typer.Exit(130) from None
+    if not (folder / "result.json").is_file():
+        out.print(f"completed; the record and the adapter are on the server's machine, in {folder}", soft_wrap=True)
+        return
     out.print(result_table(folder))
     out.print(f"adapter: {folder / 'adapter'}", soft_wrap=True)
     out.print(f"try it:  fedlora evaluate --adapter {folder / 'adapter'}", soft_wrap=True)
@@ -129,6 +169,96 @@ def evaluate(
     for label, metrics in rows.items():
         table.add_row(label, *[f"{metrics[name]:.4f}" for name in names])
     out.print(table)
+
+
+@app.command()
+def certs(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Made when it is missing.")],
+    server_name: Annotated[
+        list[str] | None, typer.Option(help="DNS name of the server; repeat for more. localhost is always one.")
+    ] = None,
+    ip: Annotated[
+        list[str] | None, typer.Option(help="IP address of the server; repeat for more. 127.0.0.1 is always one.")
+    ] = None,
+    nodes: Annotated[str, typer.Option(help="Key pairs: a number, or names such as north,south.")] = "",
+) -> None:
+    """Make a certificate authority, the server's certificate, and key pairs for nodes; nothing is overwritten.
+
+    With --nodes alone, an existing folder gets more key pairs.
+    """
+    from fedlora import certificates
+
+    for path in certificates.make(folder, server_name or [], ip or [], certificates.numbered(nodes)):
+        out.print(str(path), soft_wrap=True)
+
+
+@app.command()
+def server(
+    *,
+    certs: Annotated[Path | None, typer.Option(help="Folder that fedlora certs wrote.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for nodes on other machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The one port that all talk to.")] = 9092,
+    state: State = None,
+    database: Annotated[
+        Path | None, typer.Option(help="Registered keys and runs; default: superlink.db in the state folder.")
+    ] = None,
+    insecure: Insecure = False,
+) -> None:
+    """Start a federation's server, which waits for nodes and runs; Ctrl-C stops it."""
+    from fedlora import deployment
+
+    folder = state or _state_folder("server", str(port))
+    with _told_to_stop(insecure):
+        deployment.serve(certs, host=host, port=port, state=folder, database=database, insecure=insecure)
+
+
+@app.command()
+def register(
+    keys: Annotated[list[Path], typer.Argument(metavar="KEY.pub...", help="Public keys of nodes.")],
+    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="The server.")] = "127.0.0.1:9092",
+    ca: Authority = None,
+) -> None:
+    """Let a server know its nodes by their public keys."""
+    from fedlora import deployment
+
+    for line in deployment.register(keys, server, ca):
+        out.print(line, soft_wrap=True)
+
+
+@app.command()
+def node(
+    *,
+    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="The server.")] = "127.0.0.1:9092",
+    ca: Authority = None,
+    key: Annotated[Path | None, typer.Option(help="This node's private key.")] = None,
+    data: Annotated[Path | None, typer.Option(help="This node's own rows; default: its share of data.source.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="What this node affords; default: lora.ranks.")] = None,
+    partition_id: Annotated[int | None, typer.Option(min=0, help="Its number as a client; default: Flower's.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda:0, mps …; default: model.device.")] = None,
+    model: Annotated[str | None, typer.Option(help="Where the base model lies here; default: model.name.")] = None,
+    node_config: Annotated[
+        list[str] | None, typer.Option("-c", "--config", metavar="KEY=VALUE", help="More of its node config.")
+    ] = None,
+    state: State = None,
+    insecure: Insecure = False,
+) -> None:
+    """Start a node, which trains on its own rows when the server asks; Ctrl-C stops it."""
+    from fedlora import deployment
+
+    if model is not None and Path(model).expanduser().exists():
+        model = str(Path(model).expanduser().resolve())
+    given = {
+        "data": deployment.data_file(data) if data else None,
+        "rank": rank,
+        "partition-id": partition_id,
+        "device": device,
+        "model": model,
+    }
+    settings = configuration.parse_overrides(node_config or [])
+    settings |= {name: value for name, value in given.items() if value is not None}
+    folder = state or _state_folder("node", key.stem if key else str(partition_id or 0))
+    with _told_to_stop(insecure):
+        deployment.join(server, ca, key, node_config=settings, state=folder, insecure=insecure)
 
 
 @app.command()
@@ -263,6 +393,31 @@ def find_preset(name: str) -> Path:
 
 def _load(config: str, overrides: list[str] | None) -> configuration.Config:
     return configuration.load(find_preset(config), overrides or [])
+
+
+def _state_folder(*parts: str) -> Path:
+    import platformdirs
+
+    return platformdirs.user_state_path("fedlora").joinpath(*parts)
+
+
+@contextmanager
+def _told_to_stop(insecure: bool) -> Iterator[None]:
+    """Around what runs until it is told to stop, which is no failure."""
+    _quiet()
+    if insecure:
+        err.print("[yellow]warning:[/yellow] --insecure: whoever reaches this port reads all, and may take part")
+    try:
+        yield
+    except KeyboardInterrupt:
+        out.print("stopped")
+
+
+def _resumed(folder: Path | None, overrides: list[str] | None) -> configuration.Config:
+    from fedlora.results import resumed
+
+    assert folder is not None
+    return resumed(folder, overrides or [])
 
 
 def _quiet() -> None:

@@ -26,6 +26,7 @@ def option(default: Any, text: str, choices: tuple[str, ...] = (), low: float | 
 class RunConfig:
     name: str = option("run", "results go to <run.dir>/<run.name>/<run.id>")
     id: str = option("", "name of this run's folder; empty: the time")
+    resume: bool = option(False, "go on with the run in that folder, from its last complete round")
     dir: str = option("runs", "folder of all results")
     seed: int = option(0, "seed of everything random", low=0)
     threads: int = option(0, "torch threads of each process; 0 leaves torch's own choice", low=0)
@@ -55,6 +56,10 @@ class LoraConfig:
     target_modules: str = option(
         "auto", "comma list of module name endings, all-linear, or auto (attention projections)"
     )
+    prune_gamma: float = option(
+        0.0, "hetlora: share of its rank that a client keeps when it is pruned; 0: never", low=0.0, high=0.99
+    )
+    prune_weight: float = option(1e-3, "hetlora: how strongly training shrinks the rows that may be pruned", low=0.0)
     rank_pattern: str = option("", "ranks of some modules, for every client: 'k_proj=4, layers.0.mlp.up_proj=2'")
 
 
@@ -330,6 +335,8 @@ def _check(where: str, key: str, value: Any, section: Any, name: str) -> Scalar:
 
 def _check_together(config: Config, where: str) -> Config:
     """Rules over several keys."""
+    if config.run.resume and not config.run.id:
+        raise ConfigError(f"{where}: run.resume = true needs run.id, the name of the folder of the run to go on with")
     ints("lora.ranks", config.lora.ranks)
     rank_pattern(config.lora)
     if not alpha_of(config.lora.alpha, config.lora.rank) > 0:

@@ -65,6 +65,8 @@ class Broadcast:
             format left out of the last reply may be added to the next.
         task: "train"; or "gradient", where the reply's factors are the leading `rank` singular directions of the
             loss's gradient with respect to the module's weight, at the adapter as sent.
+        run: the key of the run, below which a client keeps what is its own; a run that is resumed has the same.
+            Empty: Flower's run id.
     """
 
     round: int
@@ -77,6 +79,7 @@ class Broadcast:
     personal: frozenset[str] = frozenset()
     steady: bool = False
     task: str = "train"
+    run: str = ""
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapter import CORE, AdapterState, LoraFactors, compress, concatenate, delta
 from fedlora.config import LoraConfig, ModelConfig
@@ -203,6 +203,14 @@ def install(bench: Workbench, adapter: AdapterState, trainable: Iterable[str] = 
         if trained:
             parameters.append(parameter)
     return parameters
+
+
+def factors_of(bench: Workbench) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """The trainable adapter's own parameters, A [r, d_in] and B [d_out, r] of each module, as they are installed."""
+    return [
+        (cast("nn.Parameter", layer.lora_A[ADAPTER].weight), cast("nn.Parameter", layer.lora_B[ADAPTER].weight))
+        for layer in bench.layers.values()
+    ]
 
 
 def install_anchor(bench: Workbench, folds: tuple[AdapterState, ...]) -> None:

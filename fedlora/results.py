@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
+import secrets
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -16,46 +18,138 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 
 from fedlora import __version__
 from fedlora.adapter import AdapterState
-from fedlora.config import Config
-from fedlora.errors import RunError
+from fedlora.config import Config, Scalar, parse, parse_overrides
+from fedlora.durable import replacing
+from fedlora.errors import ConfigError, RunError
 from fedlora.exchange import ClientInfo
 
 SCHEMA = 1
+# What a run that is resumed may have changed: everything else decides what it computes, or what it measures.
+_MAY_CHANGE = frozenset(
+    {
+        "federation.rounds",
+        "federation.min-clients",
+        "federation.round-timeout",
+        "federation.wait-timeout",
+        "run.threads",
+        "model.device",
+        "model.gradient-checkpointing",
+        "evaluate.every",
+        "evaluate.batch-size",
+    }
+)
+_WHERE = frozenset({"run.dir", "run.name", "run.id", "run.resume"})
+_PATHS = frozenset({"model.name", "data.source"})
+_log = logging.getLogger("fedlora")
 _PACKAGES = ("torch", "flwr", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
 
 
 class RunRecord:
-    """One run's folder, `<run.dir>/<run.name>/<run.id or time>/`, and what is written there."""
+    """One run's folder, `<run.dir>/<run.name>/<run.id or time>/`, and what is written there.
+
+    Attributes:
+        folder: this run's own; no other process writes there until `finish`.
+        key: of this run, the same whenever it is resumed.
+        data: what result.json holds.
+    """
 
     def __init__(self, config: Config) -> None:
-        """Raises RunError when the folder exists already or cannot be made."""
+        """Begin a record, or open the one of `run.id` again where `run.resume` is set.
+
+        Raises:
+            RunError: the folder exists already or cannot be made; or there is nothing to resume in it, or another
+                process is at it.
+            ConfigError: the run to resume was of another config.
+        """
         self._config = config
         self.folder = folder_of(config)
+        self._resumes = config.run.resume
+        self._replayed: int | None = None
+        self._events: Any = None
+        if self._resumes:
+            found = stored(self.folder)
+            check_changes(found, config)
+        else:
+            found = {}
+            self._make_folder()
+        self._lock = FileLock(self.folder / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(f"{self.folder}: another process is still at this run; wait for it, or stop it") from None
+        self._began = time.perf_counter() - found.get("seconds", 0.0)
+        self._peak: Mapping[str, int] = found.get("peak-memory-bytes", {})
+        self.data: dict[str, Any] = found or self._fresh(config)
+        self.data |= {"status": "running", "config": config.to_flat() | {"run.resume": False}}
+        self.data.pop("error", None)
+        self.key: str = self.data["key"]
+        self._write()
+
+    def _make_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True)
         except FileExistsError:
-            raise RunError(f"{self.folder} exists already; choose another run.name or run.id") from None
+            raise RunError(
+                f"{self.folder} exists already; choose another run.name or run.id, or go on with that run: "
+                f"fedlora run --resume {self.folder}"
+            ) from None
         except OSError as error:
             raise RunError(f"run.dir: cannot write to {self.folder}: {error}; choose another run.dir") from None
-        self._began = time.perf_counter()
-        self._events: Any = None
-        self.data: dict[str, Any] = {
+
+    @staticmethod
+    def _fresh(config: Config) -> dict[str, Any]:
+        return {
             "schema": SCHEMA,
             "status": "running",
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "config": config.to_flat(),
+            "key": secrets.token_hex(8),
+            "started": _now(),
+            "config": {},
             "versions": versions(),
             "code": code_version(),
             "device": device_facts(config),
             "rounds": [],
         }
+
+    def go_on(self, done: int | None) -> None:
+        """Of a run that is resumed, drop what was recorded of rounds after `done`, which are played again.
+
+        Args:
+            done: the last round that the server's checkpoint knows; None without a checkpoint.
+
+        Raises:
+            RunError: rounds were complete, but their checkpoint is gone.
+        """
+        if not self._resumes:
+            return
+        rounds = self.data["rounds"]
+        if done is None and len(rounds) > 1:  # a round is recorded, then its checkpoint: it may lack for the first only
+            raise RunError(
+                f"{self.folder}: {len(rounds)} rounds are recorded, and there is no checkpoint in "
+                f"{self.folder / 'state'}; this run cannot be resumed, start a new one"
+            )
+        self.data["rounds"] = [entry for entry in rounds if done is not None and entry["round"] <= done]
+        self._replayed = 0 if done is None else done + 1
+        facts = {"versions": versions(), "code": code_version(), "device": device_facts(self._config)}
+        changed = {name: value for name, value in facts.items() if value != self.data.get(name)}
+        self.data.setdefault("resumed", []).append({"time": _now(), "after-round": done, **changed})
         self._write()
+        _log.info("resumed after %s", "nothing: no round was complete" if done is None else f"round {done}")
 
     def start(self, clients: Sequence[ClientInfo], fingerprint: str) -> None:
-        """Who takes part, on which base."""
+        """Who takes part, on which base.
+
+        Raises:
+            RunError: the run to resume was on another base.
+        """
+        if self.data.get("base", fingerprint) != fingerprint:
+            raise RunError(
+                f"{self.folder}: its rounds were on base model {self.data['base']!r}, model.name = "
+                f"{self._config.model.name} is now {fingerprint!r}; put the earlier model back, or start a new run"
+            )
         self.data["base"] = fingerprint
         self.data["clients"] = [
             {"client-id": c.client_id, "rank": c.rank, "alpha": c.alpha, "num-examples": c.num_examples}
@@ -81,33 +175,55 @@ class RunRecord:
         self._write()
 
     def save_adapter(self, adapter: AdapterState) -> None:
-        """The PEFT checkpoint of everything learned so far."""
+        """The PEFT checkpoint of everything learned so far.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        from safetensors import SafetensorError
+
         from fedlora.peft_io import save_checkpoint
 
-        about = {"config": self._config.to_flat(), "base": self.data.get("base")}
-        save_checkpoint(adapter, self.folder / "adapter", self._config.model, about)
+        about = {"config": self.data["config"], "base": self.data.get("base")}
+        folder = self.folder / "adapter"
+        try:
+            save_checkpoint(adapter, folder, self._config.model, about)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{folder}: the adapter cannot be written: {error}") from error
 
     def finish(self, status: str, error: str | None = None) -> None:
-        """The last word: completed, interrupted or failed."""
+        """The last word: completed, interrupted or failed. After an error the disk may not take it."""
         self.data["status"] = status
         if error:
             self.data["error"] = error
-        if self._events:
-            self._events.close()
-        self._write()
+        try:
+            if self._events:
+                self._events.close()
+            self._write()
+        except (OSError, RunError) as last:
+            if status == "completed":
+                raise
+            _log.warning("%s", last)
+        finally:
+            self._lock.release()
 
     def _scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         if self._events is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(self.folder / "tensorboard"))
+            self._events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._replayed)
         for name, value in values.items():
             self._events.add_scalar(f"{group}/{name}", value, step)
 
     def _write(self) -> None:
         self.data["seconds"] = round(time.perf_counter() - self._began, 3)
-        self.data["peak-memory-bytes"] = peak_memory_bytes()
-        write_json(self.folder / "result.json", self.data)
+        peak = peak_memory_bytes()
+        self.data["peak-memory-bytes"] = {name: max(size, self._peak.get(name, 0)) for name, size in peak.items()}
+        path = self.folder / "result.json"
+        try:
+            write_json(path, self.data)
+        except OSError as error:
+            raise RunError(f"{path}: cannot be written: {error}") from error
 
 
 def stamp(config: Config) -> Config:
@@ -122,15 +238,85 @@ def folder_of(config: Config) -> Path:
     return Path(run.dir).expanduser().resolve() / run.name / run.id
 
 
+def resumed(folder: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config that goes on with the run in this folder: its own, with `key=value` overrides.
+
+    Raises:
+        RunError: there is no run in this folder, or it is complete.
+        ConfigError: an override is wrong, or would change what the run computes.
+    """
+    folder = folder.expanduser().resolve()
+    data = stored(folder)
+    config = parse(parse_overrides(overrides), parse(data["config"], where=str(folder / "result.json")), where="-c")
+    here = replace(config.run, dir=str(folder.parent.parent), name=folder.parent.name, id=folder.name, resume=True)
+    config = replace(config, run=here)
+    check_changes(data, config)
+    return config
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """The result.json of a run.
+
+    Raises:
+        RunError: there is none, or it is no run's.
+    """
+    path = folder / "result.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(
+            f"{folder}: no run to resume, result.json is missing; give a folder runs/<name>/<time>"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA or "key" not in data:
+        raise RunError(f"{path}: not the record of a run that this version can resume; start a new run")
+    return data
+
+
+def check_changes(data: Mapping[str, Any], config: Config) -> None:
+    """Whether this config may go on with a recorded run.
+
+    Raises:
+        RunError: the run is complete.
+        ConfigError: a key differs that decides what the run computes.
+    """
+    before, now = data["config"], config.to_flat()
+    rounds = before.get("federation.rounds", 0)
+    if config.federation.rounds < rounds:
+        raise ConfigError(
+            f"federation.rounds = {config.federation.rounds}: a run that is resumed may have more rounds than its "
+            f"{rounds}, not fewer"
+        )
+    if data["status"] == "completed" and config.federation.rounds == rounds:
+        raise RunError(
+            f"{folder_of(config)}: all {rounds} rounds are complete; for more of them set a larger federation.rounds"
+        )
+    for key in sorted(now.keys() - _MAY_CHANGE - _WHERE):
+        if key in before and not _same(key, before[key], now[key]):
+            raise ConfigError(
+                f"{key} = {now[key]!r}: the run to resume has {before[key]!r}, and would become another run; leave it, "
+                "or start a new run"
+            )
+
+
+def _same(key: str, before: Scalar, now: Scalar) -> bool:
+    """Whether two values are one; Flower's engine makes paths absolute."""
+    if key not in _PATHS or before == now:
+        return before == now
+    short, long = sorted((Path(str(before)).parts, Path(str(now)).parts), key=len)
+    return bool(short) and long[-len(short) :] == short
+
+
 def write_json(path: Path, data: object) -> None:
     """Write whole or not at all, durably. Numbers that are not finite become null."""
-    part = path.with_suffix(".part")
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(_finite(data), file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    text = json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _finite(value: Any) -> Any:

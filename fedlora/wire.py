@@ -3,15 +3,21 @@
 Arrays travel as `.npy` bytes and are read here without numpy's loader, so that nothing can be unpickled and
 no header can ask for more memory than was sent. numpy has no bf16: its bits travel as int16 under a tag.
 Every message names the protocol version and the base model's fingerprint.
+
+A client's reply can hold no more than its broadcast implies: names and shapes are compared before any value is
+read. Nothing is ever allocated from a declared size. Metrics are a fixed list. Whatever a peer sent, what comes
+out of a decoder is a value or a `WireError`.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from types import MappingProxyType
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,14 +25,53 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedlora.adapter import AdapterState, LoraFactors
-from fedlora.codec import FLOATS, FORMATS, LARGEST, code, from_rows, pack, rows_of, sum_of, through, unpack
-from fedlora.errors import WireError
+from fedlora.codec import FLOATS, FORMATS, LARGEST, code, combine, from_rows, pack, rows_of, through, unpack
+from fedlora.config import alpha_of
+from fedlora.errors import ConfigError, WireError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 PROTOCOL = 1
+_Item = TypeVar("_Item")
+TASKS = ("train", "gradient")
 REFUSED, STALE = 1001, 1002  # codes of a client's error reply: a clear refusal; folds that it no longer holds
+TRAIN_METRICS = frozenset(
+    {
+        "train-loss",
+        "train-last-loss",
+        "train-steps",
+        "train-tokens",
+        "train-seconds",
+        "codec-error",
+        "client-seconds",
+        "peak-memory-bytes",
+    }
+)
+EVALUATION_METRICS = frozenset({"loss", "accuracy", "perplexity"})
+# A client may not claim any number: it is a weight in every mean, and the server allocates by ranks.
+MOST_EXAMPLES, MOST_RANK = 10**9, 4096
+_LARGEST_METRIC = 1e305  # a mean of such numbers is finite
+_LARGEST_INT = 2**64 - 1  # Flower's node ids
+_SHORT = 120  # characters of a peer's own words in an error
 _HEAD, _ADAPTER, _METRICS = "head", "adapter", "metrics"
 _NUMPY = {"fp32": "float32", "fp16": "float16", "bf16": "int16", "int8": "int8", "int4": "uint8"}
+_COMMON = ("protocol", "base", "dtype")
+_KEYS = MappingProxyType(
+    {
+        "broadcast": frozenset(
+            {
+                *_COMMON,
+                *("round", "base-version", "folds-from", "folds"),
+                *("trainable", "upload", "personal", "steady", "task", "run"),
+            }
+        ),
+        "update": frozenset({*_COMMON, "client-id", "num-examples", "base-version", "known-base-version", "task"}),
+        "hello": frozenset(_COMMON),
+        "info": frozenset(
+            {*_COMMON, "client-id", "rank", "alpha", "num-examples", "rslora", "rank-pattern", "rank-pattern-ranks"}
+        ),
+        "evaluation": frozenset({*_COMMON, "num-examples"}),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +98,7 @@ def encode_broadcast(broadcast: Broadcast, fingerprint: str, dtype: str = "fp32"
         "personal": "".join(sorted(broadcast.personal)),
         "steady": broadcast.steady,
         "task": broadcast.task,
+        "run": broadcast.run,
     }
     record = RecordDict()
     _put(record, head, _ADAPTER, broadcast.adapter, "AB")
@@ -68,18 +114,23 @@ def decode_broadcast(record: RecordDict, fingerprint: str) -> Broadcast:
     Raises:
         WireError: malformed, of another protocol, or made for another base model.
     """
-    head = _checked_head(record, fingerprint, "the server")
+    who = "the server"
+    head = _checked_head(record, fingerprint, who)
+    count = _int(head, "folds", who, most=len(record))
+    keys = (_ADAPTER, *(f"fold-{i}" for i in range(count)))
+    _only(record, head, "broadcast", who, keys)
     return Broadcast(
-        round=_int(head, "round"),
-        adapter=_get(record, head, _ADAPTER, "AB", "the server"),
-        base_version=_int(head, "base-version"),
-        folds=tuple(_get(record, head, f"fold-{i}", "AB", "the server") for i in range(_int(head, "folds"))),
-        folds_from=_int(head, "folds-from"),
-        trainable=frozenset(_str(head, "trainable")),
-        upload=frozenset(_str(head, "upload")),
-        personal=frozenset(_str(head, "personal")),
-        steady=bool(_int(head, "steady")),
-        task=_str(head, "task"),
+        round=_int(head, "round", who),
+        adapter=_get(record, head, _ADAPTER, "AB", who),
+        base_version=_int(head, "base-version", who),
+        folds=tuple(_get(record, head, key, "AB", who) for key in keys[1:]),
+        folds_from=_int(head, "folds-from", who),
+        trainable=_letters(head, "trainable", "ABR", who),
+        upload=_letters(head, "upload", "AB", who),
+        personal=_letters(head, "personal", "AB", who),
+        steady=_flag(head, "steady", who),
+        task=_one_of(head, "task", TASKS, who),
+        run=_run_key(head, who),
     )
 
 
@@ -89,6 +140,8 @@ def encode_update(
     dtype: str = "fp32",
     upload: frozenset[str] = frozenset({"A", "B"}),
     known_base_version: int = 0,
+    *,
+    task: str = "train",
 ) -> RecordDict:
     """A client's answer to a train message; only the factors in `upload` are sent.
 
@@ -98,51 +151,64 @@ def encode_update(
         dtype: one of `codec.FORMATS`.
         upload: as the broadcast says.
         known_base_version: the base version that this client will still hold next time.
+        task: that was done, as the broadcast says.
+
+    Raises:
+        WireError: a value is not finite in this number format, or a metric is none of `TRAIN_METRICS`.
     """
     head = _head(fingerprint, dtype) | {
         "client-id": update.client_id,
         "num-examples": update.num_examples,
         "base-version": update.base_version,
         "known-base-version": known_base_version,
+        "task": task,
     }
     record = RecordDict()
     _put(record, head, _ADAPTER, update.adapter, "".join(sorted(upload)))
     record[_HEAD] = ConfigRecord(head)
-    record[_METRICS] = MetricRecord({name: float(value) for name, value in update.metrics.items()})
+    record[_METRICS] = _to_metrics(update.metrics, TRAIN_METRICS)
     return record
 
 
-def decode_update(record: RecordDict, client_id: int, sent: Broadcast, fingerprint: str) -> Reply:
+def decode_update(
+    record: RecordDict, client_id: int, sent: Broadcast, fingerprint: str, most_examples: int = MOST_EXAMPLES
+) -> Reply:
     """The answer as the server reads it, held against what this client was sent (see `as_received`).
 
+    Args:
+        record: the answer.
+        client_id: whose answer it should be.
+        sent: the broadcast as this client reads it.
+        fingerprint: of the base model.
+        most_examples: the largest weight that it may claim.
+
     Raises:
-        WireError: malformed, from another client or for another base version, a module, shape or scaling that
-            differs from what was sent, a value that is not finite, or a weight that is not positive.
+        WireError: malformed, from another client, for another task or base version, a module, shape or scaling
+            that differs from what was sent, a value that is not finite, a weight that is not positive or too
+            large, or a metric that is not on the list.
     """
     who = f"client {client_id}"
     head = _checked_head(record, fingerprint, who)
-    _expect(who, "client id", _int(head, "client-id"), client_id)
-    _expect(who, "base version", _int(head, "base-version"), sent.base_version)
+    _only(record, head, "update", who, (_ADAPTER,), _METRICS)
+    _expect(who, "client id", _int(head, "client-id", who), client_id)
+    _expect(who, "task", _str(head, "task", who), sent.task)
+    _expect(who, "base version", _int(head, "base-version", who), sent.base_version)
+    known = _int(head, "known-base-version", who)
+    if known not in (0, sent.base_version):
+        raise WireError(f"{who} sent known-base-version {known}, expected 0 or {sent.base_version}")
+    examples = _positive(head, "num-examples", who, most_examples)
+    metrics = _metrics(record, who, TRAIN_METRICS)
     adapter = _get(record, head, _ADAPTER, "".join(sorted(sent.upload)), who, like=sent.adapter)
-    _expect(who, "modules", sorted(adapter.lora), sorted(sent.adapter.lora))
-    _expect(who, "dense tensors", sorted(adapter.dense), sorted(sent.adapter.dense))
-    for module, factors in adapter.lora.items():
-        mine = sent.adapter.lora[module]
-        _expect(f"{module}: {who}", "scaling", factors.scaling, mine.scaling)
-        for part in sent.upload:
-            _expect(f"{module}: {who}", f"{part} shape", _shape(factors, part), _shape(mine, part))
-    for name, tensor in adapter.dense.items():
-        _expect(f"{name}: {who}", "shape", tuple(tensor.shape), tuple(sent.adapter.dense[name].shape))
     if head["dtype"] != "fp32":
-        adapter = sum_of(adapter, sent.adapter)
+        adapter = combine(_finite_sum(who), adapter, sent.adapter)
     update = ClientUpdate(
         client_id=client_id,
         adapter=adapter,
-        num_examples=_positive(head, "num-examples", who),
+        num_examples=examples,
         base_version=sent.base_version,
-        metrics=_metrics(record, who),
+        metrics=metrics,
     )
-    return Reply(update, known_base_version=_int(head, "known-base-version"))
+    return Reply(update, known_base_version=known)
 
 
 def as_received(broadcast: Broadcast, dtype: str) -> Broadcast:
@@ -157,7 +223,7 @@ def encode_hello(fingerprint: str) -> RecordDict:
 
 def check_hello(record: RecordDict, fingerprint: str) -> None:
     """Raises WireError when the server speaks another protocol or has another base model."""
-    _checked_head(record, fingerprint, "the server")
+    _only(record, _checked_head(record, fingerprint, "the server"), "hello", "the server")
 
 
 def encode_info(info: ClientInfo, fingerprint: str) -> RecordDict:
@@ -175,33 +241,44 @@ def encode_info(info: ClientInfo, fingerprint: str) -> RecordDict:
 
 
 def decode_info(record: RecordDict, fingerprint: str, who: str) -> ClientInfo:
-    """A client's description of itself."""
+    """A client's description of itself.
+
+    Raises:
+        WireError: malformed, or a rank, an alpha or a number of examples that no client can have.
+    """
     head = _checked_head(record, fingerprint, who)
-    patterns, ranks = head.get("rank-pattern"), head.get("rank-pattern-ranks")
-    if not isinstance(patterns, list) or not isinstance(ranks, list) or len(patterns) != len(ranks):
-        raise WireError(f"{who}: malformed rank pattern {patterns!r}: {ranks!r}")
+    _only(record, head, "info", who)
+    patterns, ranks = _list(head, "rank-pattern", str, who), _list(head, "rank-pattern-ranks", int, who)
+    if len(patterns) != len(ranks) or not all(1 <= rank <= MOST_RANK for rank in ranks):
+        raise WireError(f"{who}: malformed rank pattern {_short(patterns)}: {_short(ranks)}")
+    rank, alpha = _positive(head, "rank", who, MOST_RANK), _str(head, "alpha", who)
+    try:
+        scale = alpha_of(alpha, rank)
+    except ConfigError:
+        scale = math.nan
+    if not 0 < scale < math.inf:
+        raise WireError(f"{who} sent alpha {_short(alpha)}, expected a number above 0 or such as '2r'")
     return ClientInfo(
-        client_id=_int(head, "client-id"),
-        rank=_positive(head, "rank", who),
-        alpha=_str(head, "alpha"),
-        num_examples=_positive(head, "num-examples", who),
-        rslora=bool(_int(head, "rslora")),
-        rank_pattern=dict(zip(cast("list[str]", patterns), cast("list[int]", ranks), strict=True)),
+        client_id=_int(head, "client-id", who),
+        rank=rank,
+        alpha=alpha,
+        num_examples=_positive(head, "num-examples", who, MOST_EXAMPLES),
+        rslora=_flag(head, "rslora", who),
+        rank_pattern=dict(zip(patterns, ranks, strict=True)),
     )
 
 
 def encode_evaluation(num_examples: int, metrics: Mapping[str, float], fingerprint: str) -> RecordDict:
-    """A client's answer to an evaluate message: sums of nothing, numbers only."""
+    """A client's answer to an evaluate message: numbers only, by the names of `EVALUATION_METRICS`."""
     head = _head(fingerprint, "fp32") | {"num-examples": num_examples}
-    return RecordDict(
-        {_HEAD: ConfigRecord(cast("Any", head)), _METRICS: MetricRecord({k: float(v) for k, v in metrics.items()})}
-    )
+    return RecordDict({_HEAD: ConfigRecord(cast("Any", head)), _METRICS: _to_metrics(metrics, EVALUATION_METRICS)})
 
 
 def decode_evaluation(record: RecordDict, fingerprint: str, who: str) -> tuple[int, dict[str, float]]:
     """`(num_examples, metrics)` of one client."""
     head = _checked_head(record, fingerprint, who)
-    return _positive(head, "num-examples", who), _metrics(record, who)
+    _only(record, head, "evaluation", who, (), _METRICS)
+    return _positive(head, "num-examples", who, MOST_EXAMPLES), _metrics(record, who, EVALUATION_METRICS)
 
 
 def payload_bytes(record: RecordDict) -> int:
@@ -219,16 +296,29 @@ def _checked_head(record: RecordDict, fingerprint: str, who: str) -> Mapping[str
         raise WireError(f"{who}: the message has no head record; is the other side FedLoRA?")
     if head.get("protocol") != PROTOCOL:
         raise WireError(
-            f"{who} speaks protocol {head.get('protocol')!r}, this side {PROTOCOL}; install the same version of fedlora"
+            f"{who} speaks protocol {_short(head.get('protocol'))}, this side {PROTOCOL}; install the same version of "
+            "fedlora"
         )
     if head.get("base") != fingerprint:
         raise WireError(
-            f"{who} has base model {head.get('base')!r}, this side {fingerprint!r}; use the same model.name and "
+            f"{who} has base model {_short(head.get('base'))}, this side {fingerprint!r}; use the same model.name and "
             "model.revision on both sides"
         )
     if head.get("dtype") not in FORMATS:
-        raise WireError(f"{who}: unknown number format {head.get('dtype')!r}; expected one of {', '.join(FORMATS)}")
+        raise WireError(
+            f"{who}: unknown number format {_short(head.get('dtype'))}; expected one of {', '.join(FORMATS)}"
+        )
     return head
+
+
+def _only(
+    record: RecordDict, head: Mapping[str, Any], kind: str, who: str, adapters: tuple[str, ...] = (), *others: str
+) -> None:
+    """Raises WireError unless the message holds these records and the keys of its kind, and nothing else."""
+    keys = _KEYS[kind] | {f"{key}.{what}" for key in adapters for what in ("modules", "scalings", "dense")}
+    odd = sorted(({_HEAD, *adapters, *others} ^ set(record)) | (keys ^ set(head)))
+    if odd:
+        raise WireError(f"{who}: the message lacks, or should not have, {_short(odd)}")
 
 
 def _put(record: RecordDict, head: dict[str, Any], key: str, adapter: AdapterState, parts: str) -> None:
@@ -254,44 +344,63 @@ def _get(
         record, head, key: the message, and where in it.
         parts: the factors that it should hold.
         who: sent it.
-        like: tells the shapes of integer codes.
+        like: what its names, scalings and shapes have to be; without it, they are the sender's to choose.
     """
     arrays = record.array_records.get(key)
-    modules, scalings, dense = (head.get(f"{key}.{what}") for what in ("modules", "scalings", "dense"))
-    if arrays is None or not all(isinstance(what, list) for what in (modules, scalings, dense)):
-        raise WireError(f"{who}: the message has no {key!r} record")
-    modules, scalings, dense = cast("list[str]", modules), cast("list[float]", scalings), cast("list[str]", dense)
-    dtype = _str(head, "dtype")
+    modules, dense = (_list(head, f"{key}.{what}", str, who) for what in ("modules", "dense"))
+    scalings = _list(head, f"{key}.scalings", float, who)
+    if arrays is None or len(modules) != len(scalings):
+        raise WireError(f"{who}: the message has no {key!r} record, or not one scaling for each module")
+    if like is not None:
+        _expect_names(who, "modules", modules, like.lora)
+        _expect_names(who, "dense tensors", dense, like.dense)
+    dtype = str(head["dtype"])
     expected = {f"{module}|{part}" for module in modules for part in parts} | {f"dense|{name}" for name in dense}
     expected |= {f"{name}|scale" for name in expected} if dtype in LARGEST else set()
-    if set(arrays) != expected or len(modules) != len(scalings) or len(set(modules)) != len(modules):
+    if set(arrays) != expected or len(set(modules)) != len(modules) or len(set(dense)) != len(dense):
         odd = sorted(set(arrays) ^ expected)[:3]
-        raise WireError(f"{who}: arrays and head of {key!r} do not agree, for instance on {odd}")
-    if dtype in LARGEST and (like is None or not {*modules} <= {*like.lora} or not {*dense} <= {*like.dense}):
-        raise WireError(f"{who}: integer codes for modules that it was not sent, or from a server")
+        raise WireError(f"{who}: arrays and head of {key!r} do not agree, for instance on {_short(odd)}")
+    if dtype in LARGEST and like is None:
+        raise WireError(f"{who}: integer codes are for what clients send")
 
     def read(name: str, part: str, model: Tensor | None) -> Tensor:
-        where = f"{who}: {name}"
-        if dtype in FLOATS:
-            return _to_tensor(arrays[name], dtype, where)
-        assert model is not None
-        return _decoded(arrays[name], arrays[f"{name}|scale"], dtype, like=model, part=part, where=where)
+        where = f"{who}: {name if len(name) <= _SHORT else _short(name)}"
+        if dtype in LARGEST and model is not None:
+            return _decoded(arrays[name], arrays[f"{name}|scale"], dtype, like=model, part=part, where=where)
+        return _to_tensor(arrays[name], dtype, None if model is None else tuple(model.shape), where)
 
     lora: dict[str, LoraFactors] = {}
-    for module, scaling in zip(modules, scalings, strict=True):
-        sent = like.lora.get(module) if like else None
+    given = dict(zip(modules, scalings, strict=True))
+    for module in given if like is None else like.lora:
+        scaling, sent = given[module], None if like is None else like.lora[module]
+        if not 0 < scaling < math.inf:
+            raise WireError(f"{_short(module)}: {who} sent scaling {scaling!r}, expected a positive number")
+        if sent is not None:
+            _expect(f"{module}: {who}", "scaling", scaling, sent.scaling)
         a = read(f"{module}|A", "A", sent and sent.A) if "A" in parts else torch.empty(0, 0)
         b = read(f"{module}|B", "B", sent and sent.B) if "B" in parts else torch.empty(0, 0)
         if a.ndim != 2 or b.ndim != 2 or (len(parts) == 2 and a.shape[0] != b.shape[1]):
             raise WireError(
-                f"{module}: {who} sent A {tuple(a.shape)} and B {tuple(b.shape)}, expected [r, d_in] and [d_out, r]"
+                f"{_short(module)}: {who} sent A {_short(tuple(a.shape))} and B {_short(tuple(b.shape))}, expected "
+                "[r, d_in] and [d_out, r]"
             )
-        if not (isinstance(scaling, float) and math.isfinite(scaling) and scaling > 0):
-            raise WireError(f"{module}: {who} sent scaling {scaling!r}, expected a positive number")
         lora[module] = LoraFactors(A=a, B=b, scaling=scaling)
+    names = dense if like is None else like.dense
     return AdapterState(
-        lora=lora, dense={name: read(f"dense|{name}", name, like.dense.get(name) if like else None) for name in dense}
+        lora=lora, dense={name: read(f"dense|{name}", name, like.dense[name] if like else None) for name in names}
     )
+
+
+def _finite_sum(who: str) -> Callable[..., Tensor]:
+    """What a client's change makes of what it was sent, refused where it leaves the finite numbers."""
+
+    def add(name: str, change: Tensor, start: Tensor) -> Tensor:
+        total = change + start
+        if not torch.isfinite(total).all():
+            raise WireError(f"{who}: {name}: what was sent and its change make values that are not finite")
+        return total
+
+    return add
 
 
 def _to_arrays(key: str, tensor: Tensor, dtype: str, part: str) -> dict[str, Array]:
@@ -317,72 +426,145 @@ def _to_array(tensor: Tensor, dtype: str, where: str) -> Array:
 def _decoded(codes: Array, scales: Array, dtype: str, *, like: Tensor, part: str, where: str) -> Tensor:
     rows = rows_of(like, part)
     width = (rows.shape[1] + 1) // 2 if dtype == "int4" else rows.shape[1]
-    got, sizes = _read(codes, _NUMPY[dtype], where), _read(scales, "float32", f"{where} scales")
-    if got.shape != (rows.shape[0], width) or sizes.shape != (rows.shape[0],):
-        raise WireError(f"{where}: codes {tuple(got.shape)} with scales {tuple(sizes.shape)} do not fit what was sent")
+    got = _read(codes, _NUMPY[dtype], (rows.shape[0], width), where)
+    sizes = _read(scales, "float32", (rows.shape[0],), f"{where} scales")
     if not (torch.isfinite(sizes).all() and (sizes >= 0).all()):
         raise WireError(f"{where} holds scales that are negative or not finite")
-    return from_rows((unpack(got, rows.shape[1]) if dtype == "int4" else got) * sizes[:, None], tuple(like.shape), part)
+    tensor = (unpack(got, rows.shape[1]) if dtype == "int4" else got) * sizes[:, None]
+    if not torch.isfinite(tensor).all():
+        raise WireError(f"{where} holds scales that are too large")
+    return from_rows(tensor, tuple(like.shape), part)
 
 
-def _to_tensor(array: Array, dtype: str, where: str) -> Tensor:
-    bits = _read(array, _NUMPY[dtype], where)
+def _to_tensor(array: Array, dtype: str, shape: tuple[int, ...] | None, where: str) -> Tensor:
+    bits = _read(array, _NUMPY[dtype], shape, where)
     tensor = (bits.view(torch.bfloat16) if dtype == "bf16" else bits).float()
     if not torch.isfinite(tensor).all():
         raise WireError(f"{where} holds values that are not finite")
     return tensor
 
 
-def _read(array: Array, expected: str, where: str) -> Tensor:
-    """The array's values, after its header and length were held against each other."""
-    stream = io.BytesIO(array.data)
+def _read(array: Array, expected: str, wanted: tuple[int, ...] | None, where: str) -> Tensor:
+    """The array's values, after its shape, header and length were held against each other, and against `wanted`."""
     try:
+        declared = tuple(array.shape)
+        if wanted is not None and declared != wanted:
+            raise ValueError(f"shape {declared}, expected {wanted}")
+        stream = io.BytesIO(array.data)
         if np.lib.format.read_magic(stream) != (1, 0):
             raise ValueError("not version 1.0")
         shape, fortran, kind = np.lib.format.read_array_header_1_0(stream)
-        if fortran or kind != np.dtype(expected) or tuple(array.shape) != shape or array.dtype != kind.name:
-            raise ValueError(f"declared {array.dtype} {array.shape}, holds {kind} {shape}, expected {expected}")
+        if fortran or kind != np.dtype(expected) or declared != shape or array.dtype != kind.name:
+            raise ValueError(f"declared {array.dtype} {declared}, holds {kind} {shape}, expected {expected}")
         if len(array.data) - stream.tell() != math.prod(shape) * kind.itemsize:
             raise ValueError(f"{len(array.data)} bytes do not hold {kind} {shape}")
         values = np.frombuffer(array.data, dtype=kind, offset=stream.tell()).reshape(shape)
+        return torch.from_numpy(values.copy())
     except Exception as error:  # whatever a peer sent, this side reports it and goes on
-        raise WireError(f"{where} is malformed: {error}") from None
-    return torch.from_numpy(values.copy())
+        raise WireError(f"{where} is malformed: {_cut(str(error))}") from None
 
 
-def _metrics(record: RecordDict, who: str) -> dict[str, float]:
-    metrics = dict(record.metric_records.get(_METRICS, MetricRecord()).items())
-    for name, value in metrics.items():
-        if isinstance(value, list) or not math.isfinite(value):
-            raise WireError(f"{who}: metric {name!r} is {value!r}, expected one finite number")
-    return cast("dict[str, float]", metrics)
+def _to_metrics(metrics: Mapping[str, float], known: frozenset[str]) -> MetricRecord:
+    unknown = sorted(set(metrics) - known)
+    if unknown:
+        raise WireError(f"metric {unknown[0]!r} is not sent; clients send only {', '.join(sorted(known))}")
+    return MetricRecord({name: float(value) for name, value in metrics.items()})
 
 
-def _shape(factors: LoraFactors, part: str) -> tuple[int, ...]:
-    return tuple((factors.A if part == "A" else factors.B).shape)
+def _metrics(record: RecordDict, who: str, known: frozenset[str]) -> dict[str, float]:
+    """The metrics of a message: one finite number each, by names that both sides know."""
+    sent = record.metric_records.get(_METRICS)
+    if sent is None:
+        raise WireError(f"{who}: the message has no {_METRICS!r} record")
+    metrics: dict[str, float] = {}
+    for name, value in sent.items():
+        if name not in known:
+            raise WireError(f"{who} sent metric {_short(name)}, expected only {', '.join(sorted(known))}")
+        if isinstance(value, list) or not -_LARGEST_METRIC <= value <= _LARGEST_METRIC:
+            raise WireError(f"{who}: metric {name!r} is {_short(value)}, expected one finite number")
+        metrics[name] = value
+    return metrics
 
 
 def _expect(who: str, what: str, got: object, expected: object) -> None:
     if got != expected:
-        raise WireError(f"{who} sent {what} {got}, expected {expected}")
+        raise WireError(f"{who} sent {what} {_short(got)}, expected {expected}")
 
 
-def _int(head: Mapping[str, Any], key: str) -> int:
+def _expect_names(who: str, what: str, got: list[str], expected: Mapping[str, object]) -> None:
+    """Raises WireError unless these are the names, each once, in any order."""
+    if len(got) != len(expected) or set(got) != set(expected):
+        lacks, has = sorted(set(expected) - set(got))[:3], sorted(set(got) - set(expected))[:3]
+        raise WireError(
+            f"{who} sent {what} other than it was sent: {len(got)} for {len(expected)}, without {_short(lacks)}, with "
+            f"{_short(has)}"
+        )
+
+
+def _int(head: Mapping[str, Any], key: str, who: str, most: int = _LARGEST_INT) -> int:
     value = head.get(key)
-    if not isinstance(value, int) or value < 0:
-        raise WireError(f"the message's {key!r} is {value!r}, expected an integer of at least 0")
+    if type(value) is not int or not 0 <= value <= most:
+        raise WireError(f"{who} sent {key} {_short(value)}, expected an integer from 0 to {most}")
     return value
 
 
-def _positive(head: Mapping[str, Any], key: str, who: str) -> int:
-    value = _int(head, key)
+def _positive(head: Mapping[str, Any], key: str, who: str, most: int) -> int:
+    value = _int(head, key, who, most)
     if value < 1:
         raise WireError(f"{who} sent {key} {value}, expected at least 1")
     return value
 
 
-def _str(head: Mapping[str, Any], key: str) -> str:
+def _flag(head: Mapping[str, Any], key: str, who: str) -> bool:
+    value = head.get(key)
+    if type(value) is not bool:
+        raise WireError(f"{who} sent {key} {_short(value)}, expected true or false")
+    return value
+
+
+def _str(head: Mapping[str, Any], key: str, who: str) -> str:
     value = head.get(key)
     if not isinstance(value, str):
-        raise WireError(f"the message's {key!r} is {value!r}, expected text")
+        raise WireError(f"{who} sent {key} {_short(value)}, expected text")
     return value
+
+
+def _one_of(head: Mapping[str, Any], key: str, known: tuple[str, ...], who: str) -> str:
+    value = _str(head, key, who)
+    if value not in known:
+        raise WireError(f"{who} sent {key} {_short(value)}, expected {' or '.join(known)}")
+    return value
+
+
+def _letters(head: Mapping[str, Any], key: str, known: str, who: str) -> frozenset[str]:
+    value = frozenset(_str(head, key, who))
+    if not value <= set(known):
+        raise WireError(f"{who} sent {key} {_short(head[key])}, expected letters of {known}")
+    return value
+
+
+def _run_key(head: Mapping[str, Any], who: str) -> str:
+    """It names a folder on the client: nothing but letters and digits."""
+    key = _str(head, "run", who)
+    if not re.fullmatch(r"[0-9a-z]{0,32}", key):
+        raise WireError(f"{who} sent the run key {_short(key)}, expected at most 32 letters and digits")
+    return key
+
+
+def _list(head: Mapping[str, Any], key: str, kind: type[_Item], who: str) -> list[_Item]:
+    value = head.get(key)
+    if not isinstance(value, list) or not all(type(item) is kind for item in value):
+        raise WireError(f"{who} sent {key} {_short(value)}, expected a list of {kind.__name__}")
+    return value
+
+
+def _short(value: object) -> str:
+    """What a peer sent, for a message: no longer than a line, and without control characters."""
+    try:
+        return _cut(repr(value))
+    except ValueError:  # an integer of thousands of digits
+        return f"a {type(value).__name__} that is too long to show"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHORT else f"{text[: _SHORT - 3]}..."

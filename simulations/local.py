@@ -25,7 +25,7 @@ class LocalGrid(Grid):
 
     Args:
         client_app: handles every message.
-        node_configs: one per client.
+        node_configs: one per client; `allow-files` is true where they do not say: server and clients are one user.
         run_config: what each client's context carries.
         run_id: of this run.
     """
@@ -39,7 +39,7 @@ class LocalGrid(Grid):
     ) -> None:
         self._app, self._run_id = client_app, run_id
         self._contexts = {
-            node: Context(run_id, node, {**node_config}, RecordDict(), run_config)
+            node: Context(run_id, node, {"allow-files": True, **node_config}, RecordDict(), run_config)
             for node, node_config in enumerate(node_configs, start=_SERVER + 1)
         }
         self._waiting: dict[str, Message] = {}

@@ -12,7 +12,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora import wire
-from fedlora.config import Config
+from fedlora.config import Config, rank_pattern
 from fedlora.errors import FedLoraError, RunError, WireError
 from fedlora.events import emit
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
@@ -20,6 +20,7 @@ from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 # A dead node's error reply, or a full queue, takes Flower up to a minute; asking more often costs more than it gains.
 _LONGEST_PAUSE_SECONDS = 1.0
 _HELLO_SECONDS = 600.0  # a client's first answer may need a download
+_LONGEST_REASON = 500  # characters of a client's own words in the record
 _log = logging.getLogger("fedlora")
 
 
@@ -96,7 +97,7 @@ def meet(grid: Grid, config: Config, fingerprint: str) -> Roster:
     for node, reply in mailbox.replies():
         who = f"node {node}"
         try:
-            info = wire.decode_info(_content(reply, who), fingerprint, who)
+            info = _same_run(wire.decode_info(_content(reply, who), fingerprint, who), config, who)
         except FedLoraError as error:
             refusals.append(str(error))
             emit("client-failed", client_id=None, reason=str(error), round=0)
@@ -186,7 +187,8 @@ class TrainRound:
     def _settle(self, client: int, reply: Message | None) -> ClientUpdate | None:
         try:
             content = _content(reply, f"client {client}")
-            answer = wire.decode_update(content, client, self.sent[client], self.fingerprint)
+            known = self.roster.infos[client].num_examples
+            answer = wire.decode_update(content, client, self.sent[client], self.fingerprint, known)
         except WireError as error:
             self.failures[client] = str(error)
             emit("client-failed", client_id=client, reason=str(error), round=self.number)
@@ -237,9 +239,21 @@ def evaluate_on_clients(
 
 
 def weighted_mean(answers: Mapping[int, Mapping[str, float]], metric: str) -> float | None:
-    """The mean of a metric weighted by num-examples; None when nobody answered."""
-    total = sum(answer["num-examples"] for answer in answers.values())
-    return sum(a[metric] * a["num-examples"] for a in answers.values()) / total if total else None
+    """The mean of a metric over the clients that sent it, weighted by num-examples; None when nobody did."""
+    having = [answer for answer in answers.values() if metric in answer]
+    total = sum(answer["num-examples"] for answer in having)
+    return sum(answer[metric] * (answer["num-examples"] / total) for answer in having) if having else None
+
+
+def _same_run(info: ClientInfo, config: Config, who: str) -> ClientInfo:
+    """The client's description, if it goes by this run's rank pattern: regular expressions that the server evaluates.
+
+    Raises:
+        WireError: it has another pattern.
+    """
+    if dict(info.rank_pattern) != rank_pattern(config.lora):
+        raise WireError(f"{who} has another lora.rank-pattern than this run, which goes for every client alike")
+    return info
 
 
 def _content(reply: Message | None, who: str) -> RecordDict:
@@ -249,6 +263,7 @@ def _content(reply: Message | None, who: str) -> RecordDict:
     if reply.has_error():
         reason = (reply.error.reason or f"error {reply.error.code}").strip()
         last_line = reason.splitlines()[-1] if reason else "no reason given"
+        last_line = "".join(c for c in last_line[:_LONGEST_REASON] if c.isprintable())
         verb = "refused" if reply.error.code == wire.REFUSED else "failed"
         raise WireError(f"{who} {verb}: {last_line}")
     return reply.content

@@ -23,6 +23,7 @@ from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.models import base_fingerprint
 from fedlora.results import RunRecord
 
+from . import checkpoint
 from .base import ServerState, Strategy
 from .collect import TrainRound, evaluate_on_clients, meet
 from .diagnostics import Diagnosis, diagnose
@@ -38,7 +39,8 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
     """Run a whole federation.
 
     `record` keeps everything learned, as one adapter on the untouched base, and the numbers of every complete
-    round, and so survives an interruption. A strategy that asks for statistics gets them in a round 0, which
+    round, and so survives an interruption; a checkpoint of the server's state, after every round, lets the run go on
+    from there. A strategy that asks for statistics gets them in a round 0, which
     differs in the clients' task alone: it is recorded like any round, and nothing is evaluated after it.
 
     Raises:
@@ -52,21 +54,26 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
             "so that only they can evaluate what is learned; set evaluate.clients = true"
         )
     fingerprint = base_fingerprint(config.model)
+    saved = checkpoint.load(record.folder / "state", record.key)
+    record.go_on(saved and saved[1])
     roster = meet(grid, config, fingerprint)
     clients = list(roster.infos.values())
     strategy.check(clients)
-    state = strategy.init(start(config, clients))
     record.start(clients, fingerprint)
+    first = 0 if strategy.statistics else 1
+    state, done = saved or (checkpoint.plain(strategy.init(start(config, clients))), first - 1)
     judge = Judge(config, run_id) if config.evaluate.server and not strategy.personal else None
     if strategy.personal:
         _log.info(
             "no evaluation on held-out rows: %s has no model without a client's own factors", type(strategy).__name__
         )
     if judge:
-        baseline = judge(strategy, state, strategy.global_adapter(state))
-        record.baseline(baseline)
-        emit("baseline", metrics=baseline)
-    for number in range(0 if strategy.statistics else 1, config.federation.rounds + 1):
+        if not saved:
+            record.baseline(judge(strategy, state, strategy.global_adapter(state)))
+        emit("baseline", metrics=record.data["baseline"])
+    if done == config.federation.rounds:  # died after its last round
+        record.save_adapter(strategy.global_adapter(state))
+    for number in range(done + 1, config.federation.rounds + 1):
         seconds: dict[str, float] = {}
         began = time.perf_counter()
         chosen = sample(list(roster.infos), config.federation.fraction, config.run.seed, number)
@@ -77,10 +84,10 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
             fingerprint,
             roster,
             number,
-            make_broadcast=lambda client, state=state, number=number: strategy.broadcast(state, client, number),
+            make_broadcast=lambda client, s=state, n=number: replace(strategy.broadcast(s, client, n), run=record.key),
             keep=len(chosen) <= _MAX_DIAGNOSED,
         )
-        before, state = state, _aggregate(strategy, state, this, chosen, seconds)
+        before, state = state, checkpoint.plain(_aggregate(strategy, state, this, chosen, seconds))
         learned = strategy.global_adapter(state)
         with _clock(seconds, "diagnose"):
             diagnosed = this.keep and number > 0 and not strategy.personal
@@ -111,13 +118,17 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
                         roster,
                         chosen,
                         number=number,
-                        make_broadcast=lambda client, s=state, n=number: strategy.broadcast(s, client, n + 1),
+                        make_broadcast=lambda client, s=state, n=number: replace(
+                            strategy.broadcast(s, client, n + 1), run=record.key
+                        ),
                     )
         with _clock(seconds, "save"):
             record.save_adapter(learned)
         seconds["round"] = time.perf_counter() - began
         entry["seconds"] = seconds
         record.round(entry)
+        with _clock(seconds, "checkpoint"):  # the last of a round: a round without it is played again
+            checkpoint.save(record.folder / "state", state, number, record.key)
         emit("round-end", entry=entry)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedlora import cli, peft_io
-from fedlora.simulations.flower import config_table
+from fedlora.flower_programs import config_table
 from tests.federation import hears_ctrl_c, tiny
 
 ROOT = Path(__file__).resolve().parent.parent

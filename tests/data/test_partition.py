@@ -41,7 +41,7 @@ def clients(split: Split) -> list[list[int]]:
 @given(
     counts=st.lists(st.integers(12, 60), min_size=3, max_size=6),
     partition=st.sampled_from(["iid", "dirichlet", "natural", "sizes"]),
-    fraction=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
+    fraction=st.sampled_from([0.0, 0.1, 0.5]),
     seed=st.integers(0, 2**32),
 )
 def test_parts_are_disjoint_and_complete(counts: list[int], partition: str, fraction: float, seed: int) -> None:

@@ -13,9 +13,10 @@ import psutil
 import pytest
 
 from fedlora import config as configuration
-from fedlora import peft_io
+from fedlora import flower_programs, peft_io
 from fedlora.config import parse
 from fedlora.errors import RunError
+from fedlora.flower_programs import config_table
 from fedlora.results import folder_of
 from fedlora.simulations import flower, local
 from tests.federation import hears_ctrl_c, tiny
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 def test_the_bundle_holds_the_whole_config_and_nothing_else(tmp_path, tiny_llama):
     config = tiny(tmp_path, tiny_llama, strategy__options="similarity=cosine", data__system_prompt='say "hi"\n')
-    bundle = flower.write_bundle(config, tmp_path / "app")
+    bundle = flower_programs.write_bundle(config, tmp_path / "app")
     project = tomllib.loads((bundle / "pyproject.toml").read_text(encoding="utf-8"))
     assert parse(configuration.flatten(project["tool"]["flwr"]["app"]["config"])) == config
     from flwr.cli.config_utils import load_and_validate
@@ -63,7 +64,7 @@ def test_flwr_run_on_a_checkout_gives_the_same_adapter(tmp_path, tiny_llama):
     peft_io.forget()
     other = parse({"run.id": "two"}, config)
     overrides = tmp_path / "run.toml"
-    overrides.write_text(flower.config_table(other), encoding="utf-8")
+    overrides.write_text(config_table(other), encoding="utf-8")
     with flower._superlink(tmp_path) as environment:
         command = [str(Path(sys.executable).with_name("flwr")), "run", str(ROOT), "local", "--stream"]
         command += ["--federation-config", "num-supernodes=4 client-resources-num-cpus=1 init-args-num-cpus=1"]
@@ -79,7 +80,7 @@ def test_flwr_run_on_a_checkout_gives_the_same_adapter(tmp_path, tiny_llama):
 def test_a_failed_run_is_a_non_zero_exit_and_leaves_nothing_running(tmp_path, tiny_llama):
     config = tiny(tmp_path, tiny_llama, data__form="prompt", data__response_column="answer")
     preset = tmp_path / "run.toml"
-    preset.write_text(flower.config_table(config), encoding="utf-8")
+    preset.write_text(config_table(config), encoding="utf-8")
     before = {process.pid for process in psutil.process_iter()}
     done = subprocess.run(
         [str(Path(sys.executable).with_name("fedlora")), "run", str(preset), "--engine", "flower"],
@@ -102,7 +103,7 @@ def test_a_failed_run_is_a_non_zero_exit_and_leaves_nothing_running(tmp_path, ti
 def test_ctrl_c_stops_flower_and_keeps_what_was_finished(tmp_path, tiny_llama):
     config = tiny(tmp_path, tiny_llama, federation__rounds=2000)
     preset = tmp_path / "run.toml"
-    preset.write_text(flower.config_table(config), encoding="utf-8")
+    preset.write_text(config_table(config), encoding="utf-8")
     path = folder_of(config) / "result.json"
     command = [str(Path(sys.executable).with_name("fedlora")), "run", str(preset), "--engine", "flower"]
     with subprocess.Popen(
@@ -134,4 +135,4 @@ def test_ctrl_c_stops_flower_and_keeps_what_was_finished(tmp_path, tiny_llama):
 def test_a_missing_program_says_what_to_install(monkeypatch, tmp_path, program):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(RunError, match=r"pip install 'flwr\[simulation\]'"):
-        flower._program(program)
+        flower_programs.program(program)

@@ -133,8 +133,9 @@ def test_bytes_count_what_was_sent(tmp_path, tiny_llama):
     values = 2 * ((32 + 32) + (32 + 16) + (64 + 32)) * 9
     headers = 4 * 6 * 2 * 128
     assert result["rounds"][0]["upload-bytes"] == 4 * values + headers
-    _, narrow = run_locally(tiny(tmp_path, tiny_llama, wire__dtype="bf16", run__id="two"))
+    _, narrow = run_locally(tiny(tmp_path, tiny_llama, wire__upload_dtype="bf16", run__id="two"))
     assert narrow["rounds"][0]["upload-bytes"] == 2 * values + headers
+    assert narrow["rounds"][0]["download-bytes"] == 4 * values + headers
 
 
 def test_clients_that_skip_rounds_change_nothing_but_who_trains(tmp_path, tiny_llama):

@@ -165,8 +165,8 @@ def test_with_factors_on_the_clients_only_they_evaluate(tmp_path, tiny_llama, ca
     losses = [entry["client-test"]["mean"]["loss"] for entry in result["rounds"]]
     assert losses[2] < losses[1] < losses[0]
     assert all("heldout" not in entry and entry["aggregation-error"] is None for entry in result["rounds"])
-    kept = sorted(path.relative_to(folder / "clients").parts[1:] for path in folder.rglob("personal.safetensors"))
-    assert kept == [(f"client-{i}", "personal.safetensors") for i in range(4)]
+    kept = sorted(path.relative_to(folder / "clients").parts[1:] for path in folder.rglob("personal-*.safetensors"))
+    assert kept == [(f"client-{i}", f"personal-{round}.safetensors") for i in range(4) for round in (2, 3)]
 
 
 def test_fedsa_is_refused_where_nobody_evaluates(tmp_path, tiny_llama):
@@ -213,7 +213,7 @@ class Node:
         return wire.decode_evaluation(content, self._fingerprint, "client")[1]["loss"]
 
     def own(self) -> AdapterState:
-        kept = own_state.load(own_state.folder_of(self._folder, 7, self._partition), "personal")
+        kept = own_state.load(own_state.folder_of(self._folder, 7, self._partition), "personal", 99)
         assert kept is not None
         return kept
 

@@ -103,7 +103,9 @@ def test_fault_5_every_client_counts(name: str) -> None:
     for k, update in enumerate(updates):
         moved = {n: LoraFactors(1.5 * f.A, 1.5 * f.B, f.scaling) for n, f in update.adapter.lora.items()}
         changed = replace(update, adapter=AdapterState(lora=moved, dense=update.adapter.dense))
-        assert float((learned([*updates[:k], changed, *updates[k + 1 :]]) - everyone).norm()) > 1e-2 * float(everyone.norm())
+        assert float((learned([*updates[:k], changed, *updates[k + 1 :]]) - everyone).norm()) > 1e-2 * float(
+            everyone.norm()
+        )
 
 
 @pytest.mark.parametrize("name", WITH_TWIN)

@@ -1,0 +1,184 @@
+"""What a node decides for itself: its data, its base model's place, its limits. No server can change them.
+
+A node's config is what `flower-supernode --node-config` was given; the run config comes from the server. Text that
+a server chose may name neither a file nor a folder on the node, unless the node allows it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+
+from fedlora import assets
+from fedlora import config as configuration
+from fedlora.config import Config, DataConfig, Scalar, TrainConfig
+from fedlora.data import PACKAGED
+from fedlora.errors import ConfigError
+
+# Set by whoever starts a simulation, in which server and clients are one user; a run config cannot set it.
+ALLOW_FILES = "FEDLORA_ALLOW_FILES"
+# Node key -> the run's key that it replaces. The server compares fingerprints, so that another model is refused.
+_OF_MODEL = {"device": "model.device", "model": "model.name"}
+_OF_DATA = {
+    "form": "data.form",
+    "prompt-column": "data.prompt-column",
+    "response-column": "data.response-column",
+    "messages-column": "data.messages-column",
+    "text-column": "data.text-column",
+    "label-column": "data.label-column",
+}
+_LIMITS = ("max-rank", "max-steps", "max-length", "max-batch")
+_OTHERS = ("partition-id", "num-partitions", "data", "rank", "state", "resident", "allow-files")
+_KNOWN = (*_OF_MODEL, *_OF_DATA, *_LIMITS, *_OTHERS)
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+
+
+def ruled(config: Config, node: Mapping[str, Scalar]) -> Config:
+    """The run's config as this node takes part in it.
+
+    With a data file of its own, the source, its columns and how rows are dealt are the node's: columns that its
+    config does not name have their default names, whatever the run says. Without one, `data.source` may be a
+    packaged set or a hub id. The same holds for `model.name`.
+
+    Args:
+        config: as the server sent it.
+        node: the node's own config.
+
+    Raises:
+        ConfigError: names the node's key that refuses the run, or that is wrong itself.
+    """
+    _check_names(node)
+    config = _with_own_data(config, node)
+    own = {ours: node[key] for key, ours in _OF_MODEL.items() if key in node}
+    if "model" in node and node["model"] != config.model.name:
+        own["model.revision"] = ""  # it is of the model that the server names
+    config = configuration.parse(own, config, where="node config") if own else config
+    if "model" not in node and not _allows_files(node):
+        _check_public("model.name", config.model.name, _packaged_models(), "model")
+    most_tokens, most_examples = limit(node, "max-length"), limit(node, "max-batch")
+    if most_tokens and config.data.max_length > most_tokens:
+        raise _too_much(f"data.max-length = {config.data.max_length}", "max-length", most_tokens)
+    per_step = config.train.batch_size * config.train.accumulate
+    if most_examples and per_step > most_examples:
+        raise _too_much(f"train.batch-size * train.accumulate = {per_step}", "max-batch", most_examples)
+    if most_examples and config.evaluate.batch_size > most_examples:
+        raise _too_much(f"evaluate.batch-size = {config.evaluate.batch_size}", "max-batch", most_examples)
+    return config
+
+
+def own_data(node: Mapping[str, Scalar]) -> str:
+    """The node's own data file, where its config names one."""
+    return str(node.get("data", ""))
+
+
+def rank(config: Config, node: Mapping[str, Scalar], client_id: int) -> int:
+    """The rank of this node's factors: its own `rank`, or the run's; never more than `max-rank`.
+
+    Raises:
+        ConfigError: `rank` is no positive integer or above `max-rank`, or the run's pattern asks for more.
+    """
+    own, most = node.get("rank"), limit(node, "max-rank")
+    if own is not None and (type(own) is not int or own < 1):
+        raise ConfigError(f"node config: rank = {own!r}, expected a positive integer")
+    if own and most and own > most:
+        raise ConfigError(f"node config: rank = {own} is above its own max-rank = {most}")
+    for module, wanted in configuration.rank_pattern(config.lora).items():
+        if most and wanted > most:
+            raise _too_much(f"lora.rank-pattern: {module} = {wanted}", "max-rank", most)
+    wanted = own or configuration.client_rank(config.lora, client_id)
+    return min(wanted, most) if most else wanted
+
+
+def check_steps(config: TrainConfig, node: Mapping[str, Scalar], steps: int) -> None:
+    """Raises ConfigError when a round has more steps than the node allows.
+
+    Args:
+        config: names what the steps come from.
+        node: the node's own config.
+        steps: of one round on this node.
+    """
+    most = limit(node, "max-steps")
+    if most and steps > most:
+        asked = f"train.steps = {steps}" if config.steps else f"train.epochs = {config.epochs:g} ({steps} steps here)"
+        raise _too_much(asked, "max-steps", most)
+
+
+def limit(node: Mapping[str, Scalar], key: str) -> int:
+    """One of the node's limits; 0 where it has none."""
+    value = node.get(key, 0)
+    if type(value) is not int or value < 0 or (key in node and value < 1):
+        raise ConfigError(f"node config: {key} = {value!r}, expected a positive integer")
+    return value
+
+
+def _check_names(node: Mapping[str, Scalar]) -> None:
+    """A limit whose name is mistyped would be no limit. Keys that resemble none here are another app's."""
+    for key in node:
+        near = [] if key in _KNOWN else get_close_matches(key.replace("_", "-").lower(), _KNOWN, n=1, cutoff=0.8)
+        if near:
+            raise ConfigError(f"node config: unknown key {key!r}; did you mean {near[0]!r}?")
+
+
+def _with_own_data(config: Config, node: Mapping[str, Scalar]) -> Config:
+    columns = {ours: node[key] for key, ours in _OF_DATA.items() if key in node}
+    path = own_data(node)
+    if not path:
+        if columns:
+            keys = ", ".join(key for key in _OF_DATA if key in node)
+            raise ConfigError(f"node config: {keys} describes a file of the node's own, and data names none")
+        if not _allows_files(node):
+            _check_public("data.source", config.data.source, PACKAGED, "data")
+        return config
+    if not Path(path).is_file():
+        raise ConfigError("node config: data names no file on this node")
+    default = DataConfig()
+    data = replace(
+        config.data,
+        source=path,
+        partition="iid",
+        heldout_fraction=0.0,
+        prompt_column=default.prompt_column,
+        response_column=default.response_column,
+        messages_column=default.messages_column,
+        text_column=default.text_column,
+        label_column=default.label_column,
+    )
+    config = replace(config, data=data, federation=replace(config.federation, clients=1, min_clients=1))
+    return configuration.parse(columns, config, where="node config")
+
+
+def _allows_files(node: Mapping[str, Scalar]) -> bool:
+    own = node.get("allow-files", os.environ.get(ALLOW_FILES) == "1")
+    if type(own) is not bool:
+        raise ConfigError(f"node config: allow-files = {own!r}, expected true or false")
+    return own
+
+
+def _check_public(key: str, name: str, packaged: Mapping[str, object] | frozenset[str], own_key: str) -> None:
+    """Raises ConfigError unless the name is a packaged one or can only be a hub id."""
+    if name in packaged or (_HUB_ID.fullmatch(name) and Path(name).suffix.lower() not in _FILES and not _exists(name)):
+        return
+    shown = repr(name) if len(name) <= 80 else f"{name[:77]!r}..."
+    raise ConfigError(
+        f"{key} = {shown} is no packaged name or hub id, and this node opens no file that a server names; set "
+        f"{own_key} in the node's config, or allow-files = true"
+    )
+
+
+_FILES = frozenset({".json", ".jsonl", ".csv", ".parquet", ".gguf"})
+
+
+def _exists(name: str) -> bool:
+    return os.path.lexists(name)
+
+
+def _packaged_models() -> frozenset[str]:
+    return frozenset(name for name, asset in assets.known().items() if asset.kind == "model")
+
+
+def _too_much(asked: str, key: str, most: int) -> ConfigError:
+    return ConfigError(f"the run asks for {asked}, and this node allows {most} (node config: {key})")

@@ -1,0 +1,425 @@
+"""A federation on real machines: Flower's own server and node programs, started with safe settings and watched.
+
+TLS and node authentication are on unless `insecure` is asked for. Apps run under a SuperExec of our own that shares
+a secret with its SuperLink or SuperNode: Flower's Runtime API, which hands out the apps, lies on the same port as
+everything else, and without that secret it answers whoever reaches it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from fedlora import certificates, flower_programs
+from fedlora.config import Config, Scalar
+from fedlora.errors import ConfigError, DataError, RunError
+from fedlora.flower_programs import Connection
+from fedlora.results import stamp
+
+_NAME = "federation"
+_REFUSED = "[code: 2004]"  # Flower's answer to a key that it does not know, and to one whose node is still online
+_RETRY_SECONDS = 5.0
+_ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "localhost"}  # where this machine reaches a server that listens everywhere
+_log = logging.getLogger("fedlora")
+
+
+def serve(
+    certs: Path | None, *, host: str, port: int, state: Path, database: Path | None = None, insecure: bool = False
+) -> None:
+    """Run a federation's server until it is told to stop (Ctrl-C, SIGTERM), which raises KeyboardInterrupt.
+
+    Args:
+        certs: folder that holds `ca.crt`, `server.pem` and `server.key`.
+        host: address to listen on; 0.0.0.0 for every interface.
+        port: the one port that nodes and `fedlora run` talk to.
+        state: folder for logs, the database and Flower's own files.
+        database: registered keys and runs; `superlink.db` in `state` when left out.
+        insecure: neither TLS nor node authentication.
+
+    Raises:
+        ConfigError: a file is missing, or `state` is in use.
+        RunError: the port is taken, or Flower's program ended.
+    """
+    files = [] if insecure else [_file(certs, name) for name in _TLS]
+    tls = (
+        ["--insecure"]
+        if insecure
+        else [word for pair in zip(_TLS.values(), map(str, files), strict=True) for word in pair]
+    )
+    trust = ["--insecure"] if insecure else ["--root-certificates", str(files[0])]
+    _check_port(host, port)
+    near = f"{_ANYWHERE.get(host, host)}:{port}"
+    with _own_folder(state) as home, _stopped_by_signals(), _Programs(home, "server") as programs:
+        secret = _secret(home)
+        command = ["flower-superlink", *tls, "--host", host, "--port", str(port)]
+        command += ["--database", str((database or home / "superlink.db").expanduser().resolve())]
+        command += ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
+        command += [] if insecure else ["--enable-supernode-auth"]
+        superlink = programs.start(command)
+        context = None if insecure else trusting(files[0])
+        url = f"http{'' if insecure else 's'}://{near}"
+        flower_programs.wait_until_healthy(superlink, url, programs.log, context)
+        programs.start(["flower-superexec", *trust, "--runtime-api-address", near, *_superexec(secret)])
+        _log.info("server: listening on %s:%d, state in %s", host, port, home)
+        raise RunError(f"Flower's server ended: {programs.wait()}")
+
+
+def join(
+    server: str,
+    ca: Path | None,
+    key: Path | None,
+    *,
+    node_config: Mapping[str, Scalar],
+    state: Path,
+    insecure: bool = False,
+    patience: float = 90.0,
+) -> None:
+    """Run one node until it is told to stop (Ctrl-C, SIGTERM), which raises KeyboardInterrupt.
+
+    A server that is not there yet is waited for.
+
+    Args:
+        server: HOST:PORT.
+        ca: certificate of the authority that signed the server's.
+        key: private key whose public half was registered.
+        node_config: what the ClientApp learns of its node: rank, data, partition-id, device and so on.
+        state: folder for logs, Flower's own files, and what this client keeps between rounds.
+        insecure: neither TLS nor node authentication.
+        patience: seconds to try again while the server refuses the key. A node that was killed stays online for
+            the server for up to a minute.
+
+    Raises:
+        ConfigError: a file is missing, or `state` is in use.
+        RunError: the server cannot be trusted, refuses the key, or Flower's program ended.
+    """
+    trust = ["--insecure"]
+    if not insecure:
+        ca, key = _given(ca, "--ca", "ca.crt"), _given(key, "--key", "the private key of this node")
+        trust = ["--root-certificates", str(ca), "--auth-supernode-private-key", str(key)]
+    else:
+        ca = None
+    _split(server)
+    with _own_folder(state) as home, _stopped_by_signals():
+        settings = home / "node.toml"
+        known = {**node_config, "state": str(home)}
+        settings.write_text("".join(f"{name} = {flower_programs.toml(known[name])}\n" for name in known), "utf-8")
+        secret = _secret(home)
+        _wait_for(server, ca)
+        refused_until = time.monotonic() + patience
+        while True:
+            port = flower_programs.free_port()
+            command = ["flower-supernode", *trust, "--superlink", server, "--node-config", str(settings)]
+            command += ["--host", "127.0.0.1", "--port", str(port), "--isolation", "process"]
+            command += ["--superexec-auth-secret-file", str(secret)]
+            with _Programs(home, "node") as programs:
+                began = time.monotonic()
+                supernode = programs.start(command)
+                if _listens(supernode, port):
+                    near = ["--insecure", "--runtime-api-address", f"127.0.0.1:{port}"]
+                    programs.start(["flower-superexec", *near, *_superexec(secret)])
+                    _log.info("node: started for the server at %s, state in %s", server, home)
+                reason = programs.wait()
+            if _REFUSED not in reason:
+                raise RunError(f"Flower's node ended: {reason}")
+            if time.monotonic() - began > patience:  # it had been accepted before
+                refused_until = time.monotonic() + patience
+            if time.monotonic() > refused_until:
+                raise RunError(
+                    f"the server at {server} refuses this node's key: {reason}; register it there "
+                    f"(fedlora register {key}.pub), and start each key's node once"
+                )
+            _log.warning("node: refused; the key is not registered, or its node was online a moment ago; trying again")
+            time.sleep(_RETRY_SECONDS)
+
+
+def register(keys: Sequence[Path], server: str, ca: Path | None) -> list[str]:
+    """Let the server know the public keys of nodes; returns one line about each.
+
+    Raises:
+        ConfigError: a file is missing.
+        RunError: the server cannot be reached or trusted, or refuses a key.
+    """
+    files = [_given(key, "KEY", "the public key of a node, such as certs/node0.pub") for key in keys]
+    lines: list[str] = []
+    with _connection(server, ca, insecure=False) as connection:
+        for file in files:
+            answer = connection.ask("supernode", "register", str(file), _NAME, "--format", "json")
+            problem = flower_programs.reason_of(str(answer.get("error-message", "")))
+            if "already in use" in problem:
+                lines.append(f"{file.name}: registered already")
+            elif answer.get("success"):
+                lines.append(f"{file.name}: registered as node {answer.get('node-id')}")
+            else:
+                raise RunError(f"{file}: the server refuses this key: {problem or answer}")
+    return lines
+
+
+def run(config: Config, server: str, ca: Path | None, insecure: bool = False) -> None:
+    """Run a federation on the nodes that are connected to a server.
+
+    The run's record and adapter are written by the server's machine, to `run.dir`.
+
+    Raises:
+        RunError: the server cannot be reached or trusted, or the run did not complete.
+    """
+    config = flower_programs.absolute(stamp(config))
+    with _connection(server, ca, insecure) as connection:
+        bundle = flower_programs.write_bundle(config, connection.folder / "app")
+        flower_programs.carry_out(config, bundle, connection, log=None)
+
+
+def check_server(server: str, ca: Path | None) -> None:
+    """That a server is there, and the one that the authority vouches for; without `ca`, that it speaks plain HTTP.
+
+    Raises:
+        RunError: it is not.
+    """
+    host, port = _split(server)
+    context = None if ca is None else trusting(ca)
+    try:
+        if context is None:
+            asked = http.client.HTTPConnection(host, port, timeout=10)
+        else:
+            asked = http.client.HTTPSConnection(host, port, timeout=10, context=context)
+        try:
+            asked.request("GET", "/health")
+            asked.getresponse()
+        finally:
+            asked.close()
+    except ssl.SSLCertVerificationError as error:
+        raise RunError(
+            f"the certificate of the server at {server} does not pass with {ca}: {error.verify_message}; "
+            "use the ca.crt beside the server's own, and an address that the certificate names (fedlora certs)"
+        ) from None
+    except ssl.SSLError as error:
+        raise RunError(
+            f"the server at {server} does not speak TLS ({error.reason}); was it started with --insecure?"
+        ) from None
+    except (http.client.HTTPException, ConnectionResetError):
+        raise RunError(
+            f"the server at {server} does not speak plain HTTP; leave out --insecure and give --ca"
+        ) from None
+    except OSError as error:
+        raise _NotThere(
+            f"nobody answers at {server} ({error}); start the server, or check address and firewall"
+        ) from None
+
+
+def trusting(ca: Path) -> ssl.SSLContext:
+    """A TLS client's settings that trust this authority alone.
+
+    Raises:
+        ConfigError: the file holds no certificate.
+    """
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except (ssl.SSLError, ValueError):
+        raise ConfigError(f"{ca}: holds no certificate in PEM format; expected the ca.crt of fedlora certs") from None
+
+
+class _NotThere(RunError):
+    """Nobody listens, yet."""
+
+
+# What `serve` reads from the folder of certificates, and the option that takes it.
+_TLS = {
+    certificates.CA: "--ssl-ca-certfile",
+    certificates.SERVER: "--ssl-certfile",
+    certificates.SERVER_KEY: "--ssl-keyfile",
+}
+
+
+class _Programs:
+    """Flower's programs of one server or node: their output here and in a log file; leaving stops them all by pid."""
+
+    def __init__(self, home: Path, name: str) -> None:
+        self._home, self.log = home, home / f"{name}.log"
+        self._environment = flower_programs.environment(home / "flwr")
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._names: list[str] = []
+        self._readers: list[threading.Thread] = []
+        self.log.write_bytes(b"")
+
+    def __enter__(self) -> _Programs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._running:
+            flower_programs.stop_tree(process)
+        for reader in self._readers:
+            reader.join(timeout=5)
+
+    def start(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        # The working folder is importable for the apps: it holds nothing but what is made here.
+        process = flower_programs.start(command, self._home, self._environment, subprocess.PIPE)
+        self._running.append(process)
+        self._names.append(command[0])
+        reader = threading.Thread(target=self._copy, args=(process,), daemon=True)
+        reader.start()
+        self._readers.append(reader)
+        return process
+
+    def _copy(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        with self.log.open("ab", buffering=0) as log, process.stdout:
+            for line in process.stdout:
+                log.write(line)
+                print(line.decode(errors="replace"), end="", flush=True)
+
+    def wait(self) -> str:
+        """Until one of them ends; why, in its own words."""
+        while all(process.poll() is None for process in self._running):
+            time.sleep(0.2)
+        ended = next(i for i, process in enumerate(self._running) if process.poll() is not None)
+        self._readers[ended].join(timeout=5)
+        said = flower_programs.reason_of(self.log.read_text(errors="replace"))
+        return f"{self._names[ended]}: {said}"
+
+
+@contextmanager
+def _connection(server: str, ca: Path | None, insecure: bool) -> Iterator[Connection]:
+    """A connection of `flwr` to a server that was just found there."""
+    authority = None if insecure else _given(ca, "--ca", "ca.crt")
+    check_server(server, authority)
+    with tempfile.TemporaryDirectory(prefix="fedlora-flwr-") as scratch:
+        home = Path(scratch)
+        (home / "flwr").mkdir()
+        trust = f"root-certificates = {flower_programs.toml(str(authority))}" if authority else "insecure = true"
+        text = f"[superlink.{_NAME}]\naddress = {flower_programs.toml(server)}\n{trust}\n"
+        (home / "flwr" / "config.toml").write_text(text, encoding="utf-8")
+        yield Connection(_NAME, flower_programs.environment(home / "flwr"), home)
+
+
+@contextmanager
+def _own_folder(state: Path) -> Iterator[Path]:
+    """A state folder that no other server or node uses meanwhile."""
+    home = state.expanduser().resolve()
+    try:
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = FileLock(home / "lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"--state {home}: another server or node uses this folder; give each its own") from None
+    except OSError as error:
+        raise ConfigError(f"--state {home}: cannot be written: {error}") from None
+    try:
+        yield home
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and a closed terminal stop in order, as Ctrl-C does; a second signal does not disturb that."""
+    told = False
+
+    def tell(*_: object) -> None:
+        nonlocal told
+        if not told:
+            told = True
+            raise KeyboardInterrupt
+
+    wanted = [signal.SIGINT, signal.SIGTERM]
+    wanted += [signal.SIGHUP] if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+    before = {number: signal.signal(number, tell) for number in wanted}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _superexec(secret: Path) -> list[str]:
+    return ["--superexec-auth-secret-file", str(secret), "--parent-pid", str(os.getpid())]
+
+
+def _secret(home: Path) -> Path:
+    """A fresh secret between this server or node and its SuperExec."""
+    path = home / "superexec-secret"
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(os.urandom(32))
+    return path
+
+
+def _wait_for(server: str, ca: Path | None) -> None:
+    """Until somebody listens there; a server that cannot be trusted is an error at once."""
+    told = False
+    while True:
+        try:
+            return check_server(server, ca)
+        except _NotThere as error:
+            if not told:
+                _log.info("node: %s; waiting for it", error)
+            told = True
+            time.sleep(_RETRY_SECONDS)
+
+
+def _listens(process: subprocess.Popen[bytes], port: int) -> bool:
+    """Whether a port opens before the process ends."""
+    while process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return True
+        time.sleep(0.1)
+    return False
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise RunError(f"--port {port}: cannot listen on {host}:{port}: {error.strerror}; choose another") from None
+
+
+def _split(server: str) -> tuple[str, int]:
+    host, _, port = server.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536 or "/" in host:
+        raise ConfigError(f"--server {server}: expected HOST:PORT, such as fed.example.org:9092")
+    return host.strip("[]"), int(port)
+
+
+def _file(folder: Path | None, name: str) -> Path:
+    if folder is None:
+        raise ConfigError(
+            "--certs: expected the folder that `fedlora certs` wrote, or --insecure for neither TLS nor keys"
+        )
+    return _given(folder / name, "--certs", f"the folder that holds {', '.join(_TLS)}")
+
+
+def _given(path: Path | None, option: str, what: str) -> Path:
+    """The path, absolute, of a file that exists."""
+    if path is None:
+        raise ConfigError(f"{option}: expected {what}, or --insecure for neither TLS nor keys")
+    whole = path.expanduser().resolve()
+    if not whole.is_file():
+        raise ConfigError(f"{option} {path}: no such file; expected {what}")
+    return whole
+
+
+def data_file(path: Path) -> str:
+    """A node's own rows, as its node config names them.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    whole = path.expanduser().resolve()
+    if not whole.is_file():
+        raise DataError(f"--data {path}: no such file")
+    return str(whole)

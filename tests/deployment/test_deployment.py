@@ -1,0 +1,108 @@
+"""What is checked before any of Flower's programs starts, and the examples beside the guide."""
+
+import re
+import shlex
+import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from fedlora import certificates, cli, deployment, flower_programs
+from fedlora.errors import ConfigError, DataError, RunError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+EXAMPLES = ROOT / "docs" / "examples"
+
+
+@pytest.fixture
+def certs(tmp_path):
+    certificates.make(tmp_path / "certs", nodes=["north"])
+    return tmp_path / "certs"
+
+
+@pytest.mark.parametrize("server", ["fed.example.org", "http://fed:9092", "fed:", ":9092", "fed:99999"])
+def test_an_address_is_host_and_port(server, certs):
+    with pytest.raises(ConfigError, match="expected HOST:PORT"):
+        deployment.check_server(server, certs / "ca.crt")
+
+
+def test_a_missing_file_is_named(tmp_path, certs):
+    (certs / "server.pem").unlink()
+    with pytest.raises(ConfigError, match=r"--certs .*server\.pem: no such file"):
+        deployment.serve(certs, host="127.0.0.1", port=9092, state=tmp_path / "state")
+    with pytest.raises(ConfigError, match="--certs: expected the folder"):
+        deployment.serve(None, host="127.0.0.1", port=9092, state=tmp_path / "state")
+    for ca, key, says in [
+        (None, certs / "north", r"--ca: expected ca\.crt, or --insecure"),
+        (certs / "ca.crt", None, "--key: expected"),
+        (certs / "ca.crt", certs / "nobody", "--key .*nobody: no such file"),
+    ]:
+        with pytest.raises(ConfigError, match=says):
+            deployment.join("127.0.0.1:9092", ca, key, node_config={}, state=tmp_path / "state")
+    with pytest.raises(DataError, match=r"--data .*rows\.jsonl: no such file"):
+        deployment.data_file(tmp_path / "rows.jsonl")
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_server_that_is_not_there_and_one_without_tls(certs):
+    with pytest.raises(RunError, match="nobody answers at"):
+        deployment.check_server(f"127.0.0.1:{flower_programs.free_port()}", certs / "ca.crt")
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        address = f"127.0.0.1:{server.server_port}"
+        with pytest.raises(RunError, match="does not speak TLS"):
+            deployment.check_server(address, certs / "ca.crt")
+        with pytest.raises(ConfigError, match="holds no certificate in PEM format"):
+            deployment.check_server(address, certs / "north")
+        deployment.check_server(address, None)
+        with pytest.raises(RunError, match=f"cannot listen on 127.0.0.1:{server.server_port}: Address already in use"):
+            deployment.serve(certs, host="127.0.0.1", port=server.server_port, state=certs / "state")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_what_flower_says_is_found_in_its_log():
+    ended = (
+        "\x1b[92mINFO \x1b[0m: Starting Flower SuperNode\n\x1b[91mERROR \x1b[0m:     Exit Code: 305\n"
+        "Failed to initialize the connection to the SuperLink.\n[code: 2004] Failed to activate SuperNode.\n"
+        "The SuperNode could not establish a connection to the SuperLink.\n\n"
+        "For more information, visit: <x>\nINFO: Shutting down\n"
+    )
+    assert flower_programs.reason_of(ended) == (
+        "Failed to initialize the connection to the SuperLink. [code: 2004] Failed to activate SuperNode."
+    )
+    assert flower_programs.reason_of("a line\nthe last\n\n") == "the last"
+
+
+def commands(text: str) -> list[str]:
+    """Every `fedlora …` command of a text, continued lines joined."""
+    joined = text.replace("\\\n", " ").replace("…", " ")
+    return re.findall(
+        r"^\s*(?:exec |ExecStart=)?(?:\S*/)?(fedlora (?:certs|server|register|node|run) .+)$", joined, re.M
+    )
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "docs" / "deployment.md", *sorted(EXAMPLES.iterdir())], ids=lambda path: path.name
+)
+def test_every_command_shown_has_the_options_it_uses(path):
+    found = commands(path.read_text(encoding="utf-8"))
+    assert found
+    group = typer.main.get_command(cli.app)
+    assert isinstance(group, click.Group) or hasattr(group, "commands")
+    for line in found:
+        name, *rest = shlex.split(line)[1:]
+        known = {option for parameter in group.commands[name].params for option in parameter.opts}
+        assert {word for word in rest if re.match(r"--?[a-z]", word)} <= known, line
+
+
+def test_the_slurm_script_is_a_script():
+    subprocess.run(["bash", "-n", str(EXAMPLES / "nodes.sbatch")], check=True)

@@ -1,0 +1,215 @@
+"""Flower's real programs on this machine: the documented commands, and what goes wrong in one sentence."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from fedlora import config as configuration
+from fedlora.flower_programs import config_table, free_port
+from tests.federation import tiny, write_rows
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+ROOT = Path(__file__).resolve().parent.parent.parent
+GUIDE = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+RANKS = {0: 16, 1: 8, 2: 4}
+
+
+def example() -> tuple[str, list[list[str]]]:
+    """The config, and the commands in their order, of the section that shows a whole federation."""
+    section = GUIDE.split("## One server, three nodes")[1].split("\n## ")[0]
+    config = re.findall(r"```toml\n(.*?)```", section, re.S)
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", section, re.S) for line in block.splitlines()]
+    assert len(config) == 1
+    return config[0], commands
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A folder with an environment for commands there, on a free port."""
+    port = free_port()
+    return tmp_path, os.environ | {
+        "SERVER_NAME": "fed.example.org",
+        "SERVER_IP": "10.0.0.7",
+        "SERVER": f"127.0.0.1:{port}",
+        "LISTEN": "127.0.0.1",
+        "PORT": str(port),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "FLWR_HOME": str(tmp_path / "never-used"),
+        "FEDLORA_ALLOW_FILES": "1",  # the tiny model is a folder
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "200",
+    }
+
+
+def words(command: str, environment: dict[str, str]) -> list[str]:
+    """A command line as a shell would split it, variables filled in."""
+    return shlex.split(re.sub(r"\$(\w+)", lambda found: environment[found[1]], command))
+
+
+def called(command: str, site, timeout=600) -> subprocess.CompletedProcess[str]:
+    folder, environment = site
+    return subprocess.run(
+        words(command, environment),
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@contextmanager
+def kept_running(command: str, site, says: str):
+    """A command in the background, once it has said that; then told to stop by its pid, and all it started is gone."""
+    folder, environment = site
+    output = folder / f"{time.monotonic_ns()}.out"
+    with output.open("w") as file:
+        process = subprocess.Popen(words(command, environment), cwd=folder, env=environment, stdout=file, stderr=file)
+    family = []
+    try:
+        deadline = time.monotonic() + 120
+        while says not in output.read_text():
+            assert process.poll() is None, output.read_text()
+            assert time.monotonic() < deadline, output.read_text()
+            time.sleep(0.2)
+        family = psutil.Process(process.pid).children(recursive=True)
+        yield
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0, output.read_text()
+        assert not [child for child in family if child.is_running()]
+    finally:
+        if process.poll() is None:
+            family = psutil.Process(process.pid).children(recursive=True)
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=60)
+        for child in family:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        process.kill()
+        process.wait()
+
+
+def test_the_documented_commands_run_a_federation(site, tiny_llama):
+    folder = site[0]
+    shown, commands = example()
+    assert commands.pop(0).startswith("export ")
+    (folder / "as-shown.toml").write_text(shown, encoding="utf-8")
+    config = configuration.load(folder / "as-shown.toml")
+    assert config.federation.clients == len(RANKS)
+    small = {
+        "model.name": str(tiny_llama),
+        "model.quantization": "none",
+        "model.device": "cpu",
+        "lora.target-modules": "q_proj,v_proj",
+        "federation.rounds": 2,
+        "federation.min-clients": 3,
+        "train.steps": 2,
+        "run.id": "one",
+        "run.threads": 1,
+    }
+    (folder / "federation.toml").write_text(config_table(configuration.parse(small, config)), encoding="utf-8")
+    rows = write_rows(folder / "rows.jsonl", people=3).read_text(encoding="utf-8").splitlines()
+    for person, name in enumerate(["north", "south", "west"]):
+        own = [row for row in rows if f'"p{person}"' in row]
+        (folder / f"{name}.jsonl").write_text("\n".join(own) + "\n", encoding="utf-8")
+    done = 0
+    with ExitStack() as running:
+        for command in commands:
+            if command.startswith("fedlora server "):
+                running.enter_context(kept_running(command, site, "server: listening on"))
+            elif command.startswith("fedlora node "):
+                running.enter_context(kept_running(command, site, "node: started for the server"))
+            else:
+                ended = called(command, site, timeout=1200)
+                assert ended.returncode == 0, ended.stdout + ended.stderr
+            done += 1
+    assert done == 7
+    results = folder / "runs" / "hospitals" / "one"
+    record = json.loads((results / "result.json").read_text())
+    assert record["status"] == "completed"
+    assert {client["client-id"]: client["rank"] for client in record["clients"]} == RANKS
+    assert [len(entry["clients"]) for entry in record["rounds"]] == [3, 3]
+    assert all(entry["client-test"]["mean"]["loss"] > 0 for entry in record["rounds"])
+    assert any(
+        tensor.abs().sum() > 0 for tensor in load_file(results / "adapter" / "adapter_model.safetensors").values()
+    )
+    assert not (folder / "never-used").exists()
+
+
+def refused(command: str, site, says: str) -> None:
+    done = called(command, site, timeout=200)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert says in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_what_goes_wrong_is_one_sentence(site):
+    folder, environment = site
+    for command in ("certs certs --nodes north,stranger", "certs other"):
+        assert called(f"fedlora {command}", site).returncode == 0
+    refused("fedlora register certs/north.pub --server $SERVER --ca certs/ca.crt", site, "nobody answers at 127.0.0.1")
+    with kept_running("fedlora server --certs certs --port $PORT --state server", site, "server: listening on"):
+        refused("fedlora server --certs certs --port $PORT --state two", site, "Address already in use")
+        refused(
+            f"fedlora server --certs certs --port {free_port()} --state server", site, "another server or node uses"
+        )
+        wrong = "--server $SERVER --ca other/ca.crt"
+        refused(f"fedlora register certs/north.pub {wrong}", site, "does not pass with")
+        refused(f"fedlora run quickstart {wrong}", site, "does not pass with")
+        refused(f"fedlora node {wrong} --key certs/north --state north", site, "does not pass with")
+        plain = "--server $SERVER --insecure"
+        refused(f"fedlora run quickstart {plain}", site, "does not speak plain HTTP")
+        refused("fedlora register certs/ca.crt --server $SERVER --ca certs/ca.crt", site, "refuses this key")
+        for answer in ("registered as node", "registered already"):
+            done = called("fedlora register certs/north.pub --server $SERVER --ca certs/ca.crt", site)
+            assert answer in done.stdout, done.stderr
+        impatient = (
+            "from pathlib import Path; from fedlora import deployment; "
+            f"deployment.join({environment['SERVER']!r}, Path('certs/ca.crt'), Path('certs/stranger'), "
+            "node_config={}, state=Path('stranger'), patience=0)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", impatient],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert "refuses this node's key" in done.stderr
+        assert "[code: 2004] Failed to activate SuperNode" in done.stderr
+
+
+def test_without_tls_a_server_takes_runs_and_says_why_one_fails(site, tiny_llama):
+    folder, environment = site
+    (folder / "run.toml").write_text(
+        config_table(tiny(folder, tiny_llama, federation__wait_timeout=1.0)), encoding="utf-8"
+    )
+    with kept_running("fedlora server --insecure --port $PORT --state server", site, "server: listening on"):
+        refused("fedlora run run.toml --server $SERVER --ca run.toml", site, "holds no certificate in PEM format")
+        refused("fedlora run run.toml --server $SERVER --insecure", site, "0 of 4 clients connected within 1 s")
+        # The part of the port that hands out apps answers nobody who lacks the secret.
+        asked = urllib.request.Request(
+            f"http://{environment['SERVER']}/v1/runtime/acquire-task",
+            data=b"",
+            headers={"content-type": "application/protobuf"},
+        )
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(asked, timeout=10)
+    assert "warning: --insecure" in "".join(path.read_text() for path in folder.glob("*.out"))
