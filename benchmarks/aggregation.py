@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -291,15 +292,21 @@ def per_key_mean(updates: Sequence[ClientUpdate]) -> list[Tensor]:
 
 
 def streamed(clients: int) -> int:
-    """Peak resident bytes that fedavg adds over this many clients, each made when it is asked for."""
-    from fedlora.results import peak_memory_bytes
-
+    """The most resident bytes, beyond those at the start, while fedavg takes this many clients' replies one by one."""
+    process = psutil.Process()
     strategy = load("fedavg")
     state = strategy.init(initial(SMOLLM2, lambda _: EQUAL, lambda _: 2.0, torch.Generator().manual_seed(0)))
     infos = [ClientInfo(client_id=i, rank=EQUAL, num_examples=i + 1) for i in range(clients)]
-    before = peak_memory_bytes()["process"]
-    strategy.aggregate(state, replies(strategy, state, infos, 1), 1)
-    return peak_memory_bytes()["process"] - before
+    before = most = process.memory_info().rss
+
+    def watched() -> Iterator[ClientUpdate]:
+        nonlocal most
+        for update in replies(strategy, state, infos, 1):
+            yield update
+            most = max(most, process.memory_info().rss)
+
+    strategy.aggregate(state, watched(), 1)
+    return most - before
 
 
 def memory() -> list[dict[str, int]]:
