@@ -6,9 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.exchange import ClientInfo
+from fedlora.adapter import AdapterState, LoraFactors
+from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies import load
 from tests.naive.clients import SHAPES, dense_deltas, start, train
+from tests.naive.dense import Part
+from tests.naive.fedsa import Module
 
 
 @settings(max_examples=25, deadline=None)
@@ -51,3 +54,49 @@ def test_b_never_reaches_the_server() -> None:
         for name, factors in learned.lora.items():
             assert factors.A.shape == (3, SHAPES[name][1])
             torch.testing.assert_close(factors.A, 2 * state.adapter.lora[name].A)  # alpha = 2r, at scaling 1
+
+
+def test_rounds_match_a_dense_reference() -> None:
+    """Partial participation, a late client, unequal ranks and scalings; every client's own model is tracked densely."""
+    strategy = load("fedsa")
+    clients = [
+        ClientInfo(client_id=i, rank=r, alpha=4.0 if i % 2 else "r", num_examples=3 * i + 1)
+        for i, r in enumerate((4, 2, 1, 4))
+    ]
+    generator = torch.Generator().manual_seed(2)
+    targets = [
+        {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in SHAPES.items()} for _ in clients
+    ]
+    begun = start(clients, 3)
+    state = strategy.init(begun)
+    twin = {n: Module(f.A, f.B, f.scaling) for n, f in begun.lora.items()}
+    own: dict[tuple[int, str], torch.Tensor] = {}
+
+    def step(
+        A: torch.Tensor, B: torch.Tensor, scaling: float, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        A, B = A.double(), B.double()
+        error = scaling * (B @ A) - target
+        return A - 0.05 * scaling * (B.T @ error), B - 0.05 * scaling * (error @ A.T)
+
+    for round, chosen in {1: (0, 1, 2), 2: (0, 2), 3: (0, 1), 4: (0, 1, 2, 3), 5: (0, 3)}.items():
+        updates: list[ClientUpdate] = []
+        parts: dict[str, list[Part]] = {n: [] for n in SHAPES}
+        dense_b: dict[str, dict[int, torch.Tensor]] = {n: {} for n in SHAPES}
+        for j in chosen:
+            client, lora = clients[j], {}
+            for n, f in strategy.broadcast(state, client, round).adapter.lora.items():
+                A, own[j, n] = step(f.A, own.get((j, n), f.B), f.scaling, targets[j][n])
+                lora[n] = LoraFactors(A.float(), torch.empty(0), f.scaling)
+                mine = twin[n].send(j, client.rank_of(n), client.scaling_of(n))
+                dense_a, dense_b[n][j] = step(*mine, client.scaling_of(n), targets[j][n])
+                parts[n].append(Part(dense_a, dense_b[n][j], client.scaling_of(n), client.num_examples))
+            updates.append(ClientUpdate(client_id=j, adapter=AdapterState(lora=lora), num_examples=client.num_examples))
+        state = strategy.aggregate(state, updates, round)
+        for n in SHAPES:
+            twin[n].aggregate(parts[n], dense_b[n])
+        for client in clients:
+            for n, f in strategy.broadcast(state, client, round + 1).adapter.lora.items():
+                A, B = twin[n].send(client.client_id, client.rank_of(n), client.scaling_of(n))
+                mine = own.setdefault((client.client_id, n), f.B).double() @ f.A.double()
+                torch.testing.assert_close(f.scaling * mine, f.scaling * B @ A, rtol=1e-4, atol=1e-5)

@@ -13,6 +13,7 @@ from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies import load
 from fedlora.strategies.base import ServerState, Strategy
 from tests.naive.clients import SHAPES, dense_deltas, start, train
+from tests.naive.fedsb import Module
 
 
 def server(strategy: Strategy, d_out: int, d_in: int, rank: int) -> ServerState:
@@ -141,3 +142,48 @@ def test_a_first_step_of_zero_starts_at_the_base_model() -> None:
 def test_a_first_step_that_is_no_size_is_refused(size: float) -> None:
     with pytest.raises(StrategyError, match=r"fedsb's first_step = .*, expected a number of at least 0"):
         load("fedsb", first_step=size)
+
+
+def test_rounds_match_a_dense_reference() -> None:
+    """Partial participation, a late client, unequal ranks; R trained by gradient steps towards each client's target."""
+    strategy = load("fedsb", first_step=1e-2)
+    clients = [ClientInfo(client_id=i, rank=r, num_examples=3 * i + 1) for i, r in enumerate((3, 2, 1, 3))]
+    shapes = {"a": (6, 9), "b": (7, 5)}
+    generator = torch.Generator().manual_seed(4)
+    targets = [
+        {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()} for _ in clients
+    ]
+    state = strategy.init(start(clients, 3, shapes))
+    replies: list[ClientUpdate] = []
+    for client, target in zip(clients, targets, strict=True):
+        lora = {}
+        for n, matrix in target.items():  # the gradient at the base model, of |dW - target|^2 / 2, at the client's rank
+            u, s, vh = torch.linalg.svd(-matrix)
+            r = client.rank
+            lora[n] = LoraFactors(A=vh[:r].float(), B=(u[:, :r] * s[:r]).float(), scaling=1.0)
+        replies.append(
+            ClientUpdate(client_id=client.client_id, adapter=AdapterState(lora=lora), num_examples=client.num_examples)
+        )
+    state = strategy.aggregate(state, replies, 0)
+    examples = [client.num_examples for client in clients]
+    twin = {n: Module([delta(r.adapter.lora[n]) for r in replies], examples, 3, 1e-2) for n in shapes}
+    for round, chosen in {1: (0, 1, 2), 2: (0, 2), 3: (0, 1), 4: (0, 1, 2, 3), 5: (1, 3)}.items():
+        updates: list[ClientUpdate] = []
+        cores: dict[str, list[torch.Tensor]] = {n: [] for n in shapes}
+        for j in chosen:
+            sent = strategy.broadcast(state, clients[j], round).adapter
+            dense = {}
+            for n, f in sent.lora.items():
+                A, B, R, target = f.A.double(), f.B.double(), sent.dense[n + CORE].double(), targets[j][n]
+                dense[n + CORE] = (R - 0.1 * f.scaling * B.T @ (f.scaling * B @ R @ A - target) @ A.T).float()
+                r, mine = clients[j].rank, twin[n].send(clients[j].rank)
+                error = twin[n].B[:, :r] @ mine @ twin[n].A[:r] - target
+                cores[n].append(mine - 0.1 * twin[n].B[:, :r].T @ error @ twin[n].A[:r].T)
+            lora = {n: LoraFactors(torch.empty(0, 0), torch.empty(0, 0), f.scaling) for n, f in sent.lora.items()}
+            adapter = AdapterState(lora=lora, dense={**sent.dense, **dense})
+            updates.append(ClientUpdate(client_id=j, adapter=adapter, num_examples=clients[j].num_examples))
+        state = strategy.aggregate(state, updates, round)
+        learned = dense_deltas(strategy.global_adapter(state))
+        for n in shapes:
+            twin[n].aggregate(cores[n], [clients[j].num_examples for j in chosen])
+            torch.testing.assert_close(learned[n], twin[n].total(), rtol=1e-4, atol=1e-5)
