@@ -52,7 +52,7 @@ RUNS: dict[str, dict[str, Scalar]] = {
     "flexlora": {"strategy.name": "flexlora"},
 }
 QUICK = ("flora", "lora-fair-int8", "fedsa")
-KILLED = ("flora", "lora-fair-int8", "fedsa", "momentum-fedavg")
+KILLED = ("lora-fair-int8", "fedsa")
 
 
 class Killed(BaseException):
