@@ -17,7 +17,7 @@ from flwr.common.constant import ErrorCode
 
 from fedlora import config as configuration
 from fedlora import peft_io, wire
-from fedlora.adapter import AdapterState, LoraFactors
+from fedlora.adapter import AdapterState, only
 from fedlora.assets import cache_dir
 from fedlora.config import Config
 from fedlora.data import LazyExamples, client_split, prepare
@@ -219,14 +219,11 @@ def _with_own(broadcast: Broadcast, context: Context) -> AdapterState:
 
 def _personal_part(adapter: AdapterState, personal: frozenset[str]) -> AdapterState:
     """The personal factors alone; a value that is not finite would spoil every later round, and is refused."""
-    nothing = torch.empty(0, 0)
-    lora: dict[str, LoraFactors] = {}
-    for name, factors in adapter.lora.items():
-        a, b = (f if part in personal else nothing for part, f in (("A", factors.A), ("B", factors.B)))
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+    kept = AdapterState(lora=only(adapter, personal).lora)
+    for name, factors in kept.lora.items():
+        if not (torch.isfinite(factors.A).all() and torch.isfinite(factors.B).all()):
             raise AdapterError(f"{name}: training diverged, its own factors are not finite; lower train.lr")
-        lora[name] = LoraFactors(A=a, B=b, scaling=factors.scaling)
-    return AdapterState(lora=lora)
+    return kept
 
 
 def _own_folder(context: Context, broadcast: Broadcast) -> Path:

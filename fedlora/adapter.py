@@ -6,7 +6,7 @@ or fp64 where the factors are: narrower ones (bf16) are widened before they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -73,6 +73,25 @@ def without_cores(adapter: AdapterState) -> AdapterState:
         for name, f in adapter.lora.items()
     }
     return AdapterState(lora=lora, dense={k: v for k, v in adapter.dense.items() if not k.endswith(CORE)})
+
+
+def only(adapter: AdapterState, parts: Collection[str]) -> AdapterState:
+    """The adapter with these of the factors "A" and "B"; the others are empty."""
+    nothing = torch.empty(0, 0)
+    lora = {
+        name: LoraFactors(A=f.A if "A" in parts else nothing, B=f.B if "B" in parts else nothing, scaling=f.scaling)
+        for name, f in adapter.lora.items()
+    }
+    return AdapterState(lora=lora, dense=adapter.dense)
+
+
+def filled(adapter: AdapterState, other: AdapterState) -> AdapterState:
+    """The adapter with the other's factors where its own are empty; modules that the other lacks stay as they are."""
+    lora = dict(adapter.lora)
+    for name, f in adapter.lora.items():
+        rest = other.lora.get(name, f)
+        lora[name] = LoraFactors(A=f.A if f.A.numel() else rest.A, B=f.B if f.B.numel() else rest.B, scaling=f.scaling)
+    return AdapterState(lora=lora, dense=adapter.dense)
 
 
 def norm(factors: LoraFactors) -> float:

@@ -43,12 +43,7 @@ def save_llama(folder: Path, seed: int = 0) -> Path:
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.2,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return _save(LlamaForCausalLM, config, tokenizer, folder, seed)
 
 
 def save_gpt2(folder: Path, seed: int = 0) -> Path:
@@ -64,12 +59,7 @@ def save_gpt2(folder: Path, seed: int = 0) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         initializer_range=0.2,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = GPT2LMHeadModel(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return _save(GPT2LMHeadModel, config, tokenizer, folder, seed)
 
 
 def save_bert(folder: Path, seed: int = 0) -> Path:
@@ -87,10 +77,15 @@ def save_bert(folder: Path, seed: int = 0) -> Path:
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.2,
     )
+    return _save(BertModel, config, tokenizer, folder, seed)
+
+
+def _save(model: Any, config: Any, tokenizer: Any, folder: Path, seed: int) -> Path:
+    """Weights drawn by the seed, in transformers' own files."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = BertModel(config)
-    model.save_pretrained(folder)
+        made = model(config)
+    made.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 from fedlora.strategies import load
 from fedlora.strategies.base import ServerState, Strategy
 from fedlora.strategies.diagnostics import diagnose
+from tests.naive import dense as naive
 from tests.naive.clients import SHAPES, HeldBase, dense_deltas, start, train, whole
 
 RANKS = (4, 2, 1, 3)
@@ -55,12 +55,12 @@ def test_numbers_match_dense_matrices(strategy: Strategy, rounds: int) -> None:
             starts.append(dense_deltas(broadcast.adapter)[name])
             frozen.append(dense_deltas(base.folds).get(name, torch.zeros(SHAPES[name], dtype=torch.float64)))
         p = [update.num_examples / n for update in updates]
-        ideal = _mean(trained, p)
-        target = _mean([f + t for f, t in zip(frozen, trained, strict=True)], p)
+        ideal = naive.mean(trained, p)
+        target = naive.mean([f + t for f, t in zip(frozen, trained, strict=True)], p)
         error += float((dense_deltas(strategy.global_adapter(after))[name] - target).square().sum())
         size += float(ideal.square().sum())
         moves = [t - s for t, s in zip(trained, starts, strict=True)]
-        common = _mean(moves, p)
+        common = naive.mean(moves, p)
         apart += sum(pk * float((m - common).square().sum()) for pk, m in zip(p, moves, strict=True))
         moved += sum(pk * float(m.square().sum()) for pk, m in zip(p, moves, strict=True))
         values = torch.linalg.svdvals(ideal)
@@ -100,10 +100,3 @@ def test_too_many_terms_are_not_diagnosed() -> None:
     got = diagnose(state, strategy.aggregate(state, updates, 1), updates, sent)
     assert got.error is None
     assert got.norms is None
-
-
-def _mean(matrices: list[Tensor], shares: list[float]) -> Tensor:
-    total = torch.zeros_like(matrices[0])
-    for matrix, share in zip(matrices, shares, strict=True):
-        total = total + share * matrix
-    return total

@@ -10,15 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlora.adapter import AdapterState, LoraFactors, ideal, relative_error
+from fedlora.adapter import AdapterState, ideal, relative_error
 from fedlora.errors import StrategyError
-from fedlora.exchange import ClientInfo, ClientUpdate
+from fedlora.exchange import ClientInfo
 from fedlora.strategies import load
 from fedlora.strategies.fedavg import FedAvg
 from fedlora.strategies.lora_fair import LoraFair, cosine_minimum, solve
 from tests.naive import dense as naive
 from tests.naive import lora_fair as reference
 from tests.naive.clients import SHAPES, dense_deltas, start, train
+from tests.naive.drawn import updates_of
 
 LAMS = (0.0, 1e-4, 0.01, 1.0)
 
@@ -44,15 +45,6 @@ def rounds(draw: st.DrawFn, least: int = 1, one_rank: bool = False) -> list[naiv
             )
         )
     return parts
-
-
-def updates_of(parts: list[naive.Part]) -> list[ClientUpdate]:
-    return [
-        ClientUpdate(
-            client_id=i, adapter=AdapterState(lora={"m": LoraFactors(p.A, p.B, p.scaling)}), num_examples=p.examples
-        )
-        for i, p in enumerate(parts)
-    ]
 
 
 def refined(parts: list[naive.Part], strategy: LoraFair) -> tuple[Tensor, Tensor]:
