@@ -123,10 +123,10 @@ def result_table(folder: Path) -> Table:
                 "round": str(entry["round"]),
                 **_scores(entry.get("heldout", {})),
                 "client loss": _number(entry.get("client-test", {}).get("mean", {}).get("loss")),
-                "train loss": _number(entry["train-loss"]),
+                "train": _number(entry["train-loss"]),
                 "clients": str(len(entry["clients"])),
-                "up": _megabytes(entry["upload-bytes"]),
-                "down": _megabytes(entry["download-bytes"]),
+                "up MB": f"{entry['upload-bytes'] / 1e6:.1f}",
+                "down MB": f"{entry['download-bytes'] / 1e6:.1f}",
                 "codec": _share(entry["codec-error"]),
                 "error": _share(entry["aggregation-error"]),
                 "drift": "" if entry["drift"] is None else f"{entry['drift']:.2f}",
@@ -135,13 +135,16 @@ def result_table(folder: Path) -> Table:
         )
     table = Table(
         title=f"{data['config']['strategy.name']} on {data['config']['model.name']}: {data['status']}",
-        caption="loss, accuracy: on held-out rows. error: of the aggregate, against the exact mean of the updates. "
+        caption="loss, accuracy: on held-out rows. train: the clients' mean loss. error: of the aggregate, against the "
+        "exact mean of the updates. "
         "drift: 0 where clients moved alike, 1 where they share nothing. rank: effective, of the mean update.",
         box=box.SIMPLE_HEAD,
+        collapse_padding=True,  # ten columns fit a terminal of 80
+        pad_edge=False,
     )
     titles = [title for title in (rows[-1] if rows else ()) if any(row.get(title) for row in rows)]
     for title in titles:
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*[row.get(title, "") for title in titles])
     return table

@@ -1,11 +1,14 @@
 """Files that are whole or not there."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from fedlora import results
 from fedlora.config import parse
+from fedlora.display import result_table
 from fedlora.errors import RunError
 
 
@@ -32,3 +35,28 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"run\.dir: cannot write"):
         results.RunRecord(parse({"run.dir": str(tmp_path / "file")}))
+
+
+def test_the_table_of_rounds_fits_a_terminal_of_80_columns(tmp_path):
+    entry = {
+        "round": 1,
+        "heldout": {"loss": 4.2657, "accuracy": 0.2395},
+        "train-loss": 4.5199,
+        "clients": {"0": {}, "1": {}},
+        "upload-bytes": 16_700_000,
+        "download-bytes": 83_200_000,
+        "codec-error": None,
+        "aggregation-error": 3e-9,
+        "drift": 0.751,
+        "effective-rank": 14.84,
+    }
+    config = parse({}).to_flat()
+    data = {"config": config, "status": "completed", "baseline": {"loss": 4.9137, "accuracy": 0.21}, "rounds": [entry]}
+    results.write_json(tmp_path / "result.json", data)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(result_table(tmp_path))
+    shown = console.export_text()
+    assert "…" not in shown
+    assert all(
+        word in shown for word in ("4.9137", "4.2657", "0.2395", "4.5199", "16.7", "83.2", "< 1e-7", "0.75", "14.8")
+    )
