@@ -1,17 +1,16 @@
 """Exchange types <-> Flower records: dtype tags, and checks of every name, shape, dtype and value.
 
-Arrays travel as `.npy` bytes and are read here without numpy's loader, so that nothing can be unpickled and
-no header can ask for more memory than was sent. numpy has no bf16: its bits travel as int16 under a tag.
+The tensors of an adapter travel as one array of bytes in safetensors' format, which holds no code and whose header
+cannot ask for more memory than was sent. numpy has no bf16: its bits travel as int16 under a tag.
 Every message names the protocol version and the base model's fingerprint.
 
 A client's reply can hold no more than its broadcast implies: names and shapes are compared before any value is
-read. Nothing is ever allocated from a declared size. Metrics are a fixed list. Whatever a peer sent, what comes
+used. Nothing is ever allocated from a declared size. Metrics are a fixed list. Whatever a peer sent, what comes
 out of a decoder is a value or a `WireError`.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import safetensors.numpy
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
@@ -32,6 +32,7 @@ from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 PROTOCOL = 1
 _Item = TypeVar("_Item")
+Values = np.ndarray[Any, np.dtype[Any]]
 TASKS = ("train", "gradient")
 REFUSED, STALE = 1001, 1002  # codes of a client's error reply: a clear refusal; folds that it no longer holds
 TRAIN_METRICS = frozenset(
@@ -53,6 +54,7 @@ _LARGEST_METRIC = 1e305  # a mean of such numbers is finite
 _LARGEST_INT = 2**64 - 1  # Flower's node ids
 _SHORT = 120  # characters of a peer's own words in an error
 _HEAD, _ADAPTER, _METRICS = "head", "adapter", "metrics"
+_TENSORS = "tensors"
 _NUMPY = {"fp32": "float32", "fp16": "float16", "bf16": "int16", "int8": "int8", "int4": "uint8"}
 _COMMON = ("protocol", "base", "dtype")
 _KEYS = MappingProxyType(
@@ -64,7 +66,9 @@ _KEYS = MappingProxyType(
                 *("trainable", "upload", "personal", "steady", "task", "run"),
             }
         ),
-        "update": frozenset({*_COMMON, "client-id", "num-examples", "base-version", "known-base-version", "task"}),
+        "update": frozenset(
+            {*_COMMON, "client-id", "num-examples", "base-version", "known-base-version", "round", "task"}
+        ),
         "hello": frozenset(_COMMON),
         "info": frozenset(
             {*_COMMON, "client-id", "rank", "alpha", "num-examples", "rslora", "rank-pattern", "rank-pattern-ranks"}
@@ -141,6 +145,7 @@ def encode_update(
     upload: frozenset[str] = frozenset({"A", "B"}),
     known_base_version: int = 0,
     *,
+    round: int = 1,
     task: str = "train",
 ) -> RecordDict:
     """A client's answer to a train message; only the factors in `upload` are sent.
@@ -151,6 +156,7 @@ def encode_update(
         dtype: one of `codec.FORMATS`.
         upload: as the broadcast says.
         known_base_version: the base version that this client will still hold next time.
+        round: that was answered, as the broadcast says.
         task: that was done, as the broadcast says.
 
     Raises:
@@ -161,6 +167,7 @@ def encode_update(
         "num-examples": update.num_examples,
         "base-version": update.base_version,
         "known-base-version": known_base_version,
+        "round": round,
         "task": task,
     }
     record = RecordDict()
@@ -183,7 +190,7 @@ def decode_update(
         most_examples: the largest weight that it may claim.
 
     Raises:
-        WireError: malformed, from another client, for another task or base version, a module, shape or scaling
+        WireError: malformed, from another client, for another round, task or base version, a module, shape or scaling
             that differs from what was sent, a value that is not finite, a weight that is not positive or too
             large, or a metric that is not on the list.
     """
@@ -192,6 +199,7 @@ def decode_update(
     _only(record, head, "update", who, (_ADAPTER,), _METRICS)
     _expect(who, "client id", _int(head, "client-id", who), client_id)
     _expect(who, "task", _str(head, "task", who), sent.task)
+    _expect(who, "round", _int(head, "round", who), sent.round)
     _expect(who, "base version", _int(head, "base-version", who), sent.base_version)
     known = _int(head, "known-base-version", who)
     if known not in (0, sent.base_version):
@@ -282,7 +290,7 @@ def decode_evaluation(record: RecordDict, fingerprint: str, who: str) -> tuple[i
 
 
 def payload_bytes(record: RecordDict) -> int:
-    """Bytes of all arrays in a message, headers of the arrays included."""
+    """Bytes of all tensors in a message, their headers included."""
     return sum(len(array.data) for arrays in record.array_records.values() for array in arrays.values())
 
 
@@ -322,8 +330,11 @@ def _only(
 
 
 def _put(record: RecordDict, head: dict[str, Any], key: str, adapter: AdapterState, parts: str) -> None:
-    """Adds one adapter to a message: its arrays, and its scalings in the head."""
-    arrays: dict[str, Array] = {}
+    """Adds one adapter to a message: its tensors, and its scalings in the head.
+
+    All tensors are one array of bytes, in safetensors' format: Flower moves each array by requests of its own.
+    """
+    arrays: dict[str, Values] = {}
     for module, factors in adapter.lora.items():
         for part in parts:
             arrays |= _to_arrays(f"{module}|{part}", getattr(factors, part), head["dtype"], part)
@@ -332,7 +343,8 @@ def _put(record: RecordDict, head: dict[str, Any], key: str, adapter: AdapterSta
     head[f"{key}.modules"] = list(adapter.lora)
     head[f"{key}.scalings"] = [float(factors.scaling) for factors in adapter.lora.values()]
     head[f"{key}.dense"] = list(adapter.dense)
-    record[key] = ArrayRecord(arrays)
+    data = safetensors.numpy.save(arrays)
+    record[key] = ArrayRecord({_TENSORS: Array(dtype="uint8", shape=(len(data),), stype="safetensors", data=data)})
 
 
 def _get(
@@ -346,11 +358,11 @@ def _get(
         who: sent it.
         like: what its names, scalings and shapes have to be; without it, they are the sender's to choose.
     """
-    arrays = record.array_records.get(key)
+    arrays = _tensors(record, key, who)
     modules, dense = (_list(head, f"{key}.{what}", str, who) for what in ("modules", "dense"))
     scalings = _list(head, f"{key}.scalings", float, who)
-    if arrays is None or len(modules) != len(scalings):
-        raise WireError(f"{who}: the message has no {key!r} record, or not one scaling for each module")
+    if len(modules) != len(scalings):
+        raise WireError(f"{who}: the message has not one scaling for each module of {key!r}")
     if like is not None:
         _expect_names(who, "modules", modules, like.lora)
         _expect_names(who, "dense tensors", dense, like.dense)
@@ -391,6 +403,17 @@ def _get(
     )
 
 
+def _tensors(record: RecordDict, key: str, who: str) -> dict[str, Values]:
+    """The tensors of one adapter by name; no more memory than what was sent is taken for them."""
+    arrays = record.array_records.get(key)
+    if arrays is None or list(arrays) != [_TENSORS]:
+        raise WireError(f"{who}: the message has no {key!r} record of tensors")
+    try:
+        return safetensors.numpy.load(arrays[_TENSORS].data)
+    except Exception as error:  # whatever a peer sent, this side reports it and goes on
+        raise WireError(f"{who}: the tensors of {key!r} are malformed: {_cut(str(error))}") from None
+
+
 def _finite_sum(who: str) -> Callable[..., Tensor]:
     """What a client's change makes of what it was sent, refused where it leaves the finite numbers."""
 
@@ -403,7 +426,7 @@ def _finite_sum(who: str) -> Callable[..., Tensor]:
     return add
 
 
-def _to_arrays(key: str, tensor: Tensor, dtype: str, part: str) -> dict[str, Array]:
+def _to_arrays(key: str, tensor: Tensor, dtype: str, part: str) -> dict[str, Values]:
     """The arrays that carry one tensor: itself, or codes and scales."""
     where = key.removeprefix("dense|").replace("|", ".")
     if dtype in FLOATS:
@@ -412,18 +435,18 @@ def _to_arrays(key: str, tensor: Tensor, dtype: str, part: str) -> dict[str, Arr
         raise WireError(f"{where}: values are not finite; training diverged, lower train.lr")
     codes, scales = code(rows_of(tensor.detach().to("cpu"), part), LARGEST[dtype])
     packed = pack(codes) if dtype == "int4" else codes
-    return {key: Array(packed.contiguous().numpy()), f"{key}|scale": Array(scales.numpy())}
+    return {key: packed.contiguous().numpy(), f"{key}|scale": scales.contiguous().numpy()}
 
 
-def _to_array(tensor: Tensor, dtype: str, where: str) -> Array:
+def _to_array(tensor: Tensor, dtype: str, where: str) -> Values:
     narrow = tensor.detach().to("cpu", FLOATS[dtype]).contiguous()
     if not torch.isfinite(narrow).all():
         hint = "" if torch.isfinite(tensor).all() else "; training diverged, lower train.lr"
         raise WireError(f"{where}: values are not finite in {dtype}{hint or '; set wire.dtype = fp32 or bf16'}")
-    return Array(narrow.view(torch.int16).numpy() if dtype == "bf16" else narrow.numpy())
+    return narrow.view(torch.int16).numpy() if dtype == "bf16" else narrow.numpy()
 
 
-def _decoded(codes: Array, scales: Array, dtype: str, *, like: Tensor, part: str, where: str) -> Tensor:
+def _decoded(codes: Values, scales: Values, dtype: str, *, like: Tensor, part: str, where: str) -> Tensor:
     rows = rows_of(like, part)
     width = (rows.shape[1] + 1) // 2 if dtype == "int4" else rows.shape[1]
     got = _read(codes, _NUMPY[dtype], (rows.shape[0], width), where)
@@ -436,7 +459,7 @@ def _decoded(codes: Array, scales: Array, dtype: str, *, like: Tensor, part: str
     return from_rows(tensor, tuple(like.shape), part)
 
 
-def _to_tensor(array: Array, dtype: str, shape: tuple[int, ...] | None, where: str) -> Tensor:
+def _to_tensor(array: Values, dtype: str, shape: tuple[int, ...] | None, where: str) -> Tensor:
     bits = _read(array, _NUMPY[dtype], shape, where)
     tensor = (bits.view(torch.bfloat16) if dtype == "bf16" else bits).float()
     if not torch.isfinite(tensor).all():
@@ -444,24 +467,13 @@ def _to_tensor(array: Array, dtype: str, shape: tuple[int, ...] | None, where: s
     return tensor
 
 
-def _read(array: Array, expected: str, wanted: tuple[int, ...] | None, where: str) -> Tensor:
-    """The array's values, after its shape, header and length were held against each other, and against `wanted`."""
-    try:
-        declared = tuple(array.shape)
-        if wanted is not None and declared != wanted:
-            raise ValueError(f"shape {declared}, expected {wanted}")
-        stream = io.BytesIO(array.data)
-        if np.lib.format.read_magic(stream) != (1, 0):
-            raise ValueError("not version 1.0")
-        shape, fortran, kind = np.lib.format.read_array_header_1_0(stream)
-        if fortran or kind != np.dtype(expected) or declared != shape or array.dtype != kind.name:
-            raise ValueError(f"declared {array.dtype} {declared}, holds {kind} {shape}, expected {expected}")
-        if len(array.data) - stream.tell() != math.prod(shape) * kind.itemsize:
-            raise ValueError(f"{len(array.data)} bytes do not hold {kind} {shape}")
-        values = np.frombuffer(array.data, dtype=kind, offset=stream.tell()).reshape(shape)
-        return torch.from_numpy(values.copy())
-    except Exception as error:  # whatever a peer sent, this side reports it and goes on
-        raise WireError(f"{where} is malformed: {_cut(str(error))}") from None
+def _read(array: Values, expected: str, wanted: tuple[int, ...] | None, where: str) -> Tensor:
+    """The values, once their number format is what the message says, and their shape is `wanted`."""
+    if array.dtype != np.dtype(expected):
+        raise WireError(f"{where} is malformed: it holds {array.dtype}, expected {expected}")
+    if wanted is not None and array.shape != wanted:
+        raise WireError(f"{where} is malformed: shape {_short(array.shape)}, expected {wanted}")
+    return torch.from_numpy(array)
 
 
 def _to_metrics(metrics: Mapping[str, float], known: frozenset[str]) -> MetricRecord:

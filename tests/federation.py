@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 import random
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from flwr.app import Array, RecordDict
 
 from fedlora.config import Config, Scalar, parse
 from fedlora.results import folder_of
@@ -61,6 +67,25 @@ def tiny(folder: Path, model: Path, **keys: Scalar) -> Config:
         "train.lr": 5e-3,
     }
     return parse(base | {key.replace("__", ".").replace("_", "-"): value for key, value in keys.items()})
+
+
+@contextmanager
+def tensors_of(record: RecordDict, key: str = "adapter") -> Iterator[dict[str, Any]]:
+    """The arrays of a message by name; changes to the mapping go back into the message."""
+    arrays = {name: values.copy() for name, values in safetensors.numpy.load(packed(record, key)).items()}
+    yield arrays
+    repack(record, safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in arrays.items()}), key)
+
+
+def packed(record: RecordDict, key: str = "adapter") -> bytes:
+    """The bytes that carry a message's tensors."""
+    return record.array_records[key]["tensors"].data
+
+
+def repack(record: RecordDict, data: bytes, key: str = "adapter") -> None:
+    """Put other bytes in their place."""
+    old = record.array_records[key]["tensors"]
+    record.array_records[key]["tensors"] = Array(dtype=old.dtype, shape=(len(data),), stype=old.stype, data=data)
 
 
 def hears_ctrl_c() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +26,7 @@ from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 from fedlora.results import folder_of
 from fedlora.simulations import local
 from fedlora.strategies import collect
-from tests.federation import tiny
+from tests.federation import packed, repack, tensors_of, tiny
 from tests.simulations.test_local import apart, saved_adapter
 
 BASE, EXAMPLES = "abc123", 10
@@ -52,7 +53,7 @@ def reply(dtype: str, upload: str) -> RecordDict:
     update = ClientUpdate(
         client_id=7, adapter=adapter(1, not upload), num_examples=EXAMPLES, base_version=2, metrics={"train-loss": 1.5}
     )
-    return wire.encode_update(update, BASE, dtype, frozenset(upload), known_base_version=2)
+    return wire.encode_update(update, BASE, dtype, frozenset(upload), known_base_version=2, round=3)
 
 
 def decode(record: RecordDict, upload: str) -> ClientUpdate:
@@ -69,86 +70,97 @@ def head(key: str, values: st.SearchStrategy[Any]) -> Mutation:
     return change
 
 
-def an_array(record: RecordDict, data: Any) -> tuple[ArrayRecord, str]:
-    arrays = record.array_records["adapter"]
-    return arrays, data.draw(st.sampled_from(sorted(arrays)))
+Arrays = dict[str, np.ndarray]
 
 
-def renamed(record: RecordDict, data: Any) -> None:
-    arrays, name = an_array(record, data)
+def in_arrays(change: Callable[[Arrays, str, Any], None]) -> Mutation:
+    """A change to the tensors by name, of which one is drawn."""
+
+    @functools.wraps(change)
+    def mutation(record: RecordDict, data: Any) -> None:
+        with tensors_of(record) as arrays:
+            change(arrays, data.draw(st.sampled_from(sorted(arrays))), data)
+
+    return mutation
+
+
+@in_arrays
+def renamed(arrays: Arrays, name: str, data: Any) -> None:
     arrays[data.draw(st.sampled_from(["x", "", "dense|x", name + "|scale", name.upper()]))] = arrays.pop(name)
 
 
-def dropped(record: RecordDict, data: Any) -> None:
-    arrays, name = an_array(record, data)
+@in_arrays
+def dropped(arrays: Arrays, name: str, data: Any) -> None:
     del arrays[name]
 
 
-def added(record: RecordDict, data: Any) -> None:
-    arrays, name = an_array(record, data)
+@in_arrays
+def added(arrays: Arrays, name: str, data: Any) -> None:
     arrays[data.draw(st.sampled_from(["layers.2.q_proj|A", "dense|more", "junk"]))] = arrays[name]
 
 
-def reshaped(record: RecordDict, data: Any) -> None:
-    arrays, name = an_array(record, data)
-    values = arrays[name].numpy()
+@in_arrays
+def reshaped(arrays: Arrays, name: str, data: Any) -> None:
+    values = arrays[name]
     shapes = [values.shape[::-1], (values.size,), (1, *values.shape), (*values.shape, 1), (), (0, *values.shape[1:])]
     shape = data.draw(st.sampled_from([s for s in shapes if s != values.shape]))
-    arrays[name] = Array(np.resize(values, shape))
+    arrays[name] = np.resize(values, shape)
 
 
-def oversized(record: RecordDict, data: Any) -> None:
-    arrays, name = an_array(record, data)
-    values = arrays[name].numpy()
-    arrays[name] = Array(np.resize(values, (values.shape[0] + 100, *values.shape[1:])))
+@in_arrays
+def oversized(arrays: Arrays, name: str, data: Any) -> None:
+    values = arrays[name]
+    arrays[name] = np.resize(values, (values.shape[0] + 100, *values.shape[1:]))
 
 
-def retyped(record: RecordDict, data: Any) -> None:
-    arrays, name = an_array(record, data)
-    values = arrays[name].numpy()
-    kinds = ["float64", "float16", "int32", "uint8", "int8", ">f4", "float32", "complex64"]
-    kind = np.dtype(data.draw(st.sampled_from([k for k in kinds if np.dtype(k) != values.dtype])))
+@in_arrays
+def retyped(arrays: Arrays, name: str, data: Any) -> None:
+    kinds = ["float64", "float16", "int32", "uint8", "int8", "float32", "int64", "bool"]
+    kind = np.dtype(data.draw(st.sampled_from([k for k in kinds if np.dtype(k) != arrays[name].dtype])))
     with np.errstate(all="ignore"):
-        arrays[name] = Array(values.astype(kind))
+        arrays[name] = arrays[name].astype(kind)
 
 
 def not_finite(record: RecordDict, data: Any) -> None:
     """NaN or inf in floats, bf16's too, and in the scales of codes."""
-    arrays = record.array_records["adapter"]
     dtype = str(record.config_records["head"]["dtype"])
-    name = data.draw(st.sampled_from([n for n in sorted(arrays) if dtype[0] != "i" or n.endswith("|scale")]))
-    values = arrays[name].numpy().copy()
-    place = data.draw(st.integers(0, values.size - 1))
-    bad = data.draw(st.sampled_from([float("nan"), float("inf"), float("-inf")]))
-    values.flat[place] = torch.tensor(bad).bfloat16().view(torch.int16).item() if dtype == "bf16" else bad
-    arrays[name] = Array(values)
+    with tensors_of(record) as arrays:
+        name = data.draw(st.sampled_from([n for n in sorted(arrays) if dtype[0] != "i" or n.endswith("|scale")]))
+        place = data.draw(st.integers(0, arrays[name].size - 1))
+        bad = data.draw(st.sampled_from([float("nan"), float("inf"), float("-inf")]))
+        value = torch.tensor(bad).bfloat16().view(torch.int16).item() if dtype == "bf16" else bad
+        arrays[name].flat[place] = value
 
 
 def declared(record: RecordDict, data: Any) -> None:
-    arrays, name = an_array(record, data)
-    old = arrays[name]
-    shape = data.draw(st.sampled_from([(10**9, 10**9), (-1, -1), (1, 1), (2**62,), ()]))
-    arrays[name] = Array(dtype=old.dtype, shape=shape, stype=old.stype, data=old.data)
+    """A header that says more, or less, than there are bytes."""
+    whole = packed(record)
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:end])
+    name = data.draw(st.sampled_from(sorted(header)))
+    shapes = [[10**9, 10**9], [1, 1], [2**62], [], [2**64 - 1]]
+    change = data.draw(st.sampled_from([{"shape": shape} for shape in shapes] + [{"data_offsets": [0, 2**62]}]))
+    header[name] |= change
+    text = json.dumps(header).encode()
+    repack(record, len(text).to_bytes(8, "little") + text + whole[end:])
 
 
 def truncated(record: RecordDict, data: Any) -> None:
-    arrays, name = an_array(record, data)
-    old = arrays[name]
-    end = data.draw(st.integers(0, len(old.data) - 1))
-    arrays[name] = Array(dtype=old.dtype, shape=old.shape, stype=old.stype, data=old.data[:end])
+    whole = packed(record)
+    repack(record, whole[: data.draw(st.integers(0, len(whole) - 1))])
 
 
 def other_modules(record: RecordDict, data: Any) -> None:
     """The head and the arrays agree with each other, and not with what was sent."""
-    arrays = record.array_records["adapter"]
     what = data.draw(st.sampled_from(["missing", "extra", "another"]))
-    mine = [name for name in arrays if name.startswith(f"{MODULES[1]}|")]
-    if what != "missing":
-        for name in mine:
-            arrays[name.replace("layers.1", "layers.9")] = arrays[name]
-    if what != "extra":
-        for name in mine:
-            del arrays[name]
+    with tensors_of(record) as arrays:
+        mine = [name for name in arrays if name.startswith(f"{MODULES[1]}|")]
+        if what != "missing":
+            for name in mine:
+                arrays[name.replace("layers.1", "layers.9")] = arrays[name]
+        if what != "extra":
+            for name in mine:
+                del arrays[name]
     modules = {
         "missing": [MODULES[0]],
         "extra": [*MODULES, "layers.9.q_proj"],
@@ -236,11 +248,13 @@ def test_every_kind_of_broken_reply_is_refused(name):
 def test_what_is_only_said_in_another_order_means_the_same(dtype, upload, data):
     record = reply(dtype, upload)
     good = decode(record, upload)
-    arrays = record.array_records["adapter"]
+    with tensors_of(record) as arrays:
+        for name in data.draw(st.permutations(sorted(arrays))):
+            arrays[name] = arrays.pop(name)
     mixed = RecordDict(
         {
             "metrics": record["metrics"],
-            "adapter": ArrayRecord({name: arrays[name] for name in data.draw(st.permutations(sorted(arrays)))}),
+            "adapter": record["adapter"],
             "head": ConfigRecord(dict(data.draw(st.permutations(list(record["head"].items()))))),
         }
     )
@@ -264,11 +278,11 @@ def test_finite_codes_that_make_no_finite_values_are_refused(dtype, size):
         BASE,
         dtype,
     )
-    arrays = record.array_records["adapter"]
-    if dtype in codec.LARGEST:
-        arrays["dense|w|scale"] = Array(np.array([size], dtype=np.float32))
-    else:
-        arrays["dense|w"] = Array(torch.full((1, 2), size).bfloat16().view(torch.int16).numpy())
+    with tensors_of(record) as arrays:
+        if dtype in codec.LARGEST:
+            arrays["dense|w|scale"] = np.array([size], dtype=np.float32)
+        else:
+            arrays["dense|w"] = torch.full((1, 2), size).bfloat16().view(torch.int16).numpy()
     with pytest.raises(WireError, match=r"client 7: .*w"):
         wire.decode_update(record, 7, sent, BASE)
 
@@ -345,11 +359,8 @@ def one_bad(change: Callable[[RecordDict], None], kind: str = "train") -> Client
 
 
 def a_nan(record: RecordDict) -> None:
-    arrays = record.array_records["adapter"]
-    name = next(name for name in arrays if name.endswith("|A"))
-    values = arrays[name].numpy().copy()
-    values[0, 0] = np.nan
-    arrays[name] = Array(values)
+    with tensors_of(record) as arrays:
+        next(values for name, values in arrays.items() if name.endswith("|A"))[0, 0] = np.nan
 
 
 def set_head(**keys: Any) -> Callable[[RecordDict], None]:
@@ -363,8 +374,9 @@ def set_head(**keys: Any) -> Callable[[RecordDict], None]:
 def a_module_less(record: RecordDict) -> None:
     gone = record["head"]["adapter.modules"].pop()
     record["head"]["adapter.scalings"].pop()
-    for part in "AB":
-        del record.array_records["adapter"][f"{gone}|{part}"]
+    with tensors_of(record) as arrays:
+        for part in "AB":
+            del arrays[f"{gone}|{part}"]
 
 
 @pytest.mark.parametrize(

@@ -93,27 +93,36 @@ def _spoil_metrics(record: RecordDict, rng: random.Random) -> None:
 
 
 def _spoil_array(record: RecordDict, rng: random.Random) -> None:
+    """The bytes that carry an adapter's tensors, or what Flower says of them."""
     arrays = rng.choice(list(record.array_records.values()))
     if not arrays:
         return
     name = rng.choice(list(arrays))
     old = arrays[name]
     data, dtype, shape, stype = bytearray(old.data), old.dtype, old.shape, old.stype
-    match rng.randrange(8):
-        case 0 | 1:
+    header = 8 + int.from_bytes(old.data[:8], "little")
+    match rng.randrange(10):
+        case 0:
             for _ in range(rng.randint(1, 8)):
                 data[rng.randrange(len(data))] = rng.randrange(256)
-        case 2:
-            del data[rng.randrange(len(data)) :]
+        case 1 | 2:
+            for _ in range(rng.randint(1, 3)):
+                data[rng.randrange(min(header, len(data)))] = rng.choice(b'0129[]{}",:|ABF')
         case 3:
-            data += bytes(rng.randrange(1, 2000))
+            del data[rng.randrange(len(data)) :]
         case 4:
-            shape = rng.choice([(10**9, 10**9), (-1, -1), (2**62,), (), (0,), (3, 6, 1), tuple([1] * 300)])
+            data += bytes(rng.randrange(1, 2000))
         case 5:
-            dtype = rng.choice(["object", "float64", "int64", "V9999999999", "", "x" * 3000, "U10"])
+            data[:8] = rng.choice([0, 1, 2**31, 2**63, 2**64 - 1, header]).to_bytes(8, "little")
         case 6:
-            header = rng.choice([b"(99999999, 99999999)", b"(10**9,)", b"((" * 2000, b"(-3, -6)", b"__import__('os')"])
-            data = bytearray(bytes(data).replace(b"(3, 6)", header).replace(b"'<f4'", rng.choice([b"'|O'", b"'<f4'"])))
+            old_text = rng.choice([b"[3,6]", b"[5,3]", b'"F32"', b'"data_offsets"', b"layers.0"])
+            new_text = rng.choice([b"[99999999,9999999]", b"[-3,-6]", b'"F64"', b'"X"', b"[" * 2000, b"[0]", b"1e999"])
+            data = bytearray(bytes(data).replace(old_text, new_text))
+            data[:8] = max(0, header - 8 + len(data) - len(old.data)).to_bytes(8, "little")
+        case 7:
+            dtype, shape = rng.choice(["object", "V9999999999", ""]), rng.choice([(10**9, 10**9), (-1,), ()])
+        case 8:
+            stype = rng.choice(["numpy.ndarray", "", "x" * 3000])
         case _:
             arrays[rng.choice(["junk", "layers.9.q_proj|A", "dense|x", "é" * 2000])] = arrays.pop(name)
             return

