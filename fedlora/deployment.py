@@ -23,15 +23,18 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from fedlora import certificates, flower_programs
+from fedlora import certificates, flower_programs, processes
 from fedlora.config import Config, Scalar
 from fedlora.errors import ConfigError, DataError, RunError
 from fedlora.flower_programs import Connection
+from fedlora.processes import free_port
 from fedlora.results import stamp
 
 _NAME = "federation"
 _REFUSED = "[code: 2004]"  # Flower's answer to a key that it does not know, and to one whose node is still online
 _RETRY_SECONDS = 5.0
+_SUPERLINK = "flower-superlink"
+_QUICK_SECONDS, _MOST_QUICK = 30.0, 3  # a SuperLink that ends so soon, so often, will not stay
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "localhost"}  # where this machine reaches a server that listens everywhere
 _log = logging.getLogger("fedlora")
 
@@ -64,17 +67,25 @@ def serve(
     near = f"{_ANYWHERE.get(host, host)}:{port}"
     with _own_folder(state) as home, _stopped_by_signals(), _Programs(home, "server") as programs:
         secret = _secret(home)
-        command = ["flower-superlink", *tls, "--host", host, "--port", str(port)]
+        command = [_SUPERLINK, *tls, "--host", host, "--port", str(port)]
         command += ["--database", str((database or home / "superlink.db").expanduser().resolve())]
         command += ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
         command += [] if insecure else ["--enable-supernode-auth"]
-        superlink = programs.start(command)
         context = None if insecure else trusting(files[0])
         url = f"http{'' if insecure else 's'}://{near}"
-        flower_programs.wait_until_healthy(superlink, url, programs.log, context)
+        flower_programs.wait_until_healthy(programs.start(command), url, programs.log, context)
         programs.start(["flower-superexec", *trust, "--runtime-api-address", near, *_superexec(secret)])
         _log.info("server: listening on %s:%d, state in %s", host, port, home)
-        raise RunError(f"Flower's server ended: {programs.wait()}")
+        quick = 0
+        while True:
+            began = time.monotonic()
+            ended, reason = programs.wait()
+            quick = quick + 1 if time.monotonic() - began < _QUICK_SECONDS else 0
+            if ended != _SUPERLINK or quick == _MOST_QUICK:
+                raise RunError(f"Flower's server ended: {ended}: {reason}")
+            # Runs and messages are in its database; ServerApps, which are processes of the SuperExec, go on.
+            _log.warning("server: Flower's SuperLink ended (%s); starting it again", reason)
+            flower_programs.wait_until_healthy(programs.start(command), url, programs.log, context)
 
 
 def join(
@@ -84,6 +95,7 @@ def join(
     *,
     node_config: Mapping[str, Scalar],
     state: Path,
+    worker: bool = True,
     insecure: bool = False,
     patience: float = 90.0,
 ) -> None:
@@ -97,6 +109,7 @@ def join(
         key: private key whose public half was registered.
         node_config: what the ClientApp learns of its node: rank, data, partition-id, device and so on.
         state: folder for logs, Flower's own files, and what this client keeps between rounds.
+        worker: messages are answered by one resident process that holds the base model; else each loads it anew.
         insecure: neither TLS nor node authentication.
         patience: seconds to try again while the server refuses the key. A node that was killed stays online for
             the server for up to a minute.
@@ -112,15 +125,15 @@ def join(
     else:
         ca = None
     _split(server)
-    with _own_folder(state) as home, _stopped_by_signals():
+    with _own_folder(state) as home, _stopped_by_signals(), _worker(worker) as of_worker:
         settings = home / "node.toml"
-        known = {**node_config, "state": str(home)}
+        known = {**node_config, "state": str(home), **of_worker}
         settings.write_text("".join(f"{name} = {flower_programs.toml(known[name])}\n" for name in known), "utf-8")
         secret = _secret(home)
         _wait_for(server, ca)
         refused_until = time.monotonic() + patience
         while True:
-            port = flower_programs.free_port()
+            port = free_port()
             command = ["flower-supernode", *trust, "--superlink", server, "--node-config", str(settings)]
             command += ["--host", "127.0.0.1", "--port", str(port), "--isolation", "process"]
             command += ["--superexec-auth-secret-file", str(secret)]
@@ -131,9 +144,9 @@ def join(
                     near = ["--insecure", "--runtime-api-address", f"127.0.0.1:{port}"]
                     programs.start(["flower-superexec", *near, *_superexec(secret)])
                     _log.info("node: started for the server at %s, state in %s", server, home)
-                reason = programs.wait()
+                ended, reason = programs.wait()
             if _REFUSED not in reason:
-                raise RunError(f"Flower's node ended: {reason}")
+                raise RunError(f"Flower's node ended: {ended}: {reason}")
             if time.monotonic() - began > patience:  # it had been accepted before
                 refused_until = time.monotonic() + patience
             if time.monotonic() > refused_until:
@@ -248,28 +261,26 @@ class _Programs:
     def __init__(self, home: Path, name: str) -> None:
         self._home, self.log = home, home / f"{name}.log"
         self._environment = flower_programs.environment(home / "flwr")
-        self._running: list[subprocess.Popen[bytes]] = []
-        self._names: list[str] = []
-        self._readers: list[threading.Thread] = []
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._readers: dict[str, threading.Thread] = {}
         self.log.write_bytes(b"")
 
     def __enter__(self) -> _Programs:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._running:
-            flower_programs.stop_tree(process)
-        for reader in self._readers:
+        for process in self._running.values():
+            processes.stop_tree(process)
+        for reader in self._readers.values():
             reader.join(timeout=5)
 
     def start(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
         # The working folder is importable for the apps: it holds nothing but what is made here.
-        process = flower_programs.start(command, self._home, self._environment, subprocess.PIPE)
-        self._running.append(process)
-        self._names.append(command[0])
+        words = [flower_programs.program(command[0]), *command[1:]]
+        process = processes.start(words, self._home, self._environment, subprocess.PIPE)
         reader = threading.Thread(target=self._copy, args=(process,), daemon=True)
         reader.start()
-        self._readers.append(reader)
+        self._running[command[0]], self._readers[command[0]] = process, reader
         return process
 
     def _copy(self, process: subprocess.Popen[bytes]) -> None:
@@ -279,14 +290,13 @@ class _Programs:
                 log.write(line)
                 print(line.decode(errors="replace"), end="", flush=True)
 
-    def wait(self) -> str:
-        """Until one of them ends; why, in its own words."""
-        while all(process.poll() is None for process in self._running):
+    def wait(self) -> tuple[str, str]:
+        """Until one of them ends: its name, and why in its own words."""
+        while all(process.poll() is None for process in self._running.values()):
             time.sleep(0.2)
-        ended = next(i for i, process in enumerate(self._running) if process.poll() is not None)
+        ended = next(name for name, process in self._running.items() if process.poll() is not None)
         self._readers[ended].join(timeout=5)
-        said = flower_programs.reason_of(self.log.read_text(errors="replace"))
-        return f"{self._names[ended]}: {said}"
+        return ended, flower_programs.reason_of(self.log.read_text(errors="replace"))
 
 
 @contextmanager
@@ -319,6 +329,20 @@ def _own_folder(state: Path) -> Iterator[Path]:
         yield home
     finally:
         lock.release()
+
+
+@contextmanager
+def _worker(wanted: bool) -> Iterator[dict[str, Scalar]]:
+    """What a node's config says of its resident worker, which the first message starts; stopped at the block's end."""
+    if not wanted or not hasattr(socket, "AF_UNIX"):
+        yield {}
+        return
+    # A socket's path may have no more than about 100 characters, so that it lies in no folder of the user's choice.
+    with tempfile.TemporaryDirectory(prefix="fedlora-", ignore_cleanup_errors=True) as folder:
+        try:
+            yield {"worker": str(Path(folder) / "worker.sock"), "node-pid": os.getpid()}
+        finally:
+            processes.stop_recorded(Path(folder) / "worker.pid", "worker")
 
 
 @contextmanager

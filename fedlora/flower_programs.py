@@ -9,26 +9,22 @@ import json
 import logging
 import os
 import re
-import socket
 import ssl
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from fedlora import __version__
 from fedlora.config import Config, Scalar
+from fedlora.durable import write_json
 from fedlora.errors import RunError
 from fedlora.events import emit
-from fedlora.results import folder_of, write_json
+from fedlora.results import folder_of
 
 _log = logging.getLogger("fedlora")
 _START_SECONDS = 60.0
@@ -87,6 +83,7 @@ def environment(home: Path) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds; each message waits for it
         # Several processes share the cores; threads that spin while they wait would slow each other down tenfold.
         "OMP_WAIT_POLICY": "PASSIVE",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -99,26 +96,6 @@ def program(name: str) -> str:
     if not path.exists():
         raise RunError(f"{path} is missing; install Flower's simulation engine: pip install 'flwr[simulation]'")
     return str(path)
-
-
-def start(command: Sequence[str], folder: Path, environment: dict[str, str], output: Any) -> subprocess.Popen[bytes]:
-    """Start a program in a session of its own: Ctrl-C is for this process, which then stops all in order."""
-    return subprocess.Popen(
-        [program(command[0]), *command[1:]],
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_until_healthy(
@@ -139,23 +116,6 @@ def wait_until_healthy(
             reason = f" ({error})"
             time.sleep(0.2)
     raise RunError(f"Flower's SuperLink did not start: {reason_of(log.read_text(errors='replace'))}{reason}")
-
-
-def stop_tree(process: subprocess.Popen[bytes]) -> None:
-    """Stop a process and everything that it started, by pid."""
-    try:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    except psutil.NoSuchProcess:
-        return
-    for member in family:
-        with suppress(psutil.NoSuchProcess):
-            member.terminate()
-    _, alive = psutil.wait_procs(family, timeout=10)
-    for member in alive:
-        with suppress(psutil.NoSuchProcess):
-            member.kill()
-    psutil.wait_procs(alive, timeout=10)
-    process.wait(timeout=10)
 
 
 def write_bundle(config: Config, folder: Path) -> Path:

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedlora import flower_programs
+from fedlora import flower_programs, processes
 from fedlora.config import Config
-from fedlora.flower_programs import Connection, absolute, free_port, write_bundle
+from fedlora.flower_programs import Connection, absolute, write_bundle
+from fedlora.processes import free_port
 from fedlora.results import stamp
 
 from ..clients.node import ALLOW_FILES
@@ -54,16 +55,16 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
         "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
         ALLOW_FILES: "1",  # clients run here, as the user who named the files; their node configs are Flower's to set
     }
-    command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
+    command = [flower_programs.program("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--control-api-address", f"127.0.0.1:{control}"]
     log = home / "superlink.log"
     with log.open("wb") as output:
-        process = flower_programs.start(command, home, environment, output)
+        process = processes.start(command, home, environment, output)
     try:
         flower_programs.wait_until_healthy(process, f"http://127.0.0.1:{port}", log)
         yield environment
     finally:
-        flower_programs.stop_tree(process)
+        processes.stop_tree(process)
 
 
 def _resources(config: Config, at_once: int) -> str:

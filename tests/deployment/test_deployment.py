@@ -11,7 +11,7 @@ import click
 import pytest
 import typer
 
-from fedlora import certificates, cli, deployment, flower_programs
+from fedlora import certificates, cli, deployment, flower_programs, processes
 from fedlora.errors import ConfigError, DataError, RunError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -50,7 +50,7 @@ def test_a_missing_file_is_named(tmp_path, certs):
 
 def test_a_server_that_is_not_there_and_one_without_tls(certs):
     with pytest.raises(RunError, match="nobody answers at"):
-        deployment.check_server(f"127.0.0.1:{flower_programs.free_port()}", certs / "ca.crt")
+        deployment.check_server(f"127.0.0.1:{processes.free_port()}", certs / "ca.crt")
     server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

@@ -1,24 +1,21 @@
 """Flower's real programs on this machine: the documented commands, and what goes wrong in one sentence."""
 
 import json
-import os
 import re
-import shlex
-import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
-import psutil
 import pytest
 from safetensors.torch import load_file
 
 from fedlora import config as configuration
-from fedlora.flower_programs import config_table, free_port
+from fedlora.flower_programs import config_table
+from fedlora.processes import free_port
+from tests.deployment.programs import called, kept_running, make_site
 from tests.federation import tiny, write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -38,70 +35,7 @@ def example() -> tuple[str, list[list[str]]]:
 
 @pytest.fixture
 def site(tmp_path):
-    """A folder with an environment for commands there, on a free port."""
-    port = free_port()
-    return tmp_path, os.environ | {
-        "SERVER_NAME": "fed.example.org",
-        "SERVER_IP": "10.0.0.7",
-        "SERVER": f"127.0.0.1:{port}",
-        "LISTEN": "127.0.0.1",
-        "PORT": str(port),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "FLWR_HOME": str(tmp_path / "never-used"),
-        "FEDLORA_ALLOW_FILES": "1",  # the tiny model is a folder
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "200",
-    }
-
-
-def words(command: str, environment: dict[str, str]) -> list[str]:
-    """A command line as a shell would split it, variables filled in."""
-    return shlex.split(re.sub(r"\$(\w+)", lambda found: environment[found[1]], command))
-
-
-def called(command: str, site, timeout=600) -> subprocess.CompletedProcess[str]:
-    folder, environment = site
-    return subprocess.run(
-        words(command, environment),
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-
-
-@contextmanager
-def kept_running(command: str, site, says: str):
-    """A command in the background, once it has said that; then told to stop by its pid, and all it started is gone."""
-    folder, environment = site
-    output = folder / f"{time.monotonic_ns()}.out"
-    with output.open("w") as file:
-        process = subprocess.Popen(words(command, environment), cwd=folder, env=environment, stdout=file, stderr=file)
-    family = []
-    try:
-        deadline = time.monotonic() + 120
-        while says not in output.read_text():
-            assert process.poll() is None, output.read_text()
-            assert time.monotonic() < deadline, output.read_text()
-            time.sleep(0.2)
-        family = psutil.Process(process.pid).children(recursive=True)
-        yield
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0, output.read_text()
-        assert not [child for child in family if child.is_running()]
-    finally:
-        if process.poll() is None:
-            family = psutil.Process(process.pid).children(recursive=True)
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=60)
-        for child in family:
-            with suppress(psutil.NoSuchProcess):
-                child.kill()
-        process.kill()
-        process.wait()
+    return make_site(tmp_path)
 
 
 def test_the_documented_commands_run_a_federation(site, tiny_llama):

@@ -1,0 +1,83 @@
+"""Processes that this one starts, and stops by pid: none outlives what it was started for."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_STOP_SECONDS = 10.0
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def start(command: Sequence[str], folder: Path, environment: Mapping[str, str], output: Any) -> subprocess.Popen[bytes]:
+    """Start a program in a session of its own: Ctrl-C is for this process, which then stops all in order.
+
+    On Linux it is told to stop too when this process is killed.
+    """
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=functools.partial(_go_with, os.getpid()) if _libc else None,  # noqa: PLW1509 - one call
+    )
+
+
+def stop_tree(process: subprocess.Popen[bytes]) -> None:
+    """Stop a process and everything that it started."""
+    _stop(process.pid)
+    process.wait(timeout=_STOP_SECONDS)
+
+
+def stop_recorded(file: Path, word: str) -> None:
+    """Stop the process whose pid is in a file, if it is there, this user's, and has this word in its command line."""
+    with suppress(OSError, ValueError, psutil.NoSuchProcess, psutil.AccessDenied):
+        pid = int(file.read_text())
+        process = psutil.Process(pid)
+        if word in process.cmdline() and process.username() == psutil.Process().username():
+            _stop(pid)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _stop(pid: int) -> None:
+    try:
+        family = [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.terminate()
+    _, alive = psutil.wait_procs(family, timeout=_STOP_SECONDS)
+    for member in alive:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(alive, timeout=_STOP_SECONDS)
+
+
+def _go_with(parent: int) -> None:
+    """Between fork and exec: SIGTERM when the parent dies, however it dies."""
+    assert _libc is not None
+    _libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    if os.getppid() != parent:  # it died in between
+        os._exit(1)

@@ -1,0 +1,195 @@
+"""A federation whose node, worker and SuperLink are killed for real: it completes, bit-equal to what it counted."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+import tomllib
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from safetensors.torch import load_file
+
+from fedlora import journal
+from fedlora.clients.client_app import app as client_app
+from fedlora.flower_programs import config_table
+from fedlora.results import folder_of
+from fedlora.simulations import local
+from tests.deployment.programs import called, kept_running, make_site, words
+from tests.federation import tiny
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+NODES = ("north", "south", "west")
+ROUNDS = 6
+
+
+def node(person: int, name: str) -> str:
+    joins = f"fedlora node --server $SERVER --ca certs/ca.crt --key certs/{name}"
+    return f"{joins} --partition-id {person} --state state/{name}"
+
+
+def until(found, what: str, seconds: float = 240.0):
+    """The first true value of `found()`."""
+    deadline = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < deadline, f"never happened: {what}"
+        time.sleep(0.1)
+    return value
+
+
+def events(folder: Path, kind: str, **facts) -> list[dict]:
+    return [
+        event
+        for event in journal.read(folder / journal.NAME)
+        if event["event"] == kind and all(event.get(name) == value for name, value in facts.items())
+    ]
+
+
+def worker_of(state: Path) -> psutil.Process:
+    socket = Path(tomllib.loads((state / "node.toml").read_text())["worker"])
+    return psutil.Process(int(socket.with_name("worker.pid").read_text()))
+
+
+def kill(process: psutil.Process) -> None:
+    os.kill(process.pid, signal.SIGKILL)
+
+
+def answered(folder: Path) -> dict[int, set[int]]:
+    """Round -> the clients that were counted."""
+    result = json.loads((folder / "result.json").read_text())
+    return {entry["round"]: {int(client) for client in entry["clients"]} for entry in result["rounds"]}
+
+
+def missing(counted: dict[int, set[int]]) -> ClientApp:
+    """The product's ClientApp, which fails in those rounds in which a client was not counted."""
+    app = ClientApp()
+
+    def answer(message: Message, context: Context) -> Message:
+        number = int(message.metadata.group_id)
+        if int(context.node_config["partition-id"]) not in counted[number]:
+            raise RuntimeError("not there")
+        return client_app(message, context)
+
+    app.query()(client_app)
+    app.train()(answer)
+    return app
+
+
+def test_what_is_killed_comes_back_and_the_run_completes(tmp_path, tiny_llama):
+    site = make_site(tmp_path)
+    folder, environment = site
+    config = tiny(
+        tmp_path,
+        tiny_llama,
+        strategy__name="flora",
+        lora__ranks="4,2,1",
+        federation__clients=3,
+        federation__min_clients=2,
+        federation__rounds=ROUNDS,
+        federation__round_timeout=120.0,
+        train__steps=60,
+        train__lr=1e-3,
+        data__partition="iid",
+        run__dir=str(tmp_path / "runs"),
+    )
+    (folder / "run.toml").write_text(config_table(config), encoding="utf-8")
+    run = folder_of(config)
+    assert called("fedlora certs certs --nodes north,south,west", site).returncode == 0
+    state = {name: folder / "state" / name for name in NODES}
+    with (
+        ExitStack() as others,
+        kept_running("fedlora server --certs certs --port $PORT --state state/server", site, "server: listening on"),
+    ):
+        keys = "certs/north.pub certs/south.pub certs/west.pub"
+        assert called(f"fedlora register {keys} --server $SERVER --ca certs/ca.crt", site).returncode == 0
+        for person, name in enumerate(NODES[:2]):
+            others.enter_context(kept_running(node(person, name), site, "node: started for the server"))
+        doomed = others.enter_context(started(node(2, "west"), site))
+        command = words("fedlora run run.toml --server $SERVER --ca certs/ca.crt", environment)
+        with (folder / "run.out").open("w") as output:
+            running = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
+        try:
+            # a node in the middle of its training, with all that belongs to it
+            until(lambda: events(state["west"], "client-step", round=2), "west trains in round 2")
+            orphan = worker_of(state["west"])
+            kill(psutil.Process(doomed.pid))
+            psutil.wait_procs([orphan], timeout=30)
+            assert not orphan.is_running(), "the worker of a node that was killed goes too"
+            others.enter_context(kept_running(node(2, "west"), site, "node: started for the server"))
+            # a worker in the middle of its training
+            until(lambda: events(state["north"], "client-step", round=3), "north trains in round 3")
+            kill(worker_of(state["north"]))
+            # the SuperLink, while messages are on their way
+            back = until(
+                lambda: [e["round"] for e in events(run, "client-done", client_id=2) if e["round"] > 2], "west is back"
+            )
+            until(lambda: events(state["south"], "client-step", round=back[0] + 1), "south trains in the next round")
+            [superlink] = [
+                process
+                for process in psutil.process_iter(["cmdline"])
+                if "flower-superlink" in " ".join(process.info["cmdline"] or [])
+                and environment["PORT"] in process.cmdline()
+            ]
+            kill(superlink)
+            assert running.wait(timeout=400) == 0, (folder / "run.out").read_text()
+        finally:
+            running.kill()
+            running.wait()
+    said = "".join(path.read_text() for path in folder.glob("*.out"))
+    assert "starting it again" in said
+    result = json.loads((run / "result.json").read_text())
+    assert result["status"] == "completed"
+    counted = answered(run)
+    assert counted[1] == {0, 1, 2}
+    assert counted[2] == {0, 1}
+    assert 0 in counted[3], "a worker that was killed once answers"
+    assert [event["pid"] for event in events(state["north"], "worker-start")].__len__() == 2
+    assert 2 in counted[ROUNDS]
+    failures = {entry["round"]: entry["failures"] for entry in result["rounds"]}
+    assert re.match("client 2 (failed|did not answer)", failures[2]["2"])
+    # The same rounds in one process, with the same clients away: equal to the last bit, folds of late clients included.
+    again = replace(config, run=replace(config.run, id="again"))
+    local.run(again, client_app=missing(counted))
+    one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, folder_of(again)))
+    assert one.keys() == two.keys()
+    assert all(one[name].equal(two[name]) for name in one)
+    shown = called(f"fedlora status {run}", site)
+    assert shown.returncode == 0
+    assert f"completed: {ROUNDS} of {ROUNDS} rounds" in shown.stdout
+
+
+class started:
+    """A command in the background that is to be killed."""
+
+    def __init__(self, command: str, site) -> None:
+        self._command, (self._folder, self._environment) = command, site
+
+    def __enter__(self) -> subprocess.Popen:
+        self._family: list[psutil.Process] = []
+        with (self._folder / "doomed.out").open("w") as output:
+            self._process = subprocess.Popen(
+                words(self._command, self._environment),
+                cwd=self._folder,
+                env=self._environment,
+                stdout=output,
+                stderr=output,
+            )
+        until(lambda: "node: started" in (self._folder / "doomed.out").read_text(), "the node started")
+        self._family = psutil.Process(self._process.pid).children(recursive=True)
+        return self._process
+
+    def __exit__(self, *_: object) -> None:
+        left = [process for process in self._family if process.is_running()]
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.kill()
+        self._process.wait()
+        assert not left, "what a killed node had started ends with it"
