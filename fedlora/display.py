@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from fedlora.status import RunStatus
 
 
 class ConsoleLog(logging.Handler):
@@ -71,7 +75,7 @@ class RunDisplay:
         if client_id in self._clients:
             self._progress.update(self._clients[client_id], total=steps, completed=step, note=f"loss {loss:.3f}")
 
-    def _on_client_done(self, client_id: int, round: int, metrics: dict[str, float]) -> None:
+    def _on_client_done(self, client_id: int, node: int, round: int, metrics: dict[str, float]) -> None:
         self._drop(self._clients.pop(client_id, None))
         if not self._console.is_terminal:
             self._line(
@@ -80,7 +84,7 @@ class RunDisplay:
                 f"{metrics['train-seconds']:.1f} s"
             )
 
-    def _on_client_failed(self, client_id: int | None, reason: str, round: int) -> None:
+    def _on_client_failed(self, client_id: int | None, node: int, reason: str, round: int) -> None:
         self._drop(self._clients.pop(client_id, None) if client_id is not None else None)
         self._console.print(f"round {round}  not counted: {reason}", style="yellow", soft_wrap=True, markup=False)
 
@@ -150,11 +154,44 @@ def result_table(folder: Path) -> Table:
     return table
 
 
+def status_table(run: RunStatus) -> Table:
+    """Where a run stands, one line for each client."""
+    heldout = f"; held-out {_metrics(run.heldout)}" if run.heldout else ""
+    quiet = (
+        "" if run.quiet_seconds is None or run.status != "running" else f"; last event {_ago(run.quiet_seconds)} ago"
+    )
+    table = Table(title=f"{run.status}: {run.round} of {run.rounds} rounds{heldout}{quiet}", box=box.SIMPLE_HEAD)
+    titles = ("client", "rank", "round", "train loss", "test loss", "seconds", "now")
+    for title in titles:
+        table.add_column(title, justify="left" if title == "now" else "right", overflow="fold")
+    for client in run.clients:
+        table.add_row(
+            str(client.client_id),
+            str(client.rank),
+            str(client.round or ""),
+            _number(client.train_loss),
+            _number(client.test_loss),
+            "" if client.seconds is None else f"{client.seconds:.1f}",
+            escape(client.note),
+        )
+    return table
+
+
+def _ago(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.0f} h"
+    )
+
+
 def _scores(metrics: dict[str, float]) -> dict[str, str]:
     return {"loss": _number(metrics.get("loss")), "accuracy": _number(metrics.get("accuracy"))}
 
 
-def _metrics(metrics: dict[str, float]) -> str:
+def _metrics(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "perplexity")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import platform
 import secrets
@@ -23,7 +22,7 @@ from filelock import FileLock, Timeout
 from fedlora import __version__
 from fedlora.adapter import AdapterState
 from fedlora.config import Config, Scalar, parse, parse_overrides
-from fedlora.durable import replacing
+from fedlora.durable import write_json
 from fedlora.errors import ConfigError, RunError
 from fedlora.exchange import ClientInfo
 
@@ -264,13 +263,11 @@ def stored(folder: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RunError(
-            f"{folder}: no run to resume, result.json is missing; give a folder runs/<name>/<time>"
-        ) from None
+        raise RunError(f"{folder}: no run here, result.json is missing; give a folder runs/<name>/<time>") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read: {error}") from None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA or "key" not in data:
-        raise RunError(f"{path}: not the record of a run that this version can resume; start a new run")
+        raise RunError(f"{path}: not the record of a run that this version can read; start a new run")
     return data
 
 
@@ -308,23 +305,8 @@ def _same(key: str, before: Scalar, now: Scalar) -> bool:
     return bool(short) and long[-len(short) :] == short
 
 
-def write_json(path: Path, data: object) -> None:
-    """Write whole or not at all, durably. Numbers that are not finite become null."""
-    text = json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
-    with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
-
-
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def versions() -> dict[str, str]:

@@ -100,7 +100,7 @@ def meet(grid: Grid, config: Config, fingerprint: str) -> Roster:
             info = _same_run(wire.decode_info(_content(reply, who), fingerprint, who), config, who)
         except FedLoraError as error:
             refusals.append(str(error))
-            emit("client-failed", client_id=None, reason=str(error), round=0)
+            emit("client-failed", client_id=None, node=node, reason=str(error), round=0)
             continue
         if info.client_id in roster.nodes:
             raise RunError(
@@ -191,14 +191,16 @@ class TrainRound:
             answer = wire.decode_update(content, client, self.sent[client], self.fingerprint, known)
         except WireError as error:
             self.failures[client] = str(error)
-            emit("client-failed", client_id=client, reason=str(error), round=self.number)
+            node = self.roster.nodes[client]
+            emit("client-failed", client_id=client, node=node, reason=str(error), round=self.number)
             return None
         self.upload_bytes += wire.payload_bytes(content)
         self.answers[client] = dict(answer.update.metrics) | {"num-examples": answer.update.num_examples}
         self.roster.infos[client] = replace(self.roster.infos[client], known_base_version=answer.known_base_version)
         if self.keep:
             self.kept.append(answer.update)
-        emit("client-done", client_id=client, round=self.number, metrics=self.answers[client])
+        node = self.roster.nodes[client]
+        emit("client-done", client_id=client, node=node, round=self.number, metrics=self.answers[client])
         return answer.update
 
     def mean(self, metric: str) -> float | None:
@@ -232,7 +234,7 @@ def evaluate_on_clients(
             answers[client] = metrics | {"num-examples": count}
         except WireError as error:
             failures[client] = str(error)
-            emit("client-failed", client_id=client, reason=str(error), round=number)
+            emit("client-failed", client_id=client, node=node, reason=str(error), round=number)
     names = sorted({name for metrics in answers.values() for name in metrics} - {"num-examples"})
     means = {name: weighted_mean(answers, name) for name in names}
     return {"mean": means, "clients": dict(sorted(answers.items())), "failures": failures}

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
 from fedlora import config as configuration
+from fedlora import journal
 from fedlora.display import ConsoleLog, RunDisplay
 from fedlora.errors import FedLoraError
 from fedlora.events import heard, listen
@@ -49,7 +50,7 @@ def main(grid: Grid, context: Context) -> None:
         torch.set_num_threads(config.run.threads)
     record = RunRecord(config)
     try:
-        with _narrated():
+        with _narrated(), journal.kept(record.folder / journal.NAME):
             _log.info("results: %s", record.folder)
             rounds.run(grid, config, record, context.run_id)
     except FedLoraError as error:

@@ -242,7 +242,7 @@ def test_what_does_not_decide_the_result_may_change(tmp_path, tiny_llama):
 
 
 def test_a_folder_without_a_run_is_one_sentence(tmp_path, tiny_llama):
-    with pytest.raises(RunError, match=r"no run to resume, result\.json is missing"):
+    with pytest.raises(RunError, match=r"no run here, result\.json is missing"):
         resumed(tmp_path)
     (tmp_path / "result.json").write_text("{")
     with pytest.raises(RunError, match=r"result\.json: cannot be read"):
