@@ -25,6 +25,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.engine --strategy flora
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.worker
 
 clean:
 	rm -rf $(VENV) build *.egg-info

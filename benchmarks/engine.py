@@ -148,7 +148,8 @@ def main() -> None:
 
 def write(name: str, data: dict[str, Any]) -> None:
     """Keep a benchmark's numbers with the versions they were taken on."""
-    from fedlora.results import code_version, versions, write_json
+    from fedlora.durable import write_json
+    from fedlora.results import code_version, versions
 
     folder = ROOT / "benchmarks" / "results"
     folder.mkdir(exist_ok=True)

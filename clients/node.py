@@ -31,9 +31,10 @@ _OF_DATA = {
     "text-column": "data.text-column",
     "label-column": "data.label-column",
 }
-_LIMITS = ("max-rank", "max-steps", "max-length", "max-batch")
+_LIMITS = ("max-rank", "max-steps", "max-length", "max-batch", "max-memory-mb")
 _OTHERS = ("partition-id", "num-partitions", "data", "rank", "state", "resident", "allow-files")
-_KNOWN = (*_OF_MODEL, *_OF_DATA, *_LIMITS, *_OTHERS)
+_OF_WORKER = ("worker", "worker-idle", "node-pid")
+_KNOWN = (*_OF_MODEL, *_OF_DATA, *_LIMITS, *_OTHERS, *_OF_WORKER)
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 

@@ -240,6 +240,9 @@ def node(
         list[str] | None, typer.Option("-c", "--config", metavar="KEY=VALUE", help="More of its node config.")
     ] = None,
     state: State = None,
+    worker: Annotated[
+        bool, typer.Option(help="Hold the base model in one resident process, instead of loading it for each message.")
+    ] = True,
     insecure: Insecure = False,
 ) -> None:
     """Start a node, which trains on its own rows when the server asks; Ctrl-C stops it."""
@@ -258,7 +261,39 @@ def node(
     settings |= {name: value for name, value in given.items() if value is not None}
     folder = state or _state_folder("node", key.stem if key else str(partition_id or 0))
     with _told_to_stop(insecure):
-        deployment.join(server, ca, key, node_config=settings, state=folder, insecure=insecure)
+        deployment.join(server, ca, key, node_config=settings, state=folder, worker=worker, insecure=insecure)
+
+
+@app.command()
+def worker(
+    socket: Annotated[Path, typer.Option(help="Unix socket to listen on; only its owner can open it.")],
+    node_pid: Annotated[int | None, typer.Option(help="End when this process does.")] = None,
+    idle: Annotated[float, typer.Option(min=1, help="Seconds without a message after which it ends.")] = 3600.0,
+) -> None:
+    """Hold the base model and answer a node's messages; fedlora node starts it when the first one comes."""
+    _quiet()
+    from fedlora.clients.worker import serve  # pyright: ignore[reportMissingImports]
+
+    serve(socket, node_pid, idle)
+
+
+@app.command()
+def status(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN_FOLDER", help="runs/<name>/<time>, or runs/<name> for its last run.")
+    ],
+) -> None:
+    """Show where a run stands: its round, its clients, their last losses."""
+    from fedlora.display import status_table
+    from fedlora.status import status as status_of
+
+    found = status_of(folder)
+    out.print(status_table(found))
+    out.print(f"run: {found.folder}", soft_wrap=True)
+    if found.error:
+        out.print(f"why: {found.error}", soft_wrap=True, markup=False)
+    if found.status in ("died", "interrupted", "failed"):
+        out.print(f"go on with it: fedlora run --resume {found.folder}", soft_wrap=True)
 
 
 @app.command()

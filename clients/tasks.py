@@ -1,0 +1,295 @@
+"""What a client does for each of a server's messages: describe itself, train, evaluate.
+
+Every message says all that it needs; the answer is a record, or an error whose reason is for the server to show.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from flwr.app import Context, Error, RecordDict
+from flwr.common.constant import ErrorCode
+
+from fedlora import config as configuration
+from fedlora import peft_io, wire
+from fedlora.adapter import AdapterState, only
+from fedlora.assets import cache_dir
+from fedlora.config import Config, Scalar
+from fedlora.data import LazyExamples, client_split, prepare
+from fedlora.errors import AdapterError, ConfigError, DataError, FedLoraError
+from fedlora.evaluate import evaluate as evaluate_model
+from fedlora.events import emit
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
+from fedlora.models import base_fingerprint, pick_device
+from fedlora.results import peak_memory_bytes
+
+from . import memory, node, own_state, trainer
+from .coding import coded
+from .gradients import leading_directions
+from .held_folds import StaleBase, bring_up
+
+_log = logging.getLogger("fedlora")
+
+
+def answer(task: str, content: RecordDict, context: Context) -> RecordDict | Error:
+    """Do what a message asks for.
+
+    What goes wrong with a node's own rows may quote them, and stays in the node's log.
+
+    Args:
+        task: "describe", "train" or "evaluate".
+        content: the message's.
+        context: of this run on this node.
+
+    Returns:
+        The reply's content; or an error: a refusal is an answer too, never a dead process.
+    """
+    try:
+        return _TASKS[task](content, context)
+    except Exception as error:
+        return _error(error, context.node_config)
+
+
+def _error(error: Exception, settings: Mapping[str, Scalar]) -> Error:
+    """What the server is told."""
+    code, reason = wire.REFUSED, str(error)
+    if isinstance(error, StaleBase):
+        code = wire.STALE
+    elif isinstance(error, DataError) and node.own_data(settings):
+        _log.error("%s", error)
+        reason = "node config: the file that data names cannot be used; the node's log says why"
+    elif memory.ran_out(error):
+        reason = memory.refusal(settings)
+    elif not isinstance(error, FedLoraError):
+        _log.error("a message was not answered", exc_info=error)
+        code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+        own = f"{type(error).__name__} on a node with its own data; the node's log says more"
+        reason = own if node.own_data(settings) else "".join(traceback.format_exception(error))
+    return Error(code, reason)
+
+
+def describe(content: RecordDict, context: Context) -> RecordDict:
+    """Rank, alpha and number of training examples of this client."""
+    config = _config(context)
+    fingerprint = base_fingerprint(config.model)
+    wire.check_hello(content, fingerprint)
+    return wire.encode_info(_info(config, context), fingerprint)
+
+
+def train(content: RecordDict, context: Context) -> RecordDict:
+    """One round's task from the server's start: local training, or the gradient's leading directions."""
+    began = time.perf_counter()
+    config, client_id, bench, broadcast = _open(content, context)
+    info = _info(config, context)
+    _check_ranks(broadcast, info, context)
+    parameters = _set_up(bench, config, context, broadcast, broadcast.trainable)
+    examples = _examples(config, client_id, node.own_data(context.node_config))[0]
+    emit("client-start", client_id=client_id, rank=info.rank, round=broadcast.round)
+    if broadcast.task == "gradient":
+        adapter, result = _gradient(bench, config, client_id, broadcast, examples)
+    else:
+        result = trainer.train(
+            bench.model,
+            parameters,
+            examples,
+            config.train,
+            pad_id=bench.base.pad_id,
+            round=broadcast.round,
+            rounds=config.federation.rounds,
+            seed=trainer.hash_seed(config.run.seed, client_id),
+            on_step=lambda step, steps, loss: emit(
+                "client-step", client_id=client_id, step=step, steps=steps, loss=loss, round=broadcast.round
+            ),
+            penalty=_penalty(bench, config),
+        )
+        adapter = peft_io.read(bench)
+    emit("client-trained", client_id=client_id, round=broadcast.round, loss=result.loss, seconds=result.seconds)
+    folder = _own_folder(context, broadcast)
+    if broadcast.personal:
+        own_state.save(folder, "personal", _personal_part(adapter, broadcast.personal), broadcast.round)
+    to_send, codec_error = coded(adapter, broadcast, config.wire.upload_dtype, folder)
+    update = ClientUpdate(
+        client_id=client_id,
+        adapter=to_send,
+        num_examples=len(examples),
+        base_version=broadcast.base_version,
+        metrics={
+            "train-loss": result.loss,
+            "train-last-loss": result.last_loss,
+            "train-steps": result.steps,
+            "train-tokens": result.tokens,
+            "train-seconds": result.seconds,
+            "codec-error": codec_error,
+            "client-seconds": time.perf_counter() - began,
+            "peak-memory-bytes": peak_memory_bytes()["process"],
+        },
+    )
+    # A process that lives from message to message still holds these folds next time.
+    known = broadcast.base_version if context.node_config.get("resident") else 0
+    return wire.encode_update(
+        update,
+        bench.base.fingerprint,
+        config.wire.upload_dtype,
+        broadcast.upload,
+        known,
+        round=broadcast.round,
+        task=broadcast.task,
+    )
+
+
+def _penalty(bench: peft_io.Workbench, config: Config) -> Callable[[], None]:
+    """The term that shrinks what HetLoRA may prune, where it is asked for."""
+    gamma, weight = config.lora.prune_gamma, config.lora.prune_weight
+    if not (gamma and weight and config.strategy.name == "hetlora"):
+        return lambda: None
+    return functools.partial(trainer.add_tail_penalty, peft_io.factors_of(bench), gamma, weight)
+
+
+def _gradient(
+    bench: peft_io.Workbench, config: Config, client_id: int, broadcast: Broadcast, examples: LazyExamples
+) -> tuple[AdapterState, trainer.TrainResult]:
+    """The gradient's leading directions, as many for each module as its factors in the broadcast have rows."""
+    lora, result = leading_directions(
+        bench.model,
+        bench.layers,
+        {name: factors.rank for name, factors in broadcast.adapter.lora.items()},
+        examples,
+        config.train,
+        pad_id=bench.base.pad_id,
+        seed=trainer.hash_seed(config.run.seed, client_id),
+    )
+    return AdapterState(lora=lora, dense=broadcast.adapter.dense), result
+
+
+def evaluate(content: RecordDict, context: Context) -> RecordDict:
+    """The server's adapter on this client's own test rows."""
+    config, client_id, bench, broadcast = _open(content, context)
+    _set_up(bench, config, context, broadcast, frozenset())
+    examples = _examples(config, client_id, node.own_data(context.node_config))[1]
+    if not examples:
+        raise ConfigError(
+            f"client {client_id} has no test rows; raise data.client-test-fraction or set evaluate.clients = false"
+        )
+    metrics = evaluate_model(bench.model, examples, config.evaluate.batch_size, bench.base.pad_id)
+    emit("client-evaluated", client_id=client_id, round=broadcast.round, **metrics)
+    return wire.encode_evaluation(len(examples), metrics, bench.base.fingerprint)
+
+
+_TASKS = {"describe": describe, "train": train, "evaluate": evaluate}
+
+
+def _open(content: RecordDict, context: Context) -> tuple[Config, int, peft_io.Workbench, Broadcast]:
+    """What every message on the adapter begins with: the config, who this is, the base, and what was sent."""
+    config = _config(context)
+    if config.run.threads:
+        torch.set_num_threads(min(config.run.threads, os.cpu_count() or 1))
+    memory.limit(context.node_config, pick_device(config.model.device))
+    bench = peft_io.workbench(config.model, config.lora)
+    return config, _client_id(context), bench, wire.decode_broadcast(content, bench.base.fingerprint)
+
+
+def _set_up(
+    bench: peft_io.Workbench, config: Config, context: Context, broadcast: Broadcast, trainable: frozenset[str]
+) -> list[torch.nn.Parameter]:
+    """The base at the broadcast's version, and its adapter in place, with this client's own factors."""
+    folds = bring_up(context.run_id, broadcast)
+    if config.anchor.base_update == "merge":
+        peft_io.merge_folds(bench, context.run_id, folds)
+        folds = ()
+    parameters = peft_io.install(bench, _with_own(broadcast, context), trainable)
+    peft_io.install_anchor(bench, folds)
+    return parameters
+
+
+def _with_own(broadcast: Broadcast, context: Context) -> AdapterState:
+    """The broadcast's adapter, with the personal factors that this client keeps in place of those that were sent."""
+    folder = _own_folder(context, broadcast)
+    kept = own_state.load(folder, "personal", broadcast.round) if broadcast.personal else None
+    if kept is None:
+        return broadcast.adapter
+    lora = dict(broadcast.adapter.lora)
+    for name in [name for name in lora if name in kept.lora]:
+        own = kept.lora[name]
+        for factor in broadcast.personal:
+            sent, mine = getattr(lora[name], factor), getattr(own, factor)
+            if mine.shape != sent.shape:
+                raise ConfigError(
+                    f"{name}: this client keeps a {factor} {tuple(mine.shape)} of its own, this run's is "
+                    f"{tuple(sent.shape)}; give the client its earlier rank, or remove {folder} to start it anew"
+                )
+            lora[name] = replace(lora[name], **{factor: mine})
+    return replace(broadcast.adapter, lora=lora)
+
+
+def _personal_part(adapter: AdapterState, personal: frozenset[str]) -> AdapterState:
+    """The personal factors alone; a value that is not finite would spoil every later round, and is refused."""
+    kept = AdapterState(lora=only(adapter, personal).lora)
+    for name, factors in kept.lora.items():
+        if not (torch.isfinite(factors.A).all() and torch.isfinite(factors.B).all()):
+            raise AdapterError(f"{name}: training diverged, its own factors are not finite; lower train.lr")
+    return kept
+
+
+def _own_folder(context: Context, broadcast: Broadcast) -> Path:
+    """Where this client keeps its own state in this run: below the node's `state` folder, or the cache."""
+    root = context.node_config.get("state") or cache_dir() / "clients"
+    return own_state.folder_of(str(root), broadcast.run or str(context.run_id), _client_id(context))
+
+
+def _check_ranks(broadcast: Broadcast, info: ClientInfo, context: Context) -> None:
+    """A server may not ask for more than this client's hardware affords."""
+    for module, factors in broadcast.adapter.lora.items():
+        if factors.rank > info.rank_of(module):
+            key = next((key for key in ("max-rank", "rank") if key in context.node_config), "")
+            raise ConfigError(
+                f"{module}: the server sent rank {factors.rank}, client {info.client_id} affords "
+                f"{info.rank_of(module)}{f' (node config: {key})' if key else ''}"
+            )
+
+
+def _config(context: Context) -> Config:
+    """The run's config as this node takes part in it."""
+    return node.ruled(configuration.parse(context.run_config, where="run config"), context.node_config)
+
+
+def _client_id(context: Context) -> int:
+    return int(context.node_config.get("partition-id", context.node_id))
+
+
+def _info(config: Config, context: Context) -> ClientInfo:
+    client_id = _client_id(context)
+    rank = node.rank(config, context.node_config, client_id)
+    train_rows, _ = _rows(config, client_id, node.own_data(context.node_config))
+    node.check_steps(config.train, context.node_config, trainer.steps_per_round(config.train, len(train_rows)))
+    return ClientInfo(
+        client_id=client_id,
+        rank=rank,
+        alpha=config.lora.alpha,
+        num_examples=len(train_rows),
+        rslora=config.lora.rslora,
+        rank_pattern=configuration.rank_pattern(config.lora),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _rows(config: Config, client_id: int, own_data: str):
+    """This client's rows, split into training and test rows."""
+    rows = prepare(config).client(0 if own_data else client_id)
+    fraction = config.data.client_test_fraction if config.evaluate.clients else 0.0
+    return client_split(rows, fraction, trainer.hash_seed(config.run.seed, client_id))
+
+
+@functools.lru_cache(maxsize=64)
+def _examples(config: Config, client_id: int, own_data: str) -> tuple[LazyExamples, LazyExamples]:
+    """This client's training and test examples."""
+    tokenizer = peft_io.workbench(config.model, config.lora).base.tokenizer
+    train_rows, test_rows = _rows(config, client_id, own_data)
+    return LazyExamples(train_rows, tokenizer, config), LazyExamples(test_rows, tokenizer, config)

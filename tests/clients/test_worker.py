@@ -1,0 +1,193 @@
+"""The resident worker, as a real process: same answers, one base, hard to kill, nobody else's."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+
+from fedlora import wire
+from fedlora.clients import envelope, resident
+from fedlora.clients.client_app import app as client_app
+from fedlora.config import Config
+from fedlora.events import listen
+from fedlora.exchange import Broadcast
+from fedlora.models import base_fingerprint
+from fedlora.processes import stop_recorded
+from fedlora.results import folder_of, stamp
+from fedlora.simulations import local
+from fedlora.strategies import rounds
+from fedlora.strategies.server_app import app as server_app
+from tests.federation import tiny
+from tests.simulations.test_local import saved_adapter
+
+
+def test_a_message_crosses_to_the_worker_whole():
+    content = RecordDict({"head": ConfigRecord({"a": 1, "b": "x", "c": True, "d": 0.5})})
+    context = Context(2**63 + 5, 2**64 - 1, {"rank": 4, "data": "rows.jsonl"}, RecordDict(), {"train.lr": 1e-3})
+    task, arrived, there = envelope.unpack_request(envelope.pack_request("train", content, context))
+    assert (task, arrived) == ("train", content)
+    assert (there.run_id, there.node_id) == (context.run_id, context.node_id)
+    assert (there.node_config, there.run_config) == (context.node_config, context.run_config)
+    assert envelope.unpack(envelope.pack_answer(content)) == content
+    assert envelope.unpack(envelope.pack_event("client-step", {"loss": 0.25})) == ("client-step", {"loss": 0.25})
+    refused = envelope.unpack(envelope.pack_answer(Error(wire.REFUSED, "no")))
+    assert isinstance(refused, Error)
+    assert (refused.code, refused.reason) == (wire.REFUSED, "no")
+
+
+@pytest.fixture(scope="module")
+def socket(tmp_path_factory):
+    """Where these tests' worker listens: it takes seconds to import torch and all else."""
+    path = tmp_path_factory.mktemp("w") / "worker.sock"
+    assert len(str(path)) < 100
+    yield path
+    stop_recorded(path.with_name("worker.pid"), "worker")
+    while resident._started:
+        resident._started.pop().wait(timeout=30)
+
+
+def settings(socket: Path, folder: Path, **more) -> dict:
+    return {"partition-id": 0, "worker": str(socket), "state": str(folder), "node-pid": os.getpid(), **more}
+
+
+def pid(socket: Path) -> int:
+    return int(socket.with_name("worker.pid").read_text())
+
+
+def ask(config: Config, node_config: dict, kind: str = "train", seen: list | None = None, on_step=None) -> Message:
+    """One message's answer; what the worker tells goes to `seen`."""
+
+    def tell(event, facts):
+        if seen is not None:
+            seen.append((event, facts))
+        if event == "client-step" and on_step:
+            on_step(facts)
+
+    grid = local.LocalGrid(client_app, [node_config], config.to_flat(), 7)
+    fingerprint = base_fingerprint(config.model)
+    content = wire.encode_hello(fingerprint)
+    if kind != "query":
+        hello = Message(wire.encode_hello(fingerprint), 2, "query", group_id="0")
+        [answer] = local.LocalGrid(client_app, [node_config], config.to_flat(), 7).send_and_receive([hello])
+        client = wire.decode_info(answer.content, fingerprint, "node")
+        content = wire.encode_broadcast(Broadcast(round=1, adapter=rounds.start(config, [client])), fingerprint)
+    with listen(tell):
+        [answer] = grid.send_and_receive([Message(content, 2, kind, group_id="1")])
+    return answer
+
+
+def factors(answer: Message) -> dict[str, bytes]:
+    assert not answer.has_error(), answer.error.reason
+    return {name: array.data for record in answer.content.array_records.values() for name, array in record.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_federation_through_workers_is_the_same_federation(tmp_path, tiny_llama, socket):
+    """Bitwise, strategies that fold included; one worker from the first message to the last."""
+    config = stamp(tiny(tmp_path, tiny_llama, strategy__name="flora", evaluate__clients=True, run__id="plain"))
+    local.run(config)
+    other = tiny(tmp_path, tiny_llama, strategy__name="flora", evaluate__clients=True, run__id="workers")
+    state = tmp_path / "state"
+    state.mkdir()
+    nodes = [{**settings(socket, state), "partition-id": i, "num-partitions": 4} for i in range(4)]
+    kept = []
+    with listen(lambda kind, facts: kept.append(kind)):
+        server_app(
+            local.LocalGrid(client_app, nodes, other.to_flat(), 9), Context(9, 1, {}, RecordDict(), other.to_flat())
+        )
+    one, two = saved_adapter(folder_of(config)), saved_adapter(folder_of(other))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert kept.count("worker-start") == 1
+    assert kept.count("client-step") == 4 * 2 * 3  # progress comes through
+    results = [json.loads((folder_of(c) / "result.json").read_text()) for c in (config, other)]
+    first, second = ([e["download-bytes"] for e in result["rounds"]] for result in results)
+    assert first == second  # folds that it holds already are not sent again
+
+
+class GoneAway(Exception):
+    pass
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_worker_stops_at_what_nobody_waits_for(tmp_path, tiny_llama, socket):
+    """A run that is stopped ends its ClientApps; the next message does not wait for the old one's steps."""
+
+    def go_away(facts):
+        raise GoneAway
+
+    config = tiny(tmp_path, tiny_llama, train__steps=100_000)
+    assert "GoneAway" in ask(config, settings(socket, tmp_path), on_step=go_away).error.reason
+    short = tiny(tmp_path, tiny_llama)
+    plain = ask(short, {"partition-id": 0, "state": str(tmp_path)})
+    assert factors(ask(short, settings(socket, tmp_path))) == factors(plain)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_killed_worker_is_started_again_once(tmp_path, tiny_llama, socket):
+    config = tiny(tmp_path, tiny_llama)
+    node_config = settings(socket, tmp_path)
+    died = ask(config, node_config, on_step=lambda facts: os.kill(pid(socket), signal.SIGKILL))
+    assert died.has_error()
+    assert "the node's worker ended 2 times during train" in died.error.reason
+    seen, killed = [], []
+
+    def kill_once(facts):
+        if not killed:
+            killed.append(pid(socket))
+            os.kill(killed[0], signal.SIGKILL)
+
+    answer = ask(config, node_config, seen=seen, on_step=kill_once)
+    assert factors(answer) == factors(ask(config, {"partition-id": 0, "state": str(tmp_path)}))
+    assert [kind for kind, _ in seen].count("worker-start") == 1  # another had come with the hello
+    assert pid(socket) != killed[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_that_needs_more_memory_than_the_node_allows_is_refused(tmp_path, tiny_llama, socket):
+    config = tiny(tmp_path, tiny_llama, train__batch_size=64, data__max_length=2048)
+    node_config = settings(socket, tmp_path, **{"max-memory-mb": 300})
+    assert not ask(config, node_config, "query").has_error()
+    answer = ask(config, node_config)
+    assert answer.error.code == wire.REFUSED
+    assert "needs more memory than this node allows (node config: max-memory-mb = 300)" in answer.error.reason
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_worker_is_its_owners_alone_and_ends_when_nobody_needs_it(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("w")
+    socket = tmp_path / "worker.sock"
+    with subprocess.Popen(["sleep", "60"]) as node:
+        resident._make_sure(socket, settings(socket, tmp_path, **{"node-pid": node.pid}))
+        assert stat.S_IMODE(socket.stat().st_mode) == 0o600
+        worker = psutil.Process(pid(socket))
+        resident._make_sure(socket, {})
+        assert pid(socket) == worker.pid
+        node.kill()
+    assert psutil.wait_procs([worker], timeout=20)[0]
+    assert not socket.exists()
+    # without a node to belong to, it goes by idle time
+    resident._make_sure(socket, {"state": str(tmp_path), "worker-idle": 1})
+    assert psutil.wait_procs([psutil.Process(pid(socket))], timeout=30)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_worker_that_cannot_start_is_an_answer(tmp_path, tiny_llama, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    answer = ask(tiny(tmp_path, tiny_llama), settings(tmp_path / "worker.sock", tmp_path), "query")
+    assert answer.has_error()
+    assert "ended 2 times during describe (it ended at once with exit code 1)" in answer.error.reason
