@@ -35,6 +35,7 @@ _REFUSED = "[code: 2004]"  # Flower's answer to a key that it does not know, and
 _RETRY_SECONDS = 5.0
 _SUPERLINK = "flower-superlink"
 _QUICK_SECONDS, _MOST_QUICK = 30.0, 3  # a SuperLink that ends so soon, so often, will not stay
+_LONGEST_FOLDER = 70  # characters
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "localhost"}  # where this machine reaches a server that listens everywhere
 _log = logging.getLogger("fedlora")
 
@@ -334,11 +335,12 @@ def _own_folder(state: Path) -> Iterator[Path]:
 @contextmanager
 def _worker(wanted: bool) -> Iterator[dict[str, Scalar]]:
     """What a node's config says of its resident worker, which the first message starts; stopped at the block's end."""
-    if not wanted or not hasattr(socket, "AF_UNIX"):
+    if not wanted or os.name != "posix":
         yield {}
         return
-    # A socket's path may have no more than about 100 characters, so that it lies in no folder of the user's choice.
-    with tempfile.TemporaryDirectory(prefix="fedlora-", ignore_cleanup_errors=True) as folder:
+    # A socket's path may have no more than about 100 characters: it lies in no folder of the user's choice.
+    short = None if len(tempfile.gettempdir()) <= _LONGEST_FOLDER else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="fedlora-", dir=short, ignore_cleanup_errors=True) as folder:
         try:
             yield {"worker": str(Path(folder) / "worker.sock"), "node-pid": os.getpid()}
         finally:

@@ -406,6 +406,45 @@ def test_the_round_is_what_it_is_without_that_client(tmp_path, tiny_llama, fresh
     assert apart(saved_adapter(folder_of(config)), saved_adapter(folder_of(other))) == 0.0
 
 
+def test_a_reply_that_is_played_again_in_a_later_round_is_refused(tmp_path, tiny_llama, fresh_process):
+    """With fedavg the base never changes, so that nothing but the round tells the two apart."""
+    first: list[RecordDict] = []
+
+    def replay(record: RecordDict) -> None:
+        if first:
+            record.clear()
+            record.update(first[0])
+        else:
+            first.append(copy.deepcopy(record))
+
+    config = tiny(tmp_path, tiny_llama, strategy__name="fedavg", lora__ranks="", lora__rank=2)
+    local.run(config, client_app=one_bad(replay))
+    one, two = json.loads((folder_of(config) / "result.json").read_text())["rounds"]
+    assert one["failures"] == {}
+    assert two["failures"] == {"2": "client 2 sent round 1, expected 2"}
+
+
+class Echo(local.LocalGrid):
+    """Every reply comes twice, as do those of the message before."""
+
+    def pull_messages(self, message_ids):
+        replies = list(super().pull_messages(message_ids))
+        self.seen = [*getattr(self, "seen", []), *replies]
+        return [*replies, *self.seen[-2:]]
+
+
+def test_a_reply_that_comes_twice_counts_once(tmp_path, tiny_llama, fresh_process, monkeypatch):
+    config = tiny(tmp_path, tiny_llama)
+    local.run(config)
+    held_folds._held.clear()
+    other = tiny(tmp_path, tiny_llama, run__id="two")
+    monkeypatch.setattr(local, "LocalGrid", Echo)
+    local.run(other)
+    assert apart(saved_adapter(folder_of(config)), saved_adapter(folder_of(other))) == 0.0
+    one, two = (json.loads((folder_of(c) / "result.json").read_text())["rounds"] for c in (config, other))
+    assert [e["upload-bytes"] for e in one] == [e["upload-bytes"] for e in two]
+
+
 def test_bad_evaluations_are_left_out_of_the_means(tmp_path, tiny_llama, fresh_process):
     config = tiny(tmp_path, tiny_llama, federation__rounds=1, evaluate__clients=True, data__client_test_fraction=0.3)
 

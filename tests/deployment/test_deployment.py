@@ -1,8 +1,10 @@
 """What is checked before any of Flower's programs starts, and the examples beside the guide."""
 
+import os
 import re
 import shlex
 import subprocess
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -80,6 +82,21 @@ def test_what_flower_says_is_found_in_its_log():
         "Failed to initialize the connection to the SuperLink. [code: 2004] Failed to activate SuperNode."
     )
     assert flower_programs.reason_of("a line\nthe last\n\n") == "the last"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no Unix sockets")
+def test_a_workers_socket_has_a_path_that_the_system_takes(tmp_path, monkeypatch):
+    far = tmp_path / ("x" * 90)
+    far.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(far))
+    with deployment._worker(True) as settings:
+        socket = Path(str(settings["worker"]))
+        assert len(str(socket)) < 100
+        assert socket.parent.stat().st_mode & 0o777 == 0o700
+        assert settings["node-pid"] == os.getpid()
+    assert not socket.parent.exists()
+    with deployment._worker(False) as settings:
+        assert settings == {}
 
 
 def commands(text: str) -> list[str]:
