@@ -71,8 +71,6 @@ def serve(socket: Path, node_pid: int | None = None, idle_seconds: float = IDLE_
             last = time.monotonic()
     finally:
         server.stop(grace=1.0)
-        while not inbox.empty():  # came in between; unanswered, its ClientApp starts another worker
-            inbox.get().frames.put(None)
         socket.unlink(missing_ok=True)
 
 
@@ -113,12 +111,21 @@ def _handle(request: bytes, context: grpc.ServicerContext, inbox: queue.Queue[_J
     job = _Job(request)
     context.add_callback(job.dropped.set)
     inbox.put(job)
-    while (frame := job.frames.get()) is not None:
+    while context.is_active():
+        try:
+            frame = job.frames.get(timeout=_LOOK_SECONDS)
+        except queue.Empty:
+            continue
+        if frame is None:
+            return
         yield frame
 
 
 def _is_needed(socket: Path, node: psutil.Process | None) -> bool:
-    return socket.exists() and (node is None or (node.is_running() and node.status() != psutil.STATUS_ZOMBIE))
+    try:
+        return socket.exists() and (node is None or (node.is_running() and node.status() != psutil.STATUS_ZOMBIE))
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager

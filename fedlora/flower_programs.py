@@ -246,11 +246,14 @@ def _close_record(config: Config, status: str, error: str = "") -> None:
 
 def _reason(config: Config, run_id: int, connection: Connection, log: Path | None) -> str:
     """Why a run failed: its own record says, or else the last line of the log."""
-    error = _result(config).get("error")
-    if error:
-        return str(error)
+    data = _result(config)
+    if "error" in data:
+        return str(data["error"])
     shown = connection.run("log", str(run_id), connection.name, "--show")
-    return last_line(shown.stdout) or (last_line(log.read_text(errors="replace")) if log else "no reason was logged")
+    last = last_line(shown.stdout) or (last_line(log.read_text(errors="replace")) if log else "no reason was logged")
+    if data.get("status") == "running":
+        return f"its ServerApp's process ended without a word (killed, or out of memory); the last line was: {last}"
+    return last
 
 
 def last_line(text: str) -> str:
