@@ -32,8 +32,9 @@ def limit(settings: Mapping[str, Scalar], device: torch.device) -> None:
         return
     most = megabytes * 2**20
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        total = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), index)
         return
     try:
         import resource
