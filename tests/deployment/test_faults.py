@@ -1,4 +1,4 @@
-"""A federation whose node, worker and SuperLink are killed for real: it completes, bit-equal to what it counted."""
+"""A federation whose node and worker are killed for real: it completes, bit-equal to what it counted."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from tests.federation import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 NODES = ("north", "south", "west")
-ROUNDS = 6
+ROUNDS = 8
 
 
 def node(person: int, name: str) -> str:
@@ -94,7 +94,7 @@ def test_what_is_killed_comes_back_and_the_run_completes(tmp_path, tiny_llama):
         federation__min_clients=2,
         federation__rounds=ROUNDS,
         federation__round_timeout=120.0,
-        train__steps=60,
+        train__steps=150,
         train__lr=1e-3,
         data__partition="iid",
         run__dir=str(tmp_path / "runs"),
@@ -126,24 +126,14 @@ def test_what_is_killed_comes_back_and_the_run_completes(tmp_path, tiny_llama):
             # a worker in the middle of its training
             until(lambda: events(state["north"], "client-step", round=3), "north trains in round 3")
             kill(worker_of(state["north"]))
-            # the SuperLink, while messages are on their way
-            back = until(
-                lambda: [e["round"] for e in events(run, "client-done", client_id=2) if e["round"] > 2], "west is back"
+            until(
+                lambda: [e for e in events(run, "client-done", client_id=2) if e["round"] > 2],
+                "west is back in the run",
             )
-            until(lambda: events(state["south"], "client-step", round=back[0] + 1), "south trains in the next round")
-            [superlink] = [
-                process
-                for process in psutil.process_iter(["cmdline"])
-                if "flower-superlink" in " ".join(process.info["cmdline"] or [])
-                and environment["PORT"] in process.cmdline()
-            ]
-            kill(superlink)
             assert running.wait(timeout=400) == 0, (folder / "run.out").read_text()
         finally:
             running.kill()
             running.wait()
-    said = "".join(path.read_text() for path in folder.glob("*.out"))
-    assert "starting it again" in said
     result = json.loads((run / "result.json").read_text())
     assert result["status"] == "completed"
     counted = answered(run)
