@@ -19,26 +19,28 @@ from typing import Any
 
 import grpc
 import psutil
-from flwr.app import Error
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedlora.durable import replacing
+from fedlora.errors import ConfigError
 from fedlora.events import listen
 
 from . import envelope
 
-IDLE_SECONDS = 3600.0
 _LOOK_SECONDS = 1.0
 _log = logging.getLogger("fedlora")
 
 
-def serve(socket: Path, node_pid: int | None = None, idle_seconds: float = IDLE_SECONDS) -> None:
+def serve(socket: Path, node_pid: int | None, idle_seconds: float) -> None:
     """Work until nobody needs it: the node is gone, its socket's folder is gone, or nothing was asked for a while.
 
     Args:
         socket: path of the Unix socket; `worker.pid` is written beside it.
         node_pid: the process that this one belongs to; None to go by idle time alone.
         idle_seconds: without a message until it ends, which frees its memory; the next message starts another.
+
+    Raises:
+        ConfigError: the socket cannot be made.
     """
     try:
         node = None if node_pid is None else psutil.Process(node_pid)
@@ -50,8 +52,13 @@ def serve(socket: Path, node_pid: int | None = None, idle_seconds: float = IDLE_
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(envelope.SERVICE, {envelope.METHOD: method})])
     health_service = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
-    with _for_its_owner_alone():
-        server.add_insecure_port(f"unix:{socket}")
+    try:
+        with _for_its_owner_alone():
+            server.add_insecure_port(f"unix:{socket}")
+    except RuntimeError:
+        raise ConfigError(
+            f"--socket {socket}: cannot listen there; give a path of fewer than 100 characters in a folder that exists"
+        ) from None
     with replacing(socket.with_name("worker.pid")) as part:
         part.write_text(str(os.getpid()))
     server.start()
@@ -91,10 +98,10 @@ class _Job:
         context.node_config = {**context.node_config, "resident": True}
         try:
             with listen(self._tell):
-                result: Any = answer(task, content, context)
+                result = answer(task, content, context)
         except _Dropped:
             _log.warning("worker: %s was dropped, nobody waits for it any more", task)
-            result = Error(0, "dropped")
+            return
         self.frames.put(envelope.pack_answer(result))
 
     def _tell(self, kind: str, facts: dict[str, Any]) -> None:

@@ -14,9 +14,10 @@ import torch
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from fedlora import wire
-from fedlora.clients import envelope, resident
+from fedlora.clients import envelope, resident, worker
 from fedlora.clients.client_app import app as client_app
 from fedlora.config import Config
+from fedlora.errors import ConfigError
 from fedlora.events import listen
 from fedlora.exchange import Broadcast
 from fedlora.models import base_fingerprint
@@ -136,7 +137,7 @@ def test_a_worker_stops_at_what_nobody_waits_for(tmp_path, tiny_llama, socket):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_killed_worker_is_started_again_once(tmp_path, tiny_llama, socket):
-    config = tiny(tmp_path, tiny_llama)
+    config = tiny(tmp_path, tiny_llama, train__steps=200)  # a few steps would be answered before the first is heard of
     node_config = settings(socket, tmp_path)
     died = ask(config, node_config, on_step=lambda facts: os.kill(pid(socket), signal.SIGKILL))
     assert died.has_error()
@@ -191,3 +192,8 @@ def test_a_worker_that_cannot_start_is_an_answer(tmp_path, tiny_llama, monkeypat
     answer = ask(tiny(tmp_path, tiny_llama), settings(tmp_path / "worker.sock", tmp_path), "query")
     assert answer.has_error()
     assert "ended 2 times during describe (it ended at once with exit code 1)" in answer.error.reason
+
+
+def test_a_socket_that_cannot_be_made_is_one_sentence(tmp_path):
+    with pytest.raises(ConfigError, match=r"--socket .*none/worker\.sock: cannot listen there; give a path of fewer"):
+        worker.serve(tmp_path / "none" / "worker.sock", None, 1.0)
