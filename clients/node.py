@@ -60,6 +60,7 @@ def ruled(config: Config, node: Mapping[str, Scalar]) -> Config:
     config = configuration.parse(own, config, where="node config") if own else config
     if "model" not in node and not _allows_files(node):
         _check_public("model.name", config.model.name, _packaged_models(), "model")
+    limit(node, "max-memory-mb")  # held where memory is taken; a wrong one is refused before
     most_tokens, most_examples = limit(node, "max-length"), limit(node, "max-batch")
     if most_tokens and config.data.max_length > most_tokens:
         raise _too_much(f"data.max-length = {config.data.max_length}", "max-length", most_tokens)

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedlora.clients import memory
+from fedlora.clients import memory, node
+from fedlora.config import parse
 from fedlora.errors import ConfigError
 
 
@@ -24,6 +25,8 @@ def test_no_limit_is_none_and_a_wrong_one_is_refused():
     memory.limit({}, torch.device("cpu"))
     with pytest.raises(ConfigError, match="max-memory-mb = '2G', expected a positive integer"):
         memory.limit({"max-memory-mb": "2G"}, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="max-memory-mb = 0, expected a positive integer"):
+        node.ruled(parse({}), {"max-memory-mb": 0})
 
 
 def test_what_an_allocator_says_is_told_apart_from_other_errors():
