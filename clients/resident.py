@@ -104,7 +104,7 @@ def _start(socket: Path, settings: Mapping[str, object]) -> None:
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise _NotStarted(f"it ended at once with exit code {process.returncode}")
-        if socket.exists() and _is_healthy(socket):
+        if _is_healthy(socket):
             return
         time.sleep(0.05)
     process.kill()
