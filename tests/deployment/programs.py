@@ -55,8 +55,8 @@ def called(command: str, site, timeout=600) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def kept_running(command: str, site, says: str):
-    """A command in the background, once it has said that; then told to stop by its pid, and all it started is gone."""
+def begun(command: str, site, says: str):
+    """`(process, family, output)` of a command in the background, once it has said that; at the end none is left."""
     folder, environment = site
     output = folder / f"{time.monotonic_ns()}.out"
     with output.open("w") as file:
@@ -69,10 +69,7 @@ def kept_running(command: str, site, says: str):
             assert time.monotonic() < deadline, output.read_text()
             time.sleep(0.2)
         family = psutil.Process(process.pid).children(recursive=True)
-        yield
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0, output.read_text()
-        assert not [child for child in family if child.is_running()]
+        yield process, family, output
     finally:
         if process.poll() is None:
             family = psutil.Process(process.pid).children(recursive=True)
@@ -84,3 +81,13 @@ def kept_running(command: str, site, says: str):
                 child.kill()
         process.kill()
         process.wait()
+
+
+@contextmanager
+def kept_running(command: str, site, says: str):
+    """A command in the background, once it has said that; then told to stop by its pid, and all it started is gone."""
+    with begun(command, site, says) as (process, family, output):
+        yield
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0, output.read_text()
+        assert not [child for child in family if child.is_running()]

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 import tomllib
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from fedlora.clients.client_app import app as client_app
 from fedlora.flower_programs import config_table
 from fedlora.results import folder_of
 from fedlora.simulations import local
-from tests.deployment.programs import called, kept_running, make_site, words
+from tests.deployment.programs import begun, called, kept_running, make_site, words
 from tests.federation import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -111,7 +111,7 @@ def test_what_is_killed_comes_back_and_the_run_completes(tmp_path, tiny_llama):
         assert called(f"fedlora register {keys} --server $SERVER --ca certs/ca.crt", site).returncode == 0
         for person, name in enumerate(NODES[:2]):
             others.enter_context(kept_running(node(person, name), site, "node: started for the server"))
-        doomed = others.enter_context(started(node(2, "west"), site))
+        doomed, family, _ = others.enter_context(begun(node(2, "west"), site, "node: started for the server"))
         command = words("fedlora run run.toml --server $SERVER --ca certs/ca.crt", environment)
         with (folder / "run.out").open("w") as output:
             running = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
@@ -120,8 +120,8 @@ def test_what_is_killed_comes_back_and_the_run_completes(tmp_path, tiny_llama):
             until(lambda: events(state["west"], "client-step", round=2), "west trains in round 2")
             orphan = worker_of(state["west"])
             kill(psutil.Process(doomed.pid))
-            psutil.wait_procs([orphan], timeout=30)
-            assert not orphan.is_running(), "the worker of a node that was killed goes too"
+            _, left = psutil.wait_procs([orphan, *family], timeout=60)
+            assert not left, "what a killed node had started, its worker too, ends with it"
             others.enter_context(kept_running(node(2, "west"), site, "node: started for the server"))
             # a worker in the middle of its training
             until(lambda: events(state["north"], "client-step", round=3), "north trains in round 3")
@@ -140,7 +140,7 @@ def test_what_is_killed_comes_back_and_the_run_completes(tmp_path, tiny_llama):
     assert counted[1] == {0, 1, 2}
     assert counted[2] == {0, 1}
     assert 0 in counted[3], "a worker that was killed once answers"
-    assert [event["pid"] for event in events(state["north"], "worker-start")].__len__() == 2
+    assert len(events(state["north"], "worker-start")) == 2
     assert 2 in counted[ROUNDS]
     failures = {entry["round"]: entry["failures"] for entry in result["rounds"]}
     assert re.match("client 2 (failed|did not answer)", failures[2]["2"])
@@ -153,33 +153,3 @@ def test_what_is_killed_comes_back_and_the_run_completes(tmp_path, tiny_llama):
     shown = called(f"fedlora status {run}", site)
     assert shown.returncode == 0
     assert f"completed: {ROUNDS} of {ROUNDS} rounds" in shown.stdout
-
-
-class started:
-    """A command in the background that is to be killed."""
-
-    def __init__(self, command: str, site) -> None:
-        self._command, (self._folder, self._environment) = command, site
-
-    def __enter__(self) -> subprocess.Popen:
-        self._family: list[psutil.Process] = []
-        with (self._folder / "doomed.out").open("w") as output:
-            self._process = subprocess.Popen(
-                words(self._command, self._environment),
-                cwd=self._folder,
-                env=self._environment,
-                stdout=output,
-                stderr=output,
-            )
-        until(lambda: "node: started" in (self._folder / "doomed.out").read_text(), "the node started")
-        self._family = psutil.Process(self._process.pid).children(recursive=True)
-        return self._process
-
-    def __exit__(self, *_: object) -> None:
-        left = [process for process in self._family if process.is_running()]
-        for process in left:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        self._process.kill()
-        self._process.wait()
-        assert not left, "what a killed node had started ends with it"
