@@ -18,12 +18,12 @@ _EVENT, _ERROR, _REPLY = b"p", b"e", b"r"
 
 
 def pack_request(task: str, content: RecordDict, context: Context) -> bytes:
-    """A message and the context that it is to be answered in; `context.state` stays behind."""
+    """A message and the context that it is to be answered in; `context.state` stays behind. Equal ones, equal bytes."""
     whole = RecordDict({**content})
     whole[_TASK] = ConfigRecord({"task": task, "run-id": str(context.run_id), "node-id": str(context.node_id)})
     whole[_NODE] = ConfigRecord({**context.node_config})
     whole[_RUN] = ConfigRecord({**context.run_config})
-    return recorddict_to_proto(whole).SerializeToString()
+    return recorddict_to_proto(whole).SerializeToString(deterministic=True)
 
 
 def unpack_request(data: bytes) -> tuple[str, RecordDict, Context]:

@@ -1,4 +1,4 @@
-"""Questions to clients and their answers, over any Flower grid: consumed as they arrive, in a fixed order."""
+"""What clients are asked and what they answer: who they are, one round's training, an evaluation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -17,8 +18,8 @@ from fedlora.errors import FedLoraError, RunError, WireError
 from fedlora.events import emit
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
-# A dead node's error reply, or a full queue, takes Flower up to a minute; asking more often costs more than it gains.
-_LONGEST_PAUSE_SECONDS = 1.0
+from .mailbox import Mailbox
+
 _HELLO_SECONDS = 600.0  # a client's first answer may need a download
 _LONGEST_REASON = 500  # characters of a client's own words in the record
 _log = logging.getLogger("fedlora")
@@ -30,43 +31,6 @@ class Roster:
 
     infos: dict[int, ClientInfo]
     nodes: dict[int, int]
-
-
-class Mailbox:
-    """Messages of one kind to many nodes, and their replies as they come."""
-
-    def __init__(self, grid: Grid, kind: str, group: str, timeout: float) -> None:
-        """A timeout of 0 waits as long as it takes; a message that outlives the timeout is dropped by Flower."""
-        self._grid, self._kind, self._group = grid, kind, group
-        self._ttl = timeout or None
-        self._deadline = time.monotonic() + timeout if timeout else float("inf")
-        self._open: dict[str, int] = {}
-        self._lost: list[int] = []
-
-    def post(self, node: int, content: RecordDict) -> None:
-        """Send one message."""
-        message = Message(content, node, self._kind, ttl=self._ttl, group_id=self._group)
-        accepted = list(self._grid.push_messages([message]))
-        if accepted and accepted[0]:
-            self._open[accepted[0]] = node
-        else:
-            self._lost.append(node)
-
-    def replies(self) -> Iterator[tuple[int, Message | None]]:
-        """`(node, reply)` as they arrive; at the deadline `(node, None)` for each that did not answer."""
-        pause = 0.02
-        while self._open and time.monotonic() < self._deadline:
-            arrived = list(self._grid.pull_messages(list(self._open)))
-            for reply in arrived:
-                # The reply for a dead node comes from the SuperLink, so that only this id says who is meant.
-                node = self._open.pop(reply.metadata.reply_to_message_id, None)
-                if node is not None:
-                    yield node, reply
-            pause = 0.02 if arrived else min(2 * pause, _LONGEST_PAUSE_SECONDS)
-            if self._open and not arrived:
-                time.sleep(min(pause, max(0.0, self._deadline - time.monotonic())))
-        for node in (*self._lost, *self._open.values()):
-            yield node, None
 
 
 def meet(grid: Grid, config: Config, fingerprint: str) -> Roster:
@@ -91,7 +55,7 @@ def meet(grid: Grid, config: Config, fingerprint: str) -> Roster:
         )
     mailbox = Mailbox(grid, "query", "0", max(wait, _HELLO_SECONDS))
     for node in nodes:
-        mailbox.post(node, wire.encode_hello(fingerprint))
+        mailbox.post(node, partial(wire.encode_hello, fingerprint))
     roster = Roster({}, {})
     refusals: list[str] = []
     for node, reply in mailbox.replies():
@@ -177,12 +141,15 @@ class TrainRound:
         return self.roster.infos[client].known_base_version > 0
 
     def _post(self, mailbox: Mailbox, client: int) -> None:
+        mailbox.post(self.roster.nodes[client], partial(self._encoded, client))
+
+    def _encoded(self, client: int) -> RecordDict:
         with _adding(self, "encode_seconds"):
             broadcast = self.make_broadcast(self.roster.infos[client])
             content = wire.encode_broadcast(broadcast, self.fingerprint, self.config.wire.dtype)
             self.sent[client] = wire.as_received(broadcast, self.config.wire.dtype)
             self.download_bytes += wire.payload_bytes(content)
-        mailbox.post(self.roster.nodes[client], content)
+            return content
 
     def _settle(self, client: int, reply: Message | None) -> ClientUpdate | None:
         try:
@@ -221,9 +188,13 @@ def evaluate_on_clients(
     """Federated evaluation: the chosen clients' metrics on their own test rows, and their weighted means."""
     mailbox = Mailbox(grid, "evaluate", str(number), config.federation.round_timeout)
     clients = {roster.nodes[client]: client for client in chosen}
-    for node, client in clients.items():
+
+    def encoded(client: int) -> RecordDict:
         broadcast = make_broadcast(replace(roster.infos[client], known_base_version=0))
-        mailbox.post(node, wire.encode_broadcast(broadcast, fingerprint, config.wire.dtype))
+        return wire.encode_broadcast(broadcast, fingerprint, config.wire.dtype)
+
+    for node, client in clients.items():
+        mailbox.post(node, partial(encoded, client))
     answers: dict[int, dict[str, float]] = {}
     failures: dict[int, str] = {}
     for node, reply in mailbox.replies():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Read when huggingface_hub is imported, hence before anything else here.
@@ -11,6 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from fedlora import peft_io
+from fedlora.clients import held_folds
 from fedlora.models.read import quiet
 from tests.tiny import save_bert, save_llama
 
@@ -44,3 +47,11 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with quiet():
         return save_bert(tmp_path_factory.mktemp("models") / "tiny-bert")
+
+
+@pytest.fixture
+def fresh_process() -> Iterator[None]:
+    """What this process holds of a base and its folds is let go of at the end, as when it ends."""
+    yield
+    peft_io.forget()
+    held_folds._held.clear()

@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora import codec, peft_io, wire
+from fedlora import codec, wire
 from fedlora.adapter import CORE, AdapterState, LoraFactors
 from fedlora.clients import held_folds
 from fedlora.clients.client_app import app as client_app
@@ -334,13 +334,6 @@ def test_a_mean_is_over_those_who_sent_the_metric():
 
 
 # whole rounds
-
-
-@pytest.fixture
-def fresh_process():
-    yield
-    peft_io.forget()
-    held_folds._held.clear()
 
 
 def one_bad(change: Callable[[RecordDict], None], kind: str = "train") -> ClientApp:

@@ -1,4 +1,4 @@
-"""A federation whose node and worker are killed for real: it completes, bit-equal to what it counted."""
+"""A federation whose node, worker and SuperLink are killed for real: it completes, bit-equal to what it counted."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from tests.federation import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 NODES = ("north", "south", "west")
-ROUNDS = 8
+ROUNDS = 7
 
 
 def node(person: int, name: str) -> str:
@@ -59,6 +59,15 @@ def worker_of(state: Path) -> psutil.Process:
 
 def kill(process: psutil.Process) -> None:
     os.kill(process.pid, signal.SIGKILL)
+
+
+def superlink(port: str) -> psutil.Process:
+    [found] = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "flower-superlink" in " ".join(process.info["cmdline"] or []) and port in process.info["cmdline"]
+    ]
+    return found
 
 
 def answered(folder: Path) -> dict[int, set[int]]:
@@ -94,7 +103,7 @@ def test_what_is_killed_comes_back_and_the_run_completes(tmp_path, tiny_llama):
         federation__min_clients=2,
         federation__rounds=ROUNDS,
         federation__round_timeout=120.0,
-        train__steps=150,
+        train__steps=80,
         train__lr=1e-3,
         data__partition="iid",
         run__dir=str(tmp_path / "runs"),
@@ -126,11 +135,15 @@ def test_what_is_killed_comes_back_and_the_run_completes(tmp_path, tiny_llama):
             # a worker in the middle of its training
             until(lambda: events(state["north"], "client-step", round=3), "north trains in round 3")
             kill(worker_of(state["north"]))
-            until(
-                lambda: [e for e in events(run, "client-done", client_id=2) if e["round"] > 2],
+            back = until(
+                lambda: [e["round"] for e in events(run, "client-done", client_id=2) if e["round"] > 2],
                 "west is back in the run",
             )
-            assert running.wait(timeout=400) == 0, (folder / "run.out").read_text()
+            # the SuperLink, as replies are on their way to it
+            struck = back[0] + 1
+            until(lambda: events(state["south"], "client-trained", round=struck), "south trained in the next round")
+            kill(superlink(environment["PORT"]))
+            assert running.wait(timeout=500) == 0, (folder / "run.out").read_text()
         finally:
             running.kill()
             running.wait()
@@ -141,7 +154,8 @@ def test_what_is_killed_comes_back_and_the_run_completes(tmp_path, tiny_llama):
     assert counted[2] == {0, 1}
     assert 0 in counted[3], "a worker that was killed once answers"
     assert len(events(state["north"], "worker-start")) == 2
-    assert 2 in counted[ROUNDS]
+    assert counted[struck] == counted[ROUNDS] == {0, 1, 2}, "what a killed SuperLink lost was asked again"
+    assert "starting it again" in "".join(path.read_text() for path in folder.glob("*.out"))
     failures = {entry["round"]: entry["failures"] for entry in result["rounds"]}
     assert re.match("client 2 (failed|did not answer)", failures[2]["2"])
     # The same rounds in one process, with the same clients away: equal to the last bit, folds of late clients included.

@@ -1,0 +1,126 @@
+"""Questions to nodes and their answers as they arrive, over any Flower grid; what Flower loses is asked again."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from flwr.app import Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+from flwr.supercore.retry import RetryInvoker, RetryState
+
+# A dead node's error reply, or a full queue, takes Flower up to a minute; asking more often costs more than it gains.
+_LONGEST_PAUSE_SECONDS = 1.0
+_MOST_TIMES = 4  # that a node is asked one thing
+# Flower's own errors for a question, or a reply, whose bytes are gone. A node that is not there has another.
+_LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
+_log = logging.getLogger("fedlora")
+
+
+@dataclass
+class _Question:
+    """One thing that a node is asked, under one message id for each time that it is asked."""
+
+    node: int
+    make: Callable[[], RecordDict]
+    ids: list[str] = field(default_factory=list)
+    times: int = 0
+
+
+class Mailbox:
+    """Questions of one kind to many nodes, and one answer to each.
+
+    A SuperLink that dies takes with it what was on its way: a question that no node has read, a reply whose upload
+    had begun. Nobody is told, so that every question that is open when the connection comes back is asked again; the
+    first answer counts. Clients answer a repeated question as they did before.
+    """
+
+    def __init__(self, grid: Grid, kind: str, group: str, timeout: float) -> None:
+        """A timeout of 0 waits as long as it takes; a message that outlives the timeout is dropped by Flower."""
+        self._grid, self._kind, self._group = grid, kind, group
+        self._ttl = timeout or None
+        self._deadline = time.monotonic() + timeout if timeout else float("inf")
+        self._open: dict[str, _Question] = {}
+        self._unsent: list[int] = []
+        self._reconnects = _reconnects(grid)
+
+    def post(self, node: int, make: Callable[[], RecordDict]) -> None:
+        """Ask a node; `make` gives the message's content, each time that it is sent."""
+        self._ask(_Question(node, make))
+
+    def replies(self) -> Iterator[tuple[int, Message | None]]:
+        """`(node, reply)` as they arrive; at the deadline `(node, None)` for each that did not answer."""
+        pause = 0.02
+        while self._open and time.monotonic() < self._deadline:
+            arrived = list(self._grid.pull_messages(list(self._open)))
+            for reply in arrived:
+                # The reply for a dead node comes from the SuperLink, so that only this id says who is meant.
+                question = self._open.get(reply.metadata.reply_to_message_id)
+                if question is None:
+                    continue
+                if reply.has_error() and reply.error.code in _LOST and question.times < _MOST_TIMES:
+                    del self._open[reply.metadata.reply_to_message_id]
+                    self._ask_again(question, "its reply was lost on the way")
+                    continue
+                for known in question.ids:
+                    self._open.pop(known, None)
+                yield question.node, reply
+            if (count := _reconnects(self._grid)) > self._reconnects:
+                self._reconnects = count
+                for question in {id(question): question for question in self._open.values()}.values():
+                    self._ask_again(question, "the connection to the SuperLink was lost")
+            pause = 0.02 if arrived else min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            if self._open and not arrived:
+                time.sleep(min(pause, max(0.0, self._deadline - time.monotonic())))
+        yield from ((node, None) for node in self._unsent)
+        yield from ((question.node, None) for question in {q.node: q for q in self._open.values()}.values())
+
+    def _ask_again(self, question: _Question, why: str) -> None:
+        if question.times < _MOST_TIMES:
+            _log.warning("%s: node %d is asked again: %s", self._kind, question.node, why)
+            self._ask(question)
+
+    def _ask(self, question: _Question) -> None:
+        question.times += 1
+        message = Message(question.make(), question.node, self._kind, ttl=self._ttl, group_id=self._group)
+        try:
+            accepted = list(self._grid.push_messages([message]))
+        except ObjectPushError:  # the SuperLink died while it took the message
+            self._ask_again(question, "the SuperLink lost the message")
+            return
+        if accepted and accepted[0]:
+            question.ids.append(accepted[0])
+            self._open[accepted[0]] = question
+        elif not any(known in self._open for known in question.ids):
+            self._unsent.append(question.node)
+
+
+class _Counted:
+    """A retry invoker's `on_success`, which also counts the calls that needed more than one try."""
+
+    def __init__(self, told: Callable[[RetryState], None] | None) -> None:
+        self._told = told
+        self.reconnects = 0
+
+    def __call__(self, state: RetryState) -> None:
+        self.reconnects += state.tries > 1
+        if self._told is not None:
+            self._told(state)
+
+
+def _reconnects(grid: Grid) -> int:
+    """How often the grid's connection was lost and came back, counted from the first call for this grid.
+
+    Flower's grid tries again until the SuperLink is back, and tells nobody but its own retry invoker. A grid without
+    one has no connection to lose.
+    """
+    invoker = getattr(grid, "_retry_invoker", None)
+    if not isinstance(invoker, RetryInvoker):
+        return 0
+    if not isinstance(invoker.on_success, _Counted):
+        invoker.on_success = _Counted(invoker.on_success)
+    return invoker.on_success.reconnects

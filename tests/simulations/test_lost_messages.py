@@ -1,0 +1,166 @@
+"""What Flower loses on the way is asked again: the run ends with the bits of one that lost nothing."""
+
+import json
+from collections.abc import Iterable
+
+import httpx
+import pytest
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
+from flwr.superlink.grid.http_grid import HttpGrid
+
+from fedlora.clients import held_folds
+from fedlora.results import folder_of
+from fedlora.simulations import local
+from fedlora.strategies.mailbox import Mailbox
+from tests.federation import tiny
+from tests.simulations.test_local import saved_adapter
+
+LOST = Error(ErrorCode.MESSAGE_UNAVAILABLE, "Reply message objects are unavailable")
+GONE = Error(ErrorCode.NODE_UNAVAILABLE, "Node Unavailable")
+
+
+class Losing(local.LocalGrid):
+    """Each client does what it is asked, and its first answer to each training message gets lost."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(super().pull_messages(message_ids))
+        seen = self.__dict__.setdefault("seen", set())
+        for place, reply in enumerate(replies):
+            key = (reply.metadata.message_type, reply.metadata.group_id, reply.metadata.src_node_id)
+            if key[0] == "train" and key not in seen:
+                replies[place] = Message(LOST, reply_to=reply)
+                replies[place].metadata.__dict__["_reply_to_message_id"] = reply.metadata.reply_to_message_id
+            seen.add(key)
+        return replies
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"strategy__name": "lora-fair", "wire__upload_dtype": "int8", "lora__dropout": 0.1},
+        {"strategy__name": "fedsa", "evaluate__clients": True, "data__client_test_fraction": 0.3},
+        {"strategy__name": "flora"},
+    ],
+    ids=lambda keys: keys["strategy__name"],
+)
+def test_lost_replies_are_asked_for_again_to_the_same_bits(tmp_path, tiny_llama, fresh_process, monkeypatch, keys):
+    config = tiny(tmp_path, tiny_llama, federation__rounds=3, **keys)
+    local.run(config)
+    held_folds._held.clear()
+    other = tiny(tmp_path, tiny_llama, federation__rounds=3, run__id="lossy", **keys)
+    monkeypatch.setattr(local, "LocalGrid", Losing)
+    local.run(other)
+    one, two = saved_adapter(folder_of(config)), saved_adapter(folder_of(other))
+    assert one.keys() == two.keys()
+    assert all(one[name].equal(two[name]) for name in one)
+    result = json.loads((folder_of(other) / "result.json").read_text())
+    assert all(entry["failures"] == {} for entry in result["rounds"])
+
+
+def echo() -> ClientApp:
+    app = ClientApp()
+    app.train()(lambda message, context: Message(message.content, reply_to=message))
+    return app
+
+
+class Scripted(local.LocalGrid):
+    """Two nodes that echo; `answers` says what becomes of the replies in turn, `pushes` of the questions."""
+
+    def __init__(self, answers: list, pushes: list | None = None) -> None:
+        super().__init__(echo(), [{}, {}], {}, 1)
+        self.answers, self.pushes = answers, pushes or []
+        self._retry_invoker = make_simple_http_retry_invoker()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        if self.pushes and self.pushes.pop(0):
+            raise ObjectPushError("object", 1, "session")
+        return super().push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        fate = self.answers.pop(0) if self.answers else None
+        if isinstance(fate, str) and fate == "away":
+            tries = []
+
+            def answer() -> None:
+                tries.append(1)
+                if len(tries) == 1:
+                    raise httpx.ConnectError("refused")
+
+            self._retry_invoker.invoke(answer)
+            return []
+        replies = list(super().pull_messages(message_ids))
+        if isinstance(fate, str):  # late: it comes, but with the next but one
+            self.answers.insert(1, replies[0])
+            return []
+        if isinstance(fate, Message):
+            return [fate, *replies]
+        if isinstance(fate, Error):
+            lost = [Message(fate, reply_to=reply) for reply in replies]
+            for message, reply in zip(lost, replies, strict=True):
+                message.metadata.__dict__["_reply_to_message_id"] = reply.metadata.reply_to_message_id
+            return lost
+        return replies
+
+
+def ask_both(grid: Scripted, timeout: float = 30.0) -> tuple[list[tuple[int, bool]], list[int]]:
+    """(node, answered well) as they come; and the nodes in the order in which they were sent something."""
+    asked: list[int] = []
+    mailbox = Mailbox(grid, "train", "1", timeout)
+    for node in grid.get_node_ids():
+
+        def make(node: int = node) -> RecordDict:
+            asked.append(node)
+            return RecordDict({"head": ConfigRecord({"node": node})})
+
+        mailbox.post(node, make)
+    return [(node, reply is not None and not reply.has_error()) for node, reply in mailbox.replies()], asked
+
+
+def test_nothing_lost_is_asked_once():
+    assert ask_both(Scripted([])) == ([(2, True), (3, True)], [2, 3])
+
+
+def test_a_lost_reply_is_asked_for_again():
+    answers, asked = ask_both(Scripted([LOST]))
+    assert sorted(answers) == [(2, True), (3, True)]
+    assert asked == [2, 3, 2]
+
+
+def test_a_node_that_is_gone_is_not_asked_again():
+    assert ask_both(Scripted([GONE])) == ([(2, False), (3, True)], [2, 3])
+
+
+def test_one_that_is_always_lost_ends_as_a_failure():
+    answers, asked = ask_both(Scripted([LOST] * 8))
+    assert sorted(answers) == [(2, False), (3, False)]
+    assert asked.count(2) == asked.count(3) == 4
+
+
+def test_after_a_lost_connection_everyone_open_is_asked_again_and_counts_once():
+    grid = Scripted([None, "away"])
+    answers, asked = ask_both(grid)
+    assert answers == [(2, True), (3, True)]
+    assert asked == [2, 3, 3]
+    answers, asked = ask_both(Scripted(["late", "away"]))  # the first answer arrives after all, beside the second
+    assert sorted(answers) == [(2, True), (3, True)]
+    assert asked == [2, 3, 2, 3]
+
+
+def test_a_question_that_the_superlink_lost_is_sent_again():
+    answers, asked = ask_both(Scripted([], pushes=[False, True, False]))
+    assert sorted(answers) == [(2, True), (3, True)]
+    assert asked == [2, 3, 3]
+
+
+def test_who_never_answers_is_told_at_the_deadline():
+    grid = Scripted([])
+    grid.pull_messages = lambda message_ids: []
+    assert ask_both(grid, timeout=0.3)[0] == [(2, False), (3, False)]
+
+
+def test_flowers_grid_still_has_what_tells_of_a_lost_connection():
+    assert isinstance(HttpGrid(token="x")._retry_invoker, RetryInvoker)
