@@ -11,7 +11,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -55,10 +55,10 @@ def answer(task: str, content: RecordDict, context: Context) -> RecordDict | Err
     try:
         return _TASKS[task](content, context)
     except Exception as error:
-        return _error(error, context.node_config)
+        return refusal(error, context.node_config)
 
 
-def _error(error: Exception, settings: Mapping[str, Scalar]) -> Error:
+def refusal(error: Exception, settings: Mapping[str, Scalar]) -> Error:
     """What the server is told."""
     code, reason = wire.REFUSED, str(error)
     if isinstance(error, StaleBase):
@@ -78,39 +78,88 @@ def _error(error: Exception, settings: Mapping[str, Scalar]) -> Error:
 
 def describe(content: RecordDict, context: Context) -> RecordDict:
     """Rank, alpha and number of training examples of this client."""
-    config = _config(context)
+    config = config_of(context)
     fingerprint = base_fingerprint(config.model)
     wire.check_hello(content, fingerprint)
     return wire.encode_info(_info(config, context), fingerprint)
 
 
+@dataclass(frozen=True)
+class Work:
+    """One training message, read and checked.
+
+    Attributes:
+        examples: the client's training examples.
+        began: when, by `time.perf_counter`.
+    """
+
+    config: Config
+    client_id: int
+    bench: peft_io.Workbench
+    broadcast: Broadcast
+    context: Context
+    examples: LazyExamples
+    began: float
+
+    @property
+    def seed(self) -> int:
+        return trainer.hash_seed(self.config.run.seed, self.client_id)
+
+    def start(self) -> AdapterState:
+        """What its training starts from: the broadcast's adapter, with this client's own factors."""
+        return _with_own(self.broadcast, self.context)
+
+    def tell(self, step: int, steps: int, loss: float) -> None:
+        """One step's progress."""
+        emit("client-step", client_id=self.client_id, step=step, steps=steps, loss=loss, round=self.broadcast.round)
+
+
 def train(content: RecordDict, context: Context) -> RecordDict:
     """One round's task from the server's start: local training, or the gradient's leading directions."""
+    return train_alone(begin(content, context))
+
+
+def begin(content: RecordDict, context: Context) -> Work:
+    """Read and check one training message.
+
+    Raises:
+        FedLoraError: this client cannot do what it is asked.
+    """
     began = time.perf_counter()
     config, client_id, bench, broadcast = _open(content, context)
     info = _info(config, context)
     _check_ranks(broadcast, info, context)
-    parameters = _set_up(bench, config, context, broadcast, broadcast.trainable)
-    examples = _examples(config, client_id, node.own_data(context.node_config))[0]
+    examples = training_examples(config, context)
     emit("client-start", client_id=client_id, rank=info.rank, round=broadcast.round)
+    return Work(config, client_id, bench, broadcast, context, examples, began)
+
+
+def train_alone(work: Work) -> RecordDict:
+    """Train one client by itself; the reply."""
+    config, broadcast, bench = work.config, work.broadcast, work.bench
+    parameters = _set_up(work, broadcast.trainable)
     if broadcast.task == "gradient":
-        adapter, result = _gradient(bench, config, client_id, broadcast, examples)
+        adapter, result = _gradient(bench, config, work.client_id, broadcast, work.examples)
     else:
         result = trainer.train(
             bench.model,
             parameters,
-            examples,
+            work.examples,
             config.train,
             pad_id=bench.base.pad_id,
             round=broadcast.round,
             rounds=config.federation.rounds,
-            seed=trainer.hash_seed(config.run.seed, client_id),
-            on_step=lambda step, steps, loss: emit(
-                "client-step", client_id=client_id, step=step, steps=steps, loss=loss, round=broadcast.round
-            ),
+            seed=work.seed,
+            on_step=work.tell,
             penalty=_penalty(bench, config),
         )
         adapter = peft_io.read(bench)
+    return finish(work, adapter, result)
+
+
+def finish(work: Work, adapter: AdapterState, result: trainer.TrainResult) -> RecordDict:
+    """Keep what is the client's own, and make the reply of a trained adapter."""
+    config, context, broadcast, client_id = work.config, work.context, work.broadcast, work.client_id
     emit("client-trained", client_id=client_id, round=broadcast.round, loss=result.loss, seconds=result.seconds)
     folder = _own_folder(context, broadcast)
     if broadcast.personal:
@@ -119,7 +168,7 @@ def train(content: RecordDict, context: Context) -> RecordDict:
     update = ClientUpdate(
         client_id=client_id,
         adapter=to_send,
-        num_examples=len(examples),
+        num_examples=len(work.examples),
         base_version=broadcast.base_version,
         metrics={
             "train-loss": result.loss,
@@ -128,7 +177,7 @@ def train(content: RecordDict, context: Context) -> RecordDict:
             "train-tokens": result.tokens,
             "train-seconds": result.seconds,
             "codec-error": codec_error,
-            "client-seconds": time.perf_counter() - began,
+            "client-seconds": time.perf_counter() - work.began,
             "peak-memory-bytes": peak_memory_bytes()["process"],
         },
     )
@@ -136,7 +185,7 @@ def train(content: RecordDict, context: Context) -> RecordDict:
     known = broadcast.base_version if context.node_config.get("resident") else 0
     return wire.encode_update(
         update,
-        bench.base.fingerprint,
+        work.bench.base.fingerprint,
         config.wire.upload_dtype,
         broadcast.upload,
         known,
@@ -145,12 +194,15 @@ def train(content: RecordDict, context: Context) -> RecordDict:
     )
 
 
-def _penalty(bench: peft_io.Workbench, config: Config) -> Callable[[], None]:
-    """The term that shrinks what HetLoRA may prune, where it is asked for."""
+def pruning(config: Config) -> tuple[float, float] | None:
+    """HetLoRA's gamma and weight of the term that shrinks what it may prune, where it is asked for."""
     gamma, weight = config.lora.prune_gamma, config.lora.prune_weight
-    if not (gamma and weight and config.strategy.name == "hetlora"):
-        return lambda: None
-    return functools.partial(trainer.add_tail_penalty, peft_io.factors_of(bench), gamma, weight)
+    return (gamma, weight) if gamma and weight and config.strategy.name == "hetlora" else None
+
+
+def _penalty(bench: peft_io.Workbench, config: Config) -> Callable[[], None]:
+    prune = pruning(config)
+    return functools.partial(trainer.add_tail_penalty, peft_io.factors_of(bench), *prune) if prune else lambda: None
 
 
 def _gradient(
@@ -171,9 +223,10 @@ def _gradient(
 
 def evaluate(content: RecordDict, context: Context) -> RecordDict:
     """The server's adapter on this client's own test rows."""
+    began = time.perf_counter()
     config, client_id, bench, broadcast = _open(content, context)
-    _set_up(bench, config, context, broadcast, frozenset())
     examples = _examples(config, client_id, node.own_data(context.node_config))[1]
+    _set_up(Work(config, client_id, bench, broadcast, context, examples, began), frozenset())
     if not examples:
         raise ConfigError(
             f"client {client_id} has no test rows; raise data.client-test-fraction or set evaluate.clients = false"
@@ -188,7 +241,7 @@ _TASKS = {"describe": describe, "train": train, "evaluate": evaluate}
 
 def _open(content: RecordDict, context: Context) -> tuple[Config, int, peft_io.Workbench, Broadcast]:
     """What every message on the adapter begins with: the config, who this is, the base, and what was sent."""
-    config = _config(context)
+    config = config_of(context)
     if config.run.threads:
         torch.set_num_threads(min(config.run.threads, os.cpu_count() or 1))
     memory.limit(context.node_config, pick_device(config.model.device))
@@ -196,17 +249,21 @@ def _open(content: RecordDict, context: Context) -> tuple[Config, int, peft_io.W
     return config, _client_id(context), bench, wire.decode_broadcast(content, bench.base.fingerprint)
 
 
-def _set_up(
-    bench: peft_io.Workbench, config: Config, context: Context, broadcast: Broadcast, trainable: frozenset[str]
-) -> list[torch.nn.Parameter]:
+def _set_up(work: Work, trainable: frozenset[str]) -> list[torch.nn.Parameter]:
     """The base at the broadcast's version, and its adapter in place, with this client's own factors."""
-    folds = bring_up(context.run_id, broadcast)
-    if config.anchor.base_update == "merge":
-        peft_io.merge_folds(bench, context.run_id, folds)
-        folds = ()
-    parameters = peft_io.install(bench, _with_own(broadcast, context), trainable)
-    peft_io.install_anchor(bench, folds)
+    folds = folds_beside(work)
+    parameters = peft_io.install(work.bench, work.start(), trainable)
+    peft_io.install_anchor(work.bench, folds)
     return parameters
+
+
+def folds_beside(work: Work) -> tuple[AdapterState, ...]:
+    """The folds that are to be installed as the anchor: none where they are merged into the base, here."""
+    folds = bring_up(work.context.run_id, work.broadcast)
+    if work.config.anchor.base_update == "merge":
+        peft_io.merge_folds(work.bench, work.context.run_id, folds)
+        return ()
+    return folds
 
 
 def _with_own(broadcast: Broadcast, context: Context) -> AdapterState:
@@ -255,7 +312,7 @@ def _check_ranks(broadcast: Broadcast, info: ClientInfo, context: Context) -> No
             )
 
 
-def _config(context: Context) -> Config:
+def config_of(context: Context) -> Config:
     """The run's config as this node takes part in it."""
     return node.ruled(configuration.parse(context.run_config, where="run config"), context.node_config)
 
@@ -277,6 +334,11 @@ def _info(config: Config, context: Context) -> ClientInfo:
         rslora=config.lora.rslora,
         rank_pattern=configuration.rank_pattern(config.lora),
     )
+
+
+def training_examples(config: Config, context: Context) -> LazyExamples:
+    """This client's training examples, encoded as they are asked for."""
+    return _examples(config, _client_id(context), node.own_data(context.node_config))[0]
 
 
 @functools.lru_cache(maxsize=4096)

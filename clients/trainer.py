@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedlora.config import TrainConfig
 from fedlora.data import Example, batch_at, collate
+from fedlora.dropout import per_client
 from fedlora.errors import AdapterError
 from fedlora.evaluate import token_loss
 
@@ -71,47 +72,96 @@ def train(
         AdapterError: the loss is not finite.
     """
     began = time.perf_counter()
-    steps = steps_per_round(config, len(examples))
-    optimizer = optimizers.make(config, parameters)
-    start = [p.detach().clone() for p in parameters] if config.prox_mu else []
-    losses: list[float] = []
-    tokens = 0
-    torch.manual_seed(hash_seed(seed, round))  # dropout
+    course = Course(parameters, examples, config, round=round, rounds=rounds, seed=seed, penalty=penalty)
+    torch.manual_seed(hash_seed(seed, round))  # whatever draws from torch's own generator
     model.train()
-    for step in range(steps):
-        position = (round - 1) * steps + step
-        batches = []
-        for part in range(config.accumulate):
-            index = position * config.accumulate + part
-            chosen = batch_at(len(examples), config.batch_size, index, seed)
-            batches.append(collate([examples[i] for i in chosen], pad_id))
+    for step in range(course.steps):
+        batches = [collate(part, pad_id) for part in course.batches(step)]
         labelled = [count_labels(batch["labels"]) for batch in batches]
         total = 0.0
         for batch, count in zip(batches, labelled, strict=True):
-            loss = token_loss(model, batch) * (count / sum(labelled))
+            course.tokens += int(batch["attention_mask"].sum())
+            with per_client(model, [course.draws], [batch["input_ids"].shape[1]]):
+                loss = token_loss(model, batch) * (count / sum(labelled))
             loss.backward()
             total += float(loss.detach())
-            tokens += int(batch["attention_mask"].sum())
-        if not math.isfinite(total):
-            raise AdapterError(f"training diverged: loss {total} at step {step + 1} of round {round}; lower train.lr")
+        course.take(step, total)
+        on_step(step + 1, course.steps, total)
+    return course.result(time.perf_counter() - began)
+
+
+class Course:
+    """One client's way through a round, whoever computes its gradients: batches, optimizer, schedule, losses.
+
+    Attributes:
+        steps: optimizer steps of the round.
+        losses: of the steps taken.
+        tokens: that went through the model so far, padding left out; for whoever computes to count.
+        draws: this client's dropout in this round.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        examples: Sequence[Example],
+        config: TrainConfig,
+        *,
+        round: int,
+        rounds: int,
+        seed: int,
+        penalty: Callable[[], None] = lambda: None,
+    ) -> None:
+        """As for `train`."""
+        self.steps = steps_per_round(config, len(examples))
+        self.losses: list[float] = []
+        self.tokens = 0
+        self.draws = torch.Generator(parameters[0].device).manual_seed(hash_seed(seed, round))
+        self._parameters, self._examples, self._config, self._penalty = parameters, examples, config, penalty
+        self._seed, self._round, self._rounds = seed, round, rounds
+        self._optimizer = optimizers.make(config, parameters)
+        self._start = [p.detach().clone() for p in parameters] if config.prox_mu else []
+
+    def batches(self, step: int) -> list[list[Example]]:
+        """The examples of each forward pass of a step."""
+        size, parts = self._config.batch_size, self._config.accumulate
+        first = self._position(step) * parts
+        walk = [batch_at(len(self._examples), size, first + part, self._seed) for part in range(parts)]
+        return [[self._examples[i] for i in chosen] for chosen in walk]
+
+    def take(self, step: int, loss: float) -> None:
+        """One optimizer step by the gradients that the parameters have, which are then let go.
+
+        Raises:
+            AdapterError: the loss is not finite.
+        """
+        config = self._config
+        if not math.isfinite(loss):
+            raise AdapterError(
+                f"training diverged: loss {loss} at step {step + 1} of round {self._round}; lower train.lr"
+            )
         if config.prox_mu:
-            add_proximal(parameters, start, config.prox_mu)
-        penalty()
+            add_proximal(self._parameters, self._start, config.prox_mu)
+        self._penalty()
         if config.clip:
-            torch.nn.utils.clip_grad_norm_(parameters, config.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * lr_factor(config, position, rounds * steps)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(total)
-        on_step(step + 1, steps, total)
-    return TrainResult(
-        loss=sum(losses) / len(losses),
-        last_loss=losses[-1],
-        steps=steps,
-        tokens=tokens,
-        seconds=time.perf_counter() - began,
-    )
+            torch.nn.utils.clip_grad_norm_(self._parameters, config.clip)
+        for group in self._optimizer.param_groups:
+            group["lr"] = config.lr * lr_factor(config, self._position(step), self._rounds * self.steps)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.losses.append(loss)
+
+    def result(self, seconds: float) -> TrainResult:
+        return TrainResult(
+            loss=sum(self.losses) / len(self.losses),
+            last_loss=self.losses[-1],
+            steps=self.steps,
+            tokens=self.tokens,
+            seconds=seconds,
+        )
+
+    def _position(self, step: int) -> int:
+        """The step's number in the whole run."""
+        return (self._round - 1) * self.steps + step
 
 
 def steps_per_round(config: TrainConfig, num_examples: int) -> int:
@@ -141,7 +191,9 @@ def add_proximal(parameters: Sequence[nn.Parameter], start: Sequence[Tensor], mu
             parameter.grad.add_(parameter.detach() - origin, alpha=mu)
 
 
-def add_tail_penalty(factors: Sequence[tuple[nn.Parameter, nn.Parameter]], gamma: float, weight: float) -> None:
+def add_tail_penalty(
+    factors: Sequence[tuple[nn.Parameter, nn.Parameter]], gamma: float, weight: float, rank_of_b: int = 1
+) -> None:
     """Adds the gradient of `weight * sum |B tail|_F |A tail|_F`, so that the last ranks fade (HetLoRA's self-pruning).
 
     Cho et al. 2024, https://arxiv.org/abs/2401.06432, Section 4.
@@ -150,15 +202,17 @@ def add_tail_penalty(factors: Sequence[tuple[nn.Parameter, nn.Parameter]], gamma
         factors: A [r, d_in] and B [d_out, r] of each module.
         gamma: the tail begins at row ceil(gamma r), and at the second row at the earliest.
         weight: of the term.
+        rank_of_b: 0 where the factors hold B' [r, d_out].
     """
     for A, B in factors:
         keep = max(1, math.ceil(gamma * A.shape[0]))
-        a, b = A.detach()[keep:], B.detach()[:, keep:]
+        tail = A.shape[0] - keep
+        a, b = A.detach()[keep:], B.detach().narrow(rank_of_b, keep, tail)
         size_a, size_b = a.norm(), b.norm()
         if A.grad is not None and float(size_a) > 0:
             A.grad[keep:].add_(a * (weight * size_b / size_a))
         if B.grad is not None and float(size_b) > 0:
-            B.grad[:, keep:].add_(b * (weight * size_a / size_b))
+            B.grad.narrow(rank_of_b, keep, tail).add_(b * (weight * size_a / size_b))
 
 
 def count_labels(labels: Tensor) -> int:

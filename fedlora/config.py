@@ -118,6 +118,9 @@ class TrainConfig:
     schedule: str = option("cosine", "learning rate across all rounds", ("cosine", "linear", "constant"))
     warmup_fraction: float = option(0.05, "share of all steps with a rising learning rate", low=0.0, high=1.0)
     clip: float = option(1.0, "largest gradient norm; 0: no clipping", low=0.0)
+    clients_at_once: str = option(
+        "auto", "clients that one process trains as one batch, in a simulation: a number, or auto"
+    )
     prox_mu: float = option(0.0, "FedProx: weight of |theta - theta_start|^2 / 2", low=0.0)
 
 
@@ -313,6 +316,14 @@ def rank_pattern(config: LoraConfig) -> dict[str, int]:
     return pattern
 
 
+def clients_at_once(config: TrainConfig) -> int:
+    """`train.clients-at-once` as a number; 0 for auto."""
+    text = config.clients_at_once.strip()
+    if text != "auto" and not (text.isdigit() and int(text) >= 1):
+        raise ConfigError(f"train.clients-at-once: got {text!r}, expected auto or a number of clients from 1")
+    return 0 if text == "auto" else int(text)
+
+
 def _check(where: str, key: str, value: Any, section: Any, name: str) -> Scalar:
     """The value in its field's type, within its choices and bounds."""
     expected = get_type_hints(type(section))[name]
@@ -339,6 +350,7 @@ def _check_together(config: Config, where: str) -> Config:
         raise ConfigError(f"{where}: run.resume = true needs run.id, the name of the folder of the run to go on with")
     ints("lora.ranks", config.lora.ranks)
     rank_pattern(config.lora)
+    clients_at_once(config.train)
     if not alpha_of(config.lora.alpha, config.lora.rank) > 0:
         raise ConfigError(f"{where}: lora.alpha = {config.lora.alpha!r}, expected a number above 0 or such as '2r'")
     if config.anchor.base_update == "merge" and config.model.quantization != "none":

@@ -2,46 +2,56 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedlora.data import Example, collate, eval_batches
+from fedlora.data.forms import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Batch = dict[str, Tensor]
 
 
 def token_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Mean cross-entropy over the labelled next tokens of a batch, or over its examples (classification)."""
-    logits, targets = labelled_logits(model, batch)
+    logits, targets, _ = labelled_logits(model, batch)
     return F.cross_entropy(logits.float(), targets)
 
 
-def labelled_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits `[n, vocabulary or classes]` and targets `[n]` where there is a label to predict.
+def labelled_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits `[n, vocabulary or classes]`, targets `[n]` and rows of the batch `[n]` where there is a label to predict.
 
-    For a causal model, the logits at position t predict the label at t + 1. Where the model allows it, the
-    output layer runs only on positions at which some row has a label: prompts and padding cost nothing there.
+    For a causal model, the logits at position t predict the label at t + 1. The output layer runs on these positions
+    alone: prompts and padding cost nothing there.
     """
     device = next(model.parameters()).device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
     labels = batch["labels"].to(device)
     if labels.ndim == 1:
-        return model(**inputs).logits, labels
-    targets = labels[:, 1:]
-    columns = (targets != -100).any(dim=0).nonzero().squeeze(1)
-    if _takes_logits_to_keep(type(_innermost(model))):
-        logits = model(**inputs, logits_to_keep=columns).logits
-    else:
-        logits = model(**inputs).logits[:, columns]
-    targets = targets[:, columns]
-    keep = targets != -100
-    return logits[keep], targets[keep]
+        return model(**inputs).logits, labels, torch.arange(len(labels), device=device)
+    rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    with _only(_output_layer(model), rows, columns):
+        logits = model(**inputs).logits
+    return logits, labels[rows, columns + 1], rows
+
+
+@contextmanager
+def _only(layer: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Hand the layer just these positions of its input `[B, T, d]`, as `[n, d]`."""
+    handle = layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0][rows, columns],))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def evaluate(
@@ -68,7 +78,7 @@ def evaluate(
     model.eval()
     with torch.no_grad():
         for chosen in eval_batches(examples, batch_size):
-            logits, targets = labelled_logits(model, collate(chosen, pad_id))
+            logits, targets, _ = labelled_logits(model, collate(chosen, pad_id))
             loss += float(F.cross_entropy(logits.float(), targets, reduction="sum"))
             correct += int((logits.argmax(dim=-1) == targets).sum())
             count += len(targets)
@@ -81,11 +91,6 @@ def evaluate(
     return result
 
 
-def _innermost(model: nn.Module) -> nn.Module:
-    get = getattr(model, "get_base_model", None)
-    return get() if get else model
-
-
-@lru_cache
-def _takes_logits_to_keep(kind: type) -> bool:
-    return "logits_to_keep" in inspect.signature(kind.forward).parameters
+def _output_layer(model: nn.Module) -> nn.Module:
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast("nn.Module", cast("PreTrainedModel", inner).get_output_embeddings())

@@ -258,18 +258,18 @@ def read(bench: Workbench) -> AdapterState:
     """The trainable adapter, its cores and the head as they are now, on the CPU in fp32, as copies."""
     lora = {
         name: LoraFactors(
-            A=_fp32_copy(layer.lora_A[ADAPTER].weight),
-            B=_fp32_copy(layer.lora_B[ADAPTER].weight),
+            A=fp32_copy(layer.lora_A[ADAPTER].weight),
+            B=fp32_copy(layer.lora_B[ADAPTER].weight),
             scaling=float(layer.scaling[ADAPTER]),
         )
         for name, layer in bench.layers.items()
     }
     downs = {name: cast("_Down", layer.lora_A[ADAPTER]) for name, layer in bench.layers.items()}
-    cores = {name + CORE: _fp32_copy(down.core) for name, down in downs.items() if down.core is not None}
-    return AdapterState(lora=lora, dense={name: _fp32_copy(p) for name, p in bench.dense.items()} | cores)
+    cores = {name + CORE: fp32_copy(down.core) for name, down in downs.items() if down.core is not None}
+    return AdapterState(lora=lora, dense={name: fp32_copy(p) for name, p in bench.dense.items()} | cores)
 
 
-def _fp32_copy(tensor: object) -> Tensor:
+def fp32_copy(tensor: object) -> Tensor:
     assert isinstance(tensor, Tensor)
     return tensor.detach().to("cpu", torch.float32, copy=True)
 

@@ -1,13 +1,14 @@
-"""The in-process engine: the same ServerApp and ClientApp in one process, one client after another."""
+"""The in-process engine: the same ServerApp and clients in one process, several of them as one batch."""
 
 from __future__ import annotations
 
 import secrets
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 from uuid import uuid4
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
@@ -18,6 +19,19 @@ from fedlora.config import Config, Scalar
 from fedlora.results import folder_of, stamp
 
 _SERVER = 1  # Flower's own id of the SuperLink
+_WINDOW = 16
+
+
+class Cohorts(Protocol):
+    """What trains several clients as one batch: `clients.together`."""
+
+    def how_many(self, context: Context) -> int:
+        """How many clients such as this one to train at once."""
+        ...
+
+    def train(self, requests: Sequence[tuple[RecordDict, Context]]) -> list[RecordDict | Error]:
+        """The answers to their training messages, in order."""
+        ...
 
 
 class LocalGrid(Grid):
@@ -28,6 +42,10 @@ class LocalGrid(Grid):
         node_configs: one per client; `allow-files` is true where they do not say: server and clients are one user.
         run_config: what each client's context carries.
         run_id: of this run.
+        cohorts: trains several clients as one batch, in the ClientApp's place.
+
+    Attributes:
+        window: messages that the server should have open at a time; more would wait here, and cost memory.
     """
 
     def __init__(
@@ -36,8 +54,10 @@ class LocalGrid(Grid):
         node_configs: list[dict[str, Scalar]],
         run_config: dict[str, Scalar],
         run_id: int,
+        cohorts: Cohorts | None = None,
     ) -> None:
-        self._app, self._run_id = client_app, run_id
+        self._app, self._run_id, self._cohorts = client_app, run_id, cohorts
+        self.window = _WINDOW
         self._contexts = {
             node: Context(run_id, node, {"allow-files": True, **node_config}, RecordDict(), run_config)
             for node, node_config in enumerate(node_configs, start=_SERVER + 1)
@@ -70,19 +90,31 @@ class LocalGrid(Grid):
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Runs the first of these clients that is still waiting, and returns its reply."""
-        for message_id in message_ids:
-            message = self._waiting.pop(message_id, None)
-            if message is not None:
-                return [self._run_client(message)]
-        return []
+        """Runs the first of these clients that is still waiting, with others where they train as one; the replies."""
+        waiting = [self._waiting[known] for known in message_ids if known in self._waiting]
+        if not waiting:
+            return []
+        chosen = waiting[:1]
+        if self._cohorts is not None and chosen[0].metadata.message_type == MessageType.TRAIN:
+            of_kind = [message for message in waiting if message.metadata.message_type == MessageType.TRAIN]
+            self.window = max(_WINDOW, size := self._cohorts.how_many(self._context(chosen[0])))
+            chosen = of_kind[:size]
+        for message in chosen:
+            del self._waiting[message.metadata.message_id]
+        if self._cohorts is None or len(chosen) == 1:
+            return [self._run_client(message) for message in chosen]
+        answers = self._cohorts.train([(message.content, self._context(message)) for message in chosen])
+        return [Message(answer, reply_to=message) for message, answer in zip(chosen, answers, strict=True)]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         return [reply for message_id in self.push_messages(messages) for reply in self.pull_messages([message_id])]
 
+    def _context(self, message: Message) -> Context:
+        return self._contexts[message.metadata.dst_node_id]
+
     def _run_client(self, message: Message) -> Message:
         try:
-            return self._app(message, self._contexts[message.metadata.dst_node_id])
+            return self._app(message, self._context(message))
         except Exception:  # as in Flower, a client that crashes fails its own message and nothing else
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, traceback.format_exc()), reply_to=message)
 
@@ -100,7 +132,9 @@ def run(config: Config, server_app: ServerApp | None = None, client_app: ClientA
     """
     if server_app is None:
         from ..strategies.server_app import app as server_app
+    cohorts = None
     if client_app is None:
+        from ..clients import together as cohorts
         from ..clients.client_app import app as client_app
 
     config = stamp(config)
@@ -111,5 +145,5 @@ def run(config: Config, server_app: ServerApp | None = None, client_app: ClientA
         {"partition-id": i, "num-partitions": count, "resident": True, "state": str(folder_of(config) / "clients")}
         for i in range(count)
     ]
-    grid = LocalGrid(client_app, nodes, run_config, run_id)
+    grid = LocalGrid(client_app, nodes, run_config, run_id, cohorts)
     server_app(grid, Context(run_id, _SERVER, {}, RecordDict(), run_config))

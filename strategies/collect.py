@@ -89,7 +89,7 @@ class TrainRound:
         answers: client id -> its metrics.
         failures: client id -> why it does not count in this round.
         kept: the updates, when `keep` is set.
-        sent: client id -> its broadcast, as the client reads it.
+        sent: client id -> its broadcast, as the client reads it; with `keep`, of all clients.
         wait_seconds, decode_seconds: of `updates`.
     """
 
@@ -132,6 +132,8 @@ class TrainRound:
                 continue
             with _adding(self, "decode_seconds"):
                 settled[client] = self._settle(client, reply)
+                if not self.keep:
+                    self.sent.pop(client, None)
             while queue and queue[0] in settled:
                 update = settled.pop(queue.pop(0))
                 if update is not None:

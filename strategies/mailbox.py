@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -45,12 +47,22 @@ class Mailbox:
         self._ttl = timeout or None
         self._deadline = time.monotonic() + timeout if timeout else float("inf")
         self._open: dict[str, _Question] = {}
+        self._unasked: deque[_Question] = deque()
         self._unsent: list[int] = []
         self._reconnects = _reconnects(grid)
 
     def post(self, node: int, make: Callable[[], RecordDict]) -> None:
-        """Ask a node; `make` gives the message's content, each time that it is sent."""
-        self._ask(_Question(node, make))
+        """Ask a node; `make` gives the message's content, each time that it is sent.
+
+        A grid with a `window` has at most so many questions open; the others are sent as answers come.
+        """
+        self._unasked.append(_Question(node, make))
+        self._fill()
+
+    def _fill(self) -> None:
+        window = getattr(self._grid, "window", math.inf)
+        while self._unasked and len(self._open) < window:
+            self._ask(self._unasked.popleft())
 
     def replies(self) -> Iterator[tuple[int, Message | None]]:
         """`(node, reply)` as they arrive; at the deadline `(node, None)` for each that did not answer."""
@@ -73,10 +85,11 @@ class Mailbox:
                 self._reconnects = count
                 for question in {id(question): question for question in self._open.values()}.values():
                     self._ask_again(question, "the connection to the SuperLink was lost")
+            self._fill()
             pause = 0.02 if arrived else min(2 * pause, _LONGEST_PAUSE_SECONDS)
             if self._open and not arrived:
                 time.sleep(min(pause, max(0.0, self._deadline - time.monotonic())))
-        yield from ((node, None) for node in self._unsent)
+        yield from ((node, None) for node in (*self._unsent, *(question.node for question in self._unasked)))
         yield from ((question.node, None) for question in {q.node: q for q in self._open.values()}.values())
 
     def _ask_again(self, question: _Question, why: str) -> None:

@@ -1,0 +1,149 @@
+"""Local training of several clients at once: one batch through the shared base, and to each client its own steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedlora.adapter import AdapterState
+from fedlora.config import TrainConfig
+from fedlora.data import Example, collate
+from fedlora.data.forms import IGNORED
+from fedlora.dropout import per_client
+from fedlora.errors import AdapterError
+from fedlora.evaluate import Batch, labelled_logits
+from fedlora.peft_io import Workbench
+from fedlora.peft_stack import Stack, stacked
+
+from .trainer import Course, TrainResult, add_tail_penalty
+
+
+@dataclass(frozen=True)
+class Member:
+    """Args:
+    adapter: that its training starts from.
+    examples: its own.
+    seed: of its order of examples and dropout.
+    """
+
+    adapter: AdapterState
+    examples: Sequence[Example]
+    seed: int
+
+
+def train(
+    bench: Workbench,
+    members: Sequence[Member],
+    config: TrainConfig,
+    *,
+    trainable: frozenset[str],
+    round: int,
+    rounds: int,
+    on_step: Callable[[int, int, int, float], None] = lambda member, step, steps, loss: None,
+    prune: tuple[float, float] | None = None,
+) -> list[tuple[AdapterState, TrainResult] | AdapterError]:
+    """Train each member for one round, as `trainer.train` trains it alone: the same batches, losses and steps.
+
+    A step takes the next batches of all members that still have steps to go through the model as one. Their losses
+    are added, and each one's gradient reaches its own factors only. What differs from training alone is the order of
+    floating point sums. `seconds` of a result are the member's share of the wall time: by its steps.
+
+    Args:
+        bench: the model, with the anchor in place.
+        members: at least one.
+        config: see `TrainConfig`; goes for all.
+        trainable: of "A", "B" and "R"; heads are trained too.
+        round: 1 for the first.
+        rounds: of the whole run.
+        on_step: called for each member's step with (member, step, steps, loss).
+        prune: HetLoRA's gamma and weight of `add_tail_penalty`.
+
+    Returns:
+        In the order of the members: the trained adapter, or why there is none.
+
+    Raises:
+        NotStackable: this model cannot serve several clients in one batch.
+    """
+    began = time.perf_counter()
+    order = sorted(range(len(members)), key=lambda m: -len(members[m].examples))  # those with most steps first
+    ends: list[AdapterError | None] = [None] * len(order)
+    bench.model.train()
+    with stacked(bench, [members[m].adapter for m in order], trainable) as stack:
+        courses = [
+            Course(
+                seat.parameters,
+                members[m].examples,
+                config,
+                round=round,
+                rounds=rounds,
+                seed=members[m].seed,
+                penalty=_penalty(seat.pairs, prune),
+            )
+            for m, seat in zip(order, stack.seats, strict=True)
+        ]
+        for step in range(courses[0].steps):
+            stack.active = sum(course.steps > step for course in courses)
+            losses = _gradients(bench, stack, courses[: stack.active], step)
+            stack.share_gradients()
+            for place, (course, loss) in enumerate(zip(courses, losses, strict=False)):
+                if ends[place] is not None:
+                    continue
+                try:
+                    course.take(step, loss)
+                except AdapterError as error:
+                    ends[place] = error
+                    continue
+                on_step(order[place], step + 1, course.steps, loss)
+            stack.drop_gradients()
+        share = (time.perf_counter() - began) / sum(course.steps for course in courses)
+        done = [
+            end or (stack.read(place), course.result(share * course.steps))
+            for place, (course, end) in enumerate(zip(courses, ends, strict=True))
+        ]
+    return [done[order.index(m)] for m in range(len(members))]
+
+
+def _gradients(bench: Workbench, stack: Stack, courses: Sequence[Course], step: int) -> list[float]:
+    """Each client's loss of a step; the stack gets the gradients."""
+    parts = list(zip(*(course.batches(step) for course in courses), strict=True))
+    counts = [[_labels(examples) for examples in part] for part in parts]
+    totals = [sum(of_client) for of_client in zip(*counts, strict=True)]
+    losses = [0.0] * len(courses)
+    for part in parts:
+        batch = collate([example for examples in part for example in examples], bench.base.pad_id)
+        lengths = [max(len(example.input_ids) for example in examples) for examples in part]
+        for course, examples in zip(courses, part, strict=True):
+            course.tokens += sum(len(example.input_ids) for example in examples)
+        stack.rows = tuple(batch["input_ids"].shape)
+        with per_client(bench.model, [course.draws for course in courses], lengths):
+            each = _losses(bench.model, batch, totals)
+        each.sum().backward()
+        losses = [loss + float(more) for loss, more in zip(losses, each.detach(), strict=True)]
+    return losses
+
+
+def _losses(model: nn.Module, batch: Batch, totals: Sequence[int]) -> Tensor:
+    """Each client's share of its step's loss: its summed cross-entropy over its labels in the whole step."""
+    logits, targets, rows = labelled_logits(model, batch)
+    each = F.cross_entropy(logits.float(), targets, reduction="none")
+    client = rows // (len(batch["labels"]) // len(totals))
+    summed = torch.zeros(len(totals), device=each.device).index_add(0, client, each)
+    return summed / torch.tensor(totals, device=each.device)
+
+
+def _labels(examples: Sequence[Example]) -> int:
+    """What their mean loss is taken over, as `trainer.count_labels` of their batch."""
+    return sum(1 if isinstance(e.labels, int) else sum(x != IGNORED for x in e.labels[1:]) for e in examples)
+
+
+def _penalty(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]], prune: tuple[float, float] | None):
+    def add() -> None:
+        if prune:
+            add_tail_penalty(pairs, *prune, rank_of_b=0)
+
+    return add

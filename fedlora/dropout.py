@@ -1,0 +1,105 @@
+"""Dropout whose draws belong to one client each, however many clients share a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+def per_client(
+    model: nn.Module, generators: Sequence[torch.Generator], lengths: Sequence[int]
+) -> AbstractContextManager[object]:
+    """A block in which each client's dropout is its own; nothing where the model drops nothing.
+
+    With gradient checkpointing, which computes a forward pass twice and restores torch's own generator alone, dropout
+    stays torch's.
+    """
+    if not _drops(model) or getattr(model, "is_gradient_checkpointing", False):
+        return nullcontext()
+    return Draws(generators, lengths)
+
+
+def _drops(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    settings = {} if config is None else vars(config)
+    rates = [value for name, value in settings.items() if "drop" in name and isinstance(value, float)]
+    return any(rates) or any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
+# Where a tensor has the batch's length: [rows, features], [rows, length, features], [rows, heads, length, length].
+_LENGTH_DIMS = {2: (), 3: (1,), 4: (2, 3)}
+
+
+@dataclass
+class Draws(TorchFunctionMode):
+    """While this is entered, every dropout draws for each client from that client's own generator.
+
+    A client's mask is drawn in the shape that its part of the batch has alone, without the padding that others'
+    longer examples bring, so that it does not depend on who else is in the batch.
+
+    Attributes:
+        generators: one per client; a batch's rows belong to the first `len(lengths)` of them, in equal parts.
+        lengths: each client's longest example in the present batch.
+    """
+
+    generators: Sequence[torch.Generator]
+    lengths: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.dropout:
+            return self._dropout(*args, **kwargs)
+        if func is F.scaled_dot_product_attention and kwargs.get("dropout_p", 0.0) > 0:
+            return self._attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return input * self._mask(input, p) if training and p > 0 else input
+
+    def _attention(  # noqa: PLR0917 - torch's own arguments
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """`softmax(Q K' scale + mask)` with dropout, times V: what the fused kernel computes."""
+        if enable_gqa:
+            groups = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(later, -math.inf)
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        weights = scores.softmax(dim=-1)
+        return weights * self._mask(weights, dropout_p) @ value
+
+    def _mask(self, like: Tensor, p: float) -> Tensor:
+        """0 or 1/(1 - p), each client's part from its generator; what is beside a client's own part is 0."""
+        mask = like.new_zeros(like.shape)
+        parts = mask.chunk(len(self.lengths))
+        for part, length, generator in zip(parts, self.lengths, self.generators, strict=False):
+            own = part
+            for dim in {2: (), 3: (1,), 4: (2, 3)}[like.ndim]:  # [rows, features], [rows, T, ...], [rows, heads, T, T]
+                own = own.narrow(dim, 0, min(length, own.shape[dim]))
+            own.copy_(
+                torch.empty(own.shape, dtype=like.dtype, device=like.device).bernoulli_(1 - p, generator=generator)
+            )
+        return mask.div_(1 - p)
