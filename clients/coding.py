@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from torch import Tensor
+from torch.profiler import record_function
 
 from fedlora.adapter import AdapterState, LoraFactors, filled, only, relative_error, without_cores
 from fedlora.codec import difference, sum_of, through
@@ -33,19 +34,20 @@ def coded(adapter: AdapterState, broadcast: Broadcast, number_format: str, folde
     """
     if number_format == "fp32":
         return adapter, 0.0
-    start = broadcast.adapter
-    wanted = difference(only(adapter, broadcast.upload), start)
-    steady = broadcast.steady and broadcast.task == "train"
-    kept = own_state.load(folder, _KIND, broadcast.round) if steady else None
-    if kept is not None:
-        wanted = _with_left_out(wanted, kept)
-    arrived = through(wanted, number_format)
-    if steady:
-        left = difference(wanted, arrived)
-        # factors that are not sent this time keep what they left out before
-        own_state.save(folder, _KIND, left if kept is None else filled(left, kept), broadcast.round)
-    received = filled(sum_of(arrived, start), adapter)  # a factor that is not sent is no coding's fault
-    return wanted, relative_error(without_cores(received).lora, without_cores(adapter).lora)
+    with record_function("fedlora/codec"):
+        start = broadcast.adapter
+        wanted = difference(only(adapter, broadcast.upload), start)
+        steady = broadcast.steady and broadcast.task == "train"
+        kept = own_state.load(folder, _KIND, broadcast.round) if steady else None
+        if kept is not None:
+            wanted = _with_left_out(wanted, kept)
+        arrived = through(wanted, number_format)
+        if steady:
+            left = difference(wanted, arrived)
+            # factors that are not sent this time keep what they left out before
+            own_state.save(folder, _KIND, left if kept is None else filled(left, kept), broadcast.round)
+        received = filled(sum_of(arrived, start), adapter)  # a factor that is not sent is no coding's fault
+        return wanted, relative_error(without_cores(received).lora, without_cores(adapter).lora)
 
 
 def _with_left_out(wanted: AdapterState, kept: AdapterState) -> AdapterState:

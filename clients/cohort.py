@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.profiler import record_function
 
 from fedlora.adapter import AdapterState
 from fedlora.config import TrainConfig
@@ -16,7 +16,8 @@ from fedlora.data import Example, collate
 from fedlora.data.forms import IGNORED
 from fedlora.dropout import per_client
 from fedlora.errors import AdapterError
-from fedlora.evaluate import Batch, labelled_logits
+from fedlora.evaluate import Batch
+from fedlora.losses import each_loss
 from fedlora.peft_io import Workbench
 from fedlora.peft_stack import Stack, stacked
 
@@ -94,7 +95,8 @@ def train(
                 if ends[place] is not None:
                     continue
                 try:
-                    course.take(step, loss)
+                    with record_function("fedlora/optimizer"):
+                        course.take(step, loss)
                 except AdapterError as error:
                     ends[place] = error
                     continue
@@ -110,27 +112,30 @@ def train(
 
 def _gradients(bench: Workbench, stack: Stack, courses: Sequence[Course], step: int) -> list[float]:
     """Each client's loss of a step; the stack gets the gradients."""
-    parts = list(zip(*(course.batches(step) for course in courses), strict=True))
-    counts = [[_labels(examples) for examples in part] for part in parts]
+    with record_function("fedlora/data"):
+        parts = list(zip(*(course.batches(step) for course in courses), strict=True))
+        counts = [[_labels(examples) for examples in part] for part in parts]
     totals = [sum(of_client) for of_client in zip(*counts, strict=True)]
     losses = [0.0] * len(courses)
     for part in parts:
-        batch = collate([example for examples in part for example in examples], bench.base.pad_id)
+        with record_function("fedlora/data"):
+            batch = collate([example for examples in part for example in examples], bench.base.pad_id)
         lengths = [max(len(example.input_ids) for example in examples) for examples in part]
         for course, examples in zip(courses, part, strict=True):
             course.tokens += sum(len(example.input_ids) for example in examples)
         stack.rows = tuple(batch["input_ids"].shape)
-        with per_client(bench.model, [course.draws for course in courses], lengths):
+        draws = [course.draws for course in courses]
+        with record_function("fedlora/forward"), per_client(bench.model, draws, lengths):
             each = _losses(bench.model, batch, totals)
-        each.sum().backward()
-        losses = [loss + float(more) for loss, more in zip(losses, each.detach(), strict=True)]
+        with record_function("fedlora/backward"):
+            each.sum().backward()
+            losses = [loss + float(more) for loss, more in zip(losses, each.detach(), strict=True)]
     return losses
 
 
 def _losses(model: nn.Module, batch: Batch, totals: Sequence[int]) -> Tensor:
     """Each client's share of its step's loss: its summed cross-entropy over its labels in the whole step."""
-    logits, targets, rows = labelled_logits(model, batch)
-    each = F.cross_entropy(logits.float(), targets, reduction="none")
+    each, rows = each_loss(model, batch)
     client = rows // (len(batch["labels"]) // len(totals))
     summed = torch.zeros(len(totals), device=each.device).index_add(0, client, each)
     return summed / torch.tensor(totals, device=each.device)

@@ -14,7 +14,7 @@ from fedlora import lowrank
 from fedlora.adapter import LoraFactors, first_ranks, leading, pad, stack
 from fedlora.config import TrainConfig
 from fedlora.data import Example, batch_at, collate
-from fedlora.evaluate import token_loss
+from fedlora.losses import token_loss
 
 from .trainer import TrainResult, count_labels, hash_seed
 

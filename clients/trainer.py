@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from fedlora.config import TrainConfig
 from fedlora.data import Example, batch_at, collate
 from fedlora.dropout import per_client
 from fedlora.errors import AdapterError
-from fedlora.evaluate import token_loss
+from fedlora.losses import token_loss
 
 from . import optimizers
 
@@ -76,16 +77,19 @@ def train(
     torch.manual_seed(hash_seed(seed, round))  # whatever draws from torch's own generator
     model.train()
     for step in range(course.steps):
-        batches = [collate(part, pad_id) for part in course.batches(step)]
-        labelled = [count_labels(batch["labels"]) for batch in batches]
+        with record_function("fedlora/data"):
+            batches = [collate(part, pad_id) for part in course.batches(step)]
+            labelled = [count_labels(batch["labels"]) for batch in batches]
         total = 0.0
         for batch, count in zip(batches, labelled, strict=True):
             course.tokens += int(batch["attention_mask"].sum())
-            with per_client(model, [course.draws], [batch["input_ids"].shape[1]]):
+            with record_function("fedlora/forward"), per_client(model, [course.draws], [batch["input_ids"].shape[1]]):
                 loss = token_loss(model, batch) * (count / sum(labelled))
-            loss.backward()
-            total += float(loss.detach())
-        course.take(step, total)
+            with record_function("fedlora/backward"):
+                loss.backward()
+                total += float(loss.detach())
+        with record_function("fedlora/optimizer"):
+            course.take(step, total)
         on_step(step + 1, course.steps, total)
     return course.result(time.perf_counter() - began)
 

@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -81,6 +81,10 @@ def run(
     ] = None,
     ca: Authority = None,
     insecure: Insecure = False,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="local: show where the first round's time went, and write a trace of it."),
+    ] = False,
 ) -> None:
     """Run a federation and save its adapter.
 
@@ -101,16 +105,23 @@ def run(
     """
     if (config is None) == (resume is None):
         raise ConfigError("run: name either a CONFIG, such as quickstart, or the folder of a run with --resume")
+    if profile and (server is not None or engine is not Engine.local):
+        where = "--server" if server is not None else f"--engine {engine.value}"
+        raise ConfigError(f"run: --profile times this process, and with {where} clients train in others; leave out one")
+    if profile:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler talks on stderr; read when torch is loaded
     settings = _load(config, overrides) if config is not None else _resumed(resume, overrides)
     if server is None:
         check_ranks(settings)  # nodes have ranks of their own, which the server checks when it has met them
     from fedlora.display import RunDisplay, result_table
     from fedlora.events import listen
+    from fedlora.profile import Profiler, profiled, show
     from fedlora.results import folder_of, stamp
 
     settings = stamp(settings)
     folder = folder_of(settings)
     _quiet()
+    watcher: Profiler | None = None
     try:
         with RunDisplay(out) as display, listen(display):
             if server is not None:
@@ -124,7 +135,8 @@ def run(
             else:
                 from fedlora.simulations import local  # pyright: ignore[reportMissingImports]
 
-                local.run(settings)
+                with profiled(settings, folder) if profile else nullcontext() as watcher:
+                    local.run(settings)
     except KeyboardInterrupt:
         err.print(f"[yellow]interrupted[/yellow]; what was finished is in {folder}", soft_wrap=True)
         err.print(f"go on with it: fedlora run --resume {folder}", soft_wrap=True)
@@ -133,6 +145,8 @@ def run(
         out.print(f"completed; the record and the adapter are on the server's machine, in {folder}", soft_wrap=True)
         return
     out.print(result_table(folder))
+    if watcher is not None:
+        show(watcher, out)
     out.print(f"adapter: {folder / 'adapter'}", soft_wrap=True)
     out.print(f"try it:  fedlora evaluate --adapter {folder / 'adapter'}", soft_wrap=True)
 
@@ -234,6 +248,9 @@ def node(
     data: Annotated[Path | None, typer.Option(help="This node's own rows; default: its share of data.source.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="What this node affords; default: lora.ranks.")] = None,
     partition_id: Annotated[int | None, typer.Option(min=0, help="Its number as a client; default: Flower's.")] = None,
+    partition_ids: Annotated[
+        str | None, typer.Option(help="Several clients on this node, trained as one batch: 0-3, or 0,2,5.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda:0, mps …; default: model.device.")] = None,
     model: Annotated[str | None, typer.Option(help="Where the base model lies here; default: model.name.")] = None,
     node_config: Annotated[
@@ -247,6 +264,7 @@ def node(
 ) -> None:
     """Start a node, which trains on its own rows when the server asks; Ctrl-C stops it."""
     from fedlora import deployment
+    from fedlora.clients.node import hosted  # pyright: ignore[reportMissingImports]
 
     if model is not None and Path(model).expanduser().exists():
         model = str(Path(model).expanduser().resolve())
@@ -254,12 +272,14 @@ def node(
         "data": deployment.data_file(data) if data else None,
         "rank": rank,
         "partition-id": partition_id,
+        "partition-ids": partition_ids,
         "device": device,
         "model": model,
     }
     settings = configuration.parse_overrides(node_config or [])
     settings |= {name: value for name, value in given.items() if value is not None}
-    folder = state or _state_folder("node", key.stem if key else str(partition_id or 0))
+    hosted(settings)
+    folder = state or _state_folder("node", key.stem if key else str(partition_ids or partition_id or 0))
     with _told_to_stop(insecure):
         deployment.join(server, ca, key, node_config=settings, state=folder, worker=worker, insecure=insecure)
 

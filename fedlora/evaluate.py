@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -21,37 +20,32 @@ if TYPE_CHECKING:
 Batch = dict[str, Tensor]
 
 
-def token_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy over the labelled next tokens of a batch, or over its examples (classification)."""
-    logits, targets, _ = labelled_logits(model, batch)
-    return F.cross_entropy(logits.float(), targets)
-
-
 def labelled_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Logits `[n, vocabulary or classes]`, targets `[n]` and rows of the batch `[n]` where there is a label to predict.
 
     For a causal model, the logits at position t predict the label at t + 1. The output layer runs on these positions
     alone: prompts and padding cost nothing there.
     """
+    inputs, targets, rows, columns = labelled_positions(model, batch)
+    if batch["labels"].ndim == 1:
+        return model(**inputs).logits, targets, rows
+    handle = output_layer(model).register_forward_pre_hook(lambda layer, given: (given[0][rows, columns],))
+    try:
+        return model(**inputs).logits, targets, rows
+    finally:
+        handle.remove()
+
+
+def labelled_positions(model: nn.Module, batch: Batch) -> tuple[Batch, Tensor, Tensor, Tensor]:
+    """The model's inputs, and where there is a label to predict: targets, rows and columns, each `[n]`."""
     device = next(model.parameters()).device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
     labels = batch["labels"].to(device)
     if labels.ndim == 1:
-        return model(**inputs).logits, labels, torch.arange(len(labels), device=device)
+        rows = torch.arange(len(labels), device=device)
+        return inputs, labels, rows, torch.zeros_like(rows)
     rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    with _only(_output_layer(model), rows, columns):
-        logits = model(**inputs).logits
-    return logits, labels[rows, columns + 1], rows
-
-
-@contextmanager
-def _only(layer: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """Hand the layer just these positions of its input `[B, T, d]`, as `[n, d]`."""
-    handle = layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0][rows, columns],))
-    try:
-        yield
-    finally:
-        handle.remove()
+    return inputs, labels[rows, columns + 1], rows, columns
 
 
 def evaluate(
@@ -91,6 +85,7 @@ def evaluate(
     return result
 
 
-def _output_layer(model: nn.Module) -> nn.Module:
+def output_layer(model: nn.Module) -> nn.Module:
+    """What makes a causal model's logits."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     return cast("nn.Module", cast("PreTrainedModel", inner).get_output_embeddings())

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlora.adapter import CORE, AdapterState, LoraFactors, compress, concatenate, delta
 from fedlora.config import LoraConfig, ModelConfig
 from fedlora.errors import AdapterError, ModelError
+from fedlora.losses import look_at
 from fedlora.models import BaseModel, head_modules, load_base, meta_model
 
 ADAPTER, ANCHOR = "default", "anchor"
@@ -104,6 +105,8 @@ def _build(config: ModelConfig, lora: LoraConfig) -> Workbench:
             "bitsandbytes do not support this model"
         )
     dense = _head_parameters(model, base.heads)
+    if config.task == "causal-lm":
+        look_at(model)
     return Workbench(config=config, base=base, model=model, layers=layers, dense=dense)
 
 

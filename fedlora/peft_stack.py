@@ -65,7 +65,7 @@ class _Down(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         seats = self._stack.check(x)
-        down = x.reshape(seats, -1, x.shape[-1]) @ self.weight[:seats].mT
+        down = x.reshape(seats, -1, x.shape[-1]) @ _first(self.weight, seats).mT
         if self._layer.cores is not None:
             top = self.weight.shape[1]
             padded = [F.pad(core, (0, top - len(core), 0, top - len(core))) for core in self._layer.cores[:seats]]
@@ -82,7 +82,7 @@ class _Up(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         seats = self._stack.active
-        return (z.reshape(seats, -1, z.shape[-1]) @ self.weight[:seats]).reshape(*z.shape[:-1], -1)
+        return (z.reshape(seats, -1, z.shape[-1]) @ _first(self.weight, seats)).reshape(*z.shape[:-1], -1)
 
 
 class _Heads(nn.Module):
@@ -218,6 +218,11 @@ def _stacked(rows: Sequence[Tensor], device: torch.device) -> nn.Parameter:
     for part, place in zip(rows, whole, strict=True):
         place[: len(part)] = part
     return nn.Parameter(whole)
+
+
+def _first(stack: Tensor, seats: int) -> Tensor:
+    """The first clients' factors; all of them without a slice, whose gradient would be a copy."""
+    return stack if seats == len(stack) else stack[:seats]
 
 
 def _own(tensor: Tensor, device: torch.device) -> nn.Parameter:

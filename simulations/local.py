@@ -14,6 +14,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from torch.profiler import record_function
 
 from fedlora.config import Config, Scalar
 from fedlora.results import folder_of, stamp
@@ -94,6 +95,10 @@ class LocalGrid(Grid):
         waiting = [self._waiting[known] for known in message_ids if known in self._waiting]
         if not waiting:
             return []
+        with record_function("fedlora/clients"):
+            return self._answered(waiting)
+
+    def _answered(self, waiting: list[Message]) -> list[Message]:
         chosen = waiting[:1]
         if self._cohorts is not None and chosen[0].metadata.message_type == MessageType.TRAIN:
             of_kind = [message for message in waiting if message.metadata.message_type == MessageType.TRAIN]

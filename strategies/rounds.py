@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 from flwr.serverapp import Grid
+from torch.profiler import record_function
 
 from fedlora import peft_io
 from fedlora.adapter import AdapterState, initial
@@ -160,7 +161,8 @@ def _aggregate(
     began = time.perf_counter()
     arrived = this.updates(chosen)
     first = next(arrived, None)
-    new = state if first is None else strategy.aggregate(state, _chain(first, arrived), this.number)
+    with record_function("fedlora/aggregation"):
+        new = state if first is None else strategy.aggregate(state, _chain(first, arrived), this.number)
     if len(this.answers) < min(least, len(chosen)) or first is None:
         why = "; ".join(list(this.failures.values())[:3])
         raise RunError(
@@ -213,5 +215,6 @@ class Judge:
 @contextmanager
 def _clock(seconds: dict[str, float], name: str) -> Iterator[None]:
     began = time.perf_counter()
-    yield
+    with record_function(f"fedlora/{name}"):
+        yield
     seconds[name] = time.perf_counter() - began

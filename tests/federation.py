@@ -65,6 +65,7 @@ def tiny(folder: Path, model: Path, **keys: Scalar) -> Config:
         "train.steps": 3,
         "train.batch-size": 2,
         "train.lr": 5e-3,
+        "train.clients-at-once": "1",  # the bits of a client that is alone, as on its own node
     }
     return parse(base | {key.replace("__", ".").replace("_", "-"): value for key, value in keys.items()})
 

@@ -7,7 +7,8 @@ import torch
 
 from fedlora.config import ModelConfig
 from fedlora.data import Example, collate
-from fedlora.evaluate import evaluate, token_loss
+from fedlora.evaluate import evaluate
+from fedlora.losses import token_loss
 from fedlora.models import load_base
 
 

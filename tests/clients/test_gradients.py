@@ -16,7 +16,7 @@ from fedlora.clients.gradients import leading_directions
 from fedlora.clients.trainer import TrainResult
 from fedlora.config import LoraConfig, ModelConfig, TrainConfig
 from fedlora.data import Example, batch_at, collate
-from fedlora.evaluate import token_loss
+from fedlora.losses import token_loss
 from fedlora.models import load_base
 
 TARGETS = ("q_proj", "v_proj", "down_proj")

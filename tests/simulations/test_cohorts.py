@@ -183,7 +183,7 @@ def test_a_wrong_number_is_refused(tmp_path, tiny_llama, value):
 
 def test_auto_takes_what_keeps_the_machine_busy_and_memory_affords(tmp_path, tiny_llama, monkeypatch):
     def number(**keys) -> int:
-        config = tiny(tmp_path, tiny_llama, **keys)
+        config = tiny(tmp_path, tiny_llama, **{"train__clients_at_once": "auto", **keys})
         context = Context(
             1, 2, {"partition-id": 0, "num-partitions": 4, "allow-files": True}, RecordDict(), config.to_flat()
         )

@@ -116,7 +116,7 @@ def test_the_start_is_the_svd_of_the_gradient_by_the_full_weights(tmp_path, tiny
     from fedlora.clients.tasks import _examples
     from fedlora.clients.trainer import hash_seed
     from fedlora.data import batch_at, collate
-    from fedlora.evaluate import token_loss
+    from fedlora.losses import token_loss
 
     base = load_base(config.model)
     for name in learned.lora:

@@ -49,6 +49,7 @@ RUNS: dict[str, dict[str, Scalar]] = {
         **EQUAL,
     },
     "fedsb": {"strategy.name": "fedsb"},
+    "flora-three-at-once": {"strategy.name": "flora", "train.clients-at-once": "3"},
     "flexlora": {"strategy.name": "flexlora"},
 }
 QUICK = ("flora", "lora-fair-int8", "fedsa")
