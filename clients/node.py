@@ -32,10 +32,12 @@ _OF_DATA = {
     "label-column": "data.label-column",
 }
 _LIMITS = ("max-rank", "max-steps", "max-length", "max-batch", "max-memory-mb")
-_OTHERS = ("partition-id", "num-partitions", "data", "rank", "state", "resident", "allow-files")
+_OTHERS = ("partition-id", "partition-ids", "num-partitions", "data", "rank", "state", "resident", "allow-files")
 _OF_WORKER = ("worker", "worker-idle", "node-pid")
 _KNOWN = (*_OF_MODEL, *_OF_DATA, *_LIMITS, *_OTHERS, *_OF_WORKER)
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_IDS = re.compile(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", re.ASCII)
+_MOST_HOSTED = 4096
 
 
 def ruled(config: Config, node: Mapping[str, Scalar]) -> Config:
@@ -75,6 +77,39 @@ def ruled(config: Config, node: Mapping[str, Scalar]) -> Config:
 def own_data(node: Mapping[str, Scalar]) -> str:
     """The node's own data file, where its config names one."""
     return str(node.get("data", ""))
+
+
+def hosted(node: Mapping[str, Scalar]) -> tuple[int, ...]:
+    """The clients that this node hosts, as `partition-ids` says: "0-3" or "0,2,5"; none where it has no such key.
+
+    Raises:
+        ConfigError: they are no such numbers, or named twice; `partition-id` is there too; or several clients would
+            share one `data` file.
+    """
+    if "partition-ids" not in node:
+        return ()
+    value = node["partition-ids"]
+    if "partition-id" in node:
+        raise ConfigError("node config: partition-id and partition-ids both say which clients are here; keep one")
+    ids: list[int] = []
+    for piece in str(value).split(","):
+        found = _IDS.fullmatch(piece)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
+        if last < first or last - first >= _MOST_HOSTED - len(ids):
+            shown = repr(value) if len(str(value)) <= 80 else f"{str(value)[:77]!r}..."
+            raise ConfigError(
+                f"node config: partition-ids = {shown}, expected numbers of clients, at most {_MOST_HOSTED}, such as "
+                "'0-3' or '0,2,5'"
+            )
+        ids += range(first, last + 1)
+    if len({*ids}) < len(ids):
+        raise ConfigError(f"node config: partition-ids = {value!r} names a client twice")
+    if len(ids) > 1 and own_data(node):
+        raise ConfigError(
+            f"node config: data names the rows of one client, and partition-ids = {value!r} are {len(ids)}; start a "
+            "node for each file, with its own partition-id"
+        )
+    return tuple(ids)
 
 
 def rank(config: Config, node: Mapping[str, Scalar], client_id: int) -> int:

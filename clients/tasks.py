@@ -23,7 +23,7 @@ from fedlora import peft_io, wire
 from fedlora.adapter import AdapterState, only
 from fedlora.assets import cache_dir
 from fedlora.config import Config, Scalar
-from fedlora.data import LazyExamples, client_split, prepare
+from fedlora.data import LazyExamples, client_split, kept_back, prepare
 from fedlora.errors import AdapterError, ConfigError, DataError, FedLoraError
 from fedlora.evaluate import evaluate as evaluate_model
 from fedlora.events import emit
@@ -40,7 +40,7 @@ _log = logging.getLogger("fedlora")
 
 
 def answer(task: str, content: RecordDict, context: Context) -> RecordDict | Error:
-    """Do what a message asks for.
+    """Do what a message asks for; on a node that hosts several clients, for each of them.
 
     What goes wrong with a node's own rows may quote them, and stays in the node's log.
 
@@ -53,6 +53,10 @@ def answer(task: str, content: RecordDict, context: Context) -> RecordDict | Err
         The reply's content; or an error: a refusal is an answer too, never a dead process.
     """
     try:
+        if node.hosted(context.node_config):
+            from . import hosted  # which imports this module
+
+            return hosted.answer(task, content, context)
         return _TASKS[task](content, context)
     except Exception as error:
         return refusal(error, context.node_config)
@@ -314,7 +318,18 @@ def _check_ranks(broadcast: Broadcast, info: ClientInfo, context: Context) -> No
 
 def config_of(context: Context) -> Config:
     """The run's config as this node takes part in it."""
-    return node.ruled(configuration.parse(context.run_config, where="run config"), context.node_config)
+    items = tuple((key, type(value), value) for key, value in context.run_config.items())
+    return node.ruled(_parsed(items), context.node_config)
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(items: tuple[tuple[str, type, Scalar], ...]) -> Config:
+    """A run config, which every message carries and which takes milliseconds to check.
+
+    Args:
+        items: key, type and value; the type, since 1 equals true.
+    """
+    return configuration.parse({key: value for key, _, value in items}, where="run config")
 
 
 def _client_id(context: Context) -> int:
@@ -324,13 +339,13 @@ def _client_id(context: Context) -> int:
 def _info(config: Config, context: Context) -> ClientInfo:
     client_id = _client_id(context)
     rank = node.rank(config, context.node_config, client_id)
-    train_rows, _ = _rows(config, client_id, node.own_data(context.node_config))
-    node.check_steps(config.train, context.node_config, trainer.steps_per_round(config.train, len(train_rows)))
+    rows = _train_rows(config, client_id, node.own_data(context.node_config))
+    node.check_steps(config.train, context.node_config, trainer.steps_per_round(config.train, rows))
     return ClientInfo(
         client_id=client_id,
         rank=rank,
         alpha=config.lora.alpha,
-        num_examples=len(train_rows),
+        num_examples=rows,
         rslora=config.lora.rslora,
         rank_pattern=configuration.rank_pattern(config.lora),
     )
@@ -341,17 +356,21 @@ def training_examples(config: Config, context: Context) -> LazyExamples:
     return _examples(config, _client_id(context), node.own_data(context.node_config))[0]
 
 
-@functools.lru_cache(maxsize=4096)
-def _rows(config: Config, client_id: int, own_data: str):
-    """This client's rows, split into training and test rows."""
-    rows = prepare(config).client(0 if own_data else client_id)
-    fraction = config.data.client_test_fraction if config.evaluate.clients else 0.0
-    return client_split(rows, fraction, trainer.hash_seed(config.run.seed, client_id))
+def _train_rows(config: Config, client_id: int, own_data: str) -> int:
+    """How many training rows this client has; none is read, since most of many clients are never sampled."""
+    rows = prepare(config).count(0 if own_data else client_id)
+    return rows - kept_back(rows, _test_fraction(config))
+
+
+def _test_fraction(config: Config) -> float:
+    return config.data.client_test_fraction if config.evaluate.clients else 0.0
 
 
 @functools.lru_cache(maxsize=64)
 def _examples(config: Config, client_id: int, own_data: str) -> tuple[LazyExamples, LazyExamples]:
     """This client's training and test examples."""
     tokenizer = peft_io.workbench(config.model, config.lora).base.tokenizer
-    train_rows, test_rows = _rows(config, client_id, own_data)
+    rows = prepare(config).client(0 if own_data else client_id)
+    seed = trainer.hash_seed(config.run.seed, client_id)
+    train_rows, test_rows = client_split(rows, _test_fraction(config), seed)
     return LazyExamples(train_rows, tokenizer, config), LazyExamples(test_rows, tokenizer, config)

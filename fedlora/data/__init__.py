@@ -11,7 +11,7 @@ from fedlora.config import Config, DataConfig
 from fedlora.data.batches import batch_at, collate, eval_batches
 from fedlora.data.forms import Example, encode, form_of
 from fedlora.data.lazy import LazyExamples
-from fedlora.data.partition import Split, client_split, split_rows
+from fedlora.data.partition import Split, client_split, kept_back, split_rows
 from fedlora.data.sources import PACKAGED, load_rows
 from fedlora.data.stats import ClientStatistics, client_statistics
 
@@ -28,6 +28,7 @@ __all__ = [
     "encode",
     "eval_batches",
     "form_of",
+    "kept_back",
     "load_rows",
     "prepare",
     "split_rows",

@@ -46,12 +46,23 @@ class Split:
         Raises:
             DataError: there is no such client.
         """
+        return self.rows.select(self._part(client_id))
+
+    def count(self, client_id: int) -> int:
+        """How many rows one client has; no row is read.
+
+        Raises:
+            DataError: there is no such client.
+        """
+        return len(self._part(client_id))
+
+    def _part(self, client_id: int) -> np.ndarray:
         if not 0 <= client_id < len(self.parts):
             raise DataError(
                 f"client {client_id} has no rows: the data is dealt to {len(self.parts)} clients, 0 to "
                 f"{len(self.parts) - 1}; set federation.clients to the number of clients"
             )
-        return self.rows.select(self.parts[client_id])
+        return self.parts[client_id]
 
 
 def split_rows(rows: Dataset, data: DataConfig, clients: int, seed: int) -> Split:
@@ -111,12 +122,22 @@ def client_split(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Da
 
     Args:
         rows: of one client.
-        fraction: share of the test rows; at least one row each way where there are two, and none when 0.
+        fraction: see `kept_back`.
         seed: the same seed gives the same split in any process.
     """
     order = _rng(seed, _LOCAL).permutation(len(rows))
-    test = min(max(1, round(len(rows) * fraction)), len(rows) - 1) if fraction else 0
+    test = kept_back(len(rows), fraction)
     return rows.select(order[test:]), rows.select(order[:test])
+
+
+def kept_back(rows: int, fraction: float) -> int:
+    """How many of a client's own rows `client_split` keeps from training.
+
+    Args:
+        rows: of the client.
+        fraction: share of the test rows; at least one row each way where there are two, and none when 0.
+    """
+    return min(max(1, round(rows * fraction)), rows - 1) if fraction else 0
 
 
 def key_column(columns: Sequence[str], data: DataConfig) -> str:
@@ -191,29 +212,23 @@ def _deal(kept: np.ndarray, codes: np.ndarray, data: DataConfig, clients: int, s
     """The shuffled training rows, one part per client."""
     if data.partition == "natural":
         # Not flwr_datasets' NaturalIdPartitioner: it numbers clients by name, and draws a progress bar.
-        return [kept[codes == client] for client in range(clients)]
+        by_client = np.argsort(codes, kind="stable")
+        return np.split(kept[by_client], np.cumsum(np.bincount(codes, minlength=clients))[:-1])
     if data.partition == "sizes":
         return _sized(kept, data)
-    if len(kept) < clients:
-        return np.array_split(kept, clients)
-    if data.partition == "dirichlet":
+    if data.partition == "dirichlet" and len(kept) >= clients:
         return _dirichlet(kept, codes, data, clients, seed)
-    from flwr_datasets.partitioner import IidPartitioner
-
-    return _ask(IidPartitioner(clients), kept, codes)
+    return np.array_split(kept, clients)
 
 
 def _sized(kept: np.ndarray, data: DataConfig) -> list[np.ndarray]:
-    from flwr_datasets.partitioner import SizePartitioner
-
     sizes = ints("data.sizes", data.sizes)
     if sum(sizes) > len(kept):
         raise DataError(
             f"{data.source}: data.sizes = {data.sizes!r} asks for {sum(sizes)} rows, but {len(kept)} are left for "
             f"training; lower the sizes or data.heldout-fraction"
         )
-    kept = kept[: sum(sizes)]
-    return _ask(SizePartitioner(sizes), kept, np.zeros(len(kept)))
+    return np.split(kept[: sum(sizes)], np.cumsum(sizes)[:-1])
 
 
 def _dirichlet(kept: np.ndarray, codes: np.ndarray, data: DataConfig, clients: int, seed: int) -> list[np.ndarray]:
