@@ -26,6 +26,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.engine --strategy flora
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.worker
+	$(BIN)/python -m benchmarks.clients
 
 clean:
 	rm -rf $(VENV) build *.egg-info
