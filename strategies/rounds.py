@@ -31,8 +31,8 @@ from .diagnostics import Diagnosis, diagnose
 from .folds import Folds
 from .registry import configured
 
-# A round's diagnosis needs every update at once; with more clients than this, memory matters more.
-_MAX_DIAGNOSED = 64
+# A round's diagnosis needs every update at once; with more clients than this, memory and time matter more.
+_MAX_DIAGNOSED = 32
 _log = logging.getLogger("fedlora")
 
 
