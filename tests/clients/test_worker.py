@@ -115,6 +115,23 @@ def test_a_federation_through_workers_is_the_same_federation(tmp_path, tiny_llam
     assert first == second  # folds that it holds already are not sent again
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_training_message_that_comes_again_gets_the_same_answer_at_once(tmp_path, tiny_llama, socket):
+    """As after a SuperLink that died with the answer: nothing is trained twice, and another message is."""
+    config = tiny(tmp_path, tiny_llama, train__steps=4)
+    first: list = []
+    second: list = []
+    third: list = []
+    one = ask(config, settings(socket, tmp_path), seen=first)
+    two = ask(config, settings(socket, tmp_path), seen=second)
+    assert factors(one) == factors(two)
+    other = ask(tiny(tmp_path, tiny_llama, train__steps=4, train__lr=1e-4), settings(socket, tmp_path), seen=third)
+    assert factors(other) != factors(one)
+    steps = [[kind for kind, _ in seen].count("client-step") for seen in (first, second, third)]
+    assert steps == [4, 0, 4]
+
+
 class GoneAway(Exception):
     pass
 

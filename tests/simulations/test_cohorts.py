@@ -61,20 +61,6 @@ def apart(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
     return (gap / max(1e-30, sum(float(value.norm()) ** 2 for value in left.values()))) ** 0.5
 
 
-@pytest.fixture
-def sizes(monkeypatch) -> list[int]:
-    """How many clients each computation trained."""
-    seen: list[int] = []
-    train = cohort.train
-
-    def counted(bench, members, *words, **more):
-        seen.append(len(members))
-        return train(bench, members, *words, **more)
-
-    monkeypatch.setattr(cohort, "train", counted)
-    return seen
-
-
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_every_strategy_learns_the_same(tmp_path, tiny_llama, name, caplog, sizes):
     keys = KEYS.get(name, {})

@@ -12,7 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 
 from fedlora import parts, wire
 from fedlora.adapter import AdapterState, LoraFactors
-from fedlora.clients import cohort, envelope, held_folds, node, tasks, together
+from fedlora.clients import envelope, held_folds, node, tasks, together
 from fedlora.clients.client_app import app as client_app
 from fedlora.config import Config
 from fedlora.errors import ConfigError, WireError
@@ -76,20 +76,6 @@ def played(config: Config, nodes: list[dict], kind: type[local.LocalGrid] = Coun
     server_app(grid, Context(9, 1, {}, RecordDict(), flat))
     result = json.loads((folder_of(config) / "result.json").read_text())
     return saved_adapter(folder_of(config)), result, grid
-
-
-@pytest.fixture
-def sizes(monkeypatch) -> list[int]:
-    """How many clients each computation trained."""
-    seen: list[int] = []
-    train = cohort.train
-
-    def counted(bench, members, *words, **more):
-        seen.append(len(members))
-        return train(bench, members, *words, **more)
-
-    monkeypatch.setattr(cohort, "train", counted)
-    return seen
 
 
 FEDSA = {"strategy__name": "fedsa", "lora__ranks": "2", "evaluate__clients": True, "data__client_test_fraction": 0.3}
