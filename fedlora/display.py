@@ -17,6 +17,8 @@ from rich.table import Table
 if TYPE_CHECKING:  # it imports torch, and every command this file
     from fedlora.status import RunStatus
 
+_MOST_CLIENTS = 40  # that fedlora status shows all of
+
 
 class ConsoleLog(logging.Handler):
     """The product's log lines in the console, dimmed, never wrapped."""
@@ -156,7 +158,7 @@ def result_table(folder: Path) -> Table:
 
 
 def status_table(run: RunStatus) -> Table:
-    """Where a run stands, one line for each client."""
+    """Where a run stands, one line for each client; of very many, for those at work in this round or the last."""
     heldout = f"; held-out {_metrics(run.heldout)}" if run.heldout else ""
     quiet = (
         "" if run.quiet_seconds is None or run.status != "running" else f"; last event {_ago(run.quiet_seconds)} ago"
@@ -165,7 +167,11 @@ def status_table(run: RunStatus) -> Table:
     titles = ("client", "rank", "round", "train loss", "test loss", "seconds", "now")
     for title in titles:
         table.add_column(title, justify="left" if title == "now" else "right", overflow="fold")
-    for client in run.clients:
+    shown = run.clients
+    if len(shown) > _MOST_CLIENTS:
+        shown = [client for client in run.clients if client.note or client.round == max(1, run.round)]
+        table.caption = f"{len(shown)} of {len(run.clients)} clients: those of this round and the last"
+    for client in shown:
         table.add_row(
             str(client.client_id),
             str(client.rank),

@@ -1,16 +1,18 @@
 """Where a run stands, read from its folder at every moment of its life."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
 from fedlora import cli
+from fedlora.display import status_table
 from fedlora.errors import RunError
 from fedlora.events import listen
 from fedlora.results import folder_of
 from fedlora.simulations import local
-from fedlora.status import status
+from fedlora.status import ClientStatus, RunStatus, status
 from tests.federation import run_locally, tiny
 
 
@@ -54,6 +56,15 @@ def test_a_run_in_the_middle_of_a_round_and_one_that_died(tmp_path, tiny_llama):
     died = CliRunner().invoke(cli.app, ["status", str(folder_of(config))])
     assert "died: 1 of 2 rounds" in died.output.replace("\n", " ")
     assert f"fedlora run --resume {folder_of(config)}" in died.output.replace("\n", "")
+
+
+def test_of_very_many_clients_those_at_work_are_shown(tmp_path):
+    clients = [ClientStatus(client_id=i, rank=8, round=i % 5, train_loss=1.0) for i in range(100)]
+    clients[3] = replace(clients[3], note="round 5: step 1 of 4")
+    table = status_table(RunStatus(tmp_path, "running", "", 4, 6, {}, 1.0, clients))
+    assert table.row_count == 21  # twenty of round 4, one of round 5
+    assert table.caption == "21 of 100 clients: those of this round and the last"
+    assert status_table(RunStatus(tmp_path, "running", "", 4, 6, {}, 1.0, clients[:40])).row_count == 40
 
 
 def test_there_is_no_run(tmp_path):
