@@ -27,11 +27,10 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from benchmarks.engine import ROOT, write
+from benchmarks.engine import ROOT, plain_peft, write
 
 CLIENTS, STEPS, RANK = 8, 10, 8
 TARGETS = "q_proj,k_proj,v_proj,o_proj"
@@ -119,34 +118,8 @@ def engine(setting: str, at_once: str, clients: int = CLIENTS, steps: int = STEP
 
 def plain(setting: str) -> dict[str, float]:
     """Seconds of PEFT, AdamW and a for loop."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    from fedlora.data import LazyExamples, batch_at, collate, prepare
-    from fedlora.models import load_base
-
     with tempfile.TemporaryDirectory() as scratch:
-        config = config_of(setting, Path(scratch), "1")
-        base, split = load_base(config.model), prepare(config)
-        lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=[*TARGETS.split(",")])
-        model: Any = get_peft_model(base.model, lora)
-        began = time.perf_counter()
-        for client in range(CLIENTS):
-            if client:
-                model.delete_adapter("default")
-                model.add_adapter("default", lora)
-                model.set_adapter("default")
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(parameters, lr=config.train.lr, weight_decay=0.0, fused=True)
-            examples = LazyExamples(split.client(client), base.tokenizer, config)
-            model.train()
-            for step in range(STEPS):
-                batch = collate([examples[i] for i in batch_at(len(examples), 1, step, client)], base.pad_id)
-                model(**batch).loss.backward()
-                torch.nn.utils.clip_grad_norm_(parameters, config.train.clip)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - began
+        seconds = plain_peft(config_of(setting, Path(scratch), "1"))
     return {"seconds": seconds, "training": seconds, "megabytes": _peak()}
 
 

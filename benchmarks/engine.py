@@ -17,7 +17,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedlora.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,6 +59,11 @@ def engine(options: argparse.Namespace) -> dict[str, float]:
 
 
 def bare(options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of PEFT, AdamW and a for loop."""
+    return {"seconds": plain_peft(settings(options))}
+
+
+def plain_peft(config: Config) -> float:
     """Seconds of PEFT, AdamW and a for loop: one client after another, nothing sent, nothing aggregated."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -65,7 +73,6 @@ def bare(options: argparse.Namespace) -> dict[str, float]:
     from fedlora.data import LazyExamples, batch_at, collate, prepare
     from fedlora.models import load_base
 
-    config = settings(options)
     base = load_base(config.model)
     split = prepare(config)
     model: Any = None
@@ -94,7 +101,7 @@ def bare(options: argparse.Namespace) -> dict[str, float]:
                 torch.nn.utils.clip_grad_norm_(parameters, config.train.clip)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-    return {"seconds": time.perf_counter() - began}
+    return time.perf_counter() - began
 
 
 def measure(kind: str, options: argparse.Namespace) -> dict[str, float]:

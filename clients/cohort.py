@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,15 +14,14 @@ from torch.profiler import record_function
 from fedlora.adapter import AdapterState
 from fedlora.config import TrainConfig
 from fedlora.data import Example, collate
-from fedlora.data.forms import IGNORED
-from fedlora.dropout import per_client
+from fedlora.dropout import Draws, draws_per_client
 from fedlora.errors import AdapterError
 from fedlora.evaluate import Batch
 from fedlora.losses import each_loss
 from fedlora.peft_io import Workbench
 from fedlora.peft_stack import Stack, stacked
 
-from .trainer import Course, TrainResult, add_tail_penalty
+from .trainer import Course, TrainResult, add_tail_penalty, count_labels
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def train(
     order = sorted(range(len(members)), key=lambda m: -len(members[m].examples))  # those with most steps first
     ends: list[AdapterError | None] = [None] * len(order)
     bench.model.train()
+    own_dropout = draws_per_client(bench.model)
     with stacked(bench, [members[m].adapter for m in order], trainable) as stack:
         courses = [
             Course(
@@ -89,7 +90,7 @@ def train(
         ]
         for step in range(courses[0].steps):
             stack.active = sum(course.steps > step for course in courses)
-            losses = _gradients(bench, stack, courses[: stack.active], step)
+            losses = _gradients(bench, stack, courses[: stack.active], step, own_dropout)
             stack.share_gradients()
             for place, (course, loss) in enumerate(zip(courses, losses, strict=False)):
                 if ends[place] is not None:
@@ -110,22 +111,22 @@ def train(
     return [done[order.index(m)] for m in range(len(members))]
 
 
-def _gradients(bench: Workbench, stack: Stack, courses: Sequence[Course], step: int) -> list[float]:
+def _gradients(bench: Workbench, stack: Stack, courses: Sequence[Course], step: int, own_dropout: bool) -> list[float]:
     """Each client's loss of a step; the stack gets the gradients."""
     with record_function("fedlora/data"):
-        parts = list(zip(*(course.batches(step) for course in courses), strict=True))
-        counts = [[_labels(examples) for examples in part] for part in parts]
+        parts = zip(*(course.batches(step) for course in courses), strict=True)
+        batches = [collate([e for examples in part for e in examples], bench.base.pad_id) for part in parts]
+        counts = [[count_labels(labels) for labels in batch["labels"].chunk(len(courses))] for batch in batches]
     totals = [sum(of_client) for of_client in zip(*counts, strict=True)]
     losses = [0.0] * len(courses)
-    for part in parts:
-        with record_function("fedlora/data"):
-            batch = collate([example for examples in part for example in examples], bench.base.pad_id)
-        lengths = [max(len(example.input_ids) for example in examples) for examples in part]
-        for course, examples in zip(courses, part, strict=True):
-            course.tokens += sum(len(example.input_ids) for example in examples)
+    for batch in batches:
+        masks = batch["attention_mask"].chunk(len(courses))
+        for course, mask in zip(courses, masks, strict=True):
+            course.tokens += int(mask.sum())
         stack.rows = tuple(batch["input_ids"].shape)
-        draws = [course.draws for course in courses]
-        with record_function("fedlora/forward"), per_client(bench.model, draws, lengths):
+        lengths = [int(mask.sum(dim=1).max()) for mask in masks]
+        draws = Draws([course.draws for course in courses], lengths) if own_dropout else nullcontext()
+        with record_function("fedlora/forward"), draws:
             each = _losses(bench.model, batch, totals)
         with record_function("fedlora/backward"):
             each.sum().backward()
@@ -139,11 +140,6 @@ def _losses(model: nn.Module, batch: Batch, totals: Sequence[int]) -> Tensor:
     client = rows // (len(batch["labels"]) // len(totals))
     summed = torch.zeros(len(totals), device=each.device).index_add(0, client, each)
     return summed / torch.tensor(totals, device=each.device)
-
-
-def _labels(examples: Sequence[Example]) -> int:
-    """What their mean loss is taken over, as `trainer.count_labels` of their batch."""
-    return sum(1 if isinstance(e.labels, int) else sum(x != IGNORED for x in e.labels[1:]) for e in examples)
 
 
 def _penalty(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]], prune: tuple[float, float] | None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch.profiler import record_function
 
 from fedlora.config import TrainConfig
 from fedlora.data import Example, batch_at, collate
-from fedlora.dropout import per_client
+from fedlora.dropout import Draws, draws_per_client
 from fedlora.errors import AdapterError
 from fedlora.losses import token_loss
 
@@ -76,6 +77,7 @@ def train(
     course = Course(parameters, examples, config, round=round, rounds=rounds, seed=seed, penalty=penalty)
     torch.manual_seed(hash_seed(seed, round))  # whatever draws from torch's own generator
     model.train()
+    own_dropout = draws_per_client(model)
     for step in range(course.steps):
         with record_function("fedlora/data"):
             batches = [collate(part, pad_id) for part in course.batches(step)]
@@ -83,7 +85,8 @@ def train(
         total = 0.0
         for batch, count in zip(batches, labelled, strict=True):
             course.tokens += int(batch["attention_mask"].sum())
-            with record_function("fedlora/forward"), per_client(model, [course.draws], [batch["input_ids"].shape[1]]):
+            draws = Draws([course.draws], [batch["input_ids"].shape[1]]) if own_dropout else nullcontext()
+            with record_function("fedlora/forward"), draws:
                 loss = token_loss(model, batch) * (count / sum(labelled))
             with record_function("fedlora/backward"):
                 loss.backward()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,20 +13,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 
-def per_client(
-    model: nn.Module, generators: Sequence[torch.Generator], lengths: Sequence[int]
-) -> AbstractContextManager[object]:
-    """A block in which each client's dropout is its own; nothing where the model drops nothing.
+def draws_per_client(model: nn.Module) -> bool:
+    """Whether each client's dropout is its own in this model: it drops anything, and no forward pass is run twice.
 
-    With gradient checkpointing, which computes a forward pass twice and restores torch's own generator alone, dropout
-    stays torch's.
+    Gradient checkpointing runs it twice and restores torch's own generator alone: there dropout stays torch's.
     """
-    if not _drops(model) or getattr(model, "is_gradient_checkpointing", False):
-        return nullcontext()
-    return Draws(generators, lengths)
-
-
-def _drops(model: nn.Module) -> bool:
+    if getattr(model, "is_gradient_checkpointing", False):
+        return False
     config = getattr(model, "config", None)
     settings = {} if config is None else vars(config)
     rates = [value for name, value in settings.items() if "drop" in name and isinstance(value, float)]

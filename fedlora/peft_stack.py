@@ -110,7 +110,6 @@ class Stack:
         self.active = len(adapters)
         self.rows: tuple[int, ...] = (0, 0)
         self.seats = [Seat() for _ in adapters]
-        self._trainable = trainable
         self._layers: dict[str, _Layer] = {}
         for name, layer in bench.layers.items():
             device = cast("Tensor", layer.lora_A[ADAPTER].weight).device
