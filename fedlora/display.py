@@ -195,7 +195,7 @@ def _scores(metrics: dict[str, float]) -> dict[str, str]:
 
 
 def _metrics(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "perplexity")
+    return "  ".join(f"{name} {metrics[name]:.4f}" for name in ("loss", "accuracy") if name in metrics)
 
 
 def _number(value: float | None) -> str:

@@ -1,8 +1,7 @@
-"""Loss, perplexity and accuracy of the model in place."""
+"""What the model in place predicts, and its metrics."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -11,8 +10,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedlora.data import Example, collate, eval_batches
+from fedlora.data import Example, collate
 from fedlora.data.forms import IGNORED
+from fedlora.scores import Predictions, scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,18 +20,26 @@ if TYPE_CHECKING:
 Batch = dict[str, Tensor]
 
 
-def labelled_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def labelled_logits(
+    model: nn.Module, batch: Batch, adapters: Sequence[str] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Logits `[n, vocabulary or classes]`, targets `[n]` and rows of the batch `[n]` where there is a label to predict.
 
     For a causal model, the logits at position t predict the label at t + 1. The output layer runs on these positions
     alone: prompts and padding cost nothing there.
+
+    Args:
+        model: with its adapter in place.
+        batch: as `collate` makes it.
+        adapters: the adapter of each row, by PEFT's names; the active one for all when left out.
     """
     inputs, targets, rows, columns = labelled_positions(model, batch)
+    more = {} if adapters is None else {"adapter_names": list(adapters)}
     if batch["labels"].ndim == 1:
-        return model(**inputs).logits, targets, rows
+        return model(**inputs, **more).logits, targets, rows
     handle = output_layer(model).register_forward_pre_hook(lambda layer, given: (given[0][rows, columns],))
     try:
-        return model(**inputs).logits, targets, rows
+        return model(**inputs, **more).logits, targets, rows
     finally:
         handle.remove()
 
@@ -48,14 +56,14 @@ def labelled_positions(model: nn.Module, batch: Batch) -> tuple[Batch, Tensor, T
     return inputs, labels[rows, columns + 1], rows, columns
 
 
-def evaluate(
+def predict(
     model: nn.Module,
     examples: Sequence[Example],
     batch_size: int,
     pad_id: int,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, float]:
-    """Means over all labelled tokens (or examples) of a data set.
+) -> Predictions:
+    """What the model says at every labelled position of a data set; one batch's logits are held at a time.
 
     Args:
         model: with its adapter in place.
@@ -63,26 +71,58 @@ def evaluate(
         batch_size: examples per forward pass.
         pad_id: fills the batches' right side.
         on_batch: called after each batch with (examples done, examples).
-
-    Returns:
-        `loss` (nats), `accuracy` (of the next token, or of the class), and `perplexity` for a causal model.
     """
-    loss, correct, count, done = 0.0, 0, 0, 0
+    kept = list(examples)
+    order, classes = by_length(kept), 0
+    parts: list[tuple[Tensor, ...]] = []
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for chosen in eval_batches(examples, batch_size):
-            logits, targets, _ = labelled_logits(model, collate(chosen, pad_id))
-            loss += float(F.cross_entropy(logits.float(), targets, reduction="sum"))
-            correct += int((logits.argmax(dim=-1) == targets).sum())
-            count += len(targets)
-            done += len(chosen)
-            on_batch(done, len(examples))
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            logits, targets, rows = labelled_logits(model, collate([kept[index] for index in chosen], pad_id))
+            parts.append((torch.tensor(chosen, device=rows.device)[rows], targets, *read_logits(logits, targets)))
+            classes = 0 if isinstance(kept[0].labels, list) else logits.shape[-1]
+            on_batch(start + len(chosen), len(kept))
     model.train(was_training)
-    result = {"loss": loss / count, "accuracy": correct / count}
-    if not isinstance(examples[0].labels, int):
-        result["perplexity"] = math.exp(min(result["loss"], 700.0))
-    return result
+    return joined(parts, classes)
+
+
+def read_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The most probable class of each row, its probability, and the target's loss (nats), each `[n]`.
+
+    Args:
+        logits: `[n, classes]`, of any float type.
+        targets: int64 `[n]`.
+    """
+    wide = logits.float()
+    losses = F.cross_entropy(wide, targets, reduction="none")
+    top, predicted = wide.max(dim=-1)
+    # log p(predicted) = log p(target) + the difference of their logits: no second sum over the vocabulary
+    own = wide.gather(-1, targets[:, None])[:, 0]
+    return predicted, (top - own - losses).exp().clamp(max=1.0), losses
+
+
+def joined(parts: Sequence[tuple[Tensor, ...]], classes: int) -> Predictions:
+    """Batches of (rows, targets, predicted, probabilities, losses) as one, on the CPU."""
+    columns = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    return Predictions(*columns, classes=classes)
+
+
+def by_length(examples: Sequence[Example]) -> list[int]:
+    """The examples' places, those of like length together: padding then costs least."""
+    return sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
+
+
+def evaluate(
+    model: nn.Module,
+    examples: Sequence[Example],
+    batch_size: int,
+    pad_id: int,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:
+    """The `scores` of what the model predicts for a data set; see `predict` for the arguments."""
+    return scores(predict(model, examples, batch_size, pad_id, on_batch))
 
 
 def output_layer(model: nn.Module) -> nn.Module:

@@ -29,6 +29,7 @@ from fedlora.codec import FLOATS, FORMATS, LARGEST, code, combine, from_rows, pa
 from fedlora.config import alpha_of
 from fedlora.errors import ConfigError, WireError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
+from fedlora.scores import METRICS
 
 PROTOCOL = 1
 _Item = TypeVar("_Item")
@@ -47,7 +48,6 @@ TRAIN_METRICS = frozenset(
         "peak-memory-bytes",
     }
 )
-EVALUATION_METRICS = frozenset({"loss", "accuracy", "perplexity"})
 # A client may not claim any number: it is a weight in every mean, and the server allocates by ranks.
 MOST_EXAMPLES, MOST_RANK = 10**9, 4096
 _LARGEST_METRIC = 1e305  # a mean of such numbers is finite
@@ -277,16 +277,16 @@ def decode_info(record: RecordDict, fingerprint: str, who: str) -> ClientInfo:
 
 
 def encode_evaluation(num_examples: int, metrics: Mapping[str, float], fingerprint: str) -> RecordDict:
-    """A client's answer to an evaluate message: numbers only, by the names of `EVALUATION_METRICS`."""
+    """A client's answer to an evaluate message: numbers only, by the names of `METRICS`."""
     head = _head(fingerprint, "fp32") | {"num-examples": num_examples}
-    return RecordDict({_HEAD: ConfigRecord(cast("Any", head)), _METRICS: _to_metrics(metrics, EVALUATION_METRICS)})
+    return RecordDict({_HEAD: ConfigRecord(cast("Any", head)), _METRICS: _to_metrics(metrics, METRICS)})
 
 
 def decode_evaluation(record: RecordDict, fingerprint: str, who: str) -> tuple[int, dict[str, float]]:
     """`(num_examples, metrics)` of one client."""
     head = _checked_head(record, fingerprint, who)
     _only(record, head, "evaluation", who, (), _METRICS)
-    return _positive(head, "num-examples", who, MOST_EXAMPLES), _metrics(record, who, EVALUATION_METRICS)
+    return _positive(head, "num-examples", who, MOST_EXAMPLES), _metrics(record, who, METRICS)
 
 
 def payload_bytes(record: RecordDict) -> int:

@@ -7,9 +7,10 @@ import torch
 
 from fedlora.config import ModelConfig
 from fedlora.data import Example, collate
-from fedlora.evaluate import evaluate
+from fedlora.evaluate import evaluate, predict
 from fedlora.losses import token_loss
 from fedlora.models import load_base
+from fedlora.scores import scores
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_classification_has_accuracy_and_no_perplexity(tiny_bert):
     data = [Example([5, 6, 7 + i], i % 2) for i in range(6)]
     got = evaluate(model, data, 4, 0)
     logits = torch.cat([model(input_ids=torch.tensor([e.input_ids])).logits for e in data])
-    assert got.keys() == {"loss", "accuracy"}
+    assert got.keys() == {"loss", "accuracy", "macro-f1", "calibration-error"}
     assert got["accuracy"] == pytest.approx(float((logits.argmax(-1) == torch.tensor([0, 1] * 3)).float().mean()))
 
 
@@ -65,3 +66,36 @@ def test_evaluation_leaves_the_mode_as_it_was(llama):
     evaluate(llama, examples(2), 2, 3)
     assert llama.training
     llama.eval()
+
+
+def test_predictions_name_each_position_as_a_loop_does(llama):
+    data, got = examples(), predict(llama, examples(), 3, 3)
+    for row, example in enumerate(data):
+        logits = llama(input_ids=torch.tensor([example.input_ids])).logits[0].detach()
+        chosen = got.rows == row
+        shown = logits[1:-1].log_softmax(-1)
+        assert got.targets[chosen].tolist() == example.input_ids[2:]
+        assert got.predicted[chosen].tolist() == shown.argmax(-1).tolist()
+        assert torch.allclose(got.probabilities[chosen], shown.max(-1).values.exp(), atol=1e-5)
+        own = shown.gather(-1, torch.tensor(example.input_ids[2:])[:, None])[:, 0]
+        assert torch.allclose(got.losses[chosen], -own, atol=1e-5)
+
+
+def test_exact_match_is_greedy_generation_of_the_label(llama):
+    """Labels of which some are what the model itself would write."""
+    data = []
+    for index, example in enumerate(examples(8)):
+        prompt = example.input_ids[:3]
+        written = llama.generate(
+            torch.tensor([prompt]), max_new_tokens=3, do_sample=False, pad_token_id=3, eos_token_id=None
+        )[0].tolist()
+        if index % 2:
+            written[-1] = (written[-1] + 1) % 200
+        data.append(Example(written, [-100, -100, -100, *written[3:]]))
+    assert evaluate(llama, data, 3, 3)["exact-match"] == 0.5
+
+
+def test_a_share_of_the_examples_scores_as_it_does_alone(llama):
+    data = examples()
+    some = scores(predict(llama, data, 4, 3), torch.tensor([0, 5]))
+    assert some == pytest.approx(evaluate(llama, [data[0], data[5]], 2, 3), rel=1e-5)
