@@ -1,4 +1,4 @@
-"""What a round did, in numbers: error against the ideal, drift between clients, spectrum and norms of the ideal.
+"""What a round did, in numbers: error against the ideal, agreement of clients, spectrum and norms of the ideal.
 
 Every matrix in question is a sum of rank-1 terms `c_i b_i a_i'` over one list of columns b and rows a: what clients
 sent, what they started from, what the server made of it. With `H = (B'B) * (AA')`, entry by entry, inner products
@@ -32,6 +32,9 @@ class Diagnosis:
         error: `|what the round added - ideal|_F / |ideal|_F` over all modules; the ideal is `sum_k p_k dW_k`.
         drift: `sqrt(sum_k p_k |c_k - c|^2 / sum_k p_k |c_k|^2)`, where c_k is how far client k moved its update and
             c = sum_k p_k c_k: 0 where all moved alike, near 1 where what they learned has nothing in common.
+        update_cosine: the mean over pairs of clients of the cosine between c_j and c_k, each over all modules
+            together: 1 where all moved the same way, however far, 0 where their ways have nothing in common, below
+            0 where they undo each other. None with fewer than two clients, or where one did not move.
         tail_energy: the share of |ideal|_F^2 beyond the server's rank, which no truncation to it can keep.
         effective_rank: `exp(entropy of s / sum(s))` of the ideal's singular values s (Roy & Vetterli 2007, "The
             effective rank"), mean over modules.
@@ -40,6 +43,7 @@ class Diagnosis:
 
     error: float | None = None
     drift: float | None = None
+    update_cosine: float | None = None
     tail_energy: float | None = None
     effective_rank: float | None = None
     norms: Mapping[str, float] | None = None
@@ -55,6 +59,7 @@ class _Terms:
         ideal, added: [N].
         moves: [K, N], each client's change.
         shares: [K], p_k.
+        who: [K], which of the round's updates these clients sent.
         clients: the number of leading terms that are the clients' own.
         rank: of the server's adapter.
     """
@@ -65,6 +70,7 @@ class _Terms:
     added: Tensor
     moves: Tensor
     shares: Tensor
+    who: Tensor
     clients: int
     rank: int
 
@@ -86,6 +92,8 @@ def diagnose(
     squares = dict.fromkeys(("error", "ideal", "apart", "moved", "tail", "energy"), 0.0)
     ranks: list[float] = []
     norms: dict[str, float] = {}
+    together = torch.zeros(len(updates), len(updates), dtype=torch.float64)
+    sizes = torch.zeros(len(updates), dtype=torch.float64)
     for name, terms in modules.items():
         b, a = terms.B.double(), terms.A.double()
         g_b, g_a = b.T @ b, a @ a.T
@@ -97,7 +105,10 @@ def diagnose(
         common = terms.shares @ terms.moves
         apart = terms.moves - common
         squares["apart"] += float((terms.shares * ((apart @ inner) * apart).sum(dim=1)).sum())
-        squares["moved"] += float((terms.shares * ((terms.moves @ inner) * terms.moves).sum(dim=1)).sum())
+        across = terms.moves @ inner @ terms.moves.T
+        squares["moved"] += float(terms.shares @ across.diagonal())
+        together[terms.who[:, None], terms.who] += across
+        sizes[terms.who] += (terms.moves.abs() @ inner.diagonal().sqrt()).square()
         own = slice(terms.clients)
         c = terms.ideal[own]
         s = singular_values(g_b[own, own], g_a[own, own] * c[:, None] * c)
@@ -110,6 +121,7 @@ def diagnose(
     return Diagnosis(
         error=_root_ratio(squares["error"], squares["ideal"]),
         drift=_root_ratio(squares["apart"], squares["moved"]),
+        update_cosine=_mean_cosine(together, sizes),
         tail_energy=squares["tail"] / squares["energy"] if squares["energy"] else 0.0,
         effective_rank=sum(ranks) / len(ranks) if ranks else 0.0,
         norms=norms,
@@ -124,6 +136,20 @@ def _root_ratio(part: float, whole: float) -> float:
     if whole <= 0:
         return 0.0 if part <= 0 else float("inf")
     return (max(part, 0.0) / whole) ** 0.5
+
+
+def _mean_cosine(together: Tensor, sizes: Tensor) -> float | None:
+    """The mean cosine over pairs.
+
+    Args:
+        together: [K, K], the moves' inner products.
+        sizes: [K], the squared sum of the norms of each move's terms, of which 1e-14 is rounding.
+    """
+    squares = together.diagonal()
+    if len(squares) < 2 or bool((squares <= 1e-14 * sizes).any()):
+        return None
+    cosines = together / squares.sqrt() / squares.sqrt()[:, None]
+    return float(cosines[*torch.triu_indices(*cosines.shape, offset=1)].mean())
 
 
 def _terms(
@@ -144,6 +170,7 @@ def _terms(
         if not clients:
             continue
         total = sum(examples[k] for k in clients)
+        who = torch.tensor([place for place, k in enumerate(whole) if name in whole[k]])
         shares = torch.tensor([examples[k] / total for k in clients], dtype=torch.float64)
         start = before.adapter.lora[name]
         ranks = [whole[k][name].A.shape[0] for k in clients]
@@ -183,7 +210,15 @@ def _terms(
         yield (
             name,
             _Terms(
-                columns, rows, ideal, added, moves, shares, clients=offsets[count], rank=after.adapter.lora[name].rank
+                columns,
+                rows,
+                ideal,
+                added,
+                moves,
+                shares,
+                who,
+                clients=offsets[count],
+                rank=after.adapter.lora[name].rank,
             ),
         )
 

@@ -21,6 +21,7 @@ from fedlora.errors import RunError, StrategyError
 from fedlora.evaluate import evaluate
 from fedlora.events import emit
 from fedlora.exchange import ClientInfo, ClientUpdate
+from fedlora.intruders import BaseSpectra
 from fedlora.models import base_fingerprint
 from fedlora.results import RunRecord
 
@@ -49,7 +50,7 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
         StrategyError: the strategy cannot serve these clients, or nobody could evaluate what it learns.
     """
     strategy = configured(config)
-    if strategy.personal and not config.evaluate.clients:
+    if strategy.personal and config.evaluate.server and not config.evaluate.clients:
         raise StrategyError(
             f"strategy.name = {config.strategy.name}: {' and '.join(sorted(strategy.personal))} stays on the clients, "
             "so that only they can evaluate what is learned; set evaluate.clients = true"
@@ -102,6 +103,7 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
             "download-bytes": this.download_bytes,
             "aggregation-error": numbers.error,
             "drift": numbers.drift,
+            "update-cosine": numbers.update_cosine,
             "tail-energy": numbers.tail_energy,
             "effective-rank": numbers.effective_rank,
             "codec-error": this.mean("codec-error") if config.wire.upload_dtype != "fp32" else None,
@@ -111,6 +113,8 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
             with _clock(seconds, "evaluate"):
                 if judge:
                     entry["heldout"] = judge(strategy, state, learned)
+                    if judge.spectra:
+                        entry["intruders"] = judge.spectra.counts()
                 if config.evaluate.clients:
                     entry["client-test"] = evaluate_on_clients(
                         grid,
@@ -186,6 +190,7 @@ class Judge:
     def __init__(self, config: Config, run_id: int) -> None:
         self._config, self._run_id = config, run_id
         self._bench = peft_io.workbench(config.model, config.lora)
+        self.spectra = BaseSpectra(self._bench) if config.evaluate.intruders else None
         rows = prepare(config).heldout
         if not len(rows):
             raise RunError(

@@ -44,6 +44,7 @@ def test_numbers_match_dense_matrices(strategy: Strategy, rounds: int) -> None:
     n = sum(update.num_examples for update in updates)
     error = size = apart = moved = tail = energy = 0.0
     effective: list[float] = []
+    ways: list[dict[str, torch.Tensor]] = [{} for _ in updates]
     assert got.norms is not None
     for name in SHAPES:
         trained, starts, frozen = [], [], []
@@ -60,6 +61,8 @@ def test_numbers_match_dense_matrices(strategy: Strategy, rounds: int) -> None:
         error += float((dense_deltas(strategy.global_adapter(after))[name] - target).square().sum())
         size += float(ideal.square().sum())
         moves = [t - s for t, s in zip(trained, starts, strict=True)]
+        for way, move in zip(ways, moves, strict=True):
+            way[name] = move
         common = naive.mean(moves, p)
         apart += sum(pk * float((m - common).square().sum()) for pk, m in zip(p, moves, strict=True))
         moved += sum(pk * float(m.square().sum()) for pk, m in zip(p, moves, strict=True))
@@ -71,6 +74,7 @@ def test_numbers_match_dense_matrices(strategy: Strategy, rounds: int) -> None:
         assert got.norms[name] == pytest.approx(float(ideal.norm()), rel=1e-5)
     assert got.error == pytest.approx((error / size) ** 0.5, rel=1e-3, abs=2e-6)
     assert got.drift == pytest.approx((apart / moved) ** 0.5, rel=1e-4)
+    assert got.update_cosine == pytest.approx(naive_cosine(ways), rel=1e-4, abs=1e-6)
     assert got.tail_energy == pytest.approx(tail / energy, rel=1e-4, abs=1e-7)
     assert got.effective_rank == pytest.approx(sum(effective) / len(effective), rel=1e-3)
 
@@ -100,3 +104,56 @@ def test_too_many_terms_are_not_diagnosed() -> None:
     got = diagnose(state, strategy.aggregate(state, updates, 1), updates, sent)
     assert got.error is None
     assert got.norms is None
+
+
+def test_cosines_are_between_whole_moves() -> None:
+    """Equal ways of unequal lengths give 1, opposite ones -1, and three clients the mean over their pairs."""
+    strategy = load("fedavg")
+    clients = [ClientInfo(client_id=i, rank=2) for i in range(3)]
+    state = strategy.init(start(clients))
+    sent = {c.client_id: strategy.broadcast(state, c, 1) for c in clients}
+    one = train(sent[0], clients[0], 1)
+
+    def times(factor: float, client: int) -> ClientUpdate:
+        lora = {name: replace(f, B=factor * f.B) for name, f in one.adapter.lora.items()}
+        return replace(one, client_id=client, adapter=replace(one.adapter, lora=lora))
+
+    def cosine(updates: list[ClientUpdate]) -> float | None:
+        return diagnose(state, strategy.aggregate(state, updates, 1), updates, sent).update_cosine
+
+    assert cosine([one, times(3.0, 1)]) == pytest.approx(1.0)
+    assert cosine([one, times(-0.5, 1)]) == pytest.approx(-1.0)
+    assert cosine([one, times(3.0, 1), times(-0.5, 2)]) == pytest.approx(-1 / 3)
+    assert cosine([one]) is None
+    assert cosine([one, times(0.0, 1)]) is None
+
+
+def test_a_client_that_stays_where_it_started_has_no_cosine() -> None:
+    """After a round the start is no longer zero: its move is a difference that rounds to nothing."""
+    before, after, updates, sent = play(load("fedavg"), 2)
+    assert diagnose(before, after, updates, sent).update_cosine is not None
+    idle = [replace(updates[0], adapter=sent[updates[0].client_id].adapter), *updates[1:]]
+    got = diagnose(before, after, idle, sent)
+    assert got.update_cosine is None
+    assert got.drift is not None
+
+
+def test_modules_that_a_client_lacks_are_no_part_of_its_move() -> None:
+    strategy = load("flora")
+    clients = [ClientInfo(client_id=i, rank=2) for i in range(3)]
+    state = strategy.init(start(clients))
+    sent = {c.client_id: strategy.broadcast(state, c, 1) for c in clients}
+    updates = [train(sent[c.client_id], c, 1) for c in clients]
+    last = sorted(SHAPES)[-1]
+    part = {name: f for name, f in updates[1].adapter.lora.items() if name != last}
+    updates[1] = replace(updates[1], adapter=replace(updates[1].adapter, lora=part))
+    got = diagnose(state, strategy.aggregate(state, updates, 1), updates, sent)
+    moves = [dense_deltas(u.adapter) for u in updates]
+    assert got.update_cosine == pytest.approx(naive_cosine(moves), rel=1e-6)
+
+
+def naive_cosine(moves: list[dict[str, torch.Tensor]]) -> float:
+    """The mean over pairs of the cosine between all modules' entries, zeros where a client lacks one."""
+    flat = [torch.cat([m.get(n, torch.zeros(s)).double().flatten() for n, s in sorted(SHAPES.items())]) for m in moves]
+    pairs = [(j, k) for j in range(len(flat)) for k in range(j)]
+    return sum(float(flat[j] @ flat[k] / flat[j].norm() / flat[k].norm()) for j, k in pairs) / len(pairs)
