@@ -1,8 +1,9 @@
-"""A PEFT checkpoint on held-out rows, beside the base that it was trained on."""
+"""PEFT checkpoints on held-out rows, beside the base that they were trained on."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from peft import PeftModel
@@ -10,34 +11,82 @@ from peft import PeftModel
 from fedlora.config import Config
 from fedlora.data import encode, prepare
 from fedlora.errors import AdapterError, ModelError
-from fedlora.evaluate import evaluate
-from fedlora.models import load_base
+from fedlora.mixed import BASE, predict_many
+from fedlora.models import BaseModel, load_base
+from fedlora.scores import scores
 
 
-def compare_with_base(adapter: Path, config: Config) -> dict[str, dict[str, float]]:
-    """Metrics of the base as it is and with the adapter, on the run's held-out rows.
+def compare_with_base(
+    adapters: Sequence[Path], config: Config, on_batch: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, dict[str, float]]:
+    """Metrics of the base as it is and with each adapter, on the run's held-out rows, in one pass.
+
+    Args:
+        adapters: folders of PEFT checkpoints, at least one.
+        config: of the model and the data.
+        on_batch: called after each batch with (rows done, rows), of all adapters and the base together.
 
     Raises:
-        ModelError: the adapter was trained on another base.
-        AdapterError: the checkpoint does not fit the model.
+        ModelError: an adapter was trained on another base.
+        AdapterError: a checkpoint does not fit the model.
     """
-    about = adapter / "fedlora.json"
-    trained_on = json.loads(about.read_text(encoding="utf-8")).get("base") if about.is_file() else None
     base = load_base(config.model)
-    if trained_on not in (None, base.fingerprint):
-        raise ModelError(
-            f"{adapter} was trained on base {trained_on}, model.name = {config.model.name!r} is {base.fingerprint}"
-        )
-    try:
-        model = PeftModel.from_pretrained(base.model, str(adapter))  # pyright: ignore[reportArgumentType]
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise AdapterError(f"{adapter} does not fit {config.model.name}: {str(error).splitlines()[0]}") from error
+    model = load(base, adapters, config)
     examples = encode(prepare(config).heldout, base.tokenizer, config.data, config.model.task, config.model.labels)
-
-    def score() -> dict[str, float]:
-        return evaluate(model, examples, config.evaluate.batch_size, base.pad_id)
-
-    with model.disable_adapter():
-        bare = score()
+    names = [BASE, *map(_name, range(len(adapters)))]
+    found = predict_many(model, names, examples, config.evaluate.batch_size, base.pad_id, on_batch=on_batch)
     fresh_head = " with a fresh head" if config.model.task == "classification" else ""
-    return {f"untouched base{fresh_head}": bare, "with the adapter": score()}
+    labels = [f"untouched base{fresh_head}", *titles(adapters)]
+    return {label: scores(predictions) for label, predictions in zip(labels, found.values(), strict=True)}
+
+
+def load(base: BaseModel, adapters: Sequence[Path], config: Config) -> PeftModel:
+    """The base with these checkpoints as PEFT's adapters "adapter0", "adapter1" ….
+
+    Raises:
+        ModelError: an adapter was trained on another base.
+        AdapterError: a checkpoint does not fit the model.
+    """
+    for adapter in adapters:
+        about = adapter / "fedlora.json"
+        trained_on = json.loads(about.read_text(encoding="utf-8")).get("base") if about.is_file() else None
+        if trained_on not in (None, base.fingerprint):
+            raise ModelError(
+                f"{adapter} was trained on base {trained_on}, model.name = {config.model.name!r} is {base.fingerprint}"
+            )
+    model: PeftModel | None = None
+    for index, adapter in enumerate(adapters):
+        try:
+            if model is None:
+                model = PeftModel.from_pretrained(base.model, str(adapter), adapter_name=_name(index))
+            else:
+                model.load_adapter(str(adapter), adapter_name=_name(index))
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise AdapterError(f"{adapter} does not fit {config.model.name}: {str(error).splitlines()[0]}") from error
+    assert model is not None
+    return model
+
+
+def titles(adapters: Sequence[Path]) -> list[str]:
+    """What each adapter is called in a table: "with the adapter" if it is alone, else the part of its path that
+    differs from the others'."""
+    if len(adapters) == 1:
+        return ["with the adapter"]
+    parts = [adapter.parts for adapter in adapters]
+    head = _common(parts)
+    tail = _common([part[::-1][: len(part) - head] for part in parts])
+    return ["/".join(part[head : len(part) - tail]) or str(path) for part, path in zip(parts, adapters, strict=True)]
+
+
+def _common(paths: Sequence[Sequence[str]]) -> int:
+    """How many first parts are equal in all."""
+    count = 0
+    for column in zip(*paths, strict=False):
+        if len(set(column)) > 1:
+            break
+        count += 1
+    return count
+
+
+def _name(index: int) -> str:
+    return f"adapter{index}"

@@ -60,7 +60,7 @@ def call(monkeypatch, capsys, tmp_path):
     cli._flags.clear()
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["evaluate"], ["data"], ["fetch"], ["doctor"], ["keys"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["evaluate"], ["export"], ["data"], ["fetch"], ["doctor"], ["keys"]])
 def test_every_command_explains_itself(call, command):
     done = call(*command, "--help")
     assert done.returncode == 0
@@ -191,3 +191,25 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path, tiny_llama):
     assert data["status"] == "interrupted"
     assert data["rounds"]
     assert (result.parent / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_several_adapters_are_evaluated_beside_each_other(tmp_path, tiny_llama, call):
+    for number, strategy in (("one", "fedavg-zeropad"), ("two", "flora")):
+        preset = tmp_path / "run.toml"
+        settings = tiny(tmp_path, tiny_llama, strategy__name=strategy, run__id=number, federation__rounds=1)
+        preset.write_text(config_table(settings), encoding="utf-8")
+        assert call("run", str(preset)).returncode == 0
+    one, two = (tmp_path / "runs" / "tiny" / number for number in ("one", "two"))
+    words = ("evaluate", "--adapter", str(one / "adapter"), "--adapter", str(two / "adapter"))
+    done = call(*words, "--json", str(tmp_path / "scores.json"))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    assert list(found) == ["untouched base", "one", "two"]
+    for number, folder in (("one", one), ("two", two)):
+        held = json.loads((folder / "result.json").read_text())["rounds"][-1]["heldout"]
+        assert found[number]["loss"] == pytest.approx(held["loss"], rel=1e-4)
+        assert f"{found[number]['loss']:.4f}" in done.stdout
+    assert "perplexity" in done.stdout
+    assert "exact-match" in done.stdout
+    twice = call("evaluate", "--adapter", str(one / "adapter"), "--adapter", str(one / "adapter"))
+    assert "named twice" in twice.stderr
