@@ -1,0 +1,303 @@
+"""Who was best: the learning rate of each strategy by validation, its test metric over seeds, and paired tests."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+from scipy.stats import ttest_rel
+
+_LOWER = frozenset({"loss", "perplexity", "calibration-error"})
+# Differences that agree to this share of the values differ by rounding alone.
+_ROUNDING = 1e-12
+
+Cell = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """One learning rate of a sweep.
+
+    Args:
+        lr: the learning rate; None for what is not trained.
+        validation: mean validation metric over the seeds that completed; None without one.
+        seeds: those that completed.
+        failed: those that did not, or whose metric is missing or not finite.
+    """
+
+    lr: float | None
+    validation: float | None
+    seeds: tuple[int, ...] = ()
+    failed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell without a usable result, and why."""
+
+    label: str
+    lr: float | None
+    seed: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The learning rate that validation chose.
+
+    Args:
+        lr: the chosen rate; None for what is not trained.
+        edge: "lowest" or "highest" when the chosen rate is an end of a sweep, "no sweep" with one rate, else "".
+        rates: the sweep, in rising order.
+        cells: those of the chosen rate that completed, by seed.
+        failures: of every rate.
+    """
+
+    lr: float | None
+    edge: str
+    rates: tuple[Rate, ...]
+    cells: Mapping[int, Cell]
+    failures: tuple[Failure, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One strategy or baseline in one scenario, at its chosen learning rate.
+
+    Args:
+        label: its name in the comparison.
+        role: "strategy" or "baseline".
+        choice: the learning rate and its sweep.
+        values: seed -> test metric.
+        mean, sd, n: of these values; the deviation has ddof 1 and is None with one seed.
+        difference: mean over common seeds of the value minus the reference's; None without common seeds.
+        pairs: how many seeds both have.
+        p: of the paired t-test on these differences; None where it is undefined.
+        p_holm: p, corrected for all strategies of the scenario.
+        rank: 1 is best; None for baselines, and where fewer than two seeds are known.
+    """
+
+    label: str
+    role: str
+    choice: Choice
+    values: Mapping[int, float] = field(default_factory=dict)
+    mean: float | None = None
+    sd: float | None = None
+    n: int = 0
+    difference: float | None = None
+    pairs: int = 0
+    p: float | None = None
+    p_holm: float | None = None
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """One scenario.
+
+    Args:
+        scenario: its label.
+        metric: what is ranked.
+        reference: the label that the others are compared with.
+        rows: ranked strategies first, then those without a rank, then baselines.
+        notes: what the reader has to know about ranks and tests, in sentences.
+    """
+
+    scenario: str
+    metric: str
+    reference: str
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """Of all rows."""
+        return tuple(failure for row in self.rows for failure in row.choice.failures)
+
+
+def lower_is_better(metric: str) -> bool:
+    """The direction of a metric: losses, perplexities and calibration errors are better when lower."""
+    return metric in _LOWER
+
+
+def rank(cells: Sequence[Cell], metric: str, reference: str) -> list[Ranking]:
+    """Rank the strategies of every scenario.
+
+    Args:
+        cells: of a comparison, of every scenario, label, learning rate and seed; some may be missing.
+        metric: the key of `scores.validation` that chooses and of `scores.test` that ranks.
+        reference: label of the strategy that the others are compared with.
+    """
+    scenarios: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        scenarios[cell["scenario"]].append(cell)
+    return [_rank_one(name, found, metric, reference) for name, found in scenarios.items()]
+
+
+def choose(cells: Sequence[Cell], metric: str) -> Choice:
+    """The learning rate of one label in one scenario, by the mean validation metric over seeds.
+
+    A rate with fewer failed seeds goes before one with more; then the better mean; then the smaller rate. The test
+    metric has no say.
+    """
+    usable: dict[float | None, dict[int, Cell]] = defaultdict(dict)
+    failures: list[Failure] = []
+    for cell in cells:
+        reason = _flaw(cell, metric)
+        by_seed = usable[cell["lr"]]
+        if reason:
+            failures.append(Failure(cell["label"], cell["lr"], cell["seed"], reason))
+        else:
+            by_seed[cell["seed"]] = cell
+    rates = tuple(
+        Rate(
+            lr,
+            fmean(cell["scores"]["validation"][metric] for cell in by_seed.values()) if by_seed else None,
+            tuple(sorted(by_seed)),
+            tuple(sorted(failure.seed for failure in failures if failure.lr == lr)),
+        )
+        for lr, by_seed in sorted(usable.items(), key=lambda item: (item[0] is not None, item[0] or 0.0))
+    )
+    sign = 1.0 if lower_is_better(metric) else -1.0
+    known = [
+        (len(rate.failed), sign * rate.validation, i) for i, rate in enumerate(rates) if rate.validation is not None
+    ]
+    if not known:
+        return Choice(None, "", rates, {}, tuple(failures))
+    best = min(known)[2]
+    edge = ""
+    if rates[best].lr is not None:
+        ends = {0: "lowest", len(rates) - 1: "highest"}
+        edge = "no sweep" if len(rates) == 1 else ends.get(best, "")
+    lr = rates[best].lr
+    return Choice(lr, edge, rates, dict(sorted(usable[lr].items())), tuple(failures))
+
+
+def paired_p(differences: Sequence[float], scale: float) -> float | None:
+    """Two-sided p of a paired t-test.
+
+    Args:
+        differences: one for each seed.
+        scale: size of the values they are differences of, against which rounding is judged.
+
+    Returns:
+        1.0 where all differences are 0; None where there are fewer than two, or all are the same and not 0, for then
+        their spread is unknown.
+    """
+    found = np.asarray(differences, dtype=float)
+    if len(found) < 2:
+        return None
+    least = _ROUNDING * scale
+    if np.abs(found).max() <= least:
+        return 1.0
+    if np.ptp(found) <= least:
+        return None
+    return float(np.asarray(ttest_rel(found, np.zeros_like(found)).pvalue))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction (Holm 1979, "A simple sequentially rejective multiple test procedure").
+
+    The i-th smallest of m values becomes `max_{j <= i} min(1, (m - j + 1) p_j)`. SciPy has Benjamini and Hochberg's
+    alone, which bounds the rate of false discoveries and not the chance of any.
+    """
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for step, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - step) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def _flaw(cell: Cell, metric: str) -> str:
+    """Why a cell has no usable result; "" where it has one."""
+    if cell["status"] != "completed":
+        return str(cell.get("error") or "no reason is recorded")
+    for part in ("validation", "test"):
+        value = cell.get("scores", {}).get(part, {}).get(metric)
+        if value is None:
+            return f"no {metric} on its {part} rows"
+        if not math.isfinite(value):
+            return f"{metric} on its {part} rows is {value}"
+    return ""
+
+
+def _rank_one(scenario: str, cells: Sequence[Cell], metric: str, reference: str) -> Ranking:
+    labels: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        labels[cell["label"]].append(cell)
+    rows = [_row(label, found, metric) for label, found in labels.items()]
+    by_label = {row.label: row for row in rows}
+    anchor = by_label.get(reference)
+    if anchor and anchor.values:
+        rows = [_compared(row, anchor) for row in rows]
+    strategies = [row for row in rows if row.role == "strategy"]
+    tests = [row for row in strategies if row.p is not None]
+    corrected = dict(zip([row.label for row in tests], holm([row.p or 0.0 for row in tests]), strict=True))
+    sign = 1.0 if lower_is_better(metric) else -1.0
+    means = [sign * row.mean for row in strategies if row.n > 1 and row.mean is not None]
+    done = [
+        replace(
+            row,
+            p_holm=corrected.get(row.label),
+            rank=1 + sum(mean < sign * row.mean for mean in means)
+            if row.role == "strategy" and row.n > 1 and row.mean is not None
+            else None,
+        )
+        for row in rows
+    ]
+    done.sort(key=lambda row: (row.role != "strategy", row.rank or len(rows) + 1, sign * (row.mean or 0.0)))
+    return Ranking(scenario, metric, reference, tuple(done), tuple(_notes(strategies, anchor, reference)))
+
+
+def _row(label: str, cells: Sequence[Cell], metric: str) -> Row:
+    choice = choose(cells, metric)
+    values = {seed: float(cell["scores"]["test"][metric]) for seed, cell in choice.cells.items()}
+    numbers = list(values.values())
+    return Row(
+        label=label,
+        role=cells[0]["role"],
+        choice=choice,
+        values=values,
+        mean=fmean(numbers) if numbers else None,
+        sd=stdev(numbers) if len(numbers) > 1 else None,
+        n=len(numbers),
+    )
+
+
+def _compared(row: Row, reference: Row) -> Row:
+    """The row with its difference to the reference, and with a test where it is another strategy."""
+    seeds = sorted(row.values.keys() & reference.values.keys())
+    if row.label == reference.label or not seeds:
+        return row
+    differences = [row.values[seed] - reference.values[seed] for seed in seeds]
+    scale = max(abs(of.values[seed]) for of in (row, reference) for seed in seeds)
+    p = paired_p(differences, scale) if row.role == "strategy" and reference.role == "strategy" else None
+    return replace(row, difference=fmean(differences), pairs=len(seeds), p=p)
+
+
+def _notes(strategies: Sequence[Row], reference: Row | None, name: str) -> list[str]:
+    most = max((row.n for row in strategies), default=0)
+    if most == 0:
+        return ["No strategy has a result yet."]
+    if most == 1:
+        return [
+            "One seed: there are no ranks and no tests, because nothing tells a difference between strategies from the "
+            "chance of one seed; run at least three seeds."
+        ]
+    notes = [
+        f"{row.label} has {row.n} of the {most} seeds that others have"
+        + ("; it gets no rank." if row.n < 2 else "; its mean and rank rest on these alone.")
+        for row in strategies
+        if row.n < most
+    ]
+    if reference is None or not reference.values:
+        notes.append(f"The reference {name} has no result here, so that there are no differences and no tests.")
+    same = [row.label for row in strategies if row.pairs > 1 and row.p is None]
+    if same:
+        notes.append(f"{', '.join(same)}: every seed differs from {name} by the same amount, and p is undefined.")
+    return notes
