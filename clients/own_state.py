@@ -8,6 +8,7 @@ before its round was complete plays that round again, and each client must start
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from safetensors.torch import save_file
 
 from fedlora.adapter import AdapterState, LoraFactors
 from fedlora.durable import replacing
-from fedlora.errors import DataError
+from fedlora.errors import ConfigError, DataError
+from fedlora.exchange import Broadcast
 
 
 def load(folder: Path, kind: str, round: int) -> AdapterState | None:
@@ -71,6 +73,33 @@ def save(folder: Path, kind: str, state: AdapterState, round: int) -> None:
     for number, path in files.items():
         if number not in (before, round):
             path.unlink()
+
+
+def with_own(broadcast: Broadcast, folder: Path) -> AdapterState:
+    """The broadcast's adapter, with the personal factors that a client keeps in place of those that were sent.
+
+    Args:
+        broadcast: of the round that begins; the client has what earlier rounds left.
+        folder: this run's and client's own; see `folder_of`.
+
+    Raises:
+        ConfigError: what it keeps has another rank.
+    """
+    kept = load(folder, "personal", broadcast.round) if broadcast.personal else None
+    if kept is None:
+        return broadcast.adapter
+    lora = dict(broadcast.adapter.lora)
+    for name in [name for name in lora if name in kept.lora]:
+        own = kept.lora[name]
+        for factor in broadcast.personal:
+            sent, mine = getattr(lora[name], factor), getattr(own, factor)
+            if mine.shape != sent.shape:
+                raise ConfigError(
+                    f"{name}: this client keeps a {factor} {tuple(mine.shape)} of its own, this run's is "
+                    f"{tuple(sent.shape)}; give the client its earlier rank, or remove {folder} to start it anew"
+                )
+            lora[name] = replace(lora[name], **{factor: mine})
+    return replace(broadcast.adapter, lora=lora)
 
 
 def folder_of(root: str | Path, run: int | str, client_id: int) -> Path:

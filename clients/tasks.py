@@ -11,7 +11,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -111,7 +111,7 @@ class Work:
 
     def start(self) -> AdapterState:
         """What its training starts from: the broadcast's adapter, with this client's own factors."""
-        return _with_own(self.broadcast, self.context)
+        return own_state.with_own(self.broadcast, _own_folder(self.context, self.broadcast))
 
     def tell(self, step: int, steps: int, loss: float) -> None:
         """One step's progress."""
@@ -268,26 +268,6 @@ def folds_beside(work: Work) -> tuple[AdapterState, ...]:
         peft_io.merge_folds(work.bench, work.context.run_id, folds)
         return ()
     return folds
-
-
-def _with_own(broadcast: Broadcast, context: Context) -> AdapterState:
-    """The broadcast's adapter, with the personal factors that this client keeps in place of those that were sent."""
-    folder = _own_folder(context, broadcast)
-    kept = own_state.load(folder, "personal", broadcast.round) if broadcast.personal else None
-    if kept is None:
-        return broadcast.adapter
-    lora = dict(broadcast.adapter.lora)
-    for name in [name for name in lora if name in kept.lora]:
-        own = kept.lora[name]
-        for factor in broadcast.personal:
-            sent, mine = getattr(lora[name], factor), getattr(own, factor)
-            if mine.shape != sent.shape:
-                raise ConfigError(
-                    f"{name}: this client keeps a {factor} {tuple(mine.shape)} of its own, this run's is "
-                    f"{tuple(sent.shape)}; give the client its earlier rank, or remove {folder} to start it anew"
-                )
-            lora[name] = replace(lora[name], **{factor: mine})
-    return replace(broadcast.adapter, lora=lora)
 
 
 def _personal_part(adapter: AdapterState, personal: frozenset[str]) -> AdapterState:

@@ -17,6 +17,8 @@ from rich.table import Table
 
 from fedlora import __version__
 from fedlora import config as configuration
+from fedlora.cli_adapters import adapters
+from fedlora.cli_experiments import experiments
 from fedlora.errors import ConfigError, FedLoraError, suggest
 
 app = typer.Typer(
@@ -112,6 +114,8 @@ def run(
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler talks on stderr; read when torch is loaded
     settings = _load(config, overrides) if config is not None else _resumed(resume, overrides)
     if server is None:
+        from fedlora.strategies.registry import check_ranks  # pyright: ignore[reportMissingImports]
+
         check_ranks(settings)  # nodes have ranks of their own, which the server checks when it has met them
     from fedlora.display import RunDisplay, result_table
     from fedlora.events import listen
@@ -120,7 +124,7 @@ def run(
 
     settings = stamp(settings)
     folder = folder_of(settings)
-    _quiet()
+    quiet()
     watcher: Profiler | None = None
     try:
         with RunDisplay(out) as display, listen(display):
@@ -151,38 +155,8 @@ def run(
     out.print(f"try it:  fedlora evaluate --adapter {folder / 'adapter'}", soft_wrap=True)
 
 
-@app.command()
-def evaluate(
-    adapter: Annotated[Path, typer.Option(help="Folder of a PEFT checkpoint, such as runs/<name>/<time>/adapter.")],
-    config: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="Model and data; default: those of the adapter's own run.")
-    ] = None,
-    overrides: Overrides = None,
-) -> None:
-    """Evaluate an adapter, beside the untouched base, on held-out rows."""
-    import json
-
-    about = adapter / "fedlora.json"
-    if not (adapter / "adapter_config.json").is_file():
-        raise ConfigError(f"--adapter {adapter}: no adapter_config.json here; give the folder of a PEFT checkpoint")
-    if config is None and not about.is_file():
-        raise ConfigError(f"--adapter {adapter}: it does not say what it was trained on; name a CONFIG too")
-    if config is not None:
-        settings = _load(config, overrides)
-    else:
-        own = configuration.parse(json.loads(about.read_text(encoding="utf-8"))["config"], where=str(about))
-        settings = configuration.parse(configuration.parse_overrides(overrides or []), own, where="-c")
-    _quiet()
-    from fedlora.checkpoint_scores import compare_with_base
-
-    rows = compare_with_base(adapter, settings)
-    table = Table(title=f"{settings.model.name} on {settings.data.source}, held-out rows")
-    names = list(next(iter(rows.values())))
-    for title in ("", *names):
-        table.add_column(title, justify="left" if not title else "right")
-    for label, metrics in rows.items():
-        table.add_row(label, *[f"{metrics[name]:.4f}" for name in names])
-    out.print(table)
+app.add_typer(adapters)
+app.add_typer(experiments)
 
 
 @app.command()
@@ -291,7 +265,7 @@ def worker(
     idle: Annotated[float, typer.Option(min=1, help="Seconds without a message after which it ends.")] = 3600.0,
 ) -> None:
     """Hold the base model and answer a node's messages; fedlora node starts it when the first one comes."""
-    _quiet()
+    quiet()
     from fedlora.clients.worker import serve  # pyright: ignore[reportMissingImports]
 
     serve(socket, node_pid, idle)
@@ -320,7 +294,7 @@ def status(
 def data(config: Preset, overrides: Overrides = None) -> None:
     """Show how the rows are dealt to the clients, without training."""
     settings = _load(config, overrides)
-    _quiet()
+    quiet()
     from fedlora.data import client_statistics, prepare
 
     split = prepare(settings)
@@ -353,7 +327,7 @@ def fetch(
         if name not in known:
             raise ConfigError(f"fetch: {name!r} is not packaged{suggest(name, known)}")
     for name in known if everything else names or []:
-        _quiet()
+        quiet()
         if known[name].kind == "model":
             from fedlora.models import resolve
 
@@ -374,7 +348,7 @@ def fetch(
 @app.command()
 def doctor() -> None:
     """Check this machine: versions, device, a quantization self-test, and what is cached."""
-    _quiet()
+    quiet()
     from fedlora.doctor import examine
 
     healthy = True
@@ -414,24 +388,6 @@ def version() -> None:
     out.print(__version__)
 
 
-def check_ranks(settings: configuration.Config) -> None:
-    """Raises StrategyError before anything is loaded, if the strategy cannot serve these ranks."""
-    from fedlora.exchange import ClientInfo
-    from fedlora.strategies.registry import configured  # pyright: ignore[reportMissingImports]
-
-    clients = [
-        ClientInfo(
-            client_id=i,
-            rank=configuration.client_rank(settings.lora, i),
-            alpha=settings.lora.alpha,
-            rslora=settings.lora.rslora,
-            rank_pattern=configuration.rank_pattern(settings.lora),
-        )
-        for i in range(settings.federation.clients)
-    ]
-    configured(settings).check(clients)
-
-
 def find_preset(name: str) -> Path:
     """The path itself, or the packaged preset of that name."""
     path = Path(name).expanduser()
@@ -459,7 +415,7 @@ def _state_folder(*parts: str) -> Path:
 @contextmanager
 def _told_to_stop(insecure: bool) -> Iterator[None]:
     """Around what runs until it is told to stop, which is no failure."""
-    _quiet()
+    quiet()
     if insecure:
         err.print("[yellow]warning:[/yellow] --insecure: whoever reaches this port reads all, and may take part")
     try:
@@ -475,7 +431,7 @@ def _resumed(folder: Path | None, overrides: list[str] | None) -> configuration.
     return resumed(folder, overrides or [])
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep libraries from talking over the product's own output."""
     import logging
     import warnings

@@ -87,10 +87,18 @@ class DataConfig:
     sizes: str = option("", "sizes: rows per client, '400,200,100,50'")
     heldout_fraction: float = option(0.1, "rows kept from every client for the server's evaluation", low=0.0, high=0.9)
     heldout_max: int = option(64, "at most this many held-out rows are evaluated; 0: all", low=0)
+    test_fraction: float = option(
+        0.0, "share of the held-out rows left for one test after the last round (fedlora compare)", low=0.0, high=0.9
+    )
     client_test_fraction: float = option(
         0.1, "share of each client's own rows kept for evaluate.clients", low=0.0, high=0.9
     )
     client_max: int = option(0, "at most this many rows per client; 0: all", low=0)
+    parts: str = option(
+        "",
+        "for baselines: which parts of the rows each client has; '0+1+2+3 of 4' gives one client what four would have, "
+        "'2 of 4' what the third would; empty: one part each",
+    )
     max_length: int = option(128, "tokens per example; longer ones are cut", low=4)
 
 
@@ -159,6 +167,10 @@ class EvaluateConfig:
     clients: bool = option(False, "let every sampled client evaluate the global adapter on its own test rows")
     every: int = option(1, "rounds between evaluations (the last one always)", low=1)
     batch_size: int = option(16, "examples per forward pass", low=1)
+    intruders: bool = option(
+        False,
+        "count the global adapter's intruder dimensions after each evaluated round: an SVD of every adapted weight",
+    )
 
 
 @dataclass(frozen=True)
@@ -316,6 +328,33 @@ def rank_pattern(config: LoraConfig) -> dict[str, int]:
     return pattern
 
 
+def client_parts(data: DataConfig, clients: int) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """`data.parts` as (the parts of each client, how many parts there are).
+
+    Raises:
+        ConfigError: it cannot be read, or names other than one group of parts for each client.
+    """
+    if not data.parts.strip():
+        return tuple((client,) for client in range(clients)), clients
+    groups, _, count = data.parts.partition(" of ")
+    try:
+        parts = tuple(tuple(int(part) for part in group.split("+")) for group in groups.split(","))
+        total = int(count)
+    except ValueError:
+        parts, total = (), 0
+    named = [part for group in parts for part in group]
+    if not named or len(set(named)) != len(named) or not all(0 <= part < total for part in named):
+        raise ConfigError(
+            f"data.parts: got {data.parts!r}, expected different parts joined by +, clients separated by commas, and "
+            "how many parts there are, such as '0+1+2+3 of 4'"
+        )
+    if len(parts) != clients:
+        raise ConfigError(
+            f"data.parts = {data.parts!r} is for {len(parts)} clients, federation.clients is {clients}; make them agree"
+        )
+    return parts, total
+
+
 def clients_at_once(config: TrainConfig) -> int:
     """`train.clients-at-once` as a number; 0 for auto."""
     text = config.clients_at_once.strip()
@@ -358,10 +397,11 @@ def _check_together(config: Config, where: str) -> Config:
             f"{where}: anchor.base-update = 'merge' needs model.quantization = 'none', got "
             f"{config.model.quantization!r}: a quantized base loses small updates; leave it at 'anchor'"
         )
-    if config.data.partition == "sizes" and len(ints("data.sizes", config.data.sizes)) != config.federation.clients:
+    _, dealt = client_parts(config.data, config.federation.clients)
+    if config.data.partition == "sizes" and len(ints("data.sizes", config.data.sizes)) != dealt:
         raise ConfigError(
             f"{where}: data.sizes = {config.data.sizes!r} must name one size for each of the "
-            f"{config.federation.clients} clients (federation.clients)"
+            f"{dealt} clients (federation.clients)"
         )
     if config.federation.min_clients > config.federation.clients:
         raise ConfigError(

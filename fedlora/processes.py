@@ -38,9 +38,15 @@ def start(command: Sequence[str], folder: Path, environment: Mapping[str, str], 
     )
 
 
+def end_with(parent: int) -> None:
+    """From within a process: be told to stop when its parent dies, however it dies. Linux alone can do it."""
+    if _libc:
+        _go_with(parent)
+
+
 def stop_tree(process: subprocess.Popen[bytes]) -> None:
     """Stop a process and everything that it started."""
-    _stop(process.pid)
+    stop(process.pid)
     process.wait(timeout=_STOP_SECONDS)
 
 
@@ -50,7 +56,7 @@ def stop_recorded(file: Path, word: str) -> None:
         pid = int(file.read_text())
         process = psutil.Process(pid)
         if word in process.cmdline() and process.username() == psutil.Process().username():
-            _stop(pid)
+            stop(pid)
 
 
 def free_port() -> int:
@@ -60,7 +66,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _stop(pid: int) -> None:
+def stop(pid: int) -> None:
+    """Stop the process of this pid and everything that it started; nothing happens where there is none."""
     try:
         family = [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]
     except psutil.NoSuchProcess:
@@ -76,7 +83,7 @@ def _stop(pid: int) -> None:
 
 
 def _go_with(parent: int) -> None:
-    """Between fork and exec: SIGTERM when the parent dies, however it dies."""
+    """In the child, between fork and exec or later: SIGTERM when the parent dies, however it dies."""
     assert _libc is not None
     _libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
     if os.getppid() != parent:  # it died in between

@@ -12,10 +12,12 @@ from importlib import import_module
 from inspect import isabstract
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
+from fedlora.config import client_rank, rank_pattern
 from fedlora.errors import StrategyError, suggest
 
 if TYPE_CHECKING:
     from fedlora.config import Config
+    from fedlora.exchange import ClientInfo
 
     from .base import Strategy
 
@@ -145,6 +147,27 @@ def configured(config: Config) -> Strategy:
             keep=chosen.robust_keep,
         )
     return strategy
+
+
+def check_ranks(config: Config) -> None:
+    """Raises StrategyError before anything is loaded, if the strategy cannot serve a simulation's clients."""
+    configured(config).check(simulated(config))
+
+
+def simulated(config: Config) -> list[ClientInfo]:
+    """The clients of a simulation, with the ranks that `lora.ranks` gives them."""
+    from fedlora.exchange import ClientInfo
+
+    return [
+        ClientInfo(
+            client_id=client,
+            rank=client_rank(config.lora, client),
+            alpha=config.lora.alpha,
+            rslora=config.lora.rslora,
+            rank_pattern=rank_pattern(config.lora),
+        )
+        for client in range(config.federation.clients)
+    ]
 
 
 def parse_options(text: str) -> dict[str, Option]:

@@ -5,13 +5,14 @@ Importing this package is cheap: datasets, pyarrow and torch load with the funct
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
-from fedlora.config import Config, DataConfig
+from fedlora.config import Config, DataConfig, client_parts
 from fedlora.data.batches import batch_at, collate, eval_batches
 from fedlora.data.forms import Example, encode, form_of
 from fedlora.data.lazy import LazyExamples
-from fedlora.data.partition import Split, client_split, kept_back, split_rows
+from fedlora.data.partition import Split, client_split, joined, kept_back, split_rows
 from fedlora.data.sources import PACKAGED, load_rows
 from fedlora.data.stats import ClientStatistics, client_statistics
 
@@ -42,7 +43,9 @@ def prepare(config: Config) -> Split:
         DataError: the source cannot be read, or cannot be dealt to so many clients.
         AssetError: a packaged set cannot be fetched.
     """
-    return _prepare(config.data, config.federation.clients, config.run.seed)
+    groups, dealt = client_parts(config.data, config.federation.clients)
+    split = _prepare(replace(config.data, parts=""), dealt, config.run.seed)
+    return joined(split, groups) if config.data.parts else split
 
 
 @lru_cache(maxsize=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +32,8 @@ class Split:
         parts: indices into `rows`, one array per client.
         names: the natural key of each client; empty for other partitions.
         left_out: rows that neither a client nor the server has.
+        test: rows of no client that are not evaluated before the last round's end.
+        owners: which client's key each row of `heldout` and of `test` has; empty for other partitions than natural.
     """
 
     rows: Dataset
@@ -39,6 +41,8 @@ class Split:
     parts: tuple[np.ndarray, ...]
     names: tuple[str, ...]
     left_out: int
+    test: Dataset
+    owners: tuple[np.ndarray, np.ndarray]
 
     def client(self, client_id: int) -> Dataset:
         """The rows of one client, in a seeded order.
@@ -92,6 +96,8 @@ def split_rows(rows: Dataset, data: DataConfig, clients: int, seed: int) -> Spli
     order = _rng(seed, _ORDER).permutation(np.flatnonzero(codes >= 0))
     held = _held_out(codes[order], data.heldout_fraction)
     heldout, kept = order[held], order[~held]
+    tested = _held_out(codes[heldout], data.test_fraction)
+    heldout, test = heldout[~tested][: data.heldout_max or None], heldout[tested][: data.heldout_max or None]
     if data.heldout_fraction and not len(heldout):
         raise DataError(
             f"{data.source}: data.heldout-fraction = {data.heldout_fraction} of {len(order)} rows leaves none for "
@@ -105,15 +111,31 @@ def split_rows(rows: Dataset, data: DataConfig, clients: int, seed: int) -> Spli
                 f"({len(kept)} training rows for {clients} clients); lower federation.clients"
                 f"{', or raise data.dirichlet-alpha' if data.partition == 'dirichlet' else ''}"
             )
-    left_out = len(rows) - len(heldout) - sum(map(len, parts))
+    left_out = len(rows) - int(held.sum()) - sum(map(len, parts))
     if left_out:
         _log.info("%s: %d of %d rows belong to none of the %d clients", data.source, left_out, len(rows), clients)
     return Split(
         rows=rows,
-        heldout=rows.select(heldout[: data.heldout_max or None]),
+        heldout=rows.select(heldout),
         parts=tuple(part[: data.client_max or None] for part in parts),
         names=names,
         left_out=left_out,
+        test=rows.select(test),
+        owners=(codes[heldout], codes[test]) if names else (codes[:0], codes[:0]),
+    )
+
+
+def joined(split: Split, groups: Sequence[Sequence[int]]) -> Split:
+    """Other clients of the same rows: each has the parts that its group names, in turn; what is held out stays.
+
+    Args:
+        split: as `split_rows` gives it.
+        groups: parts of each client; see `fedlora.config.client_parts`.
+    """
+    return replace(
+        split,
+        parts=tuple(np.concatenate([split.parts[part] for part in group]) for group in groups),
+        names=tuple("+".join(split.names[part] for part in group) for group in groups) if split.names else (),
     )
 
 
