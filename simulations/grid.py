@@ -1,4 +1,4 @@
-"""What is compared: strategies × learning rates × seeds × scenarios, as a list of cells that are checked before any runs."""
+"""What is compared: strategies × learning rates × seeds × scenarios, as cells that are checked before any runs."""
 
 from __future__ import annotations
 
