@@ -196,7 +196,9 @@ def _baseline(name: str, setting: Config) -> Iterable[Config]:
     }
     if name == "local":
         for client, rank in enumerate(ranks):
-            yield parse(alone | {"lora.ranks": str(rank), "data.parts": f"{client} of {clients}"}, setting)
+            # Its model is scored at the end; in between there is no federation to watch.
+            last = {"evaluate.every": setting.federation.rounds}
+            yield parse(alone | last | {"lora.ranks": str(rank), "data.parts": f"{client} of {clients}"}, setting)
         return
     chosen = max(1, min(clients, int(setting.federation.fraction * clients + 0.5)))
     everything = "+".join(map(str, range(clients)))
