@@ -1,6 +1,6 @@
 """Many clients on one machine: one batch for all of them, against one after another, plain PEFT and Flower with Ray.
 
-    python -m benchmarks.clients [--runs 3] [--quick]
+    python -m benchmarks.clients [--runs 3] [--quick] [--device cuda:0 --steps 50]
 
 Eight clients take ten optimizer steps each, of rank 8 on q, k, v and o, every example as long as `data.max-length`:
 
@@ -11,8 +11,8 @@ Eight clients take ten optimizer steps each, of rank 8 on q, k, v and o, every e
 
 Then the cost per client of a round of 8, 64 and 512 clients, with train.clients-at-once = auto. Each measurement is a
 process of its own; the kinds alternate, and medians are compared. Loading is left out, but for the whole time of d.
-Memory is the process's peak; d's that of all its processes together. Prints tables, and writes
-benchmarks/results/clients.json and docs/clients.png.
+Memory is the process's peak, on a GPU that of its tensors; d's that of all its processes together. Prints tables, and
+writes benchmarks/results/clients.json and docs/clients.png.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SETTINGS = {  # name -> base model, quantization, tokens of an example
 GROWTH = (8, 64, 512)
 
 
-def config_of(setting: str, folder: Path, at_once: str, clients: int = CLIENTS, steps: int = STEPS):
+def config_of(setting: str, folder: Path, at_once: str, device: str, *, clients: int = CLIENTS, steps: int = STEPS):
     """The run that is measured."""
     from fedlora.config import parse
 
@@ -57,7 +57,8 @@ def config_of(setting: str, folder: Path, at_once: str, clients: int = CLIENTS, 
             "run.id": "bench",
             "model.name": str(_small_llama(folder)) if model == "15m" else model,
             "model.quantization": quantization,
-            "model.device": "cpu",
+            "model.device": device,
+            "model.compute-dtype": "fp32",
             "lora.ranks": "",
             "lora.rank": RANK,
             "lora.target-modules": TARGETS,
@@ -101,26 +102,26 @@ def _small_llama(folder: Path) -> Path:
     return place
 
 
-def engine(setting: str, at_once: str, clients: int = CLIENTS, steps: int = STEPS) -> dict[str, float]:
+def engine(setting: str, at_once: str, device: str, *, clients: int = CLIENTS, steps: int = STEPS) -> dict[str, float]:
     """Seconds of the round, messages and aggregation included."""
     from fedlora import peft_io
     from fedlora.results import folder_of
     from fedlora.simulations import local
 
     with tempfile.TemporaryDirectory() as scratch:
-        config = config_of(setting, Path(scratch), at_once, clients, steps)
+        config = config_of(setting, Path(scratch), at_once, device, clients=clients, steps=steps)
         peft_io.workbench(config.model, config.lora)
         local.run(config)
         [entry] = json.loads((folder_of(config) / "result.json").read_text())["rounds"]
     trained = sum(client["train-seconds"] for client in entry["clients"].values())
-    return {"seconds": entry["seconds"]["round"], "training": trained, "megabytes": _peak()}
+    return {"seconds": entry["seconds"]["round"], "training": trained, "megabytes": _peak(device)}
 
 
-def plain(setting: str) -> dict[str, float]:
+def plain(setting: str, device: str, steps: int) -> dict[str, float]:
     """Seconds of PEFT, AdamW and a for loop."""
     with tempfile.TemporaryDirectory() as scratch:
-        seconds = plain_peft(config_of(setting, Path(scratch), "1"))
-    return {"seconds": seconds, "training": seconds, "megabytes": _peak()}
+        seconds = plain_peft(config_of(setting, Path(scratch), "1", device, steps=steps))
+    return {"seconds": seconds, "training": seconds, "megabytes": _peak(device)}
 
 
 def ray(setting: str) -> dict[str, float]:
@@ -130,7 +131,7 @@ def ray(setting: str) -> dict[str, float]:
 
     peak = _Peak()
     with tempfile.TemporaryDirectory() as scratch, peak:
-        config = config_of(setting, Path(scratch), "1")
+        config = config_of(setting, Path(scratch), "1", "cpu")
         began = time.perf_counter()
         flower.run(config, at_once=2)
         whole = time.perf_counter() - began
@@ -139,7 +140,11 @@ def ray(setting: str) -> dict[str, float]:
     return {"seconds": entry["seconds"]["round"], "training": trained, "whole": whole, "megabytes": peak.megabytes}
 
 
-def _peak() -> float:
+def _peak(device: str) -> float:
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -166,36 +171,45 @@ class _Peak:
             self.megabytes = max(self.megabytes, total / 2**20)
 
 
-def measure(kind: str, setting: str) -> dict[str, float]:
+def measure(kind: str, setting: str, device: str = "cpu", steps: int = STEPS) -> dict[str, float]:
     """One measurement in a fresh process."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.clients", "--only", kind, "--setting", setting]
+    command += [f"--device={device}", f"--steps={steps}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{kind}, {setting}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def one(kind: str, setting: str) -> dict[str, float]:
+def one(kind: str, setting: str, device: str, steps: int) -> dict[str, float]:
     """The measurement that `kind` names."""
     if kind.startswith("growth-"):
-        return engine(setting, "auto", int(kind.removeprefix("growth-")), steps=2)
-    return {"a": plain, "b": lambda s: engine(s, "1"), "c": lambda s: engine(s, str(CLIENTS)), "d": ray}[kind](setting)
+        return engine(setting, "auto", device, clients=int(kind.removeprefix("growth-")), steps=2)
+    if kind == "d":
+        return ray(setting)
+    if kind == "a":
+        return plain(setting, device, steps)
+    return engine(setting, {"b": "1", "c": str(CLIENTS)}[kind], device, steps=steps)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3, help="measurements of a, b and c in each setting")
     parser.add_argument("--quick", action="store_true", help="one measurement of each, no Ray, no growth")
+    parser.add_argument("--device", default="cpu", help="with another: no Ray, no growth, nothing written")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each client")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--setting", choices=SETTINGS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
-        print(json.dumps(one(options.only, options.setting)))
+        print(json.dumps(one(options.only, options.setting, options.device, options.steps)))
         return
     runs = 1 if options.quick else options.runs
-    speeds = {setting: _compare(setting, runs, with_ray=not options.quick) for setting in SETTINGS}
-    _show_speeds(speeds)
-    if options.quick:
+    short = options.quick or options.device != "cpu" or options.steps != STEPS
+    where = (options.device, options.steps)
+    speeds = {setting: _compare(setting, runs, *where, with_ray=not short) for setting in SETTINGS}
+    _show_speeds(speeds, options.steps)
+    if short:
         return
     growth = {setting: {n: measure(f"growth-{n}", setting) for n in GROWTH} for setting in list(SETTINGS)[::2]}
     _show_growth(growth)
@@ -203,11 +217,11 @@ def main() -> None:
     write("clients", {"clients": CLIENTS, "steps": STEPS, "rank": RANK, "speeds": speeds, "growth": growth})
 
 
-def _compare(setting: str, runs: int, *, with_ray: bool) -> dict[str, list[dict[str, float]]]:
+def _compare(setting: str, runs: int, device: str, steps: int, *, with_ray: bool) -> dict[str, list[dict[str, float]]]:
     taken: dict[str, list[dict[str, float]]] = {"a": [], "b": [], "c": [], "d": []}
     for _ in range(runs):
         for kind in ("a", "b", "c"):
-            taken[kind].append(measure(kind, setting))
+            taken[kind].append(measure(kind, setting, device, steps))
             print(f"{setting}, {kind}: {taken[kind][-1]}", file=sys.stderr)
     if with_ray:
         taken["d"].append(measure("d", setting))
@@ -219,11 +233,11 @@ def _median(taken: list[dict[str, float]], key: str) -> float:
     return statistics.median(one[key] for one in taken)
 
 
-def _show_speeds(speeds: dict[str, dict[str, list[dict[str, float]]]]) -> None:
+def _show_speeds(speeds: dict[str, dict[str, list[dict[str, float]]]], steps: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{CLIENTS} clients x {STEPS} steps: seconds of a round, times faster than a, peak memory")
+    table = Table(title=f"{CLIENTS} clients x {steps} steps: seconds of a round, times faster than a, peak memory")
     for title in ("", "plain PEFT", "one at a time", "as one", "Ray (2 at a time)"):
         table.add_column(title, justify="right")
     for setting, taken in speeds.items():

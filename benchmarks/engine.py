@@ -96,7 +96,9 @@ def plain_peft(config: Config) -> float:
                 seed = hash_seed(config.run.seed, client)
                 index = round * config.train.steps + step
                 chosen = batch_at(len(examples), config.train.batch_size, index, seed)
-                batch = collate([examples[i] for i in chosen], base.pad_id)
+                batch = {
+                    name: t.to(base.device) for name, t in collate([examples[i] for i in chosen], base.pad_id).items()
+                }
                 model(**batch).loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, config.train.clip)
                 optimizer.step()
