@@ -38,6 +38,7 @@ _MAY_CHANGE = frozenset(
         "model.device",
         "model.gradient-checkpointing",
         "evaluate.every",
+        "evaluate.intruders",
         "evaluate.batch-size",
     }
 )
