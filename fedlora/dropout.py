@@ -89,7 +89,7 @@ class Draws(TorchFunctionMode):
         parts = mask.chunk(len(self.lengths))
         for part, length, generator in zip(parts, self.lengths, self.generators, strict=False):
             own = part
-            for dim in {2: (), 3: (1,), 4: (2, 3)}[like.ndim]:  # [rows, features], [rows, T, ...], [rows, heads, T, T]
+            for dim in _LENGTH_DIMS[like.ndim]:
                 own = own.narrow(dim, 0, min(length, own.shape[dim]))
             own.copy_(
                 torch.empty(own.shape, dtype=like.dtype, device=like.device).bernoulli_(1 - p, generator=generator)
