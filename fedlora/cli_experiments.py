@@ -21,7 +21,7 @@ def compare(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Option("-c", "--config", metavar="KEY=VALUE", help="Change one key in every cell; repeat for more."),
+        typer.Option("-c", "--config", metavar="KEY=VALUE", help="Change one key of the settings; repeat for more."),
     ] = None,
     *,
     to: Annotated[
@@ -58,8 +58,11 @@ def compare(
     if dry_run:
         known = comparison.finished(planned, folder)
         for cell in planned.cells:
-            out.print(f"{cell.path}{'  finished' if cell.path in known else ''}", soft_wrap=True)
-        out.print(f"{len(planned.cells)} cells, {len(known)} finished in {folder}", soft_wrap=True)
+            status = f"  {known[cell.path]['status']}" if cell.path in known else ""
+            out.print(f"{cell.path}{status}", soft_wrap=True, markup=False)
+        failures = sum(cell["status"] == "failed" for cell in known.values())
+        said = f"{len(known) - failures} completed and {failures} failed in {folder}"
+        out.print(f"{len(planned.cells)} cells, {said}", soft_wrap=True, markup=False)
         return
     quiet()
     from fedlora.simulations.ranking import rank  # pyright: ignore[reportMissingImports]

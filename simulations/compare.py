@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -73,7 +75,7 @@ def slots_of(text: str) -> list[Slot]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if len(names) == 1 and names[0].isdigit() and int(names[0]):
         devices = [""] * int(names[0])
-    elif names and not any(name.isdigit() for name in names):
+    elif names and all(re.fullmatch(r"[a-z]+(:\d+)?", name) for name in names):
         devices = names
     else:
         raise ConfigError(f"--slots {text!r}: expected a number from 1, or devices such as cuda:0,cuda:1 or cpu,cpu")
@@ -123,30 +125,34 @@ def finished(grid: Grid, folder: Path) -> dict[str, dict[str, Any]]:
     Raises:
         RunError: a file cannot be read, is of another version, or was run with another config.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for cell in grid.cells:
-        path = folder / "cells" / f"{cell.path}.json"
-        if not path.is_file():
-            continue
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            schema, config = data["schema"], data["config"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(
-                f"{path}: damaged, {type(error).__name__}: {error}; remove this one file, and its cell is run again"
-            ) from None
+    files = {cell: folder / "cells" / f"{cell.path}.json" for cell in grid.cells}
+    return {cell.path: _read(cell, path) for cell, path in files.items() if path.is_file()}
+
+
+def _read(cell: Cell, path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        schema = data["schema"]
         if schema != SCHEMA:
             raise RunError(
                 f"{path}: written by another version (schema {schema}, this one reads {SCHEMA}); choose another --out"
             )
-        for key, value in cell.keys().items():
-            if config.get(key) != value:
-                raise RunError(
-                    f"{path}: this cell was run with {key} = {config.get(key)!r}, the grid now says {value!r}; choose "
-                    "another --out, or change the grid back"
-                )
-        found[cell.path] = data
-    return found
+        if missing := {"scenario", "label", "role", "lr", "seed", "status", "seconds"} - data.keys():
+            raise KeyError(missing.pop())
+        flats = [data["config"], *(run["config"] for run in data["runs"][1:])]
+        asked = [cell.keys(run) for run in range(len(cell.configs))]
+        pairs = [(key, was.get(key), now[key]) for was, now in zip(flats, asked, strict=False) for key in now]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{path}: damaged, {type(error).__name__}: {error}; remove this one file, and its cell is run again"
+        ) from None
+    for key, was, now in pairs:
+        if was != now:
+            raise RunError(
+                f"{path}: this cell was run with {key} = {was!r}, the grid now says {now!r}; choose another --out, or "
+                "change the grid back"
+            )
+    return data
 
 
 def _run_rest(standing: Standing, folder: Path, retry: bool, show: Callable[[Standing], None]) -> None:
@@ -233,7 +239,7 @@ def _begin(parent: int, log: Path) -> None:
     end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     log.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
 
@@ -245,7 +251,11 @@ def _cell(cell: Cell, work: Path) -> dict[str, Any]:
     from . import cell as cells
 
     torch.set_num_threads(cell.configs[0].run.threads or 1)
-    return cells.run(cell, work)
+    try:
+        return cells.run(cell, work)
+    except Exception:
+        traceback.print_exc()  # into the slot's log; the cell's file has the sentence
+        raise
 
 
 def _stop(worker: ProcessPoolExecutor) -> None:

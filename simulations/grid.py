@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedlora.config import Config, Scalar, client_rank, flatten, ints, parse, parse_overrides, read_toml
-from fedlora.errors import ConfigError, suggest
+from fedlora.config import Config, Scalar, client_rank, flatten, parse, parse_overrides, read_toml
+from fedlora.errors import ConfigError, StrategyError, suggest
 
 from ..strategies.registry import check_ranks, resolve
 
@@ -58,12 +59,12 @@ class Cell:
     @property
     def path(self) -> str:
         """Where it lies in the comparison's folder, without a suffix."""
-        rate = "" if self.lr is None else f"lr{self.lr:g}-"
+        rate = "" if self.lr is None else f"lr{_short(self.lr)}-"
         return f"{self.scenario}/{self.label}/{rate}seed{self.seed}"
 
-    def keys(self) -> dict[str, Scalar]:
-        """What decides its result: the flat keys of its first run."""
-        return {key: value for key, value in self.configs[0].to_flat().items() if key not in PLACES}
+    def keys(self, run: int = 0) -> dict[str, Scalar]:
+        """What decides a run's result: its flat keys."""
+        return {key: value for key, value in self.configs[run].to_flat().items() if key not in PLACES}
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,10 @@ def load(path: Path, find: Callable[[str], Path], overrides: Sequence[str] = ())
     if not base:
         raise ConfigError(f"{path}: config is missing, expected {_KEYS['config']}")
     beside = path.parent / base
-    shared = parse(read_toml(beside if beside.is_file() else find(base)), where=base)
+    try:
+        shared = parse(read_toml(beside if beside.is_file() else find(base)), where=base)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: config: {error}") from None
     shared = parse(_settings(path, "settings", table.get("settings", {})), shared, where=f"{path}: settings")
     given = parse_overrides(overrides)
     shared = parse(_settings(path, "-c", given), shared, where="-c")
@@ -147,31 +151,44 @@ def load(path: Path, find: Callable[[str], Path], overrides: Sequence[str] = ())
         scenarios=_tables(path, table, "scenarios") or {"default": {}},
         variants=variants,
     )
-    _check(path, grid, shared)
-    return Grid(**{**_fields(grid), "cells": tuple(_cells(path, grid, shared))})
+    _check(path, grid)
+    return replace(grid, cells=tuple(_cells(path, grid, shared)))
 
 
 def _cells(path: Path, grid: Grid, shared: Config) -> Iterable[Cell]:
     """All cells; those that share data and model lie together: by scenario, by seed, baselines last."""
     for scenario, keys in grid.scenarios.items():
-        where = f"{path}: scenarios.{scenario}"
-        setting = parse(_settings(path, f"scenarios.{scenario}", keys), shared, where=where)
+        setting = parse(keys, shared, where=f"{path}: scenarios.{scenario}")
+        arms = {label: _arm(path, grid, scenario, label, setting) for label in grid.labels}
         for seed in grid.seeds:
-            for label in grid.labels:
-                own = {"strategy.name": label, **grid.variants.get(label, {})}
-                at = f"{path}: variants.{label}" if label in grid.variants else f"{path}: strategies"
-                arm = parse(_settings(path, f"variants.{label}", own), setting, where=at)
-                check_ranks(arm)
-                if resolve(
-                    arm.strategy.name
-                ).personal:  # no model without a client's own factors, to be evaluated between rounds
-                    arm = parse({"evaluate.server": False, "evaluate.clients": False}, arm)
+            for label, arm in arms.items():
                 for lr in grid.rates:
                     yield Cell(scenario, label, "strategy", lr, seed, (_at(arm, lr, seed),))
             for baseline in grid.baselines:
                 for lr in grid.rates if baseline != "base" else (None,):
                     configs = tuple(_at(arm, lr, seed) for arm in _baseline(baseline, setting))
                     yield Cell(scenario, baseline, "baseline", lr, seed, configs)
+
+
+def _arm(path: Path, grid: Grid, scenario: str, label: str, setting: Config) -> Config:
+    """The config of a strategy or a variant in a scenario, once it is known that it can serve its clients."""
+    where = f"{path}: variants.{label}" if label in grid.variants else f"{path}: strategies"
+    arm = parse({"strategy.name": label, **grid.variants.get(label, {})}, setting, where=where)
+    try:
+        check_ranks(arm)
+        personal = resolve(arm.strategy.name).personal
+    except StrategyError as error:
+        raise StrategyError(f"{where}: {label!r} in scenario {scenario!r}: {error}") from None
+    if grid.metric in (_OF_CLASSES if arm.model.task == "causal-lm" else _OF_CAUSAL):
+        raise ConfigError(f"{path}: metric = {grid.metric!r} is not known for model.task = {arm.model.task!r}")
+    if not (arm.data.heldout_fraction > 0 and arm.data.test_fraction > 0):
+        raise ConfigError(
+            f"{path}: data.heldout-fraction is {arm.data.heldout_fraction} and data.test-fraction "
+            f"{arm.data.test_fraction}, so that no rows are left to test the chosen learning rate on; set both under "
+            "[settings], such as 0.2 and 0.5"
+        )
+    # No model without a client's own factors, to be evaluated between rounds.
+    return parse({"evaluate.server": False}, arm) if personal else arm
 
 
 def _baseline(name: str, setting: Config) -> Iterable[Config]:
@@ -189,9 +206,12 @@ def _baseline(name: str, setting: Config) -> Iterable[Config]:
         "strategy.server-optimizer": "none",
         "strategy.restart-every": 0,
         "strategy.robust": "none",
+        "lora.prune-gamma": 0.0,
+        "train.prox-mu": 0.0,
         "federation.clients": 1,
         "federation.min-clients": 1,
         "federation.fraction": 1.0,
+        "wire.dtype": "fp32",
         "wire.upload-dtype": "fp32",
     }
     if name == "local":
@@ -220,11 +240,9 @@ def _at(config: Config, lr: float | None, seed: int) -> Config:
     return parse(keys if lr is None else keys | {"train.lr": lr}, config)
 
 
-def _check(path: Path, grid: Grid, shared: Config) -> None:
+def _check(path: Path, grid: Grid) -> None:
     if grid.metric not in METRICS:
         raise ConfigError(f"{path}: metric = {grid.metric!r}{suggest(grid.metric, METRICS)}")
-    if grid.metric in (_OF_CLASSES if shared.model.task == "causal-lm" else _OF_CAUSAL):
-        raise ConfigError(f"{path}: metric = {grid.metric!r} is not known for model.task = {shared.model.task!r}")
     for baseline in grid.baselines:
         if baseline not in BASELINES:
             raise ConfigError(f"{path}: baselines: {baseline!r}{suggest(baseline, BASELINES)}")
@@ -234,14 +252,10 @@ def _check(path: Path, grid: Grid, shared: Config) -> None:
         raise ConfigError(
             f"{path}: reference = {grid.reference!r} is none of the strategies{suggest(grid.reference, grid.labels)}"
         )
-    if not all(rate > 0 for rate in grid.rates):
+    if not all(0 < rate < math.inf for rate in grid.rates):
         raise ConfigError(f"{path}: learning-rates = {list(grid.rates)}, expected numbers above 0")
-    if not shared.data.test_fraction > 0:
-        raise ConfigError(
-            f"{path}: data.test-fraction is 0, so that no rows are left to test the chosen learning rate on; set it "
-            "under [settings], such as data.test-fraction = 0.5 with data.heldout-fraction = 0.2"
-        )
-    ints("lora.ranks", shared.lora.ranks)
+    if min(grid.seeds) < 0:
+        raise ConfigError(f"{path}: seeds = {list(grid.seeds)}, expected numbers from 0")
 
 
 def _settings(path: Path, where: str, table: Any) -> dict[str, Scalar]:
@@ -281,9 +295,11 @@ def _one(path: Path, table: Mapping[str, Any], key: str, of: type, default: Any)
 
 def _folder_name(path: Path, key: str, name: str) -> str:
     if not name or not all(sign.isalnum() or sign in "-_." for sign in name) or name.startswith("."):
-        raise ConfigError(f"{path}: {key}: {name!r} names a folder; use letters, digits, '-', '_' and '.'")
+        own = "; name it under [variants], with its strategy.name" if key == "strategies" and ":" in name else ""
+        raise ConfigError(f"{path}: {key}: {name!r} names a folder; use letters, digits, '-', '_' and '.'{own}")
     return name
 
 
-def _fields(grid: Grid) -> dict[str, Any]:
-    return {name: getattr(grid, name) for name in grid.__dataclass_fields__}
+def _short(rate: float) -> str:
+    """A number in as few digits as tell it from every other."""
+    return f"{rate:g}" if float(f"{rate:g}") == rate else repr(rate)

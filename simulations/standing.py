@@ -47,7 +47,8 @@ class StandingDisplay:
             self._told.add(path)
             cell = standing.done[path]
             value = _validation(cell, standing.grid.metric)
-            said = f"{standing.grid.metric} {value:.4f}" if value is not None else f"failed: {cell.get('error')}"
+            said = f"{standing.grid.metric} {_number(value) or 'not finite'}"
+            said = f"failed: {cell['error']}" if cell["status"] == "failed" else said
             self._console.print(
                 f"{len(standing.done)}/{len(standing.grid.cells)}  {path}  {said}  {cell['seconds']:.0f} s, "
                 f"{_left(standing)}",

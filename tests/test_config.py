@@ -95,3 +95,43 @@ def test_every_key_is_described():
     rows = configuration.describe()
     assert [key for key, _, _ in rows] == list(Config().to_flat())
     assert all(text for _, _, text in rows)
+
+
+@pytest.mark.parametrize(
+    ("parts", "clients", "groups"),
+    [
+        ("", 3, ((0,), (1,), (2,))),
+        ("0+1+2+3 of 4", 1, ((0, 1, 2, 3),)),
+        ("2 of 4", 1, ((2,),)),
+        (" 3 + 0 , 1 of 5 ", 2, ((3, 0), (1,))),
+    ],
+)
+def test_parts_say_which_rows_each_client_has(parts, clients, groups):
+    config = parse({"data.parts": parts, "federation.clients": clients})
+    assert configuration.client_parts(config.data, clients)[0] == groups
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ("0+1", r"data.parts: got '0\+1', expected different parts joined by \+"),
+        ("0+1 of", r"expected different parts"),
+        ("0+4 of 4", r"expected different parts"),
+        ("-1 of 4", r"expected different parts"),
+        ("0+0 of 4", r"expected different parts"),
+        ("a of 4", r"expected different parts"),
+        ("0++1 of 4", r"expected different parts"),
+        ("all", r"expected different parts"),
+        ("0,1 of 4", r"data.parts = '0,1 of 4' is for 2 clients, federation.clients is 1; make them agree"),
+    ],
+)
+def test_parts_that_cannot_be_are_named(parts, says):
+    with pytest.raises(ConfigError, match=says):
+        parse({"data.parts": parts, "federation.clients": 1})
+
+
+def test_sizes_are_for_the_parts_that_are_dealt():
+    sized = {"data.partition": "sizes", "data.parts": "1 of 4", "federation.clients": 1}
+    assert parse({**sized, "data.sizes": "5,4,3,2"}).data.sizes == "5,4,3,2"
+    with pytest.raises(ConfigError, match="must name one size for each of the 4 clients"):
+        parse({**sized, "data.sizes": "5"})

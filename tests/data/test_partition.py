@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import subprocess
@@ -16,8 +17,8 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.config import Config, DataConfig, FederationConfig
-from fedlora.data import Split, client_split, prepare, split_rows
+from fedlora.config import Config, DataConfig, FederationConfig, client_parts
+from fedlora.data import Split, client_split, joined, prepare, split_rows
 from fedlora.errors import DataError
 
 DATA = DataConfig(source="mine.jsonl", partition="iid", heldout_max=0)
@@ -223,6 +224,79 @@ def test_client_split(n: int, fraction: float, seed: int) -> None:
     assert len(train) >= 1
     assert (len(test) >= 1) == (fraction > 0 and n > 1)
     assert ids(client_split(rows, fraction, seed)[1]) == ids(test)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.integers(20, 60), min_size=3, max_size=6),
+    partition=st.sampled_from(["iid", "dirichlet", "natural", "sizes"]),
+    heldout=st.sampled_from([0.2, 0.5]),
+    test=st.sampled_from([0.0, 0.3, 0.5]),
+    seed=st.integers(0, 2**32),
+)
+def test_what_is_tested_is_nobody_elses(counts, partition, heldout, test, seed) -> None:
+    rows = table({f"k{i}": count for i, count in enumerate(counts)})
+    data = replace(DATA, partition=partition, heldout_fraction=heldout, sizes="1,2,1", dirichlet_alpha=100.0)
+    split = split_rows(rows, replace(data, test_fraction=test), 3, seed)
+    used = [*ids(split.heldout), *ids(split.test), *(i for part in clients(split) for i in part)]
+    assert len(set(used)) == len(used) == len(rows) - split.left_out
+    without = split_rows(rows, data, 3, seed)
+    assert clients(split) == clients(without)
+    assert sorted(ids(split.heldout) + ids(split.test)) == sorted(ids(without.heldout))
+    assert abs(len(split.test) - test * len(without.heldout)) < 1 + (len(counts) if partition != "iid" else 0)
+    assert bool(len(split.test)) == bool(test)
+    for held, owners in zip((split.heldout, split.test), split.owners, strict=True):
+        if partition == "natural":
+            assert [split.names[owner] for owner in owners] == list(held["label"])
+        else:
+            assert len(owners) == 0
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "natural", "sizes"])
+@pytest.mark.parametrize("cap", [0, 5])
+def test_parts_of_other_clients(partition: str, cap: int) -> None:
+    rows = table({"a": 50, "b": 40, "c": 30, "d": 20})
+    changes = {"sizes": "20,10,10,5", "dirichlet_alpha": 100.0, "heldout_fraction": 0.2, "test_fraction": 0.5}
+    data = replace(DATA, partition=partition, client_max=cap, **changes)
+    split = split_rows(rows, data, 4, 3)
+
+    def dealt(parts: str, count: int) -> Split:
+        groups, total = client_parts(replace(data, parts=parts), count)
+        assert total == 4
+        return joined(split, groups)
+
+    whole = dealt("0+1+2+3 of 4", 1)
+    assert clients(whole) == [[row for part in clients(split) for row in part]]
+    for part in range(4):
+        alone = dealt(f"{part} of 4", 1)
+        assert clients(alone) == [clients(split)[part]]
+        assert alone.names == (split.names[part : part + 1] if split.names else ())
+    pairs = dealt("3+0,2 of 4", 2)
+    assert clients(pairs) == [clients(split)[3] + clients(split)[0], clients(split)[2]]
+    for other in (whole, pairs):
+        assert (ids(other.heldout), ids(other.test)) == (ids(split.heldout), ids(split.test))
+        assert [list(owners) for owners in other.owners] == [list(owners) for owners in split.owners]
+
+
+@pytest.mark.parametrize("partition", ["iid", "natural"])
+def test_prepare_deals_the_parts_that_are_asked_for(tmp_path, partition: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    lines = [{"text": f"row {number}", "label": number % 3} for number in range(60)]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    data = DataConfig(source=str(path), partition=partition, heldout_fraction=0.2, test_fraction=0.5)
+
+    def texts(parts: str, count: int) -> tuple[list[list[str]], list[str], list[str]]:
+        config = Config(data=replace(data, parts=parts), federation=FederationConfig(clients=count))
+        split = prepare(config)
+        held = (list(split.heldout["text"]), list(split.test["text"]))
+        return [list(split.client(client)["text"]) for client in range(count)], *held
+
+    each, *held = texts("", 3)
+    whole, *same = texts("0+1+2 of 3", 1)
+    assert whole == [[text for part in each for text in part]]
+    assert same == held
+    for part in range(3):
+        assert texts(f"{part} of 3", 1) == ([each[part]], *held)
 
 
 @pytest.mark.slow
