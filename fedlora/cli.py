@@ -87,6 +87,10 @@ def run(
         bool,
         typer.Option("--profile", help="local: show where the first round's time went, and write a trace of it."),
     ] = False,
+    devices: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="local: spread the clients over these, such as cuda:0,cuda:1; auto: all."),
+    ] = None,
 ) -> None:
     """Run a federation and save its adapter.
 
@@ -101,6 +105,8 @@ def run(
 
       fedlora run configs/quickstart.toml -c strategy.name=lora-fair -c federation.rounds=5
 
+      fedlora run sentiment --devices cuda:0,cuda:1
+
       fedlora run sentiment --engine flower
 
       fedlora run federation.toml --server fed.example.org:9092 --ca certs/ca.crt
@@ -110,6 +116,11 @@ def run(
     if profile and (server is not None or engine is not Engine.local):
         where = "--server" if server is not None else f"--engine {engine.value}"
         raise ConfigError(f"run: --profile times this process, and with {where} clients train in others; leave out one")
+    if devices is not None and (profile or server is not None or engine is not Engine.local):
+        why = "--profile times this one" if profile else "--server and --engine flower have clients of their own"
+        raise ConfigError(
+            f"run: --devices trains the local engine's clients in other processes, and {why}; leave out one"
+        )
     if profile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler talks on stderr; read when torch is loaded
     settings = _load(config, overrides) if config is not None else _resumed(resume, overrides)
@@ -117,6 +128,11 @@ def run(
         from fedlora.strategies.registry import check_ranks  # pyright: ignore[reportMissingImports]
 
         check_ranks(settings)  # nodes have ranks of their own, which the server checks when it has met them
+    places: tuple[str, ...] = ()
+    if devices is not None:
+        from fedlora.simulations.devices import devices_of  # pyright: ignore[reportMissingImports]
+
+        places = devices_of(devices)
     from fedlora.display import RunDisplay, result_table
     from fedlora.events import listen
     from fedlora.profile import Profiler, profiled, show
@@ -140,7 +156,7 @@ def run(
                 from fedlora.simulations import local  # pyright: ignore[reportMissingImports]
 
                 with profiled(settings, folder) if profile else nullcontext() as watcher:
-                    local.run(settings)
+                    local.run(settings, devices=places)
     except KeyboardInterrupt:
         err.print(f"[yellow]interrupted[/yellow]; what was finished is in {folder}", soft_wrap=True)
         err.print(f"go on with it: fedlora run --resume {folder}", soft_wrap=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import traceback
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 from uuid import uuid4
 
@@ -16,11 +17,11 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from torch.profiler import record_function
 
-from fedlora.config import Config, Scalar
+from fedlora.config import Config, Scalar, parse
 from fedlora.results import folder_of, stamp
 
 _SERVER = 1  # Flower's own id of the SuperLink
-_WINDOW = 16
+WINDOW = 16
 
 
 class Cohorts(Protocol):
@@ -58,7 +59,7 @@ class LocalGrid(Grid):
         cohorts: Cohorts | None = None,
     ) -> None:
         self._app, self._run_id, self._cohorts = client_app, run_id, cohorts
-        self.window = _WINDOW
+        self.window = WINDOW
         self._contexts = {
             node: Context(run_id, node, {"allow-files": True, **node_config}, RecordDict(), run_config)
             for node, node_config in enumerate(node_configs, start=_SERVER + 1)
@@ -102,7 +103,7 @@ class LocalGrid(Grid):
         chosen = waiting[:1]
         if self._cohorts is not None and chosen[0].metadata.message_type == MessageType.TRAIN:
             of_kind = [message for message in waiting if message.metadata.message_type == MessageType.TRAIN]
-            self.window = max(_WINDOW, size := self._cohorts.how_many(self._context(chosen[0])))
+            self.window = max(WINDOW, size := self._cohorts.how_many(self._context(chosen[0])))
             chosen = of_kind[:size]
         for message in chosen:
             del self._waiting[message.metadata.message_id]
@@ -124,17 +125,27 @@ class LocalGrid(Grid):
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, traceback.format_exc()), reply_to=message)
 
 
-def run(config: Config, server_app: ServerApp | None = None, client_app: ClientApp | None = None) -> None:
+def run(
+    config: Config,
+    server_app: ServerApp | None = None,
+    client_app: ClientApp | None = None,
+    devices: Sequence[str] = (),
+) -> None:
     """Run a federation in this process.
 
     Args:
         config: the run.
         server_app: the product's own when left out.
         client_app: the product's own when left out.
+        devices: clients are spread over these, a process for each; the server is here, on the first. One device needs
+            no other process; none is `model.device`.
 
     Raises:
         FedLoraError: the run failed; result.json says why.
+        ValueError: a client app of one's own, which runs in this process alone, and several devices.
     """
+    if client_app is not None and len(devices) > 1:
+        raise ValueError("run: a client app of one's own runs in this process alone; leave out devices")
     if server_app is None:
         from ..strategies.server_app import app as server_app
     cohorts = None
@@ -142,7 +153,7 @@ def run(config: Config, server_app: ServerApp | None = None, client_app: ClientA
         from ..clients import together as cohorts
         from ..clients.client_app import app as client_app
 
-    config = stamp(config)
+    config = stamp(parse({"model.device": devices[0]}, config) if devices else config)
     run_config = config.to_flat()
     run_id = secrets.randbits(62)
     count = config.federation.clients
@@ -150,5 +161,13 @@ def run(config: Config, server_app: ServerApp | None = None, client_app: ClientA
         {"partition-id": i, "num-partitions": count, "resident": True, "state": str(folder_of(config) / "clients")}
         for i in range(count)
     ]
-    grid = LocalGrid(client_app, nodes, run_config, run_id, cohorts)
-    server_app(grid, Context(run_id, _SERVER, {}, RecordDict(), run_config))
+    grid: AbstractContextManager[LocalGrid]
+    if len(devices) > 1:
+        from .devices import DevicesGrid
+
+        logs = folder_of(config) / "logs"
+        grid = DevicesGrid(client_app, nodes, run_config, run_id, devices=devices, logs=logs)
+    else:
+        grid = nullcontext(LocalGrid(client_app, nodes, run_config, run_id, cohorts))
+    with grid as opened:
+        server_app(opened, Context(run_id, _SERVER, {}, RecordDict(), run_config))
