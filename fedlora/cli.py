@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedlora import __version__
@@ -481,13 +482,13 @@ def main() -> None:
     except FedLoraError as error:
         if _flags:
             traceback.print_exc()
-        err.print(f"[red]error:[/red] {error}", soft_wrap=True, markup=True)
+        err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
     except Exception as error:
         if _flags:
             raise
         err.print(
-            f"[red]internal error:[/red] {type(error).__name__}: {error}\n"
+            f"[red]internal error:[/red] {type(error).__name__}: {escape(str(error))}\n"
             "Run again with --debug for the traceback, and please report it.",
             soft_wrap=True,
         )

@@ -107,6 +107,12 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="What is written; new, or an empty folder.")],
     *,
     rank: Annotated[int | None, typer.Option(min=1, help="The best approximation of at most this rank.")] = None,
+    remove_intruders: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, metavar="LAMBDA", help="Scale intruder dimensions: 0 removes them, 1 changes nothing."
+        ),
+    ] = None,
     client: Annotated[
         int | None, typer.Option(min=0, help="This client's own: with its personal factors, or cut to its rank.")
     ] = None,
@@ -125,6 +131,8 @@ def export(
 
       fedlora export runs/quickstart/20260101-120000 small --rank 4
 
+      fedlora export runs/quickstart/20260101-120000 fewer --remove-intruders 0
+
       fedlora export runs/quickstart/20260101-120000 merged --merge
 
       fedlora export runs/personal/20260101-120000 clients --all-clients
@@ -141,15 +149,24 @@ def export(
         exporting.check_free(folder)
         for each in _clients(source):
             try:
-                _say(_one(source, folder / f"client-{each.client_id}", rank, each, merge=merge))
+                one = folder / f"client-{each.client_id}"
+                _say(_one(source, one, rank, each, intruders=remove_intruders, merge=merge))
             except NoFactors as error:
                 out.print(f"left out: {error}", soft_wrap=True, markup=False)
         return
     chosen = None if client is None else _client(source, client)
-    _say(_one(source, folder, rank, chosen, merge=merge))
+    _say(_one(source, folder, rank, chosen, intruders=remove_intruders, merge=merge))
 
 
-def _one(source: Source, folder: Path, rank: int | None, client: ClientInfo | None, *, merge: bool) -> Exported:
+def _one(
+    source: Source,
+    folder: Path,
+    rank: int | None,
+    client: ClientInfo | None,
+    *,
+    intruders: float | None,
+    merge: bool,
+) -> Exported:
     from fedlora import export as exporting
     from fedlora.model_card import citation
     from fedlora.strategies import registry  # pyright: ignore[reportMissingImports]
@@ -177,7 +194,12 @@ def _one(source: Source, folder: Path, rank: int | None, client: ClientInfo | No
         return exporting.at_rank(state, rank) if rank else state
 
     write = exporting.write_merged if merge else exporting.write_adapter
-    return write(source, trained, folder, change, facts, paper=citation(strategy.__doc__ or ""))
+    paper = citation(strategy.__doc__ or "")
+    if intruders is None:
+        return write(source, trained, folder, change, facts, paper=paper)
+    exporting.check_free(folder)
+    changed, found = exporting.with_fewer_intruders(source, trained, intruders, change, merge=merge)
+    return write(source, trained, folder, lambda _: changed, {**facts, "intruders": found}, paper=paper)
 
 
 def _personal(source: Source, client: ClientInfo) -> AdapterState:
@@ -237,6 +259,9 @@ def _say(done: Exported) -> None:
     ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
     error = "" if done.error is None else f", relative error {done.error:.3g} against what was trained"
     out.print(f"{done.folder}: {ranks}{error}", soft_wrap=True)
+    if done.intruders:
+        before, after = done.intruders["before"], done.intruders["after"]
+        out.print(f"intruder dimensions: {before} before, {after} after", soft_wrap=True)
 
 
 def _settings(adapters: Sequence[Path], config: str | None, overrides: list[str] | None) -> configuration.Config:

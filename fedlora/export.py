@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,10 +22,11 @@ from fedlora.adapter import leading as leading_factors
 from fedlora.config import Config, parse
 from fedlora.errors import AdapterError, ModelError
 from fedlora.exchange import ClientInfo
+from fedlora.intruders import BaseSpectra, without_intruders
 from fedlora.model_card import Card, render
 from fedlora.models import BaseModel, load_base
 from fedlora.models.read import quiet
-from fedlora.peft_io import save_checkpoint
+from fedlora.peft_io import forget, install, save_checkpoint, workbench
 
 Transformation = Callable[[AdapterState], AdapterState]
 _PREFIX = "base_model.model."
@@ -61,11 +62,13 @@ class Exported:
         folder: where.
         error: `|exported - trained|_F / |trained|_F` over all modules; None for what kept its rank.
         ranks: the least and the largest rank over modules.
+        intruders: `lambda`, and how many there were `before` and are `after` over all modules, where it was asked for.
     """
 
     folder: Path
     error: float | None
     ranks: tuple[int, int]
+    intruders: Mapping[str, float] = field(default_factory=dict)
 
 
 def find(path: Path) -> Source:
@@ -126,6 +129,38 @@ def for_client(adapter: AdapterState, client: ClientInfo) -> AdapterState:
     return replace(adapter, lora=lora)
 
 
+def with_fewer_intruders(
+    source: Source, trained: AdapterState, lam: float, cut: Transformation, *, merge: bool
+) -> tuple[AdapterState, dict[str, float]]:
+    """The adapter with its intruder dimensions scaled, and then cut; see `fedlora.intruders`.
+
+    Args:
+        source: names the base, as it was trained on.
+        trained: an update for every adapted module.
+        lam: 0 takes the intruders out, 1 leaves all as it is.
+        cut: to a lower rank, or nothing.
+        merge: intruders are those of the full-precision base in fp32, with which the adapter is to be merged.
+
+    Returns:
+        The changed adapter; and `lambda`, and the number of intruders over all modules `before` and `after`. Some may
+        be left with lambda = 0: weaker directions become leading ones, and a cut brings back a little of what went.
+
+    Raises:
+        ModelError: the base is not the one that the adapter was trained on.
+        AdapterError: the adapter does not fit the base.
+    """
+    plain = replace(source.config.model, quantization="none", compute_dtype="fp32", device="cpu")
+    bench = workbench(plain if merge else source.config.model, source.config.lora)
+    check_base(source, bench.base)
+    changed = cut(without_intruders(bench, trained, lam))
+    spectra, found = BaseSpectra(bench), {"lambda": lam}
+    for when, state in (("before", trained), ("after", changed)):
+        install(bench, state)
+        found[when] = sum(spectra.counts().values())
+    forget()
+    return changed, found
+
+
 def write_adapter(
     source: Source,
     trained: AdapterState,
@@ -155,9 +190,8 @@ def write_adapter(
     facts = {**facts, "relative-error": error, "ranks": sorted(set(ranks))}
     with _new_folder(out) as part:
         save_checkpoint(replace(changed, lora=small), part, source.config.model, {**source.about, "export": facts})
-        card = Card(source.config, source.about, source.result, facts, paper, out.name)
-        (part / "README.md").write_text(render(card), encoding="utf-8")
-    return Exported(out, error, (min(ranks), max(ranks)))
+        _write_card(part, Card(source.config, source.about, source.result, facts, paper, out.name))
+    return Exported(out, error, (min(ranks), max(ranks)), facts.get("intruders", {}))
 
 
 def write_merged(
@@ -188,9 +222,19 @@ def write_merged(
             base.model.save_pretrained(part)
             base.tokenizer.save_pretrained(part)
         (part / "fedlora.json").write_text(json.dumps({**source.about, "export": facts}, indent=2) + "\n")
-        card = Card(source.config, source.about, source.result, facts, paper, out.name)
-        (part / "README.md").write_text(render(card), encoding="utf-8")
-    return Exported(out, error, (min(ranks), max(ranks)))
+        _write_card(part, Card(source.config, source.about, source.result, facts, paper, out.name))
+    return Exported(out, error, (min(ranks), max(ranks)), facts.get("intruders", {}))
+
+
+def _write_card(folder: Path, card: Card) -> None:
+    """README.md; with a section on intruder dimensions where they were scaled."""
+    text, found = render(card), card.facts.get("intruders")
+    if found:
+        text += (
+            f"\n## Intruder dimensions\n\nLeading directions of the tuned weights that the base's do not resemble were "
+            f"scaled by {found['lambda']:g}: {found['before']} before, {found['after']} after, over all modules.\n"
+        )
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def merge(base: BaseModel, adapter: AdapterState) -> None:

@@ -1,12 +1,14 @@
 """What is exported, against the run's own adapter on the same base."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedlora import export, model_card, peft_io
@@ -89,6 +91,54 @@ def test_a_lower_rank_is_the_best_approximation_and_says_its_error(run, tmp_path
     assert fedlora("export", run, tmp_path / "many", "--rank", 64)[0] == 0
     many, before = adapted(tiny_llama, tmp_path / "many"), adapted(tiny_llama, run / "adapter")
     assert torch.allclose(many, before, atol=1e-5)
+
+
+@pytest.fixture
+def strong(run, tmp_path):
+    """The run's checkpoint with a much larger update, which has intruder dimensions."""
+    folder = tmp_path / "strong"
+    shutil.copytree(run / "adapter", folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({n: 200 * t if "lora_B" in n else t for n, t in tensors.items()}, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("extra", [[], ["--rank", "3"], ["--merge"]])
+def test_intruders_are_removed_before_the_rank_is_cut(strong, tmp_path, fedlora, extra):
+    """Against the dense formula dW - sum_i s_i u_i v_i' over the intruders of W + dW."""
+    before, expected = 0, {}
+    config = export.find(strong).config.model
+    weights = dict(load_base(config).model.named_parameters())
+    for name, factors in export.read_adapter(strong).lora.items():
+        weight, update = weights[f"{name}.weight"].detach().double(), delta(factors).double()
+        left = torch.linalg.svd(weight, full_matrices=False)[0]
+        u, s, vh = torch.linalg.svd(weight + update, full_matrices=False)
+        odd = (left.T @ u[:, :10]).abs().amax(dim=0) < 0.5
+        before += int(odd.sum())
+        expected[name] = update - (u[:, :10][:, odd] * s[:10][odd]) @ vh[:10][odd]
+    assert before > 0
+    code, said, _ = fedlora("export", strong, tmp_path / "out", "--remove-intruders", 0, *extra)
+    assert code == 0
+    about = json.loads((tmp_path / "out" / "fedlora.json").read_text())["export"]["intruders"]
+    assert (about["lambda"], about["before"]) == (0, before)
+    assert f"intruder dimensions: {before} before, {about['after']} after" in said
+    assert f"{before} before, {about['after']} after" in (tmp_path / "out" / "README.md").read_text()
+    if extra == ["--merge"]:
+        merged = dict(plain(tmp_path / "out").named_parameters())
+        found = {name: (merged[f"{name}.weight"] - weights[f"{name}.weight"]).detach().double() for name in expected}
+    else:
+        found = {name: delta(f).double() for name, f in export.read_adapter(tmp_path / "out").lora.items()}
+    for name, update in expected.items():
+        u, s, vh = torch.linalg.svd(update, full_matrices=False)
+        kept = 3 if "--rank" in extra else len(s)
+        assert torch.allclose(found[name], (u[:, :kept] * s[:kept]) @ vh[:kept], atol=1e-5)
+
+
+def test_lambda_1_changes_nothing(strong, tmp_path, tiny_llama, fedlora):
+    assert fedlora("export", strong, tmp_path / "out", "--remove-intruders", 1)[0] == 0
+    about = json.loads((tmp_path / "out" / "fedlora.json").read_text())["export"]
+    assert about["intruders"]["before"] == about["intruders"]["after"] > 0
+    assert torch.allclose(adapted(tiny_llama, tmp_path / "out"), adapted(tiny_llama, strong), atol=1e-5)
 
 
 def test_a_client_s_export_has_its_rank(run, tmp_path, fedlora):
