@@ -169,8 +169,7 @@ def _run_rest(standing: Standing, folder: Path, retry: bool, show: Callable[[Sta
                 if number not in standing.running and waiting:
                     cells = waiting.pop(0)
                     work = folder / "work" / str(number)
-                    worker = workers[number] = workers[number] or _worker(number, folder)
-                    future = worker.submit(_cell, _placed(cells[0], slot), work)
+                    future = _submitted(workers, number, folder, _placed(cells[0], slot), work)
                     running[future] = (number, cells)
                     standing.running[number] = (cells[0], time.monotonic(), work)
             show(standing)
@@ -225,6 +224,18 @@ def _result(future: Future[dict[str, Any]], cell: Cell, seconds: float) -> dict[
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
     return {"status": "failed", "error": error, "config": cell.keys(), "runs": [], "seconds": round(seconds, 3)}
+
+
+def _submitted(
+    workers: list[ProcessPoolExecutor | None], slot: int, folder: Path, cell: Cell, work: Path
+) -> Future[dict[str, Any]]:
+    """The cell, given to the slot's process; to a new one where there is none, or where it died between two cells."""
+    worker = workers[slot] = workers[slot] or _worker(slot, folder)
+    try:
+        return worker.submit(_cell, cell, work)
+    except BrokenProcessPool:
+        worker = workers[slot] = _worker(slot, folder)
+        return worker.submit(_cell, cell, work)
 
 
 def _worker(slot: int, folder: Path) -> ProcessPoolExecutor:
