@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,15 @@ def caches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, sess
     if "slow" not in request.keywords:
         monkeypatch.setenv("FEDLORA_CACHE", str(session_cache / "fedlora"))
         monkeypatch.setenv("HF_HOME", str(session_cache / "huggingface"))
+
+
+@pytest.fixture(autouse=True)
+def quiet_log() -> Iterator[None]:
+    """Commands that run in this process send the product's log to their terminal; the next test has it as before."""
+    log = logging.getLogger("fedlora")
+    before = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.level, log.propagate = before
 
 
 @pytest.fixture(scope="session")

@@ -321,7 +321,9 @@ def test_no_metric_but_the_known_ones_is_sent_or_taken():
         wire.encode_update(update, BASE)
     record = wire.encode_evaluation(3, {"loss": 1.0}, BASE)
     record["metrics"]["longest-row"] = 1.0
-    with pytest.raises(WireError, match="client 4 sent metric 'longest-row', expected only accuracy, loss"):
+    with pytest.raises(
+        WireError, match="client 4 sent metric 'longest-row', expected only accuracy, calibration-error"
+    ):
         wire.decode_evaluation(record, BASE, "client 4")
 
 

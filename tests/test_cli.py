@@ -1,7 +1,6 @@
 """The command line as a user meets it: help that teaches, one sentence per error, exit codes."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -52,10 +51,7 @@ def call(monkeypatch, capsys, tmp_path):
         written = capsys.readouterr()
         return Done(int(end.value.code or 0), written.out, written.err)
 
-    log = logging.getLogger("fedlora")
-    before = log.handlers[:], log.level, log.propagate
     yield run
-    log.handlers[:], log.level, log.propagate = before
     peft_io.forget()
     cli._flags.clear()
 

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import logging
 import time
 from pathlib import Path
 
@@ -22,10 +21,7 @@ from tests.federation import run_locally, tiny
 
 @pytest.fixture(autouse=True)
 def clean():
-    log = logging.getLogger("fedlora")
-    before = log.handlers[:], log.level, log.propagate
     yield
-    log.handlers[:], log.level, log.propagate = before
     peft_io.forget()
 
 
