@@ -27,6 +27,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.worker
 	$(BIN)/python -m benchmarks.clients
+	$(BIN)/python -m benchmarks.mixed
 
 clean:
 	rm -rf $(VENV) build *.egg-info
