@@ -75,7 +75,10 @@ def titles(adapters: Sequence[Path]) -> list[str]:
     parts = [adapter.parts for adapter in adapters]
     head = _common(parts)
     tail = _common([part[::-1][: len(part) - head] for part in parts])
-    return ["/".join(part[head : len(part) - tail]) or str(path) for part, path in zip(parts, adapters, strict=True)]
+    return [
+        str(Path(*own)) if (own := part[head : len(part) - tail]) else str(path)
+        for part, path in zip(parts, adapters, strict=True)
+    ]
 
 
 def _common(paths: Sequence[Sequence[str]]) -> int:

@@ -134,8 +134,8 @@ def result_table(folder: Path) -> Table:
                 "clients": str(len(entry["clients"])),
                 "up MB": f"{entry['upload-bytes'] / 1e6:.1f}",
                 "down MB": f"{entry['download-bytes'] / 1e6:.1f}",
-                "codec": _share(entry["codec-error"]),
-                "error": _share(entry["aggregation-error"]),
+                "codec": share(entry["codec-error"]),
+                "error": share(entry["aggregation-error"]),
                 "drift": "" if entry["drift"] is None else f"{entry['drift']:.2f}",
                 "rank": "" if entry["effective-rank"] is None else f"{entry['effective-rank']:.1f}",
             }
@@ -202,7 +202,7 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _share(value: float | None) -> str:
+def share(value: float | None) -> str:
     """A relative error; fp32 factors know no more than seven digits."""
     return "" if value is None else f"{value:.1e}" if value >= 1e-7 else "< 1e-7"
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedlora.display import share
+
 from . import facts, run_figures
 from .page import Page, Section
 from .read import flat
@@ -76,7 +78,7 @@ def _table(run: Mapping[str, Any]) -> Table:
         ("failures", lambda e: str(len(e["failures"])) if e.get("failures") else ""),
         ("MB up", lambda e: _number(_mega(e.get("upload-bytes")), 1)),
         ("MB down", lambda e: _number(_mega(e.get("download-bytes")), 1)),
-        ("error", lambda e: "" if e.get("aggregation-error") is None else f"{e['aggregation-error']:.1e}"),
+        ("error", lambda e: share(e.get("aggregation-error"))),
         ("drift", lambda e: _number(e.get("drift"), 2)),
         ("effective rank", lambda e: _number(e.get("effective-rank"), 1)),
         ("seconds", lambda e: _number(e.get("seconds", {}).get("round"), 1)),
