@@ -204,33 +204,21 @@ def _one(
 
 def _personal(source: Source, client: ClientInfo) -> AdapterState:
     """What the client would start its next round from: the shared factors and its own, with all folds."""
-    from dataclasses import replace
-
-    from fedlora.adapter import AdapterState, concatenate
     from fedlora.clients import own_state  # pyright: ignore[reportMissingImports]
+    from fedlora.simulations import personal  # pyright: ignore[reportMissingImports]
     from fedlora.strategies import checkpoint, registry  # pyright: ignore[reportMissingImports]
 
     key = source.result.get("key", "")
     saved = checkpoint.load(source.run / "state", key) if key else None
     if saved is None:
         raise AdapterError(f"{source.run}: no state/ here, which holds the shared factors; give the run's own folder")
-    state, done = saved
     folder = own_state.folder_of(source.run / "clients", key, client.client_id)
-    own = own_state.load(folder, "personal", done + 1)
+    own = personal.model(registry.configured(source.config), saved[0], client, folder)
     if own is None:
         raise NoFactors(
             f"client {client.client_id}: no factors of its own in {folder}; it never trained, or keeps them on its node"
         )
-    strategy = registry.configured(source.config)
-    sent = strategy.broadcast(state, client, done + 1)
-    lora = {
-        name: replace(factors, **{part: getattr(own.lora[name], part) for part in strategy.personal})
-        if name in own.lora
-        else factors
-        for name, factors in sent.adapter.lora.items()
-    }
-    whole = concatenate((*sent.folds, AdapterState(lora=lora)))
-    return AdapterState(lora=whole.lora, dense=sent.adapter.dense)
+    return own
 
 
 def _clients(source: Source) -> list[ClientInfo]:

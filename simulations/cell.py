@@ -28,10 +28,8 @@ from ..clients import own_state
 from ..strategies import checkpoint
 from ..strategies.registry import configured, simulated
 from ..strategies.rounds import start
-from . import local
+from . import local, personal
 from .grid import PLACES, SCHEMA, Cell
-
-_AFTER = 1_000_000  # a round after every round
 
 
 def run(cell: Cell, work: Path) -> dict[str, Any]:
@@ -89,11 +87,12 @@ def _learned(config: Config, folder: Path, key: str) -> list[AdapterState]:
     state, _ = found
     if not strategy.personal:
         return [strategy.global_adapter(state)]
+    own = {
+        client.client_id: own_state.folder_of(folder / "clients", key, client.client_id) for client in simulated(config)
+    }
+    # A client that was never sampled has what a new one is sent.
     return [
-        own_state.with_own(
-            replace(strategy.broadcast(state, client, _AFTER), folds=()),
-            own_state.folder_of(folder / "clients", key, client.client_id),
-        )
+        personal.model(strategy, state, client, own[client.client_id]) or strategy.broadcast(state, client, 1).adapter
         for client in simulated(config)
     ]
 
