@@ -355,6 +355,11 @@ def client_parts(data: DataConfig, clients: int) -> tuple[tuple[tuple[int, ...],
     return parts, total
 
 
+def clients_per_round(clients: int, fraction: float) -> int:
+    """How many of the clients a round samples: at least one."""
+    return max(1, min(clients, int(fraction * clients + 0.5)))
+
+
 def clients_at_once(config: TrainConfig) -> int:
     """`train.clients-at-once` as a number; 0 for auto."""
     text = config.clients_at_once.strip()

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedlora.data import Example, collate
+from fedlora.data import Example, collate, eval_batches
 from fedlora.data.forms import IGNORED
 from fedlora.scores import Predictions, scores
 
@@ -73,17 +73,17 @@ def predict(
         on_batch: called after each batch with (examples done, examples).
     """
     kept = list(examples)
-    order, classes = by_length(kept), 0
+    classes = 0
     parts: list[tuple[Tensor, ...]] = []
-    was_training = model.training
+    done, was_training = 0, model.training
     model.eval()
     with torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in eval_batches(kept, batch_size):
             logits, targets, rows = labelled_logits(model, collate([kept[index] for index in chosen], pad_id))
             parts.append((torch.tensor(chosen, device=rows.device)[rows], targets, *read_logits(logits, targets)))
             classes = 0 if isinstance(kept[0].labels, list) else logits.shape[-1]
-            on_batch(start + len(chosen), len(kept))
+            done += len(chosen)
+            on_batch(done, len(kept))
     model.train(was_training)
     return joined(parts, classes)
 
@@ -107,11 +107,6 @@ def joined(parts: Sequence[tuple[Tensor, ...]], classes: int) -> Predictions:
     """Batches of (rows, targets, predicted, probabilities, losses) as one, on the CPU."""
     columns = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     return Predictions(*columns, classes=classes)
-
-
-def by_length(examples: Sequence[Example]) -> list[int]:
-    """The examples' places, those of like length together: padding then costs least."""
-    return sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
 
 
 def evaluate(

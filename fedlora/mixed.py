@@ -15,8 +15,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from fedlora.data import Example, collate
-from fedlora.evaluate import by_length, joined, labelled_logits, output_layer, predict, read_logits
+from fedlora.data import Example, collate, eval_batches
+from fedlora.evaluate import joined, labelled_logits, output_layer, predict, read_logits
 from fedlora.scores import Predictions
 
 # The base as it is, among the names of adapters.
@@ -51,15 +51,14 @@ def predict_many(
         _log.info("the adapters are evaluated one after another: %s", reason)
         return one_by_one(model, names, examples, batch_size, pad_id, on_batch=on_batch)
     kept = list(examples)
-    order, total = by_length(kept), len(names) * len(kept)
+    total = len(names) * len(kept)
     found: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in names}
     at_once = max(1, batch_size // len(names))
     classes = done = 0
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for start in range(0, len(order), at_once):
-            chosen = order[start : start + at_once]
+        for chosen in eval_batches(kept, at_once):
             for first in range(0, len(names), batch_size):
                 group = names[first : first + batch_size]
                 parts, classes = _one_batch(model, group, [kept[index] for index in chosen], chosen, pad_id)

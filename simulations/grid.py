@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedlora.config import Config, Scalar, client_rank, flatten, parse, parse_overrides, read_toml
+from fedlora.config import Config, Scalar, client_rank, clients_per_round, flatten, parse, parse_overrides, read_toml
 from fedlora.errors import ConfigError, StrategyError, suggest
 
 from ..strategies.registry import check_ranks, resolve
@@ -220,7 +220,7 @@ def _baseline(name: str, setting: Config) -> Iterable[Config]:
             last = {"evaluate.every": setting.federation.rounds}
             yield parse(alone | last | {"lora.ranks": str(rank), "data.parts": f"{client} of {clients}"}, setting)
         return
-    chosen = max(1, min(clients, int(setting.federation.fraction * clients + 0.5)))
+    chosen = clients_per_round(clients, setting.federation.fraction)
     everything = "+".join(map(str, range(clients)))
     steps, epochs = setting.train.steps * chosen, setting.train.epochs * chosen / clients
     yield parse(

@@ -15,7 +15,7 @@ from torch.profiler import record_function
 
 from fedlora import peft_io
 from fedlora.adapter import AdapterState, initial
-from fedlora.config import Config
+from fedlora.config import Config, clients_per_round
 from fedlora.data import Example, encode, prepare
 from fedlora.errors import RunError, StrategyError
 from fedlora.evaluate import evaluate
@@ -153,7 +153,7 @@ def start(config: Config, clients: Sequence[ClientInfo]) -> AdapterState:
 
 def sample(client_ids: Sequence[int], fraction: float, seed: int, round: int) -> list[int]:
     """The clients of a round: at least one, drawn without replacement from (seed, round), in order of id."""
-    count = max(1, min(len(client_ids), int(fraction * len(client_ids) + 0.5)))
+    count = clients_per_round(len(client_ids), fraction)
     return sorted(random.Random(f"{seed}/{round}").sample(sorted(client_ids), count))
 
 

@@ -60,8 +60,8 @@ def batch_at(num_examples: int, batch_size: int, index: int, seed: int) -> list[
     return walk[start : start + batch_size].tolist()
 
 
-def eval_batches(examples: Sequence[Example], batch_size: int) -> Iterator[list[Example]]:
-    """Every example once, those of like length together: the order does not matter, and padding costs least."""
-    ordered = sorted(examples, key=lambda example: len(example.input_ids))
+def eval_batches(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
+    """Every example's place once, those of like length together: the order does not matter, and padding costs least."""
+    ordered = sorted(range(len(examples)), key=lambda place: len(examples[place].input_ids))
     for start in range(0, len(ordered), batch_size):
         yield ordered[start : start + batch_size]

@@ -48,7 +48,7 @@ def test_collate_classes() -> None:
 @given(lengths=st.lists(st.integers(1, 30), max_size=40), batch_size=st.integers(1, 9))
 def test_eval_batches_give_each_example_once(lengths: list[int], batch_size: int) -> None:
     examples = [Example([i] * length, i) for i, length in enumerate(lengths)]
-    batches = list(eval_batches(examples, batch_size))
+    batches = [[examples[place] for place in places] for places in eval_batches(examples, batch_size)]
     assert sorted(example.labels for batch in batches for example in batch) == list(range(len(lengths)))
     assert all(len(batch) == batch_size for batch in batches[:-1])
     ordered = [len(example.input_ids) for batch in batches for example in batch]
