@@ -18,6 +18,7 @@ from fedlora.errors import AdapterError
 
 # Numbers of a batch of equal modules: large enough that Python's loop does not show, small beside a model.
 _AT_ONCE = 1 << 23
+_ROUNDING = torch.finfo(torch.float32).eps / 2
 
 # Ends the names of cores among the dense tensors.
 CORE = ".lora_R"
@@ -246,7 +247,7 @@ def _core_norm(factors: LoraFactors) -> float:
     return abs(factors.scaling) * float(torch.linalg.norm(r_b @ r_a.T))
 
 
-def svd_each(lora: Mapping[str, LoraFactors], rank: int = 0) -> dict[str, lowrank.Svd]:
+def svd_each(lora: Mapping[str, LoraFactors], rank: int = 0, whole: bool = False) -> dict[str, lowrank.Svd]:
     """The thin SVD of every module's dW: `U [d_out, k], S [k], Vh [k, d_in]` in fp64, k = min(R, d_out, d_in).
 
     Modules of equal shapes go through `lowrank.product_svd` together.
@@ -254,6 +255,7 @@ def svd_each(lora: Mapping[str, LoraFactors], rank: int = 0) -> dict[str, lowran
     Args:
         lora: module name -> factors, of any ranks.
         rank: the number of leading components to return; 0: all.
+        whole: as for `lowrank.product_svd`; slower, and no component is lost for being small.
     """
     alike: dict[tuple[int, int, int], list[str]] = {}
     for name, f in lora.items():
@@ -263,7 +265,7 @@ def svd_each(lora: Mapping[str, LoraFactors], rank: int = 0) -> dict[str, lowran
         for names in at_once(group, (d_out + d_in) * r):
             B = torch.stack([lora[name].B for name in names])
             A = torch.stack([lora[name].scaling * wide(lora[name].A) for name in names])
-            u, s, vh = lowrank.product_svd(B, A, rank)
+            u, s, vh = lowrank.product_svd(B, A, rank, whole)
             found |= {name: (u[i], s[i], vh[i]) for i, name in enumerate(names)}
     return {name: found[name] for name in lora}
 
@@ -311,12 +313,19 @@ def truncate(factors: LoraFactors, rank: int, scaling: float = 1.0) -> LoraFacto
 
 
 def compress(lora: Mapping[str, LoraFactors], max_rank: int = 0) -> dict[str, LoraFactors]:
-    """The same updates at their numerical rank in fp32 (at least 1), or at `max_rank` if that is lower and not 0."""
+    """The same updates at the smallest rank (at least 1) that keeps them to fp32's rounding, or at `max_rank`.
+
+    What is dropped has a Frobenius norm of at most 2^-24 of the whole update's, the rounding of one fp32 number.
+
+    Args:
+        lora: module name -> factors, of any ranks.
+        max_rank: the largest rank that is kept, whatever is lost by it; 0: no such limit.
+    """
     small: dict[str, LoraFactors] = {}
-    for name, svd in svd_each(lora, max_rank).items():
-        u, s, vh = svd
-        tolerance = float(s[0]) * max(u.shape[0], vh.shape[1]) * torch.finfo(torch.float32).eps
-        rank = max(1, int((s > tolerance).sum()))
+    for name, svd in svd_each(lora, whole=True).items():
+        _, s, _ = svd
+        tails = s.square().flip(0).cumsum(0).flip(0).sqrt()  # of what is lost without component i and those after it
+        rank = max(1, int((tails > _ROUNDING * tails[0]).sum()))
         small[name] = leading(svd, min(rank, max_rank) if max_rank else rank, dtype=wide(lora[name].A).dtype)
     return small
 

@@ -47,7 +47,8 @@ class _Layer:
         self.ranks = [f.rank for f in factors]
         self.A = _stacked([f.A for f in factors], device)
         self.B = _stacked([f.B.T for f in factors], device)
-        self.scaling = torch.tensor([f.scaling for f in factors], device=device)[:, None, None]
+        self.scalings = [f.scaling for f in factors]  # as they were sent; a tensor would round them to fp32
+        self.scaling = torch.tensor(self.scalings, device=device)[:, None, None]
         self.cores = None if cores[0] is None else [_own(cast("Tensor", core), device) for core in cores]
 
     def views(self, seat: int) -> tuple[nn.Parameter, nn.Parameter]:
@@ -159,7 +160,7 @@ class Stack:
             name: LoraFactors(
                 A=fp32_copy(layer.A[seat, : layer.ranks[seat]]),
                 B=fp32_copy(layer.B[seat, : layer.ranks[seat]].T).contiguous(),
-                scaling=float(layer.scaling[seat]),
+                scaling=layer.scalings[seat],
             )
             for name, layer in self._layers.items()
         }

@@ -50,6 +50,7 @@ TRAIN_METRICS = frozenset(
 )
 # A client may not claim any number: it is a weight in every mean, and the server allocates by ranks.
 MOST_EXAMPLES, MOST_RANK = 10**9, 4096
+_ROUNDING = 1e-6  # relative difference between one number in fp32 and in fp64, with room
 _LARGEST_METRIC = 1e305  # a mean of such numbers is finite
 _LARGEST_INT = 2**64 - 1  # Flower's node ids
 _SHORT = 120  # characters of a peer's own words in an error
@@ -388,7 +389,9 @@ def _get(
         if not 0 < scaling < math.inf:
             raise WireError(f"{_short(module)}: {who} sent scaling {scaling!r}, expected a positive number")
         if sent is not None:
-            _expect(f"{module}: {who}", "scaling", scaling, sent.scaling)
+            if not math.isclose(scaling, sent.scaling, rel_tol=_ROUNDING):  # it may have been computed in fp32
+                _expect(f"{module}: {who}", "scaling", scaling, sent.scaling)
+            scaling = sent.scaling
         a = read(f"{module}|A", "A", sent and sent.A) if "A" in parts else torch.empty(0, 0)
         b = read(f"{module}|B", "B", sent and sent.B) if "B" in parts else torch.empty(0, 0)
         if a.ndim != 2 or b.ndim != 2 or (len(parts) == 2 and a.shape[0] != b.shape[1]):

@@ -84,7 +84,7 @@ class FlexLora(Strategy):
         tails = {name: f for name, f in state.folds.total().lora.items() if name not in parts}
         befores = {name: lora.get(name, max(part.factors, key=lambda f: f.rank)) for name, part in parts.items()}
         largest = max((before.rank for before in befores.values()), default=0)
-        for name, (u, s, vh) in svd_each(stacks, self._kept(largest)).items():
+        for name, (u, s, vh) in svd_each(stacks, self._kept(largest), whole=self.keep_tail).items():
             before, dtype = befores[name], stacks[name].A.dtype
             rank, known = before.rank, int((s > _KNOWN * s[0]).sum())
             lora[name] = regrown(leading((u, s, vh), min(rank, known), before.scaling, dtype), before)

@@ -61,7 +61,7 @@ class Florist(Strategy):
         stacks = {name: stack(part.factors, part.shares) for name, part in parts.items()}
         fold = {
             name: leading(svd, energy_rank(svd[1], self.tau), dtype=wide(stacks[name].A).dtype)
-            for name, svd in svd_each(stacks).items()
+            for name, svd in svd_each(stacks, whole=self.tau == 1).items()
         }
         adapter = AdapterState(
             lora=restart(state.adapter, self.seed, round + 1).lora, dense={**state.adapter.dense, **dense}

@@ -32,7 +32,7 @@ class Folds:
 
         Args:
             fold: the factors to add.
-            max_rank: the limit; 0 means min(d_out, d_in), where compacting keeps fp32's numerical rank.
+            max_rank: the limit; 0 means min(d_out, d_in), where compacting loses no more than fp32 rounds.
             compact: False keeps every fold as it came (for clients that merge folds into an fp32 base).
         """
         grown = Folds((*self.parts, fold), self.first)

@@ -201,6 +201,29 @@ def test_compress_keeps_the_update_in_at_most_full_rank(parts: list[LoraFactors]
     assert compress({"m": f}, max_rank=2)["m"].rank <= 2
 
 
+def falling(d_out: int, d_in: int, rank: int, last: float, seed: int = 0) -> LoraFactors:
+    """Factors whose singular values fall from 1 to `last`."""
+    g = torch.Generator().manual_seed(seed)
+    left, right = (torch.linalg.qr(torch.randn(d, rank, generator=g, dtype=torch.float64)).Q for d in (d_out, d_in))
+    root = torch.logspace(0, math.log10(last), rank, dtype=torch.float64).sqrt()
+    return LoraFactors(A=(root[:, None] * right.T).float(), B=(left * root).float(), scaling=1.0)
+
+
+@pytest.mark.parametrize(
+    ("d_out", "d_in", "rank", "last", "clients"),
+    [(512, 2048, 16, 1e-4, 10), (64, 11008, 32, 1e-5, 1), (8, 4096, 4, 1e-6, 39), (300, 200, 150, 1e-6, 3)],
+)
+def test_compress_drops_no_more_than_fp32_rounds(d_out: int, d_in: int, rank: int, last: float, clients: int) -> None:
+    """Wide modules, falling singular values, stacks that outgrow the matrix: against the product in fp64."""
+    parts = [falling(d_out, d_in, rank, last, seed) for seed in range(clients)]
+    whole = stack(parts, [1 / clients] * clients)
+    got = compress({"m": whole})["m"]
+    exact = whole.B.double() @ whole.A.double()
+    lost = float((got.B.double() @ got.A.double() - exact).norm() / exact.norm())
+    assert lost < 2e-7  # the factors themselves are rounded to fp32
+    assert got.rank <= min(whole.rank, d_out, d_in)
+
+
 def test_compress_of_nothing_is_rank_1_zeros() -> None:
     got = compress({"m": LoraFactors(torch.randn(3, 5), torch.zeros(4, 3), 2.0)})["m"]
     assert got.rank == 1

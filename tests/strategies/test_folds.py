@@ -114,3 +114,21 @@ def test_push_leaves_the_old_folds_as_they_were() -> None:
     before.push(fold(2, 4))
     assert before.version == 1
     assert torch.equal(before.parts[0].lora["m"].A, fold(1, 4).lora["m"].A)
+
+
+@pytest.mark.parametrize("step", [2e-4, 1e-6])
+def test_a_small_direction_that_every_round_repeats_adds_up(step: float) -> None:
+    """100 rounds of a large update elsewhere and the same small one, with a compaction in most of them."""
+    d_out, d_in, rounds = 8, 4096, 100
+    g = torch.Generator().manual_seed(0)
+    rows = torch.linalg.qr(torch.randn(d_in, 4, generator=g, dtype=torch.float64)).Q.T
+    columns = torch.linalg.qr(torch.randn(d_out, 4, generator=g, dtype=torch.float64)).Q
+    sizes = torch.tensor([1 / rounds, 0.5 / rounds, 0.2 / rounds, step], dtype=torch.float64)
+    part = LoraFactors(A=(sizes[:, None] * rows).float(), B=columns.float(), scaling=1.0)
+    folds = Folds()
+    for _ in range(rounds):
+        folds = folds.push(AdapterState(lora={"m": part}))
+    learned = folds.total().lora["m"]
+    assert learned.rank <= d_out
+    small = float(columns[:, 3] @ (learned.B.double() @ (learned.A.double() @ rows[3])))
+    assert small == pytest.approx(rounds * step, rel=1e-2 if step < 1e-5 else 1e-3)
