@@ -16,7 +16,7 @@ from fedlora.exchange import ClientUpdate
 from .base import ServerState, Strategy, regrown
 from .means import Batch, alike, gather
 
-_STEPS = 100
+_STEPS = 1000
 _GRADIENT = 1e-8
 _ROUNDING = 1e-12  # of f, which is near 1
 
@@ -97,7 +97,7 @@ def cosine_minimum(mean_b: Tensor, gram: Tensor, cross: Tensor, ideal_norm: floa
     With q = |X A| and c = cos, the gradient is zero where `X ((c/q^2) G + 2 lam I) = C/(|ideal| q) + 2 lam B`.
     Each step solves this for the X on the left, then scales X to `<X, B>/<X, X>` of itself: the cosine does not
     see the scale, and without this the steps creep along it. No minimum exists where the best direction points
-    away from B (X shrinks for ever); the search ends after 100 steps, or when f rises.
+    away from B (X shrinks for ever); the search ends after 1000 steps, or when f rises.
 
     Args:
         mean_b: B, [d_out, r].
