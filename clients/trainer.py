@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from fedlora.config import TrainConfig
+from fedlora.config import TrainConfig, pruned_rank
 from fedlora.data import Example, batch_at, collate
 from fedlora.dropout import Draws, draws_per_client
 from fedlora.errors import AdapterError
@@ -212,7 +212,7 @@ def add_tail_penalty(
         rank_of_b: 0 where the factors hold B' [r, d_out].
     """
     for A, B in factors:
-        keep = max(1, math.ceil(gamma * A.shape[0]))
+        keep = pruned_rank(A.shape[0], gamma)
         tail = A.shape[0] - keep
         a, b = A.detach()[keep:], B.detach().narrow(rank_of_b, keep, tail)
         size_a, size_b = a.norm(), b.norm()

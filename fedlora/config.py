@@ -6,6 +6,7 @@ others; lists are comma strings ("16,8,8,4"). Imports nothing heavy, so that a w
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -57,7 +58,10 @@ class LoraConfig:
         "auto", "comma list of module name endings, all-linear, or auto (attention projections)"
     )
     prune_gamma: float = option(
-        0.0, "hetlora: share of its rank that a client keeps when it is pruned; 0: never", low=0.0, high=0.99
+        0.0,
+        "hetlora: share of its rank that a client keeps when it is pruned, rounded up to a row; 0: never",
+        low=0.0,
+        high=0.99,
     )
     prune_weight: float = option(1e-3, "hetlora: how strongly training shrinks the rows that may be pruned", low=0.0)
     rank_pattern: str = option("", "ranks of some modules, for every client: 'k_proj=4, layers.0.mlp.up_proj=2'")
@@ -315,6 +319,14 @@ def client_rank(config: LoraConfig, client_id: int) -> int:
     """The rank of one client: `lora.ranks` taken cyclically, or `lora.rank`."""
     ranks = ints("lora.ranks", config.ranks)
     return ranks[client_id % len(ranks)] if ranks else config.rank
+
+
+def pruned_rank(rank: int, gamma: float) -> int:
+    """The rank that HetLoRA's pruning leaves: `ceil(gamma rank)`, at least 1; all of it at a gamma of 0, never.
+
+    The product's rounding in fp64 is no row: 0.55 of 20 is 11.
+    """
+    return max(1, math.ceil(gamma * rank - 1e-9)) if gamma else rank
 
 
 def rank_pattern(config: LoraConfig) -> dict[str, int]:

@@ -29,8 +29,9 @@ class FedSb(Strategy):
     G_k. With `-sum_k p_k G_k = U S V'` cut to rank r, `B = U` and `A = V'` for good, and R starts at `c diag(S)`: of
     all first steps of its size and rank, the one along the gradient. Differences: LoRA-SB decomposes the sign of the
     mean gradient, which would need all of it, and not its directions alone; the size c comes from `first_step`; ranks
-    may differ, client k training the leading r_k x r_k block of R. The scaling is 1 whatever `lora.alpha` says, since
-    B has unit columns and A unit rows.
+    may differ, client k training the leading r_k x r_k block of R. A module that no reply of round 0 has counts as one
+    without a gradient: R starts at 0 between orthonormal directions that no client chose. The scaling is 1 whatever
+    `lora.alpha` says, since B has unit columns and A unit rows.
     Memory: one reply, and in round 0 all replies. Cost: O(K r^2), and in round 0 O(d (K r)^2).
 
     Args:
@@ -92,8 +93,13 @@ class FedSb(Strategy):
     def _started(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
         parts, _ = gather(updates, 0)
         lora, dense = dict(state.adapter.lora), dict(state.adapter.dense)
-        descent = {name: replace(stack(part.factors, part.shares), scaling=-1.0) for name, part in parts.items()}
-        for name, svd in svd_each(descent, max(lora[name].rank for name in parts)).items():
+        descent = {
+            name: replace(stack(parts[name].factors, parts[name].shares), scaling=-1.0)
+            if name in parts
+            else _nothing(f)
+            for name, f in lora.items()
+        }
+        for name, svd in svd_each(descent, max(f.rank for f in lora.values())).items():
             rank, d_out, d_in = lora[name].rank, lora[name].B.shape[0], lora[name].A.shape[1]
             # padded, so that the bases are whole where the replies have fewer directions than r
             u, s, vh = whole_svd(pad(leading(svd, rank, dtype=torch.float64), rank))
@@ -110,6 +116,11 @@ class FedSb(Strategy):
     def global_adapter(self, state: ServerState) -> AdapterState:
         """`B` and `A' = R A`, at scaling 1."""
         return total(replace(state, adapter=without_cores(state.adapter)))
+
+
+def _nothing(factors: LoraFactors) -> LoraFactors:
+    """An update of zero, of these shapes."""
+    return LoraFactors(A=torch.zeros_like(factors.A), B=torch.zeros_like(factors.B), scaling=1.0)
 
 
 def _filled(block: Tensor, like: Tensor) -> Tensor:

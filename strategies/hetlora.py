@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import AdapterState, LoraFactors, first_ranks, norm
+from fedlora.config import pruned_rank
 from fedlora.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
@@ -18,7 +19,7 @@ from .base import ServerState, Strategy, regrown
 from .fedavg_zeropad import padded_mean
 from .means import gather
 
-_RANKS = "hetlora.ranks"  # client id -> the share of its rank that pruning has left
+_PRUNED = "hetlora.pruned"  # client id -> how often it was pruned
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,11 @@ class HetLora(Strategy):
     The numbers of examples do not count. Differences: norms are those of s_k B_k A_k, from Gram matrices instead of
     the products; A_k carries the client's scaling.
 
-    Pruning: with `prune_gamma` = g, rows from ceil(g r_k) on are client k's tail. The trainer shrinks
+    Pruning: with `prune_gamma` = g, rows from ceil(g r) on are the tail of a client of rank r. The trainer shrinks
     `sum |B tail|_F |A tail|_F` over the modules (`lora.prune-weight`); where it ended below what the client was sent,
-    the tail is dropped from the reply, and the client gets ceil(g r_k) rows from then on. The decision is made here,
-    on the numbers that the client would use, so that its rank is part of the server's state; the paper's client
-    makes it, and saves one upload of the tail.
+    the tail is dropped from the reply, and the client's rank is ceil(g r) from then on, which the next pruning starts
+    from. The decision is made here, on the numbers that the client would use, so that its rank is part of the
+    server's state; the paper's client makes it, and saves one upload of the tail.
     Memory: the factors of all replies. Cost: O(K d r^2).
 
     Args:
@@ -52,22 +53,33 @@ class HetLora(Strategy):
                 f"strategy.options: hetlora's prune_gamma = {self.prune_gamma}, expected 0 (never) or a share below 1"
             )
 
+    def check(self, clients: Sequence[ClientInfo]) -> None:
+        """Raises StrategyError if pruning is asked for, and is rounded away at every client's rank."""
+        super().check(clients)
+        ranks = {rank for client in clients for rank in (client.rank, *client.rank_pattern.values())}
+        if self.prune_gamma and ranks and all(pruned_rank(rank, self.prune_gamma) == rank for rank in ranks):
+            rank = max(ranks)
+            raise StrategyError(
+                f"lora.prune-gamma = {self.prune_gamma} prunes nobody: of rank {rank}, the largest, "
+                f"ceil({self.prune_gamma} * {rank}) = {rank} rows stay; set it to at most "
+                f"{math.floor(1000 * (rank - 1) / rank) / 1000}, or to 0"
+            )
+
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
         """The padded means, cut to the rank that pruning has left the client.
 
         Raises:
             StrategyError: the client's rank exceeds the largest of the run.
         """
-        left = _left(state, client.client_id)
-        if left < 1:
-            pattern = {module: math.ceil(left * rank) for module, rank in client.rank_pattern.items()}
-            client = replace(client, rank=math.ceil(left * client.rank), rank_pattern=pattern)
+        for _ in range(_times(state, client.client_id)):
+            pattern = {module: pruned_rank(rank, self.prune_gamma) for module, rank in client.rank_pattern.items()}
+            client = replace(client, rank=pruned_rank(client.rank, self.prune_gamma), rank_pattern=pattern)
         return super().broadcast(state, client, round)
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
         """The padded means, with equal weights where no update moved; what no reply has stays as it was."""
-        left = dict(state.memory.get(_RANKS, AdapterState()).dense)
-        parts, dense = gather((self._pruned(update, state, left) for update in updates), round)
+        times = dict(state.memory.get(_PRUNED, AdapterState()).dense)
+        parts, dense = gather((self._pruned(update, state, times) for update in updates), round)
         lora = dict(state.adapter.lora)
         for name, part in parts.items():
             norms = [norm(factors) for factors in part.factors]
@@ -75,23 +87,22 @@ class HetLora(Strategy):
             mean = padded_mean(part.factors, weights)
             before = lora.get(name, mean)
             lora[name] = regrown(first_ranks(mean, mean.rank, before.scaling), before)
-        memory = {**state.memory, _RANKS: AdapterState(dense=left)} if left else state.memory
+        memory = {**state.memory, _PRUNED: AdapterState(dense=times)} if times else state.memory
         adapter = AdapterState(lora=lora, dense={**state.adapter.dense, **dense})
         return replace(state, adapter=adapter, memory=memory)
 
-    def _pruned(self, update: ClientUpdate, state: ServerState, left: dict[str, Tensor]) -> ClientUpdate:
-        """The reply without its tail, where that shrank; notes it in `left`."""
+    def _pruned(self, update: ClientUpdate, state: ServerState, times: dict[str, Tensor]) -> ClientUpdate:
+        """The reply without its tail, where that shrank; counts it in `times`."""
         if not self.prune_gamma:
             return update
-        keep = {name: max(1, math.ceil(self.prune_gamma * f.rank)) for name, f in update.adapter.lora.items()}
+        keep = {name: pruned_rank(f.rank, self.prune_gamma) for name, f in update.adapter.lora.items()}
         before = after = 0.0
         for name, f in update.adapter.lora.items():
             after += _tail(f, keep[name])
             before += _tail(first_ranks(state.adapter.lora[name], f.rank, f.scaling), keep[name])
         if after >= before:
             return update
-        now = _left(state, update.client_id) * self.prune_gamma
-        left[str(update.client_id)] = torch.tensor(now, dtype=torch.float64)
+        times[str(update.client_id)] = torch.tensor(_times(state, update.client_id) + 1)
         lora = {
             name: LoraFactors(A=f.A[: keep[name]], B=f.B[:, : keep[name]], scaling=f.scaling)
             for name, f in update.adapter.lora.items()
@@ -99,10 +110,10 @@ class HetLora(Strategy):
         return replace(update, adapter=replace(update.adapter, lora=lora))
 
 
-def _left(state: ServerState, client_id: int) -> float:
-    """The share of its rank that pruning has left a client."""
-    share = state.memory.get(_RANKS, AdapterState()).dense.get(str(client_id))
-    return 1.0 if share is None else float(share)
+def _times(state: ServerState, client_id: int) -> int:
+    """How often a client was pruned."""
+    times = state.memory.get(_PRUNED, AdapterState()).dense.get(str(client_id))
+    return 0 if times is None else int(times)
 
 
 def _tail(factors: LoraFactors, keep: int) -> float:

@@ -182,3 +182,15 @@ def test_auto_takes_what_keeps_the_machine_busy_and_memory_affords(tmp_path, tin
     assert number(train__batch_size=4096) == 1
     monkeypatch.setattr(together, "bytes_per_token", lambda bench: 2**50)
     assert number(train__batch_size=1) == 1
+
+
+@pytest.mark.parametrize(
+    "keys", [{"lora.rslora": True, "lora.ranks": "8,8,3,2"}, {"lora.alpha": 16, "lora.ranks": "12"}]
+)
+@pytest.mark.parametrize("upload", ["fp32", "int8"])
+def test_a_scaling_that_fp32_does_not_hold_loses_no_client(tmp_path, tiny_llama, keys, upload):
+    """8 alpha's root and 16/12 are no fp32 numbers; the cohort's replies carry them as they were sent."""
+    keys = {"lora.alpha": "2r", **keys, "wire.upload-dtype": upload}
+    _, result = played(config_of(tmp_path, tiny_llama, 4, **keys))
+    assert [entry["failures"] for entry in result["rounds"]] == [{}, {}]
+    assert [len(entry["clients"]) for entry in result["rounds"]] == [4, 4]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,6 +72,29 @@ def test_it_starts_along_the_best_approximation_of_minus_the_mean_gradient(
     gap = float(s[keep - 1] - s[keep]) if keep < len(s) else float(s[0])
     if gap > 1e-3 * float(s[0]):  # else the best approximation is not one, but many
         torch.testing.assert_close(first / first.norm(), best / best.norm(), rtol=0, atol=1e-4)
+
+
+def test_a_module_that_no_reply_of_round_0_had_is_trained_from_the_first_reply_that_has_it() -> None:
+    strategy = load("fedsb")
+    clients = [ClientInfo(client_id=i, rank=r) for i, r in enumerate((3, 2))]
+    state = strategy.init(start(clients))
+    *_, absent = state.adapter.lora
+    replies = [train(strategy.broadcast(state, client, 0), client, 0) for client in clients]
+    some = [
+        replace(r, adapter=replace(r.adapter, lora={n: f for n, f in r.adapter.lora.items() if n != absent}))
+        for r in replies
+    ]
+    state = strategy.aggregate(state, some, 0)
+    assert not dense_deltas(strategy.global_adapter(state))[absent].any()
+    replies = [train(strategy.broadcast(state, client, 1), client, 1) for client in clients]
+    new = strategy.aggregate(state, replies, 1)
+    expected = sum(
+        r.num_examples * torch.nn.functional.pad(core, (0, 3 - len(core)) * 2)
+        for r in replies
+        for core in [r.adapter.dense[absent + CORE]]
+    ) / sum(r.num_examples for r in replies)
+    torch.testing.assert_close(new.adapter.dense[absent + CORE], expected)
+    assert dense_deltas(strategy.global_adapter(new))[absent].any()
 
 
 def test_a_module_without_a_gradient_starts_at_zero_and_can_be_trained() -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.adapter import LoraFactors, norm
+from fedlora.adapter import AdapterState, LoraFactors, norm
 from fedlora.errors import StrategyError
 from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies.base import ServerState
@@ -126,6 +126,41 @@ def reply_of(strategy: HetLora, state: ServerState, client: ClientInfo, size: fl
     sent = strategy.broadcast(state, client, 3).adapter
     lora = {n: LoraFactors(torch.cat([f.A[:1], size * f.A[1:]]), f.B, f.scaling) for n, f in sent.lora.items()}
     return ClientUpdate(client_id=client.client_id, adapter=replace(sent, lora=lora), num_examples=1)
+
+
+@pytest.mark.parametrize(
+    ("gamma", "rank", "ranks"),
+    [(0.7, 16, [12, 9, 7, 5, 4, 3, 3]), (0.55, 20, [11, 7, 4, 3, 2, 2]), (0.5, 3, [2, 1, 1])],
+)
+def test_each_pruning_starts_from_the_rank_that_is_left(gamma: float, rank: int, ranks: list[int]) -> None:
+    """ceil(gamma r) of the rank before: 16 -> 12 -> 9, not ceil(0.49 * 16) = 8; what is kept is what is sent next."""
+    strategy = HetLora(prune_gamma=gamma)
+    client = ClientInfo(client_id=0, rank=rank, alpha="2r")
+    shapes = {"m": (30, 40)}
+    state = strategy.init(start([client], shapes=shapes))
+    g = torch.Generator().manual_seed(0)
+    state = replace(
+        state,
+        adapter=AdapterState(
+            lora={"m": replace(state.adapter.lora["m"], B=torch.randn(30, rank, generator=g))},
+        ),
+    )
+    for number, expected in enumerate(ranks, start=1):
+        sent = strategy.broadcast(state, client, number).adapter.lora["m"]
+        keep = expected if expected < sent.rank else sent.rank
+        size = torch.ones(sent.rank)
+        size[keep:] = 0.5
+        shrunk = AdapterState(lora={"m": replace(sent, A=size[:, None] * sent.A, B=sent.B * size)})
+        state = strategy.aggregate(state, [ClientUpdate(client_id=0, adapter=shrunk, num_examples=1)], number)
+        assert strategy.broadcast(state, client, number + 1).adapter.lora["m"].rank == expected
+
+
+def test_a_gamma_that_is_rounded_away_is_refused() -> None:
+    """1 - 1/r < gamma keeps every row: the run would train the penalty, and never prune."""
+    clients = [ClientInfo(client_id=i, rank=rank) for i, rank in enumerate((8, 4, 4))]
+    HetLora(prune_gamma=0.8).check(clients)
+    with pytest.raises(StrategyError, match=r"prune-gamma = 0\.9 prunes nobody.*set it to at most 0\.875, or to 0"):
+        HetLora(prune_gamma=0.9).check(clients)
 
 
 def test_without_gamma_nobody_is_pruned() -> None:
