@@ -20,11 +20,11 @@ from flwr.common.constant import ErrorCode
 
 from fedlora import config as configuration
 from fedlora import peft_io, wire
-from fedlora.adapter import AdapterState, only
+from fedlora.adapter import AdapterState, not_finite, only
 from fedlora.assets import cache_dir
 from fedlora.config import Config, Scalar
 from fedlora.data import LazyExamples, client_split, kept_back, prepare
-from fedlora.errors import AdapterError, ConfigError, DataError, FedLoraError
+from fedlora.errors import ConfigError, DataError, DivergedError, FedLoraError
 from fedlora.evaluate import evaluate as evaluate_model
 from fedlora.events import emit
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
@@ -72,6 +72,8 @@ def refusal(error: Exception, settings: Mapping[str, Scalar]) -> Error:
         reason = "node config: the file that data names cannot be used; the node's log says why"
     elif memory.ran_out(error):
         reason = memory.refusal(settings)
+    elif isinstance(error, DivergedError):
+        code = wire.DIVERGED
     elif not isinstance(error, FedLoraError):
         _log.error("a message was not answered", exc_info=error)
         code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
@@ -165,6 +167,7 @@ def finish(work: Work, adapter: AdapterState, result: trainer.TrainResult) -> Re
     """Keep what is the client's own, and make the reply of a trained adapter."""
     config, context, broadcast, client_id = work.config, work.context, work.broadcast, work.client_id
     emit("client-trained", client_id=client_id, round=broadcast.round, loss=result.loss, seconds=result.seconds)
+    _check_finite(adapter, broadcast.round)
     folder = _own_folder(context, broadcast)
     if broadcast.personal:
         own_state.save(folder, "personal", _personal_part(adapter, broadcast.personal), broadcast.round)
@@ -271,12 +274,14 @@ def folds_beside(work: Work) -> tuple[AdapterState, ...]:
 
 
 def _personal_part(adapter: AdapterState, personal: frozenset[str]) -> AdapterState:
-    """The personal factors alone; a value that is not finite would spoil every later round, and is refused."""
-    kept = AdapterState(lora=only(adapter, personal).lora)
-    for name, factors in kept.lora.items():
-        if not (torch.isfinite(factors.A).all() and torch.isfinite(factors.B).all()):
-            raise AdapterError(f"{name}: training diverged, its own factors are not finite; lower train.lr")
-    return kept
+    return AdapterState(lora=only(adapter, personal).lora)
+
+
+def _check_finite(adapter: AdapterState, round: int) -> None:
+    """Raises DivergedError where a value is not finite: it would spoil every later round, here and elsewhere."""
+    name = not_finite(adapter)
+    if name:
+        raise DivergedError(f"training diverged: {name} is not finite at the end of round {round}; lower train.lr")
 
 
 def _own_folder(context: Context, broadcast: Broadcast) -> Path:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from fedlora.config import TrainConfig, pruned_rank
+from fedlora.adapter import pruned_rank
+from fedlora.config import TrainConfig
 from fedlora.data import Example, batch_at, collate
 from fedlora.dropout import Draws, draws_per_client
-from fedlora.errors import AdapterError
+from fedlora.errors import DivergedError
 from fedlora.losses import token_loss
 
 from . import optimizers
@@ -71,30 +72,40 @@ def train(
         penalty: called before each optimizer step, to add a term's gradient to the parameters'.
 
     Raises:
-        AdapterError: the loss is not finite.
+        DivergedError: the loss is not finite.
     """
     began = time.perf_counter()
     course = Course(parameters, examples, config, round=round, rounds=rounds, seed=seed, penalty=penalty)
     torch.manual_seed(hash_seed(seed, round))  # whatever draws from torch's own generator
     model.train()
     own_dropout = draws_per_client(model)
-    for step in range(course.steps):
-        with record_function("fedlora/data"):
-            batches = [collate(part, pad_id) for part in course.batches(step)]
-            labelled = [count_labels(batch["labels"]) for batch in batches]
-        total = 0.0
-        for batch, count in zip(batches, labelled, strict=True):
-            course.tokens += int(batch["attention_mask"].sum())
-            draws = Draws([course.draws], [batch["input_ids"].shape[1]]) if own_dropout else nullcontext()
-            with record_function("fedlora/forward"), draws:
-                loss = token_loss(model, batch) * (count / sum(labelled))
-            with record_function("fedlora/backward"):
-                loss.backward()
-                total += float(loss.detach())
-        with record_function("fedlora/optimizer"):
-            course.take(step, total)
-        on_step(step + 1, course.steps, total)
+    try:
+        for step in range(course.steps):
+            total = _gradients(model, course, step, pad_id, own_dropout)
+            with record_function("fedlora/optimizer"):
+                course.take(step, total)
+            on_step(step + 1, course.steps, total)
+    finally:  # gradients of a step that failed would enter the next training's first one
+        for parameter in parameters:
+            parameter.grad = None
     return course.result(time.perf_counter() - began)
+
+
+def _gradients(model: nn.Module, course: Course, step: int, pad_id: int, own_dropout: bool) -> float:
+    """The loss of a step; the parameters get its gradients."""
+    with record_function("fedlora/data"):
+        batches = [collate(part, pad_id) for part in course.batches(step)]
+        labelled = [count_labels(batch["labels"]) for batch in batches]
+    total = 0.0
+    for batch, count in zip(batches, labelled, strict=True):
+        course.tokens += int(batch["attention_mask"].sum())
+        draws = Draws([course.draws], [batch["input_ids"].shape[1]]) if own_dropout else nullcontext()
+        with record_function("fedlora/forward"), draws:
+            loss = token_loss(model, batch) * (count / sum(labelled))
+        with record_function("fedlora/backward"):
+            loss.backward()
+            total += float(loss.detach())
+    return total
 
 
 class Course:
@@ -139,13 +150,11 @@ class Course:
         """One optimizer step by the gradients that the parameters have, which are then let go.
 
         Raises:
-            AdapterError: the loss is not finite.
+            DivergedError: the loss is not finite.
         """
         config = self._config
         if not math.isfinite(loss):
-            raise AdapterError(
-                f"training diverged: loss {loss} at step {step + 1} of round {self._round}; lower train.lr"
-            )
+            raise DivergedError(diverged(loss, step, self._round))
         if config.prox_mu:
             add_proximal(self._parameters, self._start, config.prox_mu)
         self._penalty()
@@ -169,6 +178,16 @@ class Course:
     def _position(self, step: int) -> int:
         """The step's number in the whole run."""
         return (self._round - 1) * self.steps + step
+
+
+def diverged(loss: float, step: int, round: int) -> str:
+    """Where training left the finite numbers; the learning rate is to blame only where the start was sound."""
+    if step:
+        return f"training diverged: loss {loss} at step {step + 1} of round {round}; lower train.lr"
+    return (
+        f"training diverged: loss {loss} at step 1 of round {round}, before anything was trained: the adapter that the "
+        "server sent gives no finite loss here"
+    )
 
 
 def steps_per_round(config: TrainConfig, num_examples: int) -> int:

@@ -6,6 +6,7 @@ or fp64 where the factors are: narrower ones (bf16) are widened before they are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -93,6 +94,14 @@ def filled(adapter: AdapterState, other: AdapterState) -> AdapterState:
         rest = other.lora.get(name, f)
         lora[name] = LoraFactors(A=f.A if f.A.numel() else rest.A, B=f.B if f.B.numel() else rest.B, scaling=f.scaling)
     return AdapterState(lora=lora, dense=adapter.dense)
+
+
+def not_finite(adapter: AdapterState) -> str:
+    """The name of a first module or tensor that holds a value that is not finite; empty where there is none."""
+    for name, f in adapter.lora.items():
+        if not (torch.isfinite(f.A).all() and torch.isfinite(f.B).all()):
+            return name
+    return next((name for name, tensor in adapter.dense.items() if not torch.isfinite(tensor).all()), "")
 
 
 def norm(factors: LoraFactors) -> float:
@@ -328,6 +337,14 @@ def compress(lora: Mapping[str, LoraFactors], max_rank: int = 0) -> dict[str, Lo
         rank = max(1, int((tails > _ROUNDING * tails[0]).sum()))
         small[name] = leading(svd, min(rank, max_rank) if max_rank else rank, dtype=wide(lora[name].A).dtype)
     return small
+
+
+def pruned_rank(rank: int, gamma: float) -> int:
+    """The rank that HetLoRA's pruning leaves: `ceil(gamma rank)`, at least 1; all of it at a gamma of 0, never.
+
+    The product's rounding in fp64 is no row: 0.55 of 20 is 11.
+    """
+    return max(1, math.ceil(gamma * rank - 1e-9)) if gamma else rank
 
 
 def pad(factors: LoraFactors, rank: int) -> LoraFactors:

@@ -6,7 +6,6 @@ others; lists are comma strings ("16,8,8,4"). Imports nothing heavy, so that a w
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -113,7 +112,26 @@ class FederationConfig:
     fraction: float = option(1.0, "share of the clients sampled each round", low=1e-6, high=1.0)
     min_clients: int = option(1, "a round with fewer good answers fails the run", low=1)
     round_timeout: float = option(0.0, "seconds to wait for a round's answers; 0: as long as it takes", low=0.0)
-    wait_timeout: float = option(120.0, "seconds to wait until federation.clients have connected", low=0.0)
+    wait_timeout: float = option(
+        120.0,
+        "seconds to wait until federation.clients have connected, or until nodes that were lost are back",
+        low=0.0,
+    )
+    max_share: float = option(
+        4.0,
+        "largest weight of a client, as a multiple of the mean of the other clients' examples; 0: no bound",
+        low=0.0,
+    )
+    max_move: float = option(
+        100.0,
+        "an update that moves the model farther than this many times the others' median is set aside; 0: none is",
+        low=0.0,
+    )
+    lost_clients: str = option(
+        "fail",
+        "what a client means that was refused in every round: fail ends the run, when all is done, with an error",
+        ("fail", "accept"),
+    )
 
 
 @dataclass(frozen=True)
@@ -321,14 +339,6 @@ def client_rank(config: LoraConfig, client_id: int) -> int:
     return ranks[client_id % len(ranks)] if ranks else config.rank
 
 
-def pruned_rank(rank: int, gamma: float) -> int:
-    """The rank that HetLoRA's pruning leaves: `ceil(gamma rank)`, at least 1; all of it at a gamma of 0, never.
-
-    The product's rounding in fp64 is no row: 0.55 of 20 is 11.
-    """
-    return max(1, math.ceil(gamma * rank - 1e-9)) if gamma else rank
-
-
 def rank_pattern(config: LoraConfig) -> dict[str, int]:
     """`lora.rank-pattern` as regular expression -> rank."""
     pattern: dict[str, int] = {}
@@ -419,6 +429,11 @@ def _check_together(config: Config, where: str) -> Config:
         raise ConfigError(
             f"{where}: data.sizes = {config.data.sizes!r} must name one size for each of the "
             f"{dealt} clients (federation.clients)"
+        )
+    if 0 < config.federation.max_share < 1:
+        raise ConfigError(
+            f"{where}: federation.max-share = {config.federation.max_share:g} is below the mean of the other clients; "
+            "set it to 1 or more, or to 0 for no bound"
         )
     if config.federation.min_clients > config.federation.clients:
         raise ConfigError(

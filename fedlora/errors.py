@@ -28,6 +28,10 @@ class AdapterError(FedLoraError):
     """Factors have the wrong names, shapes or values."""
 
 
+class DivergedError(AdapterError):
+    """Training, or what it started from, left the finite numbers."""
+
+
 class StrategyError(FedLoraError):
     """A strategy does not exist, or cannot serve these clients."""
 

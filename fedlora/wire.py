@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
@@ -35,7 +35,8 @@ PROTOCOL = 1
 _Item = TypeVar("_Item")
 Values = np.ndarray[Any, np.dtype[Any]]
 TASKS = ("train", "gradient")
-REFUSED, STALE = 1001, 1002  # codes of a client's error reply: a clear refusal; folds that it no longer holds
+# Codes of a client's error reply: a clear refusal; folds that it no longer holds; a loss that is not finite.
+REFUSED, STALE, DIVERGED = 1001, 1002, 1003
 TRAIN_METRICS = frozenset(
     {
         "train-loss",
@@ -53,6 +54,7 @@ MOST_EXAMPLES, MOST_RANK = 10**9, 4096
 _ROUNDING = 1e-6  # relative difference between one number in fp32 and in fp64, with room
 _LARGEST_METRIC = 1e305  # a mean of such numbers is finite
 _LARGEST_INT = 2**64 - 1  # Flower's node ids
+_ROOM, _NAME = 1 << 20, 1024  # bytes of a reply beside its tensors, and of one tensor beside its values
 _SHORT = 120  # characters of a peer's own words in an error
 _HEAD, _ADAPTER, _METRICS = "head", "adapter", "metrics"
 _TENSORS = "tensors"
@@ -193,7 +195,7 @@ def decode_update(
     Raises:
         WireError: malformed, from another client, for another round, task or base version, a module, shape or scaling
             that differs from what was sent, a value that is not finite, a weight that is not positive or too
-            large, or a metric that is not on the list.
+            large, or metrics other than those of the list.
     """
     who = f"client {client_id}"
     head = _checked_head(record, fingerprint, who)
@@ -210,6 +212,7 @@ def decode_update(
     adapter = _get(record, head, _ADAPTER, "".join(sorted(sent.upload)), who, like=sent.adapter)
     if head["dtype"] != "fp32":
         adapter = combine(_finite_sum(who), adapter, sent.adapter)
+    _require(metrics, TRAIN_METRICS, who)
     update = ClientUpdate(
         client_id=client_id,
         adapter=adapter,
@@ -218,6 +221,12 @@ def decode_update(
         metrics=metrics,
     )
     return Reply(update, known_base_version=known)
+
+
+def most_bytes(sent: Broadcast) -> int:
+    """More than an answer to this broadcast can hold: every value in fp32, scales, headers, and some room."""
+    tensors = [t for f in sent.adapter.lora.values() for t in (f.A, f.B)] + [*sent.adapter.dense.values()]
+    return _ROOM + sum(4 * (t.numel() + sum(t.shape)) + _NAME for t in tensors)
 
 
 def as_received(broadcast: Broadcast, dtype: str) -> Broadcast:
@@ -287,7 +296,9 @@ def decode_evaluation(record: RecordDict, fingerprint: str, who: str) -> tuple[i
     """`(num_examples, metrics)` of one client."""
     head = _checked_head(record, fingerprint, who)
     _only(record, head, "evaluation", who, (), _METRICS)
-    return _positive(head, "num-examples", who, MOST_EXAMPLES), _metrics(record, who, METRICS)
+    metrics = _metrics(record, who, METRICS)
+    _require(metrics, {"loss", "accuracy"}, who)
+    return _positive(head, "num-examples", who, MOST_EXAMPLES), metrics
 
 
 def payload_bytes(record: RecordDict) -> int:
@@ -435,7 +446,7 @@ def _to_arrays(key: str, tensor: Tensor, dtype: str, part: str) -> dict[str, Val
     if dtype in FLOATS:
         return {key: _to_array(tensor, dtype, where)}
     if not torch.isfinite(tensor).all():
-        raise WireError(f"{where}: values are not finite; training diverged, lower train.lr")
+        raise WireError(f"{where}: values are not finite")
     codes, scales = code(rows_of(tensor.detach().to("cpu"), part), LARGEST[dtype])
     packed = pack(codes) if dtype == "int4" else codes
     return {key: packed.contiguous().numpy(), f"{key}|scale": scales.contiguous().numpy()}
@@ -444,8 +455,8 @@ def _to_arrays(key: str, tensor: Tensor, dtype: str, part: str) -> dict[str, Val
 def _to_array(tensor: Tensor, dtype: str, where: str) -> Values:
     narrow = tensor.detach().to("cpu", FLOATS[dtype]).contiguous()
     if not torch.isfinite(narrow).all():
-        hint = "" if torch.isfinite(tensor).all() else "; training diverged, lower train.lr"
-        raise WireError(f"{where}: values are not finite in {dtype}{hint or '; set wire.dtype = fp32 or bf16'}")
+        hint = "; set wire.dtype = fp32 or bf16" if torch.isfinite(tensor).all() else ""
+        raise WireError(f"{where}: values are not finite in {dtype}{hint}")
     return narrow.view(torch.int16).numpy() if dtype == "bf16" else narrow.numpy()
 
 
@@ -486,7 +497,7 @@ def _to_metrics(metrics: Mapping[str, float], known: frozenset[str]) -> MetricRe
     return MetricRecord({name: float(value) for name, value in metrics.items()})
 
 
-def _metrics(record: RecordDict, who: str, known: frozenset[str]) -> dict[str, float]:
+def _metrics(record: RecordDict, who: str, known: Set[str]) -> dict[str, float]:
     """The metrics of a message: one finite number each, by names that both sides know."""
     sent = record.metric_records.get(_METRICS)
     if sent is None:
@@ -499,6 +510,12 @@ def _metrics(record: RecordDict, who: str, known: frozenset[str]) -> dict[str, f
             raise WireError(f"{who}: metric {name!r} is {_short(value)}, expected one finite number")
         metrics[name] = value
     return metrics
+
+
+def _require(metrics: Mapping[str, float], names: Set[str], who: str) -> None:
+    """Raises WireError unless these metrics, which this side reads, were sent."""
+    if lacking := sorted(names - metrics.keys()):
+        raise WireError(f"{who} left out metric {lacking[0]!r}, expected {', '.join(sorted(names))}")
 
 
 def _expect(who: str, what: str, got: object, expected: object) -> None:

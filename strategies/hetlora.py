@@ -10,8 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlora.adapter import AdapterState, LoraFactors, first_ranks, norm
-from fedlora.config import pruned_rank
+from fedlora.adapter import AdapterState, LoraFactors, first_ranks, norm, pruned_rank
 from fedlora.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 

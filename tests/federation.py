@@ -14,6 +14,7 @@ import numpy as np
 import safetensors.numpy
 from flwr.app import Array, RecordDict
 
+from fedlora import wire
 from fedlora.config import Config, Scalar, parse
 from fedlora.results import folder_of
 from fedlora.simulations import local
@@ -62,12 +63,17 @@ def tiny(folder: Path, model: Path, **keys: Scalar) -> Config:
         "data.max-length": 64,
         "federation.clients": 4,
         "federation.rounds": 2,
+        "federation.lost-clients": "accept",  # many tests are about a client that is refused
         "train.steps": 3,
         "train.batch-size": 2,
         "train.lr": 5e-3,
         "train.clients-at-once": "1",  # the bits of a client that is alone, as on its own node
     }
     return parse(base | {key.replace("__", ".").replace("_", "-"): value for key, value in keys.items()})
+
+
+# One of each metric that a client sends with an update.
+METRICS = dict.fromkeys(sorted(wire.TRAIN_METRICS), 1.5)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from fedlora import wire
 from fedlora.adapter import AdapterState, LoraFactors
 from fedlora.errors import WireError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
+from tests.federation import METRICS
 
 BASE, EACH = "abc123", 1200
 _STRANGE: list[Any] = [
@@ -36,9 +37,7 @@ def _state(seed: int, dense: bool = True) -> AdapterState:
 
 
 SENT = Broadcast(round=1, adapter=_state(0), base_version=2, folds=(_state(2, dense=False),), folds_from=1)
-UPDATE = ClientUpdate(
-    client_id=7, adapter=_state(1), num_examples=10, base_version=2, metrics={"train-loss": 1.5, "train-steps": 3}
-)
+UPDATE = ClientUpdate(client_id=7, adapter=_state(1), num_examples=10, base_version=2, metrics=METRICS)
 INFO = ClientInfo(client_id=3, rank=8, alpha="2r", num_examples=40, rank_pattern={"k_proj": 2})
 
 DECODERS: dict[str, tuple[list[RecordDict], Callable[[RecordDict], object]]] = {

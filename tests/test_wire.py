@@ -14,7 +14,7 @@ from fedlora import wire
 from fedlora.adapter import AdapterState, LoraFactors
 from fedlora.errors import WireError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
-from tests.federation import repack, tensors_of
+from tests.federation import METRICS, repack, tensors_of
 
 BASE = "abc123"
 
@@ -91,7 +91,7 @@ def update(**changes) -> ClientUpdate:
         "adapter": adapter(1),
         "num_examples": 10,
         "base_version": 2,
-        "metrics": {"train-loss": 1.5},
+        "metrics": METRICS,
     }
     return ClientUpdate(**(fields | changes))
 
@@ -102,7 +102,7 @@ SENT = Broadcast(round=1, adapter=adapter(0), base_version=2)
 def test_an_update_arrives_with_what_the_client_will_still_hold():
     reply = wire.decode_update(wire.encode_update(update(), BASE, known_base_version=2), 7, SENT, BASE)
     assert same(reply.update.adapter, update().adapter)
-    assert reply.update.metrics == {"train-loss": 1.5}
+    assert reply.update.metrics == METRICS
     assert reply.known_base_version == 2
 
 
@@ -145,7 +145,7 @@ def test_the_server_refuses_what_it_did_not_ask_for(changed, says):
 
 
 def test_a_client_that_diverged_does_not_send():
-    with pytest.raises(WireError, match="not finite in fp32; training diverged"):
+    with pytest.raises(WireError, match="not finite in fp32"):
         wire.encode_update(update(adapter=nan_adapter()), BASE)
 
 
@@ -247,5 +247,5 @@ def test_who_a_client_is_arrives():
 
 
 def test_an_evaluation_arrives():
-    record = wire.encode_evaluation(12, {"loss": 0.5}, BASE)
-    assert wire.decode_evaluation(record, BASE, "client 0") == (12, {"loss": 0.5})
+    record = wire.encode_evaluation(12, {"loss": 0.5, "accuracy": 1.0}, BASE)
+    assert wire.decode_evaluation(record, BASE, "client 0") == (12, {"loss": 0.5, "accuracy": 1.0})

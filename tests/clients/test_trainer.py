@@ -183,7 +183,9 @@ def test_divergence_is_an_error_that_says_what_to_do(tiny_llama):
     bench, start = bench_and_start(tiny_llama)
     name = next(iter(start.lora))
     lost = {name: replace(start.lora[name], B=torch.full_like(start.lora[name].B, float("nan")))}
-    with pytest.raises(AdapterError, match=r"training diverged: loss nan at step 1 of round 1; lower train\.lr"):
+    with pytest.raises(
+        AdapterError, match=r"loss nan at step 1 of round 1, before anything was trained: the adapter that"
+    ):
         train(bench, AdapterState(lora={**start.lora, **lost}))
 
 

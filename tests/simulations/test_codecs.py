@@ -11,7 +11,7 @@ from fedlora.adapter import AdapterState, LoraFactors
 from fedlora.clients import coding, own_state
 from fedlora.errors import WireError
 from fedlora.exchange import Broadcast, ClientUpdate
-from tests.federation import run_locally, tiny
+from tests.federation import METRICS, run_locally, tiny
 
 BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
 
@@ -32,7 +32,7 @@ def sent(upload: str = "AB", steady: bool = True, round: int = 1) -> Broadcast:
 
 
 def decode(adapter: AdapterState, broadcast: Broadcast, dtype: str) -> tuple[AdapterState, int]:
-    update = ClientUpdate(client_id=3, adapter=adapter, num_examples=5)
+    update = ClientUpdate(client_id=3, adapter=adapter, num_examples=5, metrics=METRICS)
     record = wire.encode_update(update, "base", dtype, broadcast.upload)
     return wire.decode_update(record, 3, broadcast, "base").update.adapter, wire.payload_bytes(record)
 
@@ -117,7 +117,7 @@ def test_a_factor_that_is_not_sent_this_round_keeps_what_it_left_out(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_codes_that_do_not_fit_are_refused(dtype):
-    update = ClientUpdate(client_id=3, adapter=state(1), num_examples=5)
+    update = ClientUpdate(client_id=3, adapter=state(1), num_examples=5, metrics=METRICS)
     record = wire.encode_update(update, "base", dtype)
     other = Broadcast(
         round=1,
