@@ -75,7 +75,9 @@ def serve(
         context = None if insecure else trusting(files[0])
         url = f"http{'' if insecure else 's'}://{near}"
         flower_programs.wait_until_healthy(programs.start(command), url, programs.log, context)
-        programs.start(["flower-superexec", *trust, "--runtime-api-address", near, *_superexec(secret)])
+        # ServerApps are started by it, and keep there which key each client id belongs to.
+        keys = {} if insecure else {"FEDLORA_CLIENT_KEYS": str(home / "client-keys.json")}
+        programs.start(["flower-superexec", *trust, "--runtime-api-address", near, *_superexec(secret)], keys)
         _log.info("server: listening on %s:%d, state in %s", host, port, home)
         quick = 0
         while True:
@@ -275,10 +277,10 @@ class _Programs:
         for reader in self._readers.values():
             reader.join(timeout=5)
 
-    def start(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    def start(self, command: Sequence[str], more: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         # The working folder is importable for the apps: it holds nothing but what is made here.
         words = [flower_programs.program(command[0]), *command[1:]]
-        process = processes.start(words, self._home, self._environment, subprocess.PIPE)
+        process = processes.start(words, self._home, {**self._environment, **(more or {})}, subprocess.PIPE)
         reader = threading.Thread(target=self._copy, args=(process,), daemon=True)
         reader.start()
         self._running[command[0]], self._readers[command[0]] = process, reader

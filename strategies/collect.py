@@ -1,157 +1,29 @@
-"""What clients are asked and what they answer: who they are, one round's training, an evaluation."""
+"""One round's training, and an evaluation: what clients are asked and what they answer."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, RecordDict
 from flwr.serverapp import Grid
 
-from fedlora import parts, wire
-from fedlora.config import Config, rank_pattern
-from fedlora.errors import FedLoraError, RunError, WireError
+from fedlora import wire
+from fedlora.config import Config
+from fedlora.errors import WireError
 from fedlora.events import emit
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
+from . import answers as of_client
+from . import guard
+from .answers import Answer, AwayError, DivergedReplyError
 from .mailbox import Mailbox
+from .roster import Roster
 
-_HELLO_SECONDS = 600.0  # a client's first answer may need a download
-_LONGEST_REASON = 500  # characters of a client's own words in the record
-_LOOK_SECONDS = 0.5
-# What came of a question to one client: None when the deadline passed, a WireError where its node's reply is malformed.
-Answer = RecordDict | Error | WireError | None
-_log = logging.getLogger("fedlora")
-
-
-@dataclass
-class Roster:
-    """Who takes part: what the server knows of each client, and the node that it lives on.
-
-    Attributes:
-        infos, nodes: by client id.
-        hosts: nodes whose messages have a part for each of several clients.
-    """
-
-    infos: dict[int, ClientInfo]
-    nodes: dict[int, int]
-    hosts: set[int] = field(default_factory=set)
-
-    def by_node(self, chosen: Sequence[int]) -> dict[int, list[int]]:
-        """Node -> those of its clients that are chosen, in their order: they are asked by one message."""
-        found: dict[int, list[int]] = {}
-        for client in chosen:
-            found.setdefault(self.nodes[client], []).append(client)
-        return found
-
-    def message(self, node: int, clients: Sequence[int], encoded: Callable[[int], RecordDict]) -> RecordDict:
-        """What a node is sent for these of its clients; `encoded` makes one client's message."""
-        if node in self.hosts:
-            return parts.join({client: encoded(client) for client in clients})
-        [client] = clients
-        return encoded(client)
-
-    def answers(self, node: int, clients: Sequence[int], reply: Message | None) -> dict[int, Answer]:
-        """What a node answers for these of its clients; one that is malformed as a whole is so for each of them."""
-        answer = _answer(reply)
-        if node not in self.hosts or not isinstance(answer, RecordDict):
-            return dict.fromkeys(clients, answer)
-        try:
-            found = parts.split(answer, f"node {node}")
-            if found.keys() != {*clients}:
-                raise WireError(f"node {node} answered for clients {sorted(found)[:5]}, it was asked for {clients[:5]}")
-        except WireError as error:
-            return dict.fromkeys(clients, error)
-        return {client: found[client] for client in clients}
-
-
-def meet(grid: Grid, config: Config, fingerprint: str) -> Roster:
-    """Ask each node that connects who its clients are, until all are there or `federation.wait-timeout` is over.
-
-    Raises:
-        RunError: fewer than `federation.min-clients` are there by then, two nodes say that they are one client, or
-            too many cannot take part.
-    """
-    wanted, least, wait = config.federation.clients, config.federation.min_clients, config.federation.wait_timeout
-    deadline = time.monotonic() + wait
-    roster = Roster({}, {})
-    refusals: list[str] = []
-    asked: set[int] = set()
-    nodes: set[int] = set()
-    reached, told, late = 0, False, False
-    while not late and reached < wanted:
-        late = time.monotonic() >= deadline
-        before, nodes = nodes, {*grid.get_node_ids()}
-        # Others may be about to connect: a first answer takes long, and many at a time take no longer.
-        if late or nodes == before or len(nodes) >= wanted:
-            newcomers = sorted(nodes - asked)
-            asked |= nodes
-            refusals += _introduced(grid, config, fingerprint, newcomers, roster)
-            reached = len(roster.infos) + len(refusals)
-        if not late and reached < wanted:
-            if not told:
-                _log.info("waiting up to %.0f s for %d clients (federation.clients)", wait, wanted)
-            told = True
-            time.sleep(_LOOK_SECONDS)
-    if reached < least:
-        raise RunError(
-            f"{reached} of {wanted} clients connected within {wait:.0f} s, and federation.min-clients = {least}; "
-            "start more clients or raise federation.wait-timeout"
-        )
-    if len(roster.infos) < least:
-        why = f"; the first said: {refusals[0]}" if refusals else ""
-        raise RunError(
-            f"{len(roster.infos)} of {reached} clients can take part, and federation.min-clients = {least}{why}"
-        )
-    roster.infos = dict(sorted(roster.infos.items()))
-    return roster
-
-
-def _introduced(grid: Grid, config: Config, fingerprint: str, nodes: Sequence[int], roster: Roster) -> list[str]:
-    """Enter the clients of these nodes into the roster; why others cannot take part.
-
-    Raises:
-        RunError: two nodes say that they are one client.
-    """
-    mailbox = Mailbox(grid, "query", "0", max(config.federation.wait_timeout, _HELLO_SECONDS))
-    for node in nodes:
-        mailbox.post(node, partial(wire.encode_hello, fingerprint))
-    refusals: list[str] = []
-    for node, reply in mailbox.replies():
-        for client, answer in _introductions(node, reply).items():
-            who = f"node {node}" if client is None else f"client {client} on node {node}"
-            try:
-                info = _same_run(wire.decode_info(_content(answer, who), fingerprint, who), config, who)
-                if client not in (None, info.client_id):
-                    raise WireError(f"{who} says that it is client {info.client_id}")
-            except FedLoraError as error:
-                refusals.append(str(error))
-                emit("client-failed", client_id=client, node=node, reason=str(error), round=0)
-                continue
-            if info.client_id in roster.nodes:
-                raise RunError(
-                    f"nodes {roster.nodes[info.client_id]} and {node} both say that they are client {info.client_id}; "
-                    "give each its own partition-id"
-                )
-            roster.infos[info.client_id], roster.nodes[info.client_id] = info, node
-            if client is not None:
-                roster.hosts.add(node)
-    return refusals
-
-
-def _introductions(node: int, reply: Message | None) -> dict[int | None, Answer]:
-    """A node's answers to the server's first question: its only client's, under no id, or one for each it hosts."""
-    answer = _answer(reply)
-    if not isinstance(answer, RecordDict) or not parts.is_joined(answer):
-        return {None: answer}
-    try:
-        return {**parts.split(answer, f"node {node}")}
-    except WireError as error:
-        return {None: error}
+_LOOKED_AT = 32  # replies that are held until the first of them are counted: against these they are judged
 
 
 @dataclass
@@ -159,8 +31,11 @@ class TrainRound:
     """One round of training messages, and what came of it.
 
     Attributes:
-        answers: client id -> its metrics.
+        answers: client id -> its metrics, and `weight`, its share in the round's means.
         failures: client id -> why it does not count in this round.
+        refused: those of them that were there, and whose answer does not count: no accident.
+        diverged: those whose training left the finite numbers.
+        moves: client id -> how far its reply moved the model, see `guard.moved`; of those set aside as well.
         kept: the updates, when `keep` is set.
         sent: client id -> its broadcast, as the client reads it; with `keep`, of all clients.
         wait_seconds, decode_seconds: of `updates`.
@@ -175,6 +50,9 @@ class TrainRound:
     keep: bool = True
     answers: dict[int, dict[str, float]] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
+    refused: set[int] = field(default_factory=set)
+    diverged: set[int] = field(default_factory=set)
+    moves: dict[int, float] = field(default_factory=dict)
     kept: list[ClientUpdate] = field(default_factory=list)
     upload_bytes: int = 0
     download_bytes: int = 0
@@ -182,13 +60,54 @@ class TrainRound:
     wait_seconds: float = 0.0
     decode_seconds: float = 0.0
     sent: dict[int, Broadcast] = field(default_factory=dict)
+    _counted: dict[int, int] = field(default_factory=dict)
+    _moved: dict[int, float] = field(default_factory=dict)
+
+    def trusted(self, chosen: Sequence[int]) -> Iterator[ClientUpdate]:
+        """`updates` without those that lie too far beyond the others; see `guard`.
+
+        The first 32 are judged together; each later one by those before it, so that a large round is not held whole.
+        """
+        waiting: list[ClientUpdate] = []
+        enough = False
+        for update in self.updates(chosen):
+            self.moves[update.client_id] = self._moved.pop(update.client_id)
+            waiting.append(update)
+            enough = enough or len(waiting) == _LOOKED_AT
+            if enough:
+                yield from self._passed(waiting)
+                waiting = []
+        yield from self._passed(waiting)
+
+    def _passed(self, updates: Sequence[ClientUpdate]) -> Iterator[ClientUpdate]:
+        bound, dtype = self.config.federation.max_move, self.config.model.compute_dtype
+        for update in updates:
+            client = update.client_id
+            why = guard.overflow(update, self.moves[client], dtype) or guard.excess(client, self.moves, bound)
+            if why:
+                self.kept = [other for other in self.kept if other.client_id != client]
+                del self.answers[client]
+                self._fail(client, WireError(f"client {client}: {why}"))
+            else:
+                yield update
 
     def updates(self, chosen: Sequence[int]) -> Iterator[ClientUpdate]:
         """Good updates in the order of client ids, each as soon as those before it are settled.
 
         The fixed order makes equal runs bitwise equal, whatever the order of arrival.
         """
-        mailbox = Mailbox(self.grid, "train", str(self.number), self.config.federation.round_timeout)
+        federation = self.config.federation
+        claims = {client: self.roster.infos[client].num_examples for client in chosen}
+        self._counted = guard.weights(claims, federation.max_share)
+        least = min(federation.min_clients, len(chosen))
+        mailbox = Mailbox(
+            self.grid,
+            "train",
+            str(self.number),
+            federation.round_timeout,
+            patience=federation.wait_timeout,
+            wanted=lambda: len(self.answers) < least,
+        )
         asked = self.roster.by_node(chosen)
         for node, clients in asked.items():
             self._post(mailbox, node, clients)
@@ -221,7 +140,11 @@ class TrainRound:
         return stale and self.roster.infos[client].known_base_version > 0
 
     def _post(self, mailbox: Mailbox, node: int, clients: Sequence[int]) -> None:
-        mailbox.post(node, partial(self.roster.message, node, clients, self._encoded))
+        mailbox.post(
+            node,
+            partial(self.roster.message, node, clients, self._encoded),
+            most=lambda: sum(wire.most_bytes(self.sent[client]) for client in clients),
+        )
 
     def _encoded(self, client: int) -> RecordDict:
         with _adding(self, "encode_seconds"):
@@ -233,22 +156,35 @@ class TrainRound:
 
     def _settle(self, client: int, answer: Answer) -> ClientUpdate | None:
         try:
-            content = _content(answer, f"client {client}")
+            content = of_client.content(answer, f"client {client}")
             known = self.roster.infos[client].num_examples
             reply = wire.decode_update(content, client, self.sent[client], self.fingerprint, known)
         except WireError as error:
-            self.failures[client] = str(error)
-            node = self.roster.nodes[client]
-            emit("client-failed", client_id=client, node=node, reason=str(error), round=self.number)
+            self._fail(client, error)
             return None
+        update = replace(reply.update, num_examples=min(reply.update.num_examples, self._counted[client]))
+        self._moved[client] = guard.moved(update, self.sent[client])
         self.upload_bytes += wire.payload_bytes(content)
-        self.answers[client] = dict(reply.update.metrics) | {"num-examples": reply.update.num_examples}
+        self.answers[client] = dict(update.metrics) | {"num-examples": update.num_examples}
         self.roster.infos[client] = replace(self.roster.infos[client], known_base_version=reply.known_base_version)
         if self.keep:
-            self.kept.append(reply.update)
+            self.kept.append(update)
         node = self.roster.nodes[client]
         emit("client-done", client_id=client, node=node, round=self.number, metrics=self.answers[client])
-        return reply.update
+        return update
+
+    def _fail(self, client: int, error: WireError) -> None:
+        self.failures[client] = str(error)
+        if not isinstance(error, AwayError):
+            self.refused.add(client)
+        if isinstance(error, DivergedReplyError):
+            self.diverged.add(client)
+        emit("client-failed", client_id=client, node=self.roster.nodes[client], reason=str(error), round=self.number)
+
+    def weighed(self) -> dict[int, dict[str, float]]:
+        """`answers` in the order of clients, each with its `weight` in the round's means."""
+        total = sum(answer["num-examples"] for answer in self.answers.values())
+        return {c: a | {"weight": a["num-examples"] / total} for c, a in sorted(self.answers.items())}
 
     def mean(self, metric: str) -> float | None:
         """Mean of a metric over the clients that answered, weighted by their examples."""
@@ -281,11 +217,13 @@ def evaluate_on_clients(
         for client, answer in roster.answers(node, asked[node], reply).items():
             who = f"client {client}"
             try:
-                count, metrics = wire.decode_evaluation(_content(answer, who), fingerprint, who)
+                count, metrics = wire.decode_evaluation(of_client.content(answer, who), fingerprint, who)
                 answers[client] = metrics | {"num-examples": count}
             except WireError as error:
                 failures[client] = str(error)
                 emit("client-failed", client_id=client, node=node, reason=str(error), round=number)
+    counted = guard.weights({c: int(a["num-examples"]) for c, a in answers.items()}, config.federation.max_share)
+    answers = {client: answer | {"num-examples": counted[client]} for client, answer in answers.items()}
     names = sorted({name for metrics in answers.values() for name in metrics} - {"num-examples"})
     means = {name: weighted_mean(answers, name) for name in names}
     return {"mean": means, "clients": dict(sorted(answers.items())), "failures": failures}
@@ -296,38 +234,6 @@ def weighted_mean(answers: Mapping[int, Mapping[str, float]], metric: str) -> fl
     having = [answer for answer in answers.values() if metric in answer]
     total = sum(answer["num-examples"] for answer in having)
     return sum(answer[metric] * (answer["num-examples"] / total) for answer in having) if having else None
-
-
-def _same_run(info: ClientInfo, config: Config, who: str) -> ClientInfo:
-    """The client's description, if it goes by this run's rank pattern: regular expressions that the server evaluates.
-
-    Raises:
-        WireError: it has another pattern.
-    """
-    if dict(info.rank_pattern) != rank_pattern(config.lora):
-        raise WireError(f"{who} has another lora.rank-pattern than this run, which goes for every client alike")
-    return info
-
-
-def _answer(reply: Message | None) -> RecordDict | Error | None:
-    if reply is None:
-        return None
-    return reply.error if reply.has_error() else reply.content
-
-
-def _content(answer: Answer, who: str) -> RecordDict:
-    """The answer's content, or why there is none."""
-    if answer is None:
-        raise WireError(f"{who} did not answer before the deadline (federation.round-timeout)")
-    if isinstance(answer, WireError):
-        raise answer
-    if isinstance(answer, Error):
-        reason = (answer.reason or f"error {answer.code}").strip()
-        last_line = reason.splitlines()[-1] if reason else "no reason given"
-        last_line = "".join(c for c in last_line[:_LONGEST_REASON] if c.isprintable())
-        verb = "refused" if answer.code == wire.REFUSED else "failed"
-        raise WireError(f"{who} {verb}: {last_line}")
-    return answer
 
 
 class _adding:

@@ -1,0 +1,83 @@
+"""How much one reply may hold: what comes beyond that is not fetched from the SuperLink, and is deleted there.
+
+Flower's grid fetches a reply object by object (arrays in pieces of 5 MB) and hands it on when it is whole. Here each
+object is counted before the next one is fetched.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PullObjectResponse
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.superlink.grid.http_grid import HttpGrid
+
+_ATTRIBUTE = "_fedlora_sizes"
+
+
+class Sizes:
+    """The limits of replies that are on their way, by the id of the message that each answers.
+
+    Attributes:
+        too_large: the ids of those messages whose reply was not fetched, with the limit that it exceeds.
+    """
+
+    def __init__(self, client: Any, node: Any) -> None:
+        """Watches a connection to the SuperLink from now on.
+
+        Args:
+            client: Flower's client of the Runtime API, whose methods `PullMessages` and `PullObject` are replaced.
+            node: Flower's record of this side.
+        """
+        self.too_large: dict[str, int] = {}
+        self._limits: dict[str, int] = {}
+        self._replies: dict[str, tuple[str, str]] = {}  # object -> the message it answers, and its own id
+        self._held: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._node, self._client = node, client
+        self._pull_messages, self._pull_object = client.PullMessages, client.PullObject
+        client.PullMessages, client.PullObject = self._messages, self._object
+
+    def expect(self, message_id: str, most: int) -> None:
+        """The reply to this message may hold so many bytes."""
+        self._limits[message_id] = most
+
+    def _messages(self, request: Any) -> Any:
+        response = self._pull_messages(request)
+        for message, tree in zip(response.messages_list, response.message_object_trees, strict=True):
+            asked = message.metadata.reply_to_message_id
+            for part in iterate_object_tree(tree):
+                self._replies[part.object_id] = asked, message.metadata.message_id
+        return response
+
+    def _object(self, request: PullObjectRequest) -> PullObjectResponse:
+        asked, reply = self._replies.get(request.object_id, ("", ""))
+        if asked in self.too_large:
+            return PullObjectResponse(object_found=False)
+        response = self._pull_object(request)
+        most = self._limits.get(asked)
+        if most is None:
+            return response
+        with self._lock:
+            held = self._held[asked] = self._held.get(asked, 0) + len(response.object_content)
+            if held <= most:
+                return response
+            first = asked not in self.too_large
+            self.too_large[asked] = most
+        if first:
+            self._client.ConfirmMessageReceived(  # which deletes a message and its objects
+                ConfirmMessageReceivedRequest(node=self._node, run_id=request.run_id, message_object_id=reply)
+            )
+        return PullObjectResponse(object_found=False)
+
+
+def of(grid: Grid) -> Sizes | None:
+    """The grid's limits, from the first call on; None where replies do not come over a connection."""
+    if not isinstance(grid, HttpGrid):
+        return None
+    client = grid._runtime_client
+    if not hasattr(client, _ATTRIBUTE):
+        setattr(client, _ATTRIBUTE, Sizes(client, grid.node))
+    return getattr(client, _ATTRIBUTE)
