@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapter import CORE, AdapterState, LoraFactors, compress, concatenate, delta
+from fedlora.adapter import CORE, AdapterState, LoraFactors, compress, concatenate, delta, relative_error
 from fedlora.config import LoraConfig, ModelConfig
 from fedlora.errors import AdapterError, ModelError
 from fedlora.losses import look_at
@@ -56,7 +56,7 @@ class Workbench:
         layers: base-model module name -> its LoRA layer.
         dense: parameter name -> parameter trained in full.
         config: what the base was loaded from.
-        merged: (run id, base version) merged into the weights of an unquantized base.
+        merged: (run id, folds) merged into the weights of an unquantized base.
     """
 
     config: ModelConfig
@@ -64,7 +64,7 @@ class Workbench:
     model: PeftModel
     layers: Mapping[str, LoraLayer]
     dense: Mapping[str, nn.Parameter]
-    merged: tuple[object, int] = field(default=(None, 0))
+    merged: tuple[object, tuple[AdapterState, ...]] = field(default=(None, ()))
 
 
 _current: tuple[tuple[object, ...], Workbench] | None = None
@@ -202,6 +202,7 @@ def install(bench: Workbench, adapter: AdapterState, trainable: Iterable[str] = 
             raise AdapterError(f"{name}: got shape {tuple(value.shape)}, the model has {tuple(parameter.shape)}")
         with torch.no_grad():
             parameter.copy_(value)
+        parameter.grad = None
         parameter.requires_grad_(bool(trained))
         if trained:
             parameters.append(parameter)
@@ -233,20 +234,25 @@ def install_anchor(bench: Workbench, folds: tuple[AdapterState, ...]) -> None:
 def merge_folds(bench: Workbench, run: object, folds: tuple[AdapterState, ...]) -> None:
     """Bring the weights of an unquantized base to the version of these folds, adding each once, in order.
 
-    The base is reread from disk when it holds another run's folds or a later version.
+    The base is reread from disk when it holds another run's folds, a later version, or a fold that was taken back.
     """
     held_run, held = bench.merged
-    if held and (held_run != run or held > len(folds)):
+    if held and (held_run != run or len(held) > len(folds) or not _same_fold(held[-1], folds[len(held) - 1])):
         _reload_weights(bench)
-        held = 0
+        held = ()
     with torch.no_grad():
-        for fold in folds[held:]:
+        for fold in folds[len(held) :]:
             for name, factors in fold.lora.items():
                 weight = bench.layers[name].get_base_layer().weight
                 update = delta(factors).to(weight)  # pyright: ignore[reportArgumentType, reportCallIssue]
                 transposed = getattr(bench.layers[name], "fan_in_fan_out", False)
                 weight.add_(update.T if transposed else update)  # pyright: ignore[reportCallIssue]
-    bench.merged = (run, len(folds))
+    bench.merged = (run, folds)
+
+
+def _same_fold(one: AdapterState, other: AdapterState) -> bool:
+    """Whether two folds are one, up to the rounding of the number format that carried it."""
+    return one is other or (one.lora.keys() == other.lora.keys() and relative_error(one.lora, other.lora) < 0.05)
 
 
 def _reload_weights(bench: Workbench) -> None:
@@ -254,7 +260,7 @@ def _reload_weights(bench: Workbench) -> None:
     with torch.no_grad():
         for name, layer in bench.layers.items():
             layer.get_base_layer().weight.copy_(cast("Tensor", fresh.get_submodule(name).weight))  # pyright: ignore[reportCallIssue]
-    bench.merged = (None, 0)
+    bench.merged = (None, ())
 
 
 def read(bench: Workbench) -> AdapterState:

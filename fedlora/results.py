@@ -174,6 +174,19 @@ class RunRecord:
         self._scalars("round", single, number)
         self._write()
 
+    @property
+    def excluded(self) -> frozenset[int]:
+        """Clients that the run goes on without."""
+        return frozenset(int(client) for client in self.data.get("excluded", {}))
+
+    def exclude(self, client: int, reason: str, undone: int | None) -> None:
+        """Note that the run goes on without a client, and which round's result was dropped, if any was."""
+        self.data.setdefault("excluded", {})[str(client)] = reason
+        for entry in self.data["rounds"]:
+            if entry["round"] == undone:
+                entry["taken-back"] = reason
+        self._write()
+
     def save_adapter(self, adapter: AdapterState) -> None:
         """The PEFT checkpoint of everything learned so far.
 

@@ -54,7 +54,10 @@ def run(cell: Cell, work: Path) -> dict[str, Any]:
         learned = [start(config, simulated(config))]
     else:
         for number, each in enumerate(cell.configs):
-            placed = replace(each, run=replace(each.run, dir=str(work), name="run", id=str(number), resume=False))
+            # a rate at which a client diverges is a result, which the score shows
+            everyone = replace(each.federation, lost_clients="accept")
+            here = replace(each.run, dir=str(work), name="run", id=str(number), resume=False)
+            placed = replace(each, run=here, federation=everyone)
             local.run(placed)
             folder = folder_of(placed)
             records.append(json.loads((folder / "result.json").read_text(encoding="utf-8")))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from flwr.serverapp import Grid
@@ -17,20 +17,22 @@ from fedlora import peft_io
 from fedlora.adapter import AdapterState, initial
 from fedlora.config import Config, clients_per_round
 from fedlora.data import Example, encode, prepare
-from fedlora.errors import RunError, StrategyError
+from fedlora.errors import FedLoraError, RunError, StrategyError
 from fedlora.evaluate import evaluate
 from fedlora.events import emit
-from fedlora.exchange import ClientInfo, ClientUpdate
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 from fedlora.intruders import BaseSpectra
 from fedlora.models import base_fingerprint
 from fedlora.results import RunRecord
 
-from . import checkpoint
+from . import checkpoint, guard, returned
 from .base import ServerState, Strategy
-from .collect import TrainRound, evaluate_on_clients, meet
+from .collect import TrainRound, evaluate_on_clients
 from .diagnostics import Diagnosis, diagnose
 from .folds import Folds
-from .registry import configured
+from .registry import NAMES, configured
+from .returned import NotFiniteError
+from .roster import Roster, meet
 
 # A round's diagnosis needs every update at once; with more clients than this, memory and time matter more.
 _MAX_DIAGNOSED = 32
@@ -46,7 +48,8 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
     differs in the clients' task alone: it is recorded like any round, and nothing is evaluated after it.
 
     Raises:
-        RunError: fewer clients than `federation.min-clients` connected, or answered a round.
+        RunError: fewer clients than `federation.min-clients` connected, or answered a round; or, once all rounds are
+            done, a client was refused in every one of them.
         StrategyError: the strategy cannot serve these clients, or nobody could evaluate what it learns.
     """
     strategy = configured(config)
@@ -75,66 +78,164 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
         emit("baseline", metrics=record.data["baseline"])
     if done == config.federation.rounds:  # died after its last round
         record.save_adapter(strategy.global_adapter(state))
-    for number in range(done + 1, config.federation.rounds + 1):
+    session = _Session(grid, config, record, strategy, fingerprint, roster, judge, state)
+    number = done + 1
+    while number <= config.federation.rounds:
+        number += session.play(number)
+    if config.federation.lost_clients == "fail":
+        _check_lost(record, roster, config)
+
+
+@dataclass
+class _Session:
+    """A run between two rounds.
+
+    Attributes:
+        state: what the next round starts from.
+        previous: what the last round was played from, and how far each client moved in it; None where nothing is
+            known that the run could be taken back to.
+    """
+
+    grid: Grid
+    config: Config
+    record: RunRecord
+    strategy: Strategy
+    fingerprint: str
+    roster: Roster
+    judge: Judge | None
+    state: ServerState
+    previous: tuple[ServerState, Mapping[int, float]] | None = None
+
+    def play(self, number: int) -> bool:
+        """One round; False when it is to be played again, without a client that spoiled it.
+
+        Raises:
+            RunError: too few clients answered.
+            StrategyError: the strategy cannot go on.
+        """
         seconds: dict[str, float] = {}
         began = time.perf_counter()
-        chosen = sample(list(roster.infos), config.federation.fraction, config.run.seed, number)
+        config, before = self.config, self.state
+        present = [client for client in self.roster.infos if client not in self.record.excluded]
+        chosen = sample(present, config.federation.fraction, config.run.seed, number)
         emit("round-start", round=number, rounds=config.federation.rounds, clients=len(chosen))
+        keep = len(chosen) <= _MAX_DIAGNOSED
         this = TrainRound(
-            grid,
-            config,
-            fingerprint,
-            roster,
-            number,
-            make_broadcast=lambda client, s=state, n=number: replace(strategy.broadcast(s, client, n), run=record.key),
-            keep=len(chosen) <= _MAX_DIAGNOSED,
+            self.grid, config, self.fingerprint, self.roster, number, make_broadcast=self._for(number), keep=keep
         )
-        before, state = state, checkpoint.plain(_aggregate(strategy, state, this, chosen, seconds))
-        learned = strategy.global_adapter(state)
+        try:
+            self.state = checkpoint.plain(_aggregate(self.strategy, before, this, chosen, seconds))
+        except _EveryoneDivergedError as error:
+            self._take_back(number - 1, error)
+            return False
+        except NotFiniteError as error:
+            self._leave_out(this.moves, error, "this round begins again")
+            return False
+        self.previous = before, this.moves
+        learned = self.strategy.global_adapter(self.state)
         with _clock(seconds, "diagnose"):
-            diagnosed = this.keep and number > 0 and not strategy.personal
-            numbers = diagnose(before, state, this.kept, this.sent) if diagnosed else Diagnosis()
-        entry: dict[str, object] = {
-            "round": number,
-            "train-loss": this.mean("train-loss"),
-            "clients": dict(sorted(this.answers.items())),
-            "failures": this.failures,
-            "upload-bytes": this.upload_bytes,
-            "download-bytes": this.download_bytes,
-            "aggregation-error": numbers.error,
-            "drift": numbers.drift,
-            "update-cosine": numbers.update_cosine,
-            "tail-energy": numbers.tail_energy,
-            "effective-rank": numbers.effective_rank,
-            "codec-error": this.mean("codec-error") if config.wire.upload_dtype != "fp32" else None,
-            "norms": numbers.norms,
-        }
+            diagnosed = this.keep and number > 0 and not self.strategy.personal
+            numbers = diagnose(before, self.state, this.kept, this.sent) if diagnosed else Diagnosis()
+        entry = _entry(number, this, numbers)
         if number and (number == config.federation.rounds or number % config.evaluate.every == 0):
             with _clock(seconds, "evaluate"):
-                if judge:
-                    entry["heldout"] = judge(strategy, state, learned)
-                    if judge.spectra:
-                        entry["intruders"] = judge.spectra.counts()
-                if config.evaluate.clients:
-                    entry["client-test"] = evaluate_on_clients(
-                        grid,
-                        config,
-                        fingerprint,
-                        roster,
-                        chosen,
-                        number=number,
-                        make_broadcast=lambda client, s=state, n=number: replace(
-                            strategy.broadcast(s, client, n + 1), run=record.key
-                        ),
-                    )
+                self._evaluate(entry, learned, chosen, number)
         with _clock(seconds, "save"):
-            record.save_adapter(learned)
+            self.record.save_adapter(learned)
         seconds["round"] = time.perf_counter() - began
         entry["seconds"] = seconds
-        record.round(entry)
+        self.record.round(entry)
         with _clock(seconds, "checkpoint"):  # the last of a round: a round without it is played again
-            checkpoint.save(record.folder / "state", state, number, record.key)
+            self._checkpoint(number)
         emit("round-end", entry=entry)
+        return True
+
+    def _for(self, number: int) -> Callable[[ClientInfo], Broadcast]:
+        """What each client is sent in a round that starts from the present state."""
+        state = self.state
+        return lambda client: replace(self.strategy.broadcast(state, client, number), run=self.record.key)
+
+    def _evaluate(self, entry: dict[str, object], learned: AdapterState, chosen: Sequence[int], number: int) -> None:
+        if self.judge:
+            entry["heldout"] = self.judge(self.strategy, self.state, learned)
+            if self.judge.spectra:
+                entry["intruders"] = self.judge.spectra.counts()
+        if self.config.evaluate.clients:
+            entry["client-test"] = evaluate_on_clients(
+                self.grid,
+                self.config,
+                self.fingerprint,
+                self.roster,
+                chosen,
+                number=number,
+                make_broadcast=self._for(number + 1),
+            )
+
+    def _checkpoint(self, number: int) -> None:
+        checkpoint.save(self.record.folder / "state", self.state, number, self.record.key)
+
+    def _take_back(self, number: int, error: _EveryoneDivergedError) -> None:
+        """Go on from before the last round, whose result no client could train on."""
+        if self.previous is None:
+            raise error
+        state, moves = self.previous
+        self._leave_out(moves, error, f"the run goes on from before round {number}", undone=number)
+        self.state, self.previous = state, None
+        self.record.save_adapter(self.strategy.global_adapter(state))
+        self._checkpoint(number)
+
+    def _leave_out(self, moves: Mapping[int, float], error: FedLoraError, then: str, undone: int | None = None) -> None:
+        """Go on without the client whose update is held to have spoiled a round, or raise where none stands out."""
+        client = guard.suspect(moves)
+        if client is None:
+            raise error
+        reason = f"client {client} is left out from now on, and {then}: its update was by far the largest, and {error}"
+        _log.warning("%s", reason)
+        self.record.exclude(client, reason, undone)
+
+
+def _entry(number: int, this: TrainRound, numbers: Diagnosis) -> dict[str, object]:
+    """A round in the record."""
+    coded = this.config.wire.upload_dtype != "fp32"
+    return {
+        "round": number,
+        "train-loss": this.mean("train-loss"),
+        "clients": this.weighed(),
+        "failures": this.failures,
+        "refused": sorted(this.refused),
+        "upload-bytes": this.upload_bytes,
+        "download-bytes": this.download_bytes,
+        "aggregation-error": numbers.error,
+        "drift": numbers.drift,
+        "update-cosine": numbers.update_cosine,
+        "tail-energy": numbers.tail_energy,
+        "effective-rank": numbers.effective_rank,
+        "codec-error": this.mean("codec-error") if coded else None,
+        "norms": numbers.norms,
+    }
+
+
+class _EveryoneDivergedError(RunError):
+    """A round failed since its clients had no finite loss."""
+
+
+def _check_lost(record: RunRecord, roster: Roster, config: Config) -> None:
+    """Raises RunError when a client was never counted for a reason that is no accident."""
+    counted: set[int] = set()
+    reasons: dict[int, str] = {}
+    for entry in record.data["rounds"]:
+        counted |= {int(client) for client in entry["clients"]}
+        failures = {int(client): reason for client, reason in entry["failures"].items()}
+        reasons |= {client: failures[client] for client in entry.get("refused", ())}
+    lost = [reasons[client] for client in sorted(reasons.keys() - counted)]
+    if len(roster.infos) < config.federation.clients:
+        lost += roster.refusals
+    if lost:
+        more = f"; and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise RunError(
+            f"all {config.federation.rounds} rounds are done and the adapter is saved, but without a client that was "
+            f"refused every time: {'; '.join(lost[:3])}{more}; mend that, or set federation.lost-clients = accept"
+        )
 
 
 def start(config: Config, clients: Sequence[ClientInfo]) -> AdapterState:
@@ -162,21 +263,40 @@ def _aggregate(
 ) -> ServerState:
     """The next state, or RunError when too few clients answered."""
     least = this.config.federation.min_clients
+    name = this.config.strategy.name
     began = time.perf_counter()
-    arrived = this.updates(chosen)
+    arrived = this.trusted(chosen)
     first = next(arrived, None)
     with record_function("fedlora/aggregation"):
-        new = state if first is None else strategy.aggregate(state, _chain(first, arrived), this.number)
+        made = state if first is None else _made(name, strategy, state, _chain(first, arrived), this.number)
     if len(this.answers) < min(least, len(chosen)) or first is None:
         why = "; ".join(list(this.failures.values())[:3])
-        raise RunError(
+        else_enough = len(this.answers) + len(this.diverged) >= min(least, len(chosen))
+        raise (_EveryoneDivergedError if this.diverged and else_enough else RunError)(
             f"round {this.number}: {len(this.answers)} of {len(chosen)} clients answered, and "
             f"federation.min-clients = {least}: {why}"
         )
+    new = returned.check(name, state, made, this.number)
     seconds["encode"], seconds["decode"] = this.encode_seconds, this.decode_seconds
     seconds["clients"] = this.wait_seconds
     seconds["aggregate"] = time.perf_counter() - began - sum(seconds.values())
     return new
+
+
+def _made(
+    name: str, strategy: Strategy, state: ServerState, updates: Iterator[ClientUpdate], number: int
+) -> ServerState:
+    """What a strategy makes of a round's replies; what goes wrong in a user's own is named as theirs."""
+    try:
+        return strategy.aggregate(state, updates, number)
+    except FedLoraError:
+        raise
+    except Exception as error:
+        if name in NAMES:
+            raise
+        raise StrategyError(
+            f"strategy.name = {name!r}: its aggregate failed in round {number}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _chain(first: ClientUpdate, rest: Iterator[ClientUpdate]) -> Iterator[ClientUpdate]:
