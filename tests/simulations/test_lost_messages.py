@@ -1,7 +1,9 @@
 """What Flower loses on the way is asked again: the run ends with the bits of one that lost nothing."""
 
 import json
+import time
 from collections.abc import Iterable
+from typing import Any
 
 import httpx
 import pytest
@@ -15,6 +17,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 from fedlora.clients import held_folds
 from fedlora.results import folder_of
 from fedlora.simulations import local
+from fedlora.strategies import mailbox, roster
 from fedlora.strategies.mailbox import Mailbox
 from tests.federation import tiny
 from tests.simulations.test_local import saved_adapter
@@ -106,18 +109,18 @@ class Scripted(local.LocalGrid):
         return replies
 
 
-def ask_both(grid: Scripted, timeout: float = 30.0) -> tuple[list[tuple[int, bool]], list[int]]:
+def ask_both(grid: Scripted, timeout: float = 30.0, **more: Any) -> tuple[list[tuple[int, bool]], list[int]]:
     """(node, answered well) as they come; and the nodes in the order in which they were sent something."""
     asked: list[int] = []
-    mailbox = Mailbox(grid, "train", "1", timeout)
+    box = Mailbox(grid, "train", "1", timeout, **more)
     for node in grid.get_node_ids():
 
         def make(node: int = node) -> RecordDict:
             asked.append(node)
             return RecordDict({"head": ConfigRecord({"node": node})})
 
-        mailbox.post(node, make)
-    return [(node, reply is not None and not reply.has_error()) for node, reply in mailbox.replies()], asked
+        box.post(node, make)
+    return [(node, reply is not None and not reply.has_error()) for node, reply in box.replies()], asked
 
 
 def test_nothing_lost_is_asked_once():
@@ -132,6 +135,74 @@ def test_a_lost_reply_is_asked_for_again():
 
 def test_a_node_that_is_gone_is_not_asked_again():
     assert ask_both(Scripted([GONE])) == ([(2, False), (3, True)], [2, 3])
+
+
+class Returning(Scripted):
+    """A node that is gone comes back, after so many looks at who is there."""
+
+    def __init__(self, answers: list, back_after: int) -> None:
+        super().__init__(answers)
+        self.looks, self.back_after = 0, back_after
+
+    def get_node_ids(self) -> Iterable[int]:
+        self.looks += 1
+        return [2, 3] if self.looks == 1 or self.looks > self.back_after else [3]
+
+
+def ask_patiently(
+    grid: Scripted, patience: float, wanted: bool, monkeypatch
+) -> tuple[list[tuple[int, bool]], list[int]]:
+    monkeypatch.setattr(mailbox, "_AGAIN_SECONDS", 0.02)
+    return ask_both(grid, patience=patience, wanted=lambda: wanted)
+
+
+def test_a_node_that_comes_back_is_asked_again_while_its_answer_is_needed(monkeypatch):
+    grid = Returning([GONE], back_after=4)
+    answers, asked = ask_patiently(grid, 30.0, True, monkeypatch)
+    assert sorted(answers) == [(2, True), (3, True)]
+    assert asked == [2, 3, 2]
+    assert grid.looks == 5  # it is not asked before it is listed
+
+
+def test_a_node_that_stays_away_is_waited_for_no_longer_than_that(monkeypatch):
+    began = time.monotonic()
+    answers, asked = ask_patiently(Returning([GONE], back_after=10**6), 0.3, True, monkeypatch)
+    assert sorted(answers) == [(2, False), (3, True)]
+    assert asked == [2, 3]
+    assert 0.3 <= time.monotonic() - began < 5
+
+
+def test_where_enough_have_answered_nobody_waits_for_the_absent(monkeypatch):
+    began = time.monotonic()
+    answers, _ = ask_patiently(Returning([GONE], back_after=10**6), 60.0, False, monkeypatch)
+    assert sorted(answers) == [(2, False), (3, True)]
+    assert time.monotonic() - began < 5
+
+
+class Restarted(local.LocalGrid):
+    """All nodes died; Flower still lists the first one's old life, which answers nothing, and then all new ones."""
+
+    def get_node_ids(self) -> Iterable[int]:
+        self.__dict__["looks"] = looks = self.__dict__.get("looks", 0) + 1
+        return [2] if looks < 3 else [2, 3, 4, 5]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(super().pull_messages(message_ids))
+        for place, reply in enumerate(replies):
+            if reply.metadata.src_node_id == 2 and not self.__dict__.get("told"):
+                self.__dict__["told"] = True
+                replies[place] = Message(GONE, reply_to=reply)
+                replies[place].metadata.__dict__["_reply_to_message_id"] = reply.metadata.reply_to_message_id
+        return replies
+
+
+def test_a_node_that_is_listed_and_dead_at_the_start_is_asked_again(tmp_path, tiny_llama, fresh_process, monkeypatch):
+    monkeypatch.setattr(local, "LocalGrid", Restarted)
+    monkeypatch.setattr(roster, "_LOOK_SECONDS", 0.01)
+    config = tiny(tmp_path, tiny_llama, federation__rounds=1, federation__min_clients=4, federation__wait_timeout=60.0)
+    local.run(config)
+    result = json.loads((folder_of(config) / "result.json").read_text())
+    assert [set(entry["clients"]) for entry in result["rounds"]] == [set("0123")]
 
 
 def test_one_that_is_always_lost_ends_as_a_failure():
