@@ -82,6 +82,9 @@ def test_the_documented_commands_run_a_federation(site, tiny_llama):
     assert any(
         tensor.abs().sum() > 0 for tensor in load_file(results / "adapter" / "adapter_model.safetensors").values()
     )
+    keys = json.loads((folder / "state" / "server" / "client-keys.json").read_text())
+    assert list(keys) == ["0", "1", "2"]
+    assert len(set(keys.values())) == 3
     assert not (folder / "never-used").exists()
 
 
