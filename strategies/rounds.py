@@ -22,7 +22,7 @@ from fedlora.evaluate import evaluate
 from fedlora.events import emit
 from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.intruders import BaseSpectra
-from fedlora.models import base_fingerprint
+from fedlora.models import base_fingerprint, fresh_head
 from fedlora.results import RunRecord
 
 from . import checkpoint
@@ -148,7 +148,7 @@ def start(config: Config, clients: Sequence[ClientInfo]) -> AdapterState:
         {module: client.scaling_of(module) for module, client in largest.items()},
         generator,
     )
-    return AdapterState(lora=factors.lora, dense=peft_io.initial_head(found.dense, generator))
+    return AdapterState(lora=factors.lora, dense=dict(found.head) or fresh_head(found.dense, generator))
 
 
 def sample(client_ids: Sequence[int], fraction: float, seed: int, round: int) -> list[int]:

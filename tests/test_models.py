@@ -71,7 +71,7 @@ def test_a_remembered_fingerprint_reads_no_weights_until_they_change(
     first = remembered_fingerprint(copy)
     assert first == fingerprint(copy)
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["fedlora.models.fingerprint"], "safe_open", None)
+        patch.setattr(sys.modules["fedlora.models.fingerprint"], "mmap", None)
         assert remembered_fingerprint(copy) == first
     rewrite(copy, "model.norm.weight")
     assert remembered_fingerprint(copy) == fingerprint(copy) != first
@@ -415,10 +415,13 @@ def test_meta_model_has_the_names_and_shapes(tiny_llama: Path, tiny_bert: Path, 
     assert [name for name, _ in meta.named_modules()] == [name for name, _ in loaded.named_modules()]
 
 
-def test_base_fingerprint_needs_no_load_and_is_remembered(copy: Path) -> None:
+def test_base_fingerprint_needs_no_load_and_follows_the_files(copy: Path) -> None:
+    assert base_fingerprint(config(copy)) == fingerprint(copy)
+    rewrite(copy, "model.norm.weight")
     assert base_fingerprint(config(copy)) == fingerprint(copy)
     (copy / "model.safetensors").unlink()
-    assert len(base_fingerprint(config(copy))) == 16
+    with pytest.raises(ModelError, match=r"the model's files are not there any more: .*model.safetensors"):
+        base_fingerprint(config(copy))
 
 
 def test_seed_makes_another_model(tiny_llama: Path, tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
 
 from fedlora import peft_io
 from fedlora.adapter import AdapterState, LoraFactors, delta, initial, without_cores
 from fedlora.config import LoraConfig, ModelConfig
 from fedlora.errors import AdapterError, ModelError
-from fedlora.models import load_base
+from fedlora.models import fresh_head, load_base
 from tests.tiny import save_gpt2
 
 LORA = LoraConfig(target_modules="q_proj,v_proj,down_proj")
@@ -161,10 +162,17 @@ def test_layers_are_the_class_that_was_asked_for(tiny_llama, quantization, kind)
 
 
 def test_layers_of_another_class_are_an_error(tiny_llama, monkeypatch):
-    plain = load_base(model_config(tiny_llama))
-    monkeypatch.setattr(peft_io, "load_base", lambda config: plain)
-    with pytest.raises(ModelError, match=r"asked for model.quantization = 'nf4', but PEFT made layers of class Linear"):
-        peft_io.workbench(model_config(tiny_llama, "nf4"), LORA)
+    class Odd(LoraLinear): ...
+
+    def inject(*arguments):
+        model = injected(*arguments)
+        model.get_submodule("base_model.model.model.layers.1.self_attn.v_proj").__class__ = Odd
+        return model
+
+    injected = peft_io._inject
+    monkeypatch.setattr(peft_io, "_inject", inject)
+    with pytest.raises(ModelError, match=r"1.self_attn.v_proj, a Linear, needs PEFT's Linear, and .* peft made a Odd;"):
+        peft_io.workbench(model_config(tiny_llama), LORA)
 
 
 def test_a_target_that_matches_nothing_names_what_there_is(tiny_llama):
@@ -197,10 +205,11 @@ def test_shapes_need_no_weights(tiny_llama, tiny_bert, task):
 
 
 def test_a_fresh_head_is_seeded():
-    shapes = {"classifier.weight": (2, 8), "classifier.bias": (2,)}
-    one, two = (peft_io.initial_head(shapes, torch.Generator().manual_seed(3)) for _ in range(2))
+    shapes = {"classifier.weight": (2, 8), "classifier.bias": (2,), "norm.weight": (8,)}
+    one, two = (fresh_head(shapes, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(one["classifier.weight"], two["classifier.weight"])
     assert not one["classifier.bias"].any()
+    assert torch.equal(one["norm.weight"], torch.ones(8))  # zeros would let nothing through
 
 
 def test_a_start_changes_nothing(tiny_llama):
