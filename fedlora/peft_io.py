@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -38,7 +39,9 @@ from fedlora.models import (
     head_modules,
     head_shapes,
     load_base,
+    longest,
     meta_model,
+    summary,
     untie,
 )
 
@@ -140,9 +143,16 @@ def _inject(model: nn.Module, targets: Sequence[str], dropout: float) -> PeftMod
     config = PeftLoraConfig(
         r=1, lora_alpha=1, target_modules=list(targets), lora_dropout=dropout, fan_in_fan_out=transposed
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # a merge unties what is tied
+    with ties_may_be_adapted():
         return get_peft_model(model, config)  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+@contextmanager
+def ties_may_be_adapted() -> Iterator[None]:
+    """Without PEFT's warning that a merge would change both of two tied weights: a merge here unties them first."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
+        yield
 
 
 def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -169,12 +179,18 @@ class Shapes:
         dense: shapes of what is trained in full, by name.
         head: the values that these have in the base, where training begins with them.
         words: what the head begins with, in words; empty without a head.
+        longest: the most tokens that the base has positions for; None without an end.
     """
 
     lora: Mapping[str, tuple[int, int]]
     dense: Mapping[str, tuple[int, ...]]
     head: Mapping[str, Tensor] = field(default_factory=dict)
     words: str = ""
+    longest: int | None = None
+
+    def facts(self) -> dict[str, str]:
+        """What is chosen for the user: the adapted modules, and the head's start."""
+        return {"targets": summary(self.lora), **({"head": self.words} if self.words else {})}
 
 
 def shapes(model: ModelConfig, lora: LoraConfig) -> Shapes:
@@ -195,6 +211,7 @@ def shapes(model: ModelConfig, lora: LoraConfig) -> Shapes:
         dense={name: tuple(p.shape) for name, p in _head_parameters(injected, heads).items()},
         head=head,
         words=words,
+        longest=longest(bare),
     )
 
 
@@ -252,7 +269,8 @@ def install_anchor(bench: Workbench, folds: tuple[AdapterState, ...]) -> None:
     if folds and ANCHOR not in bench.model.peft_config:
         transposed = any(getattr(layer, "fan_in_fan_out", False) for layer in bench.layers.values())
         config = PeftLoraConfig(r=1, lora_alpha=1, target_modules=[*bench.layers], fan_in_fan_out=transposed)
-        bench.model.add_adapter(ANCHOR, config)
+        with ties_may_be_adapted():
+            bench.model.add_adapter(ANCHOR, config)
     anchor = concatenate(folds)
     for name, layer in bench.layers.items():
         factors = anchor.lora.get(name)

@@ -5,6 +5,7 @@ References are transformers and PEFT alone, on the folder as it was saved.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,6 +221,29 @@ def test_all_linear_layers_of_a_classifier_are_served_and_its_head_is_none_of_th
     done = train(config_of(folder_of(species, name, folders), species, lora__target_modules="all-linear"))
     assert not [module for module in done.bench.layers if module.startswith(done.bench.base.heads)]
     check_files(done, species, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Model .* `tie_word_embeddings=True`")  # PEFT, when it reads the checkpoint
+@pytest.mark.parametrize(
+    ("name", "output"),
+    [
+        ("llama-tied", "lm_head"),
+        ("gpt2", "lm_head"),
+        ("bloom", "lm_head"),
+        ("biogpt", "output_projection"),
+        ("gemma3-images", "lm_head"),
+        ("bert-decoder", "cls.predictions.decoder"),
+        ("olmo", "lm_head"),
+    ],
+)
+def test_an_output_layer_is_merged_without_the_input_embeddings(
+    name: str, output: str, folders: Path, tmp_path: Path
+) -> None:
+    species = CAUSAL[name]
+    done = train(config_of(folder_of(species, name, folders), species, lora__target_modules=output))
+    check_files(done, species, tmp_path)
+    facts = json.loads((tmp_path / "merged" / "fedlora.json").read_text())["export"]
+    assert facts.get("untied", []) == ([] if name == "olmo" else [output])  # which has two tensors
 
 
 @pytest.mark.parametrize("name", [name for name, species in {**CAUSAL, **CLASSIFIERS}.items() if species.refused])

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
-from fedlora.config import DataConfig
+from fedlora.config import Config
 from fedlora.errors import ConfigError
 
 _TABLES = ("position_embeddings", "embed_positions", "wpe")
@@ -23,12 +22,13 @@ def longest(model: nn.Module) -> int | None:
     return min(_limits(model), default=None)
 
 
-def check_length(model: PreTrainedModel, data: DataConfig, name: str) -> None:
-    """Raises ConfigError when `data.max-length` is beyond the model's positions."""
-    most = longest(model)
-    if most is not None and data.max_length > most:
+def check_length(most: int | None, config: Config) -> None:
+    """Raises ConfigError when `data.max-length` is beyond the model's positions, as `longest` counts them."""
+    length = config.data.max_length
+    if most is not None and length > most:
         raise ConfigError(
-            f"data.max-length = {data.max_length}: {name} has positions for {most} tokens; lower it to at most {most}"
+            f"data.max-length = {length}: {config.model.name} has positions for {most} tokens, and no more; set it to "
+            f"{most} or less"
         )
 
 

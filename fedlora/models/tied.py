@@ -21,15 +21,22 @@ def tied_with(model: nn.Module, name: str) -> str:
 def untie(model: PreTrainedModel, name: str) -> str:
     """Give a module its own copy of a weight that it shares; the name of the other module, or nothing.
 
-    The model's config is changed with it, so that a saved copy keeps both weights.
+    The model's config knows one switch for all weights that are shared, so that all of them come apart, and a saved
+    copy keeps each.
     """
     other = tied_with(model, name)
-    if other:
-        module = _linear(model, name)
-        module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
-        for config in (model.config, model.config.get_text_config(decoder=True)):
-            config.tie_word_embeddings = False
-        vars(model)["all_tied_weights_keys"] = {}
+    if not other:
+        return ""
+    seen: set[int] = set()
+    for path, parameter in [*model.named_parameters(remove_duplicate=False)]:
+        if id(parameter) in seen:
+            module, _, leaf = path.rpartition(".")
+            own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            setattr(model.get_submodule(module), leaf, own)
+        seen.add(id(parameter))
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        config.tie_word_embeddings = False
+    vars(model)["all_tied_weights_keys"] = {}
     return other
 
 
