@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
 
 def save_llama(folder: Path, seed: int = 0) -> Path:
     """A Llama causal LM: 2 layers, hidden 32, 4 query and 2 key-value heads, tied; a byte-level tokenizer."""
-    tokenizer = bytes_tokenizer(
+    tokenizer = _bytes_tokenizer(
         bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token="<|unk|>", pad_token="<|pad|>"
     )
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -48,7 +48,7 @@ def save_llama(folder: Path, seed: int = 0) -> Path:
 
 def save_gpt2(folder: Path, seed: int = 0) -> Path:
     """A GPT-2 causal LM, whose layers are Conv1D with weights [d_in, d_out]: 2 layers, hidden 32, 4 heads."""
-    tokenizer = bytes_tokenizer(bos_token="<|end|>", eos_token="<|end|>", unk_token="<|unk|>", pad_token="<|pad|>")
+    tokenizer = _bytes_tokenizer(bos_token="<|end|>", eos_token="<|end|>", unk_token="<|unk|>", pad_token="<|pad|>")
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_embd=32,
@@ -64,7 +64,7 @@ def save_gpt2(folder: Path, seed: int = 0) -> Path:
 
 def save_bert(folder: Path, seed: int = 0) -> Path:
     """A BERT body without a head: 2 layers, hidden 32, 4 heads; a byte-level tokenizer."""
-    tokenizer = bytes_tokenizer(
+    tokenizer = _bytes_tokenizer(
         cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]", pad_token="[PAD]", mask_token="[MASK]"
     )
     config = BertConfig(
@@ -90,7 +90,7 @@ def _save(model: Any, config: Any, tokenizer: Any, folder: Path, seed: int) -> P
     return folder
 
 
-def bytes_tokenizer(**special: str) -> Any:
+def _bytes_tokenizer(**special: str) -> Any:
     """One token per byte, and the special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*dict.fromkeys(special.values()), *alphabet])}
