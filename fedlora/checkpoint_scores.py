@@ -37,7 +37,7 @@ def compare_with_base(
     examples = encode(prepare(config).heldout, base.tokenizer, config.data, config.model.task, config.model.labels)
     names = [BASE, *map(_name, range(len(adapters)))]
     found = predict_many(model, names, examples, config.evaluate.batch_size, base.pad_id, on_batch=on_batch)
-    labels = ["untouched base" + (f" with {base.head}" if base.head else ""), *titles(adapters)]
+    labels = ["untouched base" + (f" with {base.head.partition(':')[0]}" if base.head else ""), *titles(adapters)]
     return {label: scores(predictions) for label, predictions in zip(labels, found.values(), strict=True)}
 
 

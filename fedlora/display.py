@@ -102,7 +102,8 @@ class RunDisplay:
                 self._evaluation = None
 
     def _on_baseline(self, metrics: dict[str, float], head: str = "") -> None:
-        self._line(f"round 0  held-out {_metrics(metrics)}  (untouched base{f' with {head}' if head else ''})")
+        words = f" with {head.partition(':')[0]}" if head else ""
+        self._line(f"round 0  held-out {_metrics(metrics)}  (untouched base{words})")
 
     def _on_round_end(self, entry: dict[str, Any]) -> None:
         if self._rounds is not None:

@@ -178,7 +178,7 @@ class Shapes:
         lora: module -> (d_out, d_in).
         dense: shapes of what is trained in full, by name.
         head: the values that these have in the base, where training begins with them.
-        words: what the head begins with, in words; empty without a head.
+        words: what the head begins with, and why; empty without a head.
         longest: the most tokens that the base has positions for; None without an end.
     """
 

@@ -491,7 +491,7 @@ def classifier(tiny_bert: Path, tmp_path: Path) -> Path:
 def test_a_trained_head_is_kept(classifier: Path, own_cache: Path, quantization: str) -> None:
     settings = config(classifier, task="classification", labels=3, quantization=quantization)
     base = load_base(settings)
-    assert base.head == "the model's own head of 3 classes: bad, so-so, good"
+    assert base.head == "the model's own head: 3 classes, bad, so-so, good"
     if quantization == "none":
         plain = AutoModelForSequenceClassification.from_pretrained(classifier)
         torch.testing.assert_close(logits(base.model), logits(plain))
@@ -505,8 +505,8 @@ def test_a_trained_head_is_kept(classifier: Path, own_cache: Path, quantization:
 @pytest.mark.parametrize(
     ("labels", "head", "words"),
     [
-        (3, "fresh", r"a fresh head \(model.head = 'fresh'\)"),
-        (2, "keep", r"a fresh head, for classifier.weight of the model's own is \(3, 32\), and model.labels = 2"),
+        (3, "fresh", "a fresh head: model.head = 'fresh'"),
+        (2, "keep", r"a fresh head: classifier.weight of the model's own is \(3, 32\), and model.labels = 2"),
     ],
 )
 def test_a_head_that_is_not_wanted_or_does_not_fit_is_fresh(
@@ -525,12 +525,12 @@ def test_a_head_that_is_not_wanted_or_does_not_fit_is_fresh(
 def test_a_body_gets_a_fresh_head_and_a_part_of_a_head_is_none(
     tiny_bert: Path, classifier: Path, own_cache: Path
 ) -> None:
-    assert load_base(config(tiny_bert, task="classification")).head == "a fresh head, for the model has none"
+    assert load_base(config(tiny_bert, task="classification")).head == "a fresh head: the model has none"
     weights = load_file(classifier / "model.safetensors")
     del weights["classifier.bias"]
     save_file(weights, classifier / "model.safetensors", metadata={"format": "pt"})
     base = load_base(config(classifier, task="classification", labels=3))
-    assert base.head == "a fresh head, for the model's own lacks classifier.bias"
+    assert base.head == "a fresh head: the model's own lacks classifier.bias"
 
 
 def test_weights_of_other_shapes_than_the_config_are_refused(copy: Path) -> None:
