@@ -51,7 +51,7 @@ def how_many(context: Context) -> int:
 
 def bytes_per_token(bench: peft_io.Workbench) -> int:
     """What training keeps of one token until the backward pass, roughly: of every layer, and of the output."""
-    config = bench.base.model.config
+    config = bench.base.model.config.get_text_config(decoder=True)
     layers, hidden = getattr(config, "num_hidden_layers", 12), getattr(config, "hidden_size", 768)
     wide = getattr(config, "intermediate_size", None) or 4 * hidden
     outputs = config.vocab_size if bench.config.task == "causal-lm" else 0

@@ -12,7 +12,8 @@ from fedlora.config import Config
 from fedlora.data import encode, prepare
 from fedlora.errors import AdapterError, ModelError
 from fedlora.mixed import BASE, predict_many
-from fedlora.models import BaseModel, load_base
+from fedlora.models import BaseModel, check_length, load_base, longest
+from fedlora.peft_io import ties_may_be_adapted
 from fedlora.scores import scores
 
 
@@ -31,12 +32,12 @@ def compare_with_base(
         AdapterError: a checkpoint does not fit the model.
     """
     base = load_base(config.model)
+    check_length(longest(base.model), config)
     model = load(base, adapters, config)
     examples = encode(prepare(config).heldout, base.tokenizer, config.data, config.model.task, config.model.labels)
     names = [BASE, *map(_name, range(len(adapters)))]
     found = predict_many(model, names, examples, config.evaluate.batch_size, base.pad_id, on_batch=on_batch)
-    fresh_head = " with a fresh head" if config.model.task == "classification" else ""
-    labels = [f"untouched base{fresh_head}", *titles(adapters)]
+    labels = ["untouched base" + (f" with {base.head.partition(':')[0]}" if base.head else ""), *titles(adapters)]
     return {label: scores(predictions) for label, predictions in zip(labels, found.values(), strict=True)}
 
 
@@ -57,10 +58,11 @@ def load(base: BaseModel, adapters: Sequence[Path], config: Config) -> PeftModel
     model: PeftModel | None = None
     for index, adapter in enumerate(adapters):
         try:
-            if model is None:
-                model = PeftModel.from_pretrained(base.model, str(adapter), adapter_name=_name(index))
-            else:
-                model.load_adapter(str(adapter), adapter_name=_name(index))
+            with ties_may_be_adapted():
+                if model is None:
+                    model = PeftModel.from_pretrained(base.model, str(adapter), adapter_name=_name(index))
+                else:
+                    model.load_adapter(str(adapter), adapter_name=_name(index))
         except (RuntimeError, ValueError, KeyError) as error:
             raise AdapterError(f"{adapter} does not fit {config.model.name}: {str(error).splitlines()[0]}") from error
     assert model is not None

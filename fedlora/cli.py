@@ -327,6 +327,13 @@ def data(config: Preset, overrides: Overrides = None) -> None:
             "  ".join(f"{name}: {count}" for name, count in row.labels.items()),
         )
     out.print(table)
+    from fedlora.models import at_hand
+
+    if at_hand(settings.model.name):
+        from fedlora import peft_io
+
+        for what, words in peft_io.shapes(settings.model, settings.lora).facts().items():
+            out.print(f"{what}: {words}", soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -38,6 +38,11 @@ class ModelConfig:
     revision: str = option("", "hub revision (branch, tag or commit); empty is the default branch")
     task: str = option("causal-lm", "what is trained", ("causal-lm", "classification"))
     labels: int = option(2, "number of classes (classification)", low=2)
+    head: str = option(
+        "keep",
+        "a classifier's first head: keep takes the model's own where it has one of this many classes",
+        ("keep", "fresh"),
+    )
     quantization: str = option("nf4", "storage of the frozen weights", ("none", "int8", "nf4"))
     compute_dtype: str = option(
         "auto", "auto: bf16 on a GPU that has it, fp32 on a CPU", ("auto", "fp32", "bf16", "fp16")

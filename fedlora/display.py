@@ -101,8 +101,9 @@ class RunDisplay:
                 self._drop(self._evaluation)
                 self._evaluation = None
 
-    def _on_baseline(self, metrics: dict[str, float]) -> None:
-        self._line(f"round 0  held-out {_metrics(metrics)}  (untouched base)")
+    def _on_baseline(self, metrics: dict[str, float], head: str = "") -> None:
+        words = f" with {head.partition(':')[0]}" if head else ""
+        self._line(f"round 0  held-out {_metrics(metrics)}  (untouched base{words})")
 
     def _on_round_end(self, entry: dict[str, Any]) -> None:
         if self._rounds is not None:

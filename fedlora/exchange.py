@@ -11,6 +11,11 @@ from fedlora.adapter import AdapterState
 from fedlora.config import alpha_of
 
 
+def matches(pattern: str, module: str) -> bool:
+    """Whether a key of a rank pattern is for this module: it fits the end of the name, from a dot on."""
+    return re.search(rf"(^|\.)({pattern})$", module) is not None
+
+
 @dataclass(frozen=True)
 class ClientInfo:
     """What the server knows of a client before it sends anything.
@@ -37,7 +42,7 @@ class ClientInfo:
     def rank_of(self, module: str) -> int:
         """The rank of one module's factors on this client."""
         for pattern, rank in self.rank_pattern.items():
-            if re.search(rf"(^|\.)({pattern})$", module):
+            if matches(pattern, module):
                 return rank
         return self.rank
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,12 +25,13 @@ from fedlora.errors import AdapterError, ModelError
 from fedlora.exchange import ClientInfo
 from fedlora.intruders import BaseSpectra, without_intruders
 from fedlora.model_card import Card, render
-from fedlora.models import BaseModel, load_base
+from fedlora.models import BaseModel, load_base, untie
 from fedlora.models.read import quiet
 from fedlora.peft_io import forget, install, save_checkpoint, workbench
 
 Transformation = Callable[[AdapterState], AdapterState]
 _PREFIX = "base_model.model."
+_log = logging.getLogger("fedlora")
 
 
 @dataclass(frozen=True)
@@ -217,10 +219,14 @@ def write_merged(
     with _new_folder(out) as part:
         base = load_base(replace(config, gradient_checkpointing=False))
         check_base(source, base)
-        merge(base, changed)
+        untied = merge(base, changed)
+        if untied:
+            facts = {**facts, "untied": untied}
         with quiet():
             base.model.save_pretrained(part)
             base.tokenizer.save_pretrained(part)
+        if source.config.model.task == "classification":
+            _name_classes(part, base)
         (part / "fedlora.json").write_text(json.dumps({**source.about, "export": facts}, indent=2) + "\n")
         _write_card(part, Card(source.config, source.about, source.result, facts, paper, out.name))
     return Exported(out, error, (min(ranks), max(ranks)), facts.get("intruders", {}))
@@ -237,20 +243,40 @@ def _write_card(folder: Path, card: Card) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def merge(base: BaseModel, adapter: AdapterState) -> None:
+def _name_classes(folder: Path, base: BaseModel) -> None:
+    """config.json as it is read whatever the default number of classes is, which transformers leaves to the reader."""
+    path = folder / "config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    names = {str(number): name for number, name in (base.model.config.id2label or {}).items()}
+    settings |= {"id2label": names, "label2id": {name: int(number) for number, name in names.items()}}
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def merge(base: BaseModel, adapter: AdapterState) -> list[str]:
     """Add every module's dW to the weights of an unquantized base, and put the dense tensors in their places.
+
+    Returns:
+        The modules that shared their weight with another one, which stays as it was: each has its own now.
 
     Raises:
         AdapterError: a module or a tensor is not the model's.
     """
     model, heads = base.model, dict(base.model.named_parameters())
+    as_found = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
     model.config.use_cache = True
+    if "rescale_every" in as_found:  # RWKV's own, off in training
+        model.config.rescale_every = as_found["rescale_every"]
+    untied: list[str] = []
     with torch.no_grad():
         for name, factors in adapter.lora.items():
             try:
                 module: nn.Module = model.get_submodule(name)
             except AttributeError:
                 raise AdapterError(f"{name}: the base has no such module; the adapter is of another model") from None
+            other = untie(model, name)
+            if other:
+                _log.info("%s shares its weight with %s, and gets its own for the merge", name, other)
+                untied.append(name)
             weight, update = cast("Tensor", module.weight), delta(factors)
             update = update.T if isinstance(module, Conv1D) else update
             if update.shape != weight.shape:
@@ -262,6 +288,7 @@ def merge(base: BaseModel, adapter: AdapterState) -> None:
             if name not in heads or heads[name].shape != tensor.shape:
                 raise AdapterError(f"{name}: the base has no such tensor of shape {tuple(tensor.shape)}")
             heads[name].copy_(tensor)
+    return untied
 
 
 def check_base(source: Source, base: BaseModel) -> None:

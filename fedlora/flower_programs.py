@@ -226,7 +226,7 @@ def _tell_rounds(config: Config, seen: int) -> int:
     data = _result(config)
     entries = data.get("rounds", [])
     if entries and not seen and "baseline" in data:
-        emit("baseline", metrics=data["baseline"])
+        emit("baseline", metrics=data["baseline"], head=data.get("head", ""))
     for entry in entries[seen:]:
         emit("round-end", entry=entry)
     return len(entries)

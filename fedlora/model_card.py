@@ -102,11 +102,17 @@ def _what(card: Card) -> str:
             f"Rank: {spread}. Relative error (Frobenius norm, all modules) against what was trained: "
             f"{facts['relative-error']:.3g}."
         )
+    if facts.get("untied"):
+        lines.append(f"Shared weights of the base are apart here: {', '.join(facts['untied'])} has its own.")
     if facts.get("merged"):
         code = f'from transformers import {_auto(card)}\n\nmodel = {_auto(card)}.from_pretrained("{card.name}")'
     else:
-        call = f'PeftModel.from_pretrained(base, "{card.name}")'
-        code = f"from peft import PeftModel\n\nmodel = {call}  # base: the untouched {base}"
+        classes = f", num_labels={card.config.model.labels}" if card.config.model.task == "classification" else ""
+        code = (
+            f"from peft import PeftModel\nfrom transformers import {_auto(card)}\n\n"
+            f'base = {_auto(card)}.from_pretrained("{base}"{classes})\n'
+            f'model = PeftModel.from_pretrained(base, "{card.name}")'
+        )
     return "\n".join(lines) + f"\n\n```python\n{code}\n```\n"
 
 

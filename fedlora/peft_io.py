@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import torch
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -24,14 +27,26 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapter import CORE, AdapterState, LoraFactors, compress, concatenate, delta, relative_error
-from fedlora.config import LoraConfig, ModelConfig
-from fedlora.errors import AdapterError, ModelError
+from fedlora.config import LoraConfig, ModelConfig, rank_pattern
+from fedlora.errors import AdapterError, ConfigError, ModelError, suggest
+from fedlora.exchange import matches
 from fedlora.losses import look_at
-from fedlora.models import BaseModel, head_modules, load_base, meta_model
+from fedlora.models import (
+    BaseModel,
+    base_fingerprint,
+    find_targets,
+    first_head,
+    head_modules,
+    head_shapes,
+    load_base,
+    longest,
+    meta_model,
+    summary,
+    untie,
+)
 
 ADAPTER, ANCHOR = "default", "anchor"
 _PREFIX = "base_model.model."
-_LAYER = {"none": "Linear", "int8": "Linear8bitLt", "nf4": "Linear4bit"}
 
 
 class _Down(nn.Linear):
@@ -67,18 +82,21 @@ class Workbench:
     merged: tuple[object, tuple[AdapterState, ...]] = field(default=(None, ()))
 
 
+# What PEFT calls its layer over each kind of linear layer.
+_LAYER = {nn.Linear: "Linear", Conv1D: "Linear", Linear8bitLt: "Linear8bitLt", Linear4bit: "Linear4bit"}
 _current: tuple[tuple[object, ...], Workbench] | None = None
 
 
 def workbench(model: ModelConfig, lora: LoraConfig) -> Workbench:
-    """The process's one workbench; loaded on the first call and kept until another base is asked for.
+    """The process's one workbench; loaded on the first call and kept until another base is asked for, or its files
+    change.
 
     Raises:
         ModelError: the base cannot be loaded, no module matches `lora.target-modules`, or PEFT did not make
             the layers that the quantization asks for.
     """
     global _current  # noqa: PLW0603 - one base model per process, shared by all its clients and rounds
-    key = (model, lora.target_modules, lora.dropout)
+    key = (model, base_fingerprint(model), lora.target_modules, lora.dropout)
     if _current is None or _current[0] != key:
         _current = None  # let go of the old weights before the new ones are read
         _current = (key, _build(model, lora))
@@ -93,43 +111,48 @@ def forget() -> None:
 
 def _build(config: ModelConfig, lora: LoraConfig) -> Workbench:
     base = load_base(config)
-    model = _inject(base.model, lora)
+    targets = find_targets(base.model, lora.target_modules, base.heads)
+    silent = [name for name in targets if name in base.uncalled and "expert" not in name]
+    if silent:
+        raise ModelError(
+            f"lora.target-modules = {lora.target_modules!r}: {config.name} reads the weights of {silent[0]} without "
+            "calling the layer, or does not use it, so that LoRA would have no effect; name other modules"
+        )
+    model = _inject(base.model, targets, lora.dropout)
     layers = _lora_layers(model)
     for layer in layers.values():
         layer.lora_A[ADAPTER] = _Down(_shape(layer)[1], cast("Tensor", layer.lora_A[ADAPTER].weight).device)
-    wrong = {type(layer).__name__ for layer in layers.values()} - {_LAYER[config.quantization]}
-    if wrong:
-        raise ModelError(
-            f"{config.name}: asked for model.quantization = {config.quantization!r}, but PEFT made layers of class "
-            f"{', '.join(sorted(wrong))} instead of {_LAYER[config.quantization]}; the installed peft and "
-            "bitsandbytes do not support this model"
-        )
+    for name, layer in layers.items():
+        below = layer.get_base_layer()
+        expected = next((made for kind, made in _LAYER.items() if type(below) is kind), "Linear")
+        if type(layer).__name__ != expected:
+            raise ModelError(
+                f"{config.name}: LoRA beside {name}, a {type(below).__name__}, needs PEFT's {expected}, and the "
+                f"installed peft made a {type(layer).__name__}; name other modules with lora.target-modules, or "
+                "choose another model.quantization"
+            )
     dense = _head_parameters(model, base.heads)
     if config.task == "causal-lm":
         look_at(model)
     return Workbench(config=config, base=base, model=model, layers=layers, dense=dense)
 
 
-def _inject(model: nn.Module, lora: LoraConfig) -> PeftModel:
-    targets = lora.target_modules
-    names = None if targets == "auto" else targets if targets == "all-linear" else targets.replace(" ", "").split(",")
+def _inject(model: nn.Module, targets: Sequence[str], dropout: float) -> PeftModel:
     # GPT-2's layers keep their weights as [d_in, d_out]
-    transposed = any(isinstance(module, Conv1D) for module in model.modules())
+    transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in targets)
     config = PeftLoraConfig(
-        r=1, lora_alpha=1, target_modules=names, lora_dropout=lora.dropout, fan_in_fan_out=transposed
+        r=1, lora_alpha=1, target_modules=list(targets), lora_dropout=dropout, fan_in_fan_out=transposed
     )
-    try:
+    with ties_may_be_adapted():
         return get_peft_model(model, config)  # pyright: ignore[reportArgumentType, reportReturnType]
-    except ValueError as error:
-        leaves = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_linear(module)})
-        raise ModelError(
-            f"lora.target-modules = {targets!r}: {str(error).split('. ')[0]}; this model's linear modules are "
-            f"{', '.join(leaves)}"
-        ) from None
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "weight", None), Tensor) and hasattr(module, "in_features")
+@contextmanager
+def ties_may_be_adapted() -> Iterator[None]:
+    """Without PEFT's warning that a merge would change both of two tied weights: a merge here unties them first."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
+        yield
 
 
 def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -149,31 +172,56 @@ def _head_parameters(model: nn.Module, heads: Iterable[str]) -> dict[str, nn.Par
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a server needs to know of a base: `lora` module -> (d_out, d_in), `dense` name -> shape."""
+    """What a server needs to know of a base.
+
+    Attributes:
+        lora: module -> (d_out, d_in).
+        dense: shapes of what is trained in full, by name.
+        head: the values that these have in the base, where training begins with them.
+        words: what the head begins with, and why; empty without a head.
+        longest: the most tokens that the base has positions for; None without an end.
+    """
 
     lora: Mapping[str, tuple[int, int]]
     dense: Mapping[str, tuple[int, ...]]
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    words: str = ""
+    longest: int | None = None
+
+    def facts(self) -> dict[str, str]:
+        """What is chosen for the user: the adapted modules, and the head's start."""
+        return {"targets": summary(self.lora), **({"head": self.words} if self.words else {})}
 
 
 def shapes(model: ModelConfig, lora: LoraConfig) -> Shapes:
-    """The adapted modules and the head of a base, from its config alone: no weights are read."""
+    """The adapted modules and the head of a base, from its config and the head's weights: no others are read.
+
+    Raises:
+        ModelError: the base cannot be had, or no module fits `lora.target-modules`.
+        ConfigError: an entry of `lora.rank-pattern` fits no module that is adapted.
+    """
     bare = meta_model(model)
     heads = head_modules(bare)
-    injected = _inject(bare, lora)
-    layers = _lora_layers(injected)
-    head = _head_parameters(injected, heads)
+    targets = find_targets(bare, lora.target_modules, heads)
+    check_rank_pattern(lora, targets)
+    head, words = first_head(model, head_shapes(bare, heads)) if heads else ({}, "")
+    injected = _inject(bare, targets, 0.0)
     return Shapes(
-        lora={name: _shape(layer) for name, layer in layers.items()},
-        dense={name: tuple(parameter.shape) for name, parameter in head.items()},
+        lora={name: _shape(layer) for name, layer in _lora_layers(injected).items()},
+        dense={name: tuple(p.shape) for name, p in _head_parameters(injected, heads).items()},
+        head=head,
+        words=words,
+        longest=longest(bare),
     )
 
 
-def initial_head(shape: Mapping[str, tuple[int, ...]], generator: torch.Generator) -> dict[str, Tensor]:
-    """A fresh head: weights from N(0, 0.02^2) as in BERT, biases zero; drawn in the order of names."""
-    return {
-        name: torch.randn(size, generator=generator) * 0.02 if len(size) > 1 else torch.zeros(size)
-        for name, size in sorted(shape.items())
-    }
+def check_rank_pattern(lora: LoraConfig, targets: Sequence[str]) -> None:
+    """Raises ConfigError where an entry of `lora.rank-pattern` fits no module that is adapted."""
+    for pattern in rank_pattern(lora):
+        if any(matches(pattern, module) for module in targets):
+            continue
+        near = suggest(pattern.rsplit(".", 1)[-1], {name.rsplit(".", 1)[-1] for name in targets})
+        raise ConfigError(f"lora.rank-pattern: {pattern!r} fits none of the adapted modules{near}")
 
 
 def install(bench: Workbench, adapter: AdapterState, trainable: Iterable[str] = ()) -> list[nn.Parameter]:
@@ -222,7 +270,8 @@ def install_anchor(bench: Workbench, folds: tuple[AdapterState, ...]) -> None:
     if folds and ANCHOR not in bench.model.peft_config:
         transposed = any(getattr(layer, "fan_in_fan_out", False) for layer in bench.layers.values())
         config = PeftLoraConfig(r=1, lora_alpha=1, target_modules=[*bench.layers], fan_in_fan_out=transposed)
-        bench.model.add_adapter(ANCHOR, config)
+        with ties_may_be_adapted():
+            bench.model.add_adapter(ANCHOR, config)
     anchor = concatenate(folds)
     for name, layer in bench.layers.items():
         factors = anchor.lora.get(name)
@@ -243,6 +292,7 @@ def merge_folds(bench: Workbench, run: object, folds: tuple[AdapterState, ...]) 
     with torch.no_grad():
         for fold in folds[len(held) :]:
             for name, factors in fold.lora.items():
+                untie(bench.model.get_base_model(), name)  # pyright: ignore[reportArgumentType]
                 weight = bench.layers[name].get_base_layer().weight
                 update = delta(factors).to(weight)  # pyright: ignore[reportArgumentType, reportCallIssue]
                 transposed = getattr(bench.layers[name], "fan_in_fan_out", False)

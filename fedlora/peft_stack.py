@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from fedlora.adapter import CORE, AdapterState, LoraFactors
 from fedlora.errors import AdapterError
+from fedlora.evaluate import output_layer
 from fedlora.peft_io import ADAPTER, Workbench, fp32_copy, install
 
 
@@ -190,6 +192,8 @@ def stacked(bench: Workbench, adapters: Sequence[AdapterState], trainable: froze
     Raises:
         AdapterError: modules or shapes do not fit the model.
     """
+    if bench.config.task == "causal-lm" and isinstance(output_layer(bench.model), LoraLayer):
+        raise NotStackable("the output layer has an adapter, and sees the labelled tokens alone, not whole rows")
     active = {name: layer.active_adapters for name, layer in bench.layers.items()}
     for adapter in adapters:  # the same refusals as one at a time
         install(bench, adapter, trainable)

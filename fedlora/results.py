@@ -139,8 +139,13 @@ class RunRecord:
         self._write()
         _log.info("resumed after %s", "nothing: no round was complete" if done is None else f"round {done}")
 
-    def start(self, clients: Sequence[ClientInfo], fingerprint: str) -> None:
+    def start(self, clients: Sequence[ClientInfo], fingerprint: str, facts: Mapping[str, str] | None = None) -> None:
         """Who takes part, on which base.
+
+        Args:
+            clients: all that are known.
+            fingerprint: of the base.
+            facts: what else is to be said of the base, by names.
 
         Raises:
             RunError: the run to resume was on another base.
@@ -151,6 +156,9 @@ class RunRecord:
                 f"{self._config.model.name} is now {fingerprint!r}; put the earlier model back, or start a new run"
             )
         self.data["base"] = fingerprint
+        for what, words in (facts or {}).items():
+            self.data[what] = words
+            _log.info("%s: %s", what, words)
         self.data["clients"] = [
             {"client-id": c.client_id, "rank": c.rank, "alpha": c.alpha, "num-examples": c.num_examples}
             for c in clients

@@ -22,7 +22,7 @@ from fedlora.evaluate import evaluate
 from fedlora.events import emit
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 from fedlora.intruders import BaseSpectra
-from fedlora.models import base_fingerprint
+from fedlora.models import base_fingerprint, check_length, fresh_head
 from fedlora.results import RunRecord
 
 from . import checkpoint, guard, returned
@@ -58,15 +58,16 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
             f"strategy.name = {config.strategy.name}: {' and '.join(sorted(strategy.personal))} stays on the clients, "
             "so that only they can evaluate what is learned; set evaluate.clients = true"
         )
+    base = _base(config)
     fingerprint = base_fingerprint(config.model)
     saved = checkpoint.load(record.folder / "state", record.key)
     record.go_on(saved and saved[1])
     roster = meet(grid, config, fingerprint)
     clients = list(roster.infos.values())
     strategy.check(clients)
-    record.start(clients, fingerprint)
+    record.start(clients, fingerprint, base.facts())
     first = 0 if strategy.statistics else 1
-    state, done = saved or (checkpoint.plain(strategy.init(start(config, clients))), first - 1)
+    state, done = saved or (checkpoint.plain(strategy.init(start(config, clients, base))), first - 1)
     judge = Judge(config, run_id) if config.evaluate.server and not strategy.personal else None
     if strategy.personal:
         _log.info(
@@ -75,7 +76,7 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
     if judge:
         if not saved:
             record.baseline(judge(strategy, state, strategy.global_adapter(state)))
-        emit("baseline", metrics=record.data["baseline"])
+        emit("baseline", metrics=record.data["baseline"], head=base.words)
     if done == config.federation.rounds:  # died after its last round
         record.save_adapter(strategy.global_adapter(state))
     session = _Session(grid, config, record, strategy, fingerprint, roster, judge, state)
@@ -238,9 +239,19 @@ def _check_lost(record: RunRecord, roster: Roster, config: Config) -> None:
         )
 
 
-def start(config: Config, clients: Sequence[ClientInfo]) -> AdapterState:
-    """The seeded adapter of round 1, from the base model's shapes alone: at each module's largest rank, B = 0."""
-    found = peft_io.shapes(config.model, config.lora)
+def _base(config: Config) -> peft_io.Shapes:
+    """The base's shapes, once it is seen that the run can be on it."""
+    base = peft_io.shapes(config.model, config.lora)
+    check_length(base.longest, config)
+    return base
+
+
+def start(config: Config, clients: Sequence[ClientInfo], base: peft_io.Shapes | None = None) -> AdapterState:
+    """The seeded adapter of round 1, from the base model's shapes: at each module's largest rank, B = 0.
+
+    A classifier's head is the base's own, or a seeded one; see `model.head`.
+    """
+    found = base or peft_io.shapes(config.model, config.lora)
     largest = {module: max(clients, key=lambda client: client.rank_of(module)) for module in found.lora}
     generator = torch.Generator().manual_seed(config.run.seed)
     factors = initial(
@@ -249,7 +260,7 @@ def start(config: Config, clients: Sequence[ClientInfo]) -> AdapterState:
         {module: client.scaling_of(module) for module, client in largest.items()},
         generator,
     )
-    return AdapterState(lora=factors.lora, dense=peft_io.initial_head(found.dense, generator))
+    return AdapterState(lora=factors.lora, dense=dict(found.head) or fresh_head(found.dense, generator))
 
 
 def sample(client_ids: Sequence[int], fraction: float, seed: int, round: int) -> list[int]:

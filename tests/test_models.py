@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -15,12 +17,27 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+)
 
 from fedlora.assets import cache_dir
 from fedlora.config import ModelConfig
 from fedlora.errors import ModelError
-from fedlora.models import base_fingerprint, fingerprint, load_base, meta_model, pick_device, pick_dtype, resolve
+from fedlora.models import (
+    base_fingerprint,
+    fingerprint,
+    first_head,
+    head_shapes,
+    load_base,
+    meta_model,
+    pick_device,
+    pick_dtype,
+    resolve,
+)
 from fedlora.models import quantized as quantized_module
 from fedlora.models.fingerprint import remembered_fingerprint
 from fedlora.models.read import quiet
@@ -71,7 +88,7 @@ def test_a_remembered_fingerprint_reads_no_weights_until_they_change(
     first = remembered_fingerprint(copy)
     assert first == fingerprint(copy)
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["fedlora.models.fingerprint"], "safe_open", None)
+        patch.setattr(sys.modules["fedlora.models.fingerprint"], "mmap", None)
         assert remembered_fingerprint(copy) == first
     rewrite(copy, "model.norm.weight")
     assert remembered_fingerprint(copy) == fingerprint(copy) != first
@@ -415,15 +432,142 @@ def test_meta_model_has_the_names_and_shapes(tiny_llama: Path, tiny_bert: Path, 
     assert [name for name, _ in meta.named_modules()] == [name for name, _ in loaded.named_modules()]
 
 
-def test_base_fingerprint_needs_no_load_and_is_remembered(copy: Path) -> None:
+def test_base_fingerprint_needs_no_load_and_follows_the_files(copy: Path) -> None:
+    assert base_fingerprint(config(copy)) == fingerprint(copy)
+    rewrite(copy, "model.norm.weight")
     assert base_fingerprint(config(copy)) == fingerprint(copy)
     (copy / "model.safetensors").unlink()
-    assert len(base_fingerprint(config(copy))) == 16
+    with pytest.raises(ModelError, match=r"the model's files are not there any more: .*model.safetensors"):
+        base_fingerprint(config(copy))
 
 
 def test_seed_makes_another_model(tiny_llama: Path, tmp_path: Path) -> None:
     with quiet():
         assert fingerprint(save_llama(tmp_path, seed=1)) != fingerprint(tiny_llama)
+
+
+def test_weights_that_change_in_place_are_quantized_anew(copy: Path, own_cache: Path) -> None:
+    """One element of a row that no sample of rows would hold, and the time of change set back to what it was."""
+    settings = config(copy, quantization="nf4")
+    before = model_of(settings)
+    path, stamp = copy / "model.safetensors", (copy / "model.safetensors").stat()
+    weights = load_file(path)
+    weights["model.layers.0.mlp.up_proj.weight"][5] *= 30
+    save_file(weights, path, metadata={"format": "pt"})
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    after = model_of(settings)
+    assert not torch.equal(logits(before), logits(after))
+    plain = logits(model_of(config(copy)))
+    assert float((logits(after) - plain).norm() / plain.norm()) < 0.5
+
+
+@pytest.mark.parametrize("damage", ["short", "header", "cut"])
+def test_a_damaged_file_is_named(copy: Path, own_cache: Path, damage: str) -> None:
+    path = copy / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes({"short": data[:5], "header": data[:8] + b"?" + data[9:], "cut": data[:-100]}[damage])
+    with pytest.raises(ModelError, match=r"model.safetensors: the file is (cut off|damaged): .*; copy it again"):
+        load_base(config(copy))
+
+
+# --- a classifier's head
+
+
+@pytest.fixture
+def classifier(tiny_bert: Path, tmp_path: Path) -> Path:
+    """A folder with a trained head of three classes: it has learned by far more than a fresh one could know."""
+    folder = shutil.copytree(tiny_bert, tmp_path / "classifier")
+    model = BertForSequenceClassification.from_pretrained(folder, num_labels=3)
+    model.config.id2label = {0: "bad", 1: "so-so", 2: "good"}
+    with torch.no_grad():
+        model.classifier.weight.copy_(torch.randn(3, 32, generator=torch.Generator().manual_seed(7)) * 3)
+        model.classifier.bias.copy_(torch.tensor([1.0, -2.0, 0.5]))
+    with quiet():
+        model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_trained_head_is_kept(classifier: Path, own_cache: Path, quantization: str) -> None:
+    settings = config(classifier, task="classification", labels=3, quantization=quantization)
+    base = load_base(settings)
+    assert base.head == "the model's own head: 3 classes, bad, so-so, good"
+    if quantization == "none":
+        plain = AutoModelForSequenceClassification.from_pretrained(classifier)
+        torch.testing.assert_close(logits(base.model), logits(plain))
+    started, words = first_head(settings, head_shapes(meta_model(settings), base.heads))
+    assert words == base.head
+    found = dict(base.model.named_parameters())
+    assert all(torch.equal(found[name], value) for name, value in started.items())
+    assert float(started["classifier.bias"][1]) == -2.0
+
+
+@pytest.mark.parametrize(
+    ("labels", "head", "words"),
+    [
+        (3, "fresh", "a fresh head: model.head = 'fresh'"),
+        (2, "keep", r"a fresh head: classifier.weight of the model's own is \(3, 32\), and model.labels = 2"),
+    ],
+)
+def test_a_head_that_is_not_wanted_or_does_not_fit_is_fresh(
+    classifier: Path, own_cache: Path, labels: int, head: str, words: str
+) -> None:
+    settings = config(classifier, task="classification", labels=labels, head=head)
+    base = load_base(settings)
+    assert re.fullmatch(words, base.head)
+    weight = base.model.get_submodule("classifier").weight
+    assert weight.shape == (labels, 32)
+    assert 0.01 < float(weight.std()) < 0.04  # N(0, 0.02^2); the trained one's is 3
+    assert not base.model.get_submodule("classifier").bias.any()
+    assert first_head(settings, head_shapes(meta_model(settings), base.heads)) == ({}, base.head)
+
+
+def test_a_body_gets_a_fresh_head_and_a_part_of_a_head_is_none(
+    tiny_bert: Path, classifier: Path, own_cache: Path
+) -> None:
+    assert load_base(config(tiny_bert, task="classification")).head == "a fresh head: the model has none"
+    weights = load_file(classifier / "model.safetensors")
+    del weights["classifier.bias"]
+    save_file(weights, classifier / "model.safetensors", metadata={"format": "pt"})
+    base = load_base(config(classifier, task="classification", labels=3))
+    assert base.head == "a fresh head: the model's own lacks classifier.bias"
+
+
+def test_weights_of_other_shapes_than_the_config_are_refused(copy: Path) -> None:
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(settings | {"intermediate_size": 48}))
+    with pytest.raises(
+        ModelError, match=r"6 weights in .* have other shapes than its config.json says, such as .*down_"
+    ):
+        load_base(config(copy))
+
+
+# --- tokens
+
+
+def with_tokens(folder: Path, more: list[str], pad: str | None = None) -> Path:
+    """The same model with tokens that its embeddings have no rows for."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(more)
+    if pad:
+        tokenizer.pad_token = pad
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_pad_token_without_an_embedding_gives_way_to_the_end_token(copy: Path) -> None:
+    said: list[str] = []
+    base = load_base(config(with_tokens(copy, ["[PAD]"], "[PAD]")), said.append)
+    assert base.tokenizer.pad_token == "<|im_end|>"
+    assert said == [f"{copy}: its pad token '[PAD]' has no embedding; batches are filled with '<|im_end|>'"]
+    assert torch.isfinite(base.model(input_ids=torch.tensor([[9, base.pad_id]])).logits).all()
+
+
+def test_other_tokens_without_an_embedding_are_refused(copy: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"has 2 tokens beyond the 260 rows of its embeddings, such as 'one' = 260; use"
+    ):
+        load_base(config(with_tokens(copy, ["one", "two"])))
 
 
 # --- real models

@@ -1,17 +1,22 @@
 """Factors in a PEFT model, anchors beside them, and checkpoints that PEFT itself loads."""
 
 import copy
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from safetensors.torch import load_file, save_file
 
 from fedlora import peft_io
 from fedlora.adapter import AdapterState, LoraFactors, delta, initial, without_cores
 from fedlora.config import LoraConfig, ModelConfig
-from fedlora.errors import AdapterError, ModelError
-from fedlora.models import load_base
+from fedlora.errors import AdapterError, ConfigError, ModelError
+from fedlora.losses import token_loss
+from fedlora.models import fresh_head, load_base
+from fedlora.peft_stack import NotStackable, stacked
 from tests.tiny import save_gpt2
 
 LORA = LoraConfig(target_modules="q_proj,v_proj,down_proj")
@@ -161,10 +166,17 @@ def test_layers_are_the_class_that_was_asked_for(tiny_llama, quantization, kind)
 
 
 def test_layers_of_another_class_are_an_error(tiny_llama, monkeypatch):
-    plain = load_base(model_config(tiny_llama))
-    monkeypatch.setattr(peft_io, "load_base", lambda config: plain)
-    with pytest.raises(ModelError, match=r"asked for model.quantization = 'nf4', but PEFT made layers of class Linear"):
-        peft_io.workbench(model_config(tiny_llama, "nf4"), LORA)
+    class Odd(LoraLinear): ...
+
+    def inject(*arguments):
+        model = injected(*arguments)
+        model.get_submodule("base_model.model.model.layers.1.self_attn.v_proj").__class__ = Odd
+        return model
+
+    injected = peft_io._inject
+    monkeypatch.setattr(peft_io, "_inject", inject)
+    with pytest.raises(ModelError, match=r"1.self_attn.v_proj, a Linear, needs PEFT's Linear, and .* peft made a Odd;"):
+        peft_io.workbench(model_config(tiny_llama), LORA)
 
 
 def test_a_target_that_matches_nothing_names_what_there_is(tiny_llama):
@@ -197,10 +209,11 @@ def test_shapes_need_no_weights(tiny_llama, tiny_bert, task):
 
 
 def test_a_fresh_head_is_seeded():
-    shapes = {"classifier.weight": (2, 8), "classifier.bias": (2,)}
-    one, two = (peft_io.initial_head(shapes, torch.Generator().manual_seed(3)) for _ in range(2))
+    shapes = {"classifier.weight": (2, 8), "classifier.bias": (2,), "norm.weight": (8,)}
+    one, two = (fresh_head(shapes, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(one["classifier.weight"], two["classifier.weight"])
     assert not one["classifier.bias"].any()
+    assert torch.equal(one["norm.weight"], torch.ones(8))  # zeros would let nothing through
 
 
 def test_a_start_changes_nothing(tiny_llama):
@@ -306,3 +319,56 @@ def test_cores_that_do_not_fit_are_named(tiny_llama):
         peft_io.install(bench, replace(cored, dense={**cored.dense, f"{name}.lora_R": torch.eye(2)}))
     with pytest.raises(AdapterError, match=r"dense tensors are not the model's, for instance 'elsewhere.lora_R'"):
         peft_io.install(bench, replace(cored, dense={**cored.dense, "elsewhere.lora_R": torch.eye(3)}))
+
+
+def test_folds_merged_into_an_output_layer_leave_the_input_embeddings_alone(tiny_llama):
+    """The tiny Llama's are one tensor."""
+    config, lora = model_config(tiny_llama), LoraConfig(target_modules="q_proj,lm_head")
+    bench = peft_io.workbench(config, lora)
+    adapter, *folds = (random_adapter(bench, seed, 3) for seed in range(3))
+    peft_io.install(bench, adapter)
+    peft_io.install_anchor(bench, tuple(folds))
+    beside = logits(bench.model)
+    embeddings = bench.base.model.get_input_embeddings().weight.clone()
+    peft_io.install_anchor(bench, ())
+    peft_io.merge_folds(bench, "run", tuple(folds))
+    torch.testing.assert_close(logits(bench.model), beside, rtol=1e-4, atol=1e-4)
+    assert torch.equal(bench.base.model.get_input_embeddings().weight, embeddings)
+    peft_io.merge_folds(bench, "another run", tuple(folds))  # rereads the base
+    torch.testing.assert_close(logits(bench.model), beside, rtol=1e-4, atol=1e-4)
+
+
+def test_an_output_layer_gets_lora_on_a_quantized_base_too(tiny_llama):
+    bench = peft_io.workbench(model_config(tiny_llama, "nf4"), LoraConfig(target_modules="q_proj,lm_head"))
+    adapter = random_adapter(bench, 0, 3)
+    parameters = peft_io.install(bench, adapter, {"A", "B"})
+    with pytest.raises(NotStackable, match="the output layer has an adapter"), stacked(bench, [adapter] * 2, {"A"}):
+        pass
+    token_loss(bench.model, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}).backward()
+    assert all(float(parameter.grad.abs().max()) > 0 for parameter in parameters)
+
+
+def test_a_workbench_follows_the_files_of_its_base(tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "copy")
+    first = peft_io.workbench(model_config(folder), LORA)
+    assert peft_io.workbench(model_config(folder), LORA) is first
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    second = peft_io.workbench(model_config(folder), LORA)
+    assert second.base.fingerprint != first.base.fingerprint
+    assert torch.equal(second.base.model.model.norm.weight, 2 * first.base.model.model.norm.weight)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("qproj=2", r"'qproj' fits none of the adapted modules; did you mean 'q_proj'\?"),
+        ("v_proj=3, k_proj=2", r"'k_proj' fits none of the adapted modules; did you mean"),
+        ("layers.7.self_attn.q_proj=2", "'layers.7.self_attn.q_proj' fits none"),
+    ],
+)
+def test_a_rank_pattern_that_fits_nothing_is_an_error(tiny_llama, pattern, words):
+    with pytest.raises(ConfigError, match=f"lora.rank-pattern: {words}"):
+        peft_io.shapes(model_config(tiny_llama), replace(LORA, rank_pattern=pattern))
+    peft_io.shapes(model_config(tiny_llama), replace(LORA, rank_pattern=r"layers\.\d+\.self_attn\.q_proj=2"))

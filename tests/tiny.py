@@ -93,7 +93,7 @@ def _save(model: Any, config: Any, tokenizer: Any, folder: Path, seed: int) -> P
 def _bytes_tokenizer(**special: str) -> Any:
     """One token per byte, and the special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*special.values(), *alphabet])}
+    vocabulary = {token: index for index, token in enumerate([*dict.fromkeys(special.values()), *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -2,17 +2,31 @@
 
 from .devices import pick_device, pick_dtype
 from .fingerprint import fingerprint
-from .folders import resolve
-from .load import BaseModel, base_fingerprint, head_modules, load_base, meta_model
+from .folders import at_hand, resolve
+from .head import fresh as fresh_head
+from .limits import check_length, longest
+from .load import BaseModel, base_fingerprint, first_head, head_modules, head_shapes, load_base, meta_model
+from .targets import find_targets, summary
+from .tied import tied_with, untie
 
 __all__ = [
     "BaseModel",
+    "at_hand",
     "base_fingerprint",
+    "check_length",
+    "find_targets",
     "fingerprint",
+    "first_head",
+    "fresh_head",
     "head_modules",
+    "head_shapes",
     "load_base",
+    "longest",
     "meta_model",
     "pick_device",
     "pick_dtype",
     "resolve",
+    "summary",
+    "tied_with",
+    "untie",
 ]

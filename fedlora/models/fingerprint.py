@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
+import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-import torch
-from safetensors import safe_open
+from typing import Any
 
 from fedlora.assets import cache_dir
+from fedlora.errors import ModelError
 
 # Keys of config.json that change with the place, the library or the use of a model, not with the model.
 _VOLATILE = frozenset(
@@ -20,8 +22,7 @@ _VOLATILE = frozenset(
         *("id2label", "label2id", "num_labels", "problem_type"),
     }
 )
-_SMALL = 1 << 14  # elements; smaller tensors are read whole
-_ROWS = 8  # evenly spaced rows read of every larger one
+_VERSION = 2  # of what is hashed: remembered values of another one do not count
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -33,14 +34,16 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """16 hex digits of a sha256 over the architecture and a sample of every weight.
+    """16 hex digits of a sha256 over the architecture and every byte of every weight.
 
     The same for a copy of the folder, for other file names of the shards and for any later quantization;
-    another one when a layer's weights change. A sample is read, so that gigabytes take a second: this finds
-    wrong models, not forged ones.
+    another one when a weight changes, however little. A core hashes one or two gigabytes in a second.
 
     Args:
         folder: holds config.json and safetensors files.
+
+    Raises:
+        ModelError: a file is damaged.
     """
     digest = hashlib.sha256()
     config = json.loads((folder / "config.json").read_text("utf-8"))
@@ -52,12 +55,16 @@ def fingerprint(folder: Path) -> str:
 
 
 def remembered_fingerprint(folder: Path) -> str:
-    """`fingerprint`, from the cache while the folder's files have the same place, size and time of change.
+    """`fingerprint`, from the cache while the folder's files have the same place, size and times of change.
 
-    So that loading a quantized copy touches no full-precision weight.
+    So that loading a quantized copy touches no full-precision weight. The time at which the file system saw the last
+    change counts too: the other one can be set back.
     """
-    files = [(path.resolve(), path.stat()) for path in (folder / "config.json", *weight_files(folder))]
-    stamp = "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in files)
+    try:
+        files = [(path.resolve(), path.stat()) for path in (folder / "config.json", *weight_files(folder))]
+    except OSError as error:
+        raise ModelError(f"{folder}: the model's files are not there any more: {error}") from None
+    stamp = "\n".join(f"{_VERSION} {path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}" for path, stat in files)
     kept = cache_dir() / "fingerprints" / hashlib.sha256(stamp.encode()).hexdigest()[:32]
     try:
         return kept.read_text("utf-8")
@@ -71,23 +78,34 @@ def remembered_fingerprint(folder: Path) -> str:
 
 
 def _weights(path: Path) -> list[tuple[str, str]]:
-    """Each tensor's name, with its shape, dtype and the hash of its sample."""
-    found: list[tuple[str, str]] = []
-    with safe_open(path, framework="pt") as weights:
-        for name in weights.keys():  # noqa: SIM118 - the handle is no mapping
-            part = weights.get_slice(name)
-            shape = tuple(part.get_shape())
-            size = torch.Size(shape).numel()
-            if size <= _SMALL:
-                sample = [weights.get_tensor(name)]
-            elif len(shape) == 1:
-                starts = range(0, size, max(1, size // _ROWS))
-                sample = [part[start : start + _SMALL // _ROWS] for start in starts]
-            else:
-                rows = range(0, shape[0], max(1, shape[0] // _ROWS))
-                sample = [part[row : row + 1] for row in rows]
-            content = hashlib.sha256()
-            for tensor in sample:
-                content.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            found.append((name, f"{shape} {part.get_dtype()} {content.hexdigest()}"))
-    return found
+    """Each tensor's name, with its shape, dtype and the hash of its bytes."""
+    if path.stat().st_size < 8:
+        raise ModelError(f"{path}: the file is cut off: got {path.stat().st_size} bytes; copy it again")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
+        first, tensors = _header(path, held)
+
+        def content(entry: Any) -> str:
+            start, end = (first + offset for offset in entry["data_offsets"])
+            with memoryview(held) as whole, whole[start:end] as part:
+                return f"{entry['shape']} {entry['dtype']} {hashlib.sha256(part).hexdigest()}"
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets go of the interpreter's lock
+            return list(zip(tensors, pool.map(content, tensors.values()), strict=True))
+
+
+def _header(path: Path, held: mmap.mmap) -> tuple[int, dict[str, Any]]:
+    """Where a safetensors file's data begins, and each tensor's entry.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    first = 8 + int.from_bytes(held[:8], "little")
+    try:
+        tensors: dict[str, Any] = json.loads(held[8:first])
+        tensors.pop("__metadata__", None)
+        end = first + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"{path}: the file is damaged: its header cannot be read; copy it again") from None
+    if end > len(held):
+        raise ModelError(f"{path}: the file is cut off: got {len(held)} bytes, expected {end}; copy it again")
+    return first, tensors

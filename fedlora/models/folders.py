@@ -59,6 +59,16 @@ def resolve(name: str, revision: str = "", say: Say = LOG.info, weights: bool = 
     return folder
 
 
+def at_hand(name: str) -> bool:
+    """Whether a model can be looked at without a download or a conversion."""
+    asset = assets.known().get(name)
+    if asset is None:
+        return (Path(name).expanduser() / "config.json").is_file()
+    if (assets.cache_dir() / "models" / f"{name}-{asset.version}").is_dir():
+        return True
+    return assets.cached(name) and (assets.fetch(name) / "config.json").is_file()
+
+
 def _usable(path: Path, name: str, say: Say, converted: Path | None = None) -> Path:
     """The folder itself where transformers can load it, or its GGUF file converted."""
     ggufs = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))

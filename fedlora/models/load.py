@@ -18,6 +18,9 @@ from . import quantized, read
 from .devices import pick_device, pick_dtype
 from .fingerprint import remembered_fingerprint
 from .folders import resolve
+from .head import fresh, kept
+from .probe import uncalled, vocabulary
+from .targets import is_within, read_directly
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,9 @@ class BaseModel:
         quantization: none, int8 or nf4.
         compute_dtype: of activations.
         folder: the full-precision files.
-        heads: modules that start with fresh values and have to be trained in full; none for causal-lm.
+        heads: modules that are trained in full; none for causal-lm.
+        head: what a classifier's head holds at the start, in words; empty for causal-lm.
+        uncalled: linear layers that a text does not go through.
     """
 
     model: PreTrainedModel
@@ -43,6 +48,8 @@ class BaseModel:
     compute_dtype: torch.dtype
     folder: Path
     heads: tuple[str, ...]
+    head: str = ""
+    uncalled: frozenset[str] = frozenset()
 
     @property
     def pad_id(self) -> int:
@@ -50,10 +57,15 @@ class BaseModel:
         return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
 
 
-@lru_cache(maxsize=8)
 def base_fingerprint(config: ModelConfig) -> str:
-    """The fingerprint of a base that is not in memory; remembered, since clients ask for it in every round."""
-    return remembered_fingerprint(resolve(config.name, config.revision))
+    """The fingerprint of a base that need not be in memory; clients ask for it in every round."""
+    return remembered_fingerprint(_folder(config.name, config.revision))
+
+
+@lru_cache(maxsize=8)
+def _folder(name: str, revision: str) -> Path:
+    """The model's folder; remembered, since looking for one on the hub takes requests."""
+    return resolve(name, revision)
 
 
 def load_base(config: ModelConfig, say: Say = LOG.info) -> BaseModel:
@@ -82,10 +94,13 @@ def load_base(config: ModelConfig, say: Say = LOG.info) -> BaseModel:
         model = read.weights(recipe, folder, heads)
     else:
         model = quantized.load(recipe, identity, say)
-    quantized.check(model, recipe)
+        quantized.check(model, recipe)
     tokenizer = _tokenizer(config, folder)
+    _check_tokens(model, tokenizer, config, say)
     _prepare(model, tokenizer, config, heads)
-    return BaseModel(model, tokenizer, device, identity, config.quantization, recipe.dtype, folder, heads)
+    head = _set_heads(model, config, folder, heads) if heads else ""
+    unused = uncalled(model, tokenizer, config)
+    return BaseModel(model, tokenizer, device, identity, config.quantization, recipe.dtype, folder, heads, head, unused)
 
 
 def meta_model(config: ModelConfig, say: Say = LOG.info) -> PreTrainedModel:
@@ -108,14 +123,36 @@ def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
     )
 
 
+def head_shapes(model: nn.Module, heads: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """The parameters of the heads, by name."""
+    return {name: tuple(p.shape) for name, p in model.named_parameters() if is_within(name, heads)}
+
+
+def first_head(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, torch.Tensor], str]:
+    """The head that the model's folder has and that fits, and what training begins with in words; see `head.kept`."""
+    return kept(config, _folder(config.name, config.revision), shapes)
+
+
+def _set_heads(model: PreTrainedModel, config: ModelConfig, folder: Path, heads: tuple[str, ...]) -> str:
+    """Gives the heads their first values, as a server does; what these are, in words."""
+    found, words = kept(config, folder, head_shapes(model, heads))
+    values = found or fresh(head_shapes(model, heads), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in values:
+                parameter.copy_(values[name])
+    return words
+
+
 def _unquantized(model: PreTrainedModel, heads: tuple[str, ...]) -> tuple[str, ...]:
-    """The modules that keep full weights: heads, output embeddings, and a pooler, which feeds a head.
+    """The modules that keep full weights: heads, output embeddings, a pooler, which feeds a head, and layers whose
+    weights the model reads as they are.
 
     Named here, since transformers' own choice quantizes a head that has a bias.
     """
     output = model.get_output_embeddings()
     kept = (name for name, module in model.named_modules() if module is output or name.endswith("pooler"))
-    return (*heads, *kept)
+    return (*heads, *kept, *sorted(read_directly(model)))
 
 
 def _tokenizer(config: ModelConfig, folder: Path) -> PreTrainedTokenizerBase:
@@ -133,6 +170,27 @@ def _tokenizer(config: ModelConfig, folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, say: Say) -> None:
+    """See that the embeddings have a row for every token; an end token fills batches in place of a pad token without.
+
+    Raises:
+        ModelError: the tokenizer has other tokens than the model.
+    """
+    rows = vocabulary(model)
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    pad, end = str(tokenizer.pad_token), tokenizer.eos_token
+    if pad in beyond and end and end not in beyond:
+        say(f"{config.name}: its pad token {pad!r} has no embedding; batches are filled with {end!r}")
+        beyond.pop(pad)
+        tokenizer.pad_token = end
+    if beyond:
+        token = min(beyond, key=lambda name: beyond[name])
+        raise ModelError(
+            f"{config.name}: its tokenizer has {len(beyond)} tokens beyond the {rows} rows of its embeddings, such as "
+            f"{token!r} = {beyond[token]}; use the tokenizer that belongs to it, or resize the embeddings and save both"
+        )
+
+
 def _prepare(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, heads: tuple[str, ...]
 ) -> None:
@@ -148,6 +206,9 @@ def _prepare(
         model.get_submodule(name).float().register_forward_pre_hook(_to_fp32)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False  # of no use in training; generate() keeps its own setting
+    if getattr(model.config, "rescale_every", 0):
+        # RWKV halves deep layers' weights in place when it evaluates, against overflow in fp16: not the adapters'.
+        model.config.rescale_every = 0
     if config.gradient_checkpointing:
         # Not reentrant: gradients then reach the adapters without any on the embeddings.
         model.gradient_checkpointing_enable({"use_reentrant": False})

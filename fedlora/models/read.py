@@ -36,7 +36,7 @@ class Recipe:
         folder: the full-precision files.
         device: where the weights go.
         dtype: of unquantized weights and of activations.
-        heads: modules whose weights may be missing in `folder`; they get fresh ones.
+        heads: modules whose weights may be missing in `folder`, or of another shape; see `head.py`.
         unquantized: modules that keep their weights as they are, heads included.
     """
 
@@ -53,6 +53,11 @@ def shapes(config: ModelConfig, folder: Path) -> PreTrainedModel:
     try:
         with quiet(), torch.device("meta"):
             settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, **_task_options(config))
+            if config.task == "causal-lm" and settings.is_encoder_decoder:
+                raise ModelError(
+                    f"{config.name}: a {settings.model_type} model is an encoder and a decoder, and model.task = "
+                    "'causal-lm' needs a decoder alone; choose another model, or model.task = 'classification'"
+                )
             return _CLASSES[config.task].from_config(settings, dtype=torch.float32, trust_remote_code=False)
     except UNREADABLE as error:
         raise _unreadable(config, error) from error
@@ -84,12 +89,21 @@ def weights(
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # checked below
                 **_task_options(config),
                 **quantize,
             )
     except UNREADABLE as error:
         raise _unreadable(config, error) from error
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith(tuple(f"{head}." for head in heads)))
+    head = tuple(f"{name}." for name in heads)
+    wrong = sorted(key for key in report["mismatched_keys"] if not key[0].startswith(head))
+    if wrong:
+        name, got, expected = wrong[0]
+        raise ModelError(
+            f"{config.name}: {len(wrong)} weights in {folder} have other shapes than its config.json says, such as "
+            f"{name}: got {tuple(got)}, expected {tuple(expected)}; use the config.json that belongs to them"
+        )
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith(head))
     if missing:
         raise ModelError(
             f"{config.name}: {folder} lacks {len(missing)} weights that {config.task} needs, such as {missing[0]}; "
@@ -126,4 +140,8 @@ def _task_options(config: ModelConfig) -> dict[str, Any]:
 
 def _unreadable(config: ModelConfig, error: Exception) -> ModelError:
     reason = str(error).strip().split("\n")[0][:300]
+    if "Unrecognized configuration class" in reason:  # followed by the names of all others
+        kind = reason.split("configuration class ")[1].split("'")[1].rsplit(".", 1)[-1].removesuffix("Config")
+        what = "causal language model" if config.task == "causal-lm" else "classifier of texts"
+        reason = f"transformers has no {what} of the kind {kind}; choose another model, or another model.task"
     return ModelError(f"{config.name} cannot be loaded for model.task = {config.task!r}: {reason}")

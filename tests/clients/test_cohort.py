@@ -14,6 +14,7 @@ from fedlora.clients import cohort, trainer
 from fedlora.config import LoraConfig, ModelConfig, TrainConfig
 from fedlora.data import Example
 from fedlora.errors import AdapterError
+from fedlora.models import fresh_head
 from fedlora.peft_stack import NotStackable, stacked
 from tests.tiny import save_bert, save_gpt2
 
@@ -50,7 +51,7 @@ def random_adapter(bench: peft_io.Workbench, lora: LoraConfig, rank: int, seed: 
         name: LoraFactors(A=f.A, B=torch.randn(f.B.shape, generator=g) * 0.1, scaling=f.scaling)
         for name, f in start.lora.items()
     }
-    dense = peft_io.initial_head(shapes.dense, g)
+    dense = fresh_head(shapes.dense, g)
     if core:
         dense |= {name + CORE: torch.randn(rank, rank, generator=g) * 0.1 for name in factors}
     return AdapterState(lora=factors, dense=dense)

@@ -1,0 +1,45 @@
+"""Weights that two modules share, such as input and output embeddings: untied before one of them is changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def tied_with(model: nn.Module, name: str) -> str:
+    """Another module that has the weight of this one; empty when it is its own."""
+    weight = _linear(model, name).weight
+    for other, module in model.named_modules():
+        theirs = getattr(module, "weight", None)
+        if theirs is weight and other.removesuffix(".base_layer") != name:
+            return other
+    return ""
+
+
+def untie(model: PreTrainedModel, name: str) -> str:
+    """Give a module its own copy of a weight that it shares; the name of the other module, or nothing.
+
+    The model's config knows one switch for all weights that are shared, so that all of them come apart, and a saved
+    copy keeps each.
+    """
+    other = tied_with(model, name)
+    if not other:
+        return ""
+    seen: set[int] = set()
+    for path, parameter in [*model.named_parameters(remove_duplicate=False)]:
+        if id(parameter) in seen:
+            module, _, leaf = path.rpartition(".")
+            own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            setattr(model.get_submodule(module), leaf, own)
+        seen.add(id(parameter))
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        config.tie_word_embeddings = False
+    vars(model)["all_tied_weights_keys"] = {}
+    return other
+
+
+def _linear(model: nn.Module, name: str) -> Any:
+    module: Any = model.get_submodule(name)
+    return getattr(module, "base_layer", module)  # below a LoRA layer
