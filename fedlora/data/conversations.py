@@ -14,6 +14,8 @@ from fedlora.errors import DataError, suggest
 
 Message = Mapping[str, Any]
 
+# Of form alpaca, and beside the messages of form sharegpt.
+TEXT_COLUMNS = ("instruction", "input", "output", "system", "tools")
 # Who speaks in ShareGPT's `from`, by the name that chat templates have for it.
 _SPEAKERS = MappingProxyType(
     {
