@@ -308,8 +308,22 @@ def status(
 
 
 @app.command()
-def data(config: Preset, overrides: Overrides = None) -> None:
-    """Show how the rows are dealt to the clients, without training."""
+def data(
+    config: Preset,
+    overrides: Overrides = None,
+    *,
+    show: Annotated[
+        int, typer.Option("--show", min=0, metavar="N", help="Print the first N rows as the model sees them.")
+    ] = 0,
+) -> None:
+    """Show how the rows are dealt to the clients, without training.
+
+    Examples:
+
+      fedlora data quickstart
+
+      fedlora data quickstart --show 3
+    """
     settings = _load(config, overrides)
     quiet()
     from fedlora.data import client_statistics, prepare
@@ -327,6 +341,15 @@ def data(config: Preset, overrides: Overrides = None) -> None:
             "  ".join(f"{name}: {count}" for name, count in row.labels.items()),
         )
     out.print(table)
+    if not show:
+        return
+    from fedlora.data.shown import first_examples
+    from fedlora.display import example_text
+    from fedlora.models import tokenizer_of
+
+    out.print("as the model sees them; what is learned stands between ⟦ and ⟧", style="dim")
+    for example in first_examples(split.rows, show, tokenizer_of(settings.model), settings):
+        out.print(example_text(example), soft_wrap=True)
 
 
 @app.command()

@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-if TYPE_CHECKING:  # it imports torch, and every command this file
+if TYPE_CHECKING:  # they import heavy libraries, and every command this file
+    from fedlora.data.shown import Shown
     from fedlora.status import RunStatus
 
 _MOST_CLIENTS = 40  # that fedlora status shows all of
@@ -182,6 +184,19 @@ def status_table(run: RunStatus) -> Table:
             escape(client.note),
         )
     return table
+
+
+def example_text(example: Shown) -> Text:
+    """A row as the model sees it; what is learned is green, and between brackets that colours do not need."""
+    if not example.tokens:
+        return Text(f"row {example.row}: nothing to predict, left out", style="yellow")
+    cut = f" of {example.whole}" if example.whole > example.tokens else ""
+    text = Text(f"row {example.row}: {example.tokens}{cut} tokens\n", style="dim")
+    for piece, learned in example.parts:
+        text.append(f"⟦{piece}⟧" if learned else piece, style="not dim bold green" if learned else "not dim")
+    if example.label:
+        text.append(f" → ⟦{example.label}⟧", style="not dim bold green")
+    return text.append("\n")
 
 
 def _ago(seconds: float) -> str:

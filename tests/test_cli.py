@@ -151,6 +151,45 @@ def test_data_shows_who_gets_what(call, tmp_path, tiny_llama):
     assert all(f"(p{person})" in done.stdout for person in range(4))
 
 
+def written(folder: Path, model: Path, rows: list[dict[str, object]], **keys: str) -> str:
+    """A preset for `fedlora data` on these rows, as its path."""
+    (folder / "own.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    keys = {"data__source": str(folder / "own.jsonl"), "data__partition": "iid", "federation__clients": 1, **keys}
+    (folder / "run.toml").write_text(config_table(tiny(folder, model, data__heldout_fraction=0.3, **keys)), "utf-8")
+    return str(folder / "run.toml")
+
+
+def test_data_shows_examples_as_the_model_sees_them(call, tmp_path, tiny_llama):
+    turns = [("system", "Be [bold]kind"), ("human", "hi"), ("gpt", "héllo 🙂"), ("human", "more?")]
+    rows = [
+        {"conversations": [{"from": who, "value": text} for who, text in turns]},
+        {"conversations": [{"from": "human", "value": "hi"}]},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "long " * 40}]},
+        {"conversations": [{"from": "human", "value": "fourth"}]},
+    ]
+    done = call("data", written(tmp_path, tiny_llama, rows), "--show", "3")
+    assert done.returncode == 0, done.stderr
+    start = "<|im_start|>system\nBe [bold]kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert f"row 1: 56 tokens\n{start}⟦héllo 🙂<|im_end|>⟧\n" in done.stdout
+    assert "row 2: nothing to predict, left out\nrow 3: 64 of 222 tokens\n" in done.stdout
+    assert "fourth" not in done.stdout
+
+
+def test_data_shows_classes_by_name_and_the_token_that_nothing_predicts(call, tmp_path, tiny_llama):
+    rows = [{"text": f"ab {number}", "label": "yes" if number else "no"} for number in range(8)]
+    preset = written(tmp_path, tiny_llama, rows)
+    assert "row 1: 5 tokens\na⟦b 0<|im_end|>⟧" in call("data", preset, "--show", "1").stdout
+    shown = call("data", preset, "--show", "2", "-c", "model.task=classification").stdout
+    assert "ab 0 → ⟦no⟧" in shown
+    assert "ab 1 → ⟦yes⟧" in shown
+
+
+def test_data_on_a_text_column_of_numbers_is_one_sentence(call, tmp_path, tiny_llama):
+    done = call("data", written(tmp_path, tiny_llama, [{"text": number} for number in range(8)]))
+    assert done.returncode == 1
+    assert "column 'text' holds 0 (int), expected text in every row" in done.stderr
+
+
 def test_doctor_checks_quantization(call):
     done = call("doctor")
     assert "nf4 self-test" in done.stdout

@@ -3,7 +3,7 @@
 from .devices import pick_device, pick_dtype
 from .fingerprint import fingerprint
 from .folders import resolve
-from .load import BaseModel, base_fingerprint, head_modules, load_base, meta_model
+from .load import BaseModel, base_fingerprint, head_modules, load_base, meta_model, tokenizer_of
 
 __all__ = [
     "BaseModel",
@@ -15,4 +15,5 @@ __all__ = [
     "pick_device",
     "pick_dtype",
     "resolve",
+    "tokenizer_of",
 ]
