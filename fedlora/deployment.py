@@ -10,7 +10,6 @@ from __future__ import annotations
 import http.client
 import logging
 import os
-import signal
 import socket
 import ssl
 import subprocess
@@ -66,7 +65,7 @@ def serve(
     trust = ["--insecure"] if insecure else ["--root-certificates", str(files[0])]
     _check_port(host, port)
     near = f"{_ANYWHERE.get(host, host)}:{port}"
-    with _own_folder(state) as home, _stopped_by_signals(), _Programs(home, "server") as programs:
+    with _own_folder(state) as home, processes.stopped_by_signals(), _Programs(home, "server") as programs:
         secret = _secret(home)
         command = [_SUPERLINK, *tls, "--host", host, "--port", str(port)]
         command += ["--database", str((database or home / "superlink.db").expanduser().resolve())]
@@ -126,7 +125,7 @@ def join(
     else:
         ca = None
     _split(server)
-    with _own_folder(state) as home, _stopped_by_signals(), _worker(worker) as of_worker:
+    with _own_folder(state) as home, processes.stopped_by_signals(), _worker(worker) as of_worker:
         settings = home / "node.toml"
         known = {**node_config, "state": str(home), **of_worker}
         settings.write_text("".join(f"{name} = {flower_programs.toml(known[name])}\n" for name in known), "utf-8")
@@ -345,27 +344,6 @@ def _worker(wanted: bool) -> Iterator[dict[str, Scalar]]:
             yield {"worker": str(Path(folder) / "worker.sock"), "node-pid": os.getpid()}
         finally:
             processes.stop_recorded(Path(folder) / "worker.pid", "worker")
-
-
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """SIGTERM and a closed terminal stop in order, as Ctrl-C does; a second signal does not disturb that."""
-    told = False
-
-    def tell(*_: object) -> None:
-        nonlocal told
-        if not told:
-            told = True
-            raise KeyboardInterrupt
-
-    wanted = [signal.SIGINT, signal.SIGTERM]
-    wanted += [signal.SIGHUP] if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
-    before = {number: signal.signal(number, tell) for number in wanted}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _superexec(secret: Path) -> list[str]:

@@ -9,16 +9,55 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 _STOP_SECONDS = 10.0
+_LOST_SECONDS = 30.0  # what was told to stop so long ago did not hear it
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+@dataclass
+class Told:
+    """The signal that told this process to stop.
+
+    Attributes:
+        number: of the signal; 0 for none.
+    """
+
+    number: int = 0
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[Told]:
+    """SIGTERM and a closed terminal stop what is within the block in order, as Ctrl-C does: by KeyboardInterrupt.
+
+    A second signal does not disturb that, unless it comes much later, when the first was lost. Signals that this
+    process was started to ignore, as by nohup, stay ignored, but for SIGTERM.
+    """
+    told, last = Told(), 0.0
+
+    def tell(number: int, _: object) -> None:
+        nonlocal last
+        if not told.number or time.monotonic() - last > _LOST_SECONDS:
+            told.number, last = number, time.monotonic()
+            raise KeyboardInterrupt
+
+    wanted = [number for name in ("SIGINT", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
+    wanted = [signal.SIGTERM, *(number for number in wanted if signal.getsignal(number) != signal.SIG_IGN)]
+    before = {number: signal.signal(number, tell) for number in wanted}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def start(command: Sequence[str], folder: Path, environment: Mapping[str, str], output: Any) -> subprocess.Popen[bytes]:

@@ -51,7 +51,6 @@ def main(grid: Grid, context: Context) -> None:
     record = RunRecord(config)
     try:
         with _narrated(), journal.kept(record.folder / journal.NAME):
-            _log.info("results: %s", record.folder)
             rounds.run(grid, config, record, context.run_id)
     except FedLoraError as error:
         record.finish("failed", str(error))
