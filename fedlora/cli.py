@@ -21,8 +21,9 @@ from fedlora import __version__, processes
 from fedlora import config as configuration
 from fedlora.cli_adapters import adapters
 from fedlora.cli_experiments import experiments
-from fedlora.errors import ConfigError, FedLoraError, suggest
+from fedlora.errors import ConfigError, FedLoraError, of_the_disk, suggest
 
+processes.share_cores()  # before any command loads torch
 app = typer.Typer(
     name="fedlora",
     help="Federated LoRA fine-tuning: clients of unequal ranks share one quantized model, their data stays with them.",
@@ -527,6 +528,11 @@ def main() -> None:
         err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
     except Exception as error:
+        if said := of_the_disk(error):
+            if _flags:
+                traceback.print_exc()
+            err.print(f"[red]error:[/red] {escape(said)}", soft_wrap=True)
+            sys.exit(1)
         if _flags:
             raise
         err.print(

@@ -63,6 +63,8 @@ def serve(
         else [word for pair in zip(_TLS.values(), map(str, files), strict=True) for word in pair]
     )
     trust = ["--insecure"] if insecure else ["--root-certificates", str(files[0])]
+    if not insecure:
+        _check_pair(*files[1:])
     _check_port(host, port)
     near = f"{_ANYWHERE.get(host, host)}:{port}"
     with _own_folder(state) as home, processes.stopped_by_signals(), _Programs(home, "server") as programs:
@@ -380,6 +382,16 @@ def _listens(process: subprocess.Popen[bytes], port: int) -> bool:
                 return True
         time.sleep(0.1)
     return False
+
+
+def _check_pair(certificate: Path, key: Path) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except (OSError, ValueError) as error:  # ssl.SSLError is one
+        raise ConfigError(
+            f"--certs: {certificate} and {key.name} beside it are no certificate and its key in PEM format: {error}; "
+            "put back what `fedlora certs` wrote"
+        ) from None
 
 
 def _check_port(host: str, port: int) -> None:

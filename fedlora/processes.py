@@ -19,9 +19,32 @@ from typing import Any
 import psutil
 
 _STOP_SECONDS = 10.0
+_PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}  # of GCC's and Intel's OpenMP
 _LOST_SECONDS = 30.0  # what was told to stop so long ago did not hear it
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def share_cores(processes: int = 1) -> None:
+    """What this process, and those that it starts, are to know before they load torch; what the user has set stays.
+
+    Threads that wait for others sleep: OpenMP's would spin, and take the cores from whatever else computes, other
+    processes and other pools of threads in this one. Of several processes that compute at once, each gets its share of
+    the cores.
+
+    Args:
+        processes: that compute at once.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ |= _PASSIVE
+    if processes > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(share_of_cores(processes)))
+
+
+def share_of_cores(processes: int) -> int:
+    """Threads for each of several processes that compute at once, on the cores that this one may use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // processes)
 
 
 @dataclass

@@ -306,9 +306,23 @@ def stored(folder: Path) -> dict[str, Any]:
         raise RunError(f"{folder}: no run here, result.json is missing; give a folder runs/<name>/<time>") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA or "key" not in data:
+    if not _is_record(data):
         raise RunError(f"{path}: not the record of a run that this version can read; start a new run")
     return data
+
+
+def _is_record(data: Any) -> bool:
+    """Whether this has what a record of this version always has."""
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        return False
+    kinds = {"key": str, "status": str, "config": dict, "rounds": list}
+    if not all(isinstance(data.get(name), kind) for name, kind in kinds.items()):
+        return False
+    parts = {"round": int, "clients": dict, "failures": dict, "seconds": dict}
+    return isinstance(data["config"].get("federation.rounds"), int) and all(
+        isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in parts.items())
+        for entry in data["rounds"]
+    )
 
 
 def check_changes(data: Mapping[str, Any], config: Config) -> None:

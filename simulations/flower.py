@@ -36,6 +36,7 @@ def run(config: Config, at_once: int = 1) -> None:
     Raises:
         RunError: Flower did not start, or the run did not complete; the message holds the reason.
     """
+    processes.share_cores(at_once)
     config = absolute(stamp(config))
     check(config)
     with nothing_left(config), tempfile.TemporaryDirectory(prefix="fedlora-flower-") as scratch:

@@ -1,5 +1,6 @@
 """The command line as a user meets it: help that teaches, one sentence per error, exit codes."""
 
+import errno
 import json
 import os
 import signal
@@ -118,6 +119,17 @@ def test_a_wrong_value_that_only_loading_shows_is_one_sentence_too(call, tmp_pat
     assert "refused" not in done.stdout + done.stderr  # by no client: nobody was asked
     assert "results:" not in done.stdout
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_full_disk_is_a_sentence_wherever_it_is_met(call, monkeypatch):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", "/there/file")
+
+    monkeypatch.setattr(cli.configuration, "describe", full)
+    done = call("keys")
+    assert done.returncode == 1
+    assert "error: /there/file: No space left on device; make room" in done.stderr
+    assert "internal" not in done.stderr
 
 
 def test_debug_gives_the_traceback(call):
