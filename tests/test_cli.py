@@ -166,7 +166,7 @@ def test_data_shows_who_gets_what(call, tmp_path, tiny_llama):
     assert all(f"(p{person})" in done.stdout for person in range(4))
 
 
-def written(folder: Path, model: Path, rows: list[dict[str, object]], **keys: str) -> str:
+def written(folder: Path, model: Path, rows: list[dict[str, object]], **keys: str | int) -> str:
     """A preset for `fedlora data` on these rows, as its path."""
     (folder / "own.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     keys = {"data__source": str(folder / "own.jsonl"), "data__partition": "iid", "federation__clients": 1, **keys}

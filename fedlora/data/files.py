@@ -100,8 +100,9 @@ def _typed(schema: pa.Schema, table: pa.Table | None = None) -> pa.Schema:
 
 def _typed_field(field: pa.Field, values: pa.ChunkedArray | None) -> pa.Field:
     import pyarrow as pa
-    import pyarrow.compute as pc
+    import pyarrow.compute
 
+    pc: Any = pyarrow.compute  # whose functions are made when it is imported
     kind = field.type
     if pa.types.is_timestamp(kind):
         return field.with_type(pa.string())
