@@ -67,12 +67,14 @@ def compare(
         out.print(f"{len(planned.cells)} cells, {said}", soft_wrap=True, markup=False)
         return
     quiet()
+    from fedlora.simulations.checks import check_scenarios  # pyright: ignore[reportMissingImports]
     from fedlora.simulations.ranking import rank  # pyright: ignore[reportMissingImports]
     from fedlora.simulations.standing import (  # pyright: ignore[reportMissingImports]
         StandingDisplay,
         ranking_table,
     )
 
+    check_scenarios(planned)
     display = StandingDisplay(out)
     with processes.stopped_by_signals() as told:
         try:

@@ -9,8 +9,10 @@ from transformers import PreTrainedTokenizerBase
 from fedlora import peft_io
 from fedlora.config import Config, LoraConfig, ModelConfig
 from fedlora.data import encode, form_of, prepare, usable_rows
-from fedlora.errors import DataError
+from fedlora.errors import DataError, FedLoraError
 from fedlora.models import base_fingerprint, pick_device, tokenizer_of
+
+from .grid import Grid
 
 _ASKED = 8  # clients whose first row stands for all rows
 
@@ -35,6 +37,23 @@ def check(config: Config) -> None:
         except DataError as error:
             faults.append(error)
     if len(faults) == len(asked):
+        raise faults[0]
+
+
+def check_scenarios(grid: Grid) -> None:
+    """What goes wrong in all scenarios of a comparison alike; a fault of one is its own cells'.
+
+    Raises:
+        FedLoraError: the first one's, where none of them could be run.
+    """
+    first = {cell.scenario: cell.configs[0] for cell in reversed(grid.cells)}
+    faults: list[FedLoraError] = []
+    for scenario in grid.scenarios:
+        try:
+            check(first[scenario])
+        except FedLoraError as error:
+            faults.append(error)
+    if len(faults) == len(grid.scenarios):
         raise faults[0]
 
 

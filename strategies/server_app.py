@@ -55,7 +55,7 @@ def main(grid: Grid, context: Context) -> None:
     except FedLoraError as error:
         record.finish("failed", str(error))
         raise
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the second is how Flower stops a run
         record.finish("interrupted")
         raise
     except BaseException as error:

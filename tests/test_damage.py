@@ -160,6 +160,18 @@ def test_a_disk_that_is_full_leaves_nothing_of_a_merge(
     assert sorted(tmp_path.iterdir()) == [run]
 
 
+def test_a_comparison_whose_cells_would_all_fail_leaves_no_folder(tmp_path: Path, tiny_llama: Path) -> None:
+    preset = tmp_path / "run.toml"
+    preset.write_text(config_table(tiny(tmp_path, tiny_llama, data__test_fraction=0.5)), encoding="utf-8")
+    grid = tmp_path / "grid.toml"
+    grid.write_text(
+        f'name = "g"\nconfig = "{preset}"\nstrategies = ["flora"]\nlearning-rates = [0.001]\nseeds = [0]\n'
+        'metric = "loss"\nreference = "flora"\n[settings]\ndata.source = "missing.jsonl"\n[scenarios.one]\n'
+    )
+    assert "missing.jsonl: no such file" in said("compare", grid, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("file", [certificates.SERVER, certificates.SERVER_KEY])
 def test_damaged_certificates_are_named_before_anything_starts(tmp_path: Path, file: str) -> None:
     certificates.make(tmp_path / "certs")
