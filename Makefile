@@ -28,6 +28,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.worker
 	$(BIN)/python -m benchmarks.clients
 	$(BIN)/python -m benchmarks.mixed
+	$(BIN)/python -m benchmarks.contention
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -337,8 +337,15 @@ def _info(config: Config, context: Context) -> ClientInfo:
 
 
 def training_examples(config: Config, context: Context) -> LazyExamples:
-    """This client's training examples, encoded as they are asked for."""
-    return _examples(config, _client_id(context), node.own_data(context.node_config))[0]
+    """This client's training examples, encoded as they are asked for.
+
+    Raises:
+        DataError: none of its rows has anything to predict.
+    """
+    examples = _examples(config, _client_id(context), node.own_data(context.node_config))[0]
+    if not examples:
+        raise DataError(examples.left_out)
+    return examples
 
 
 def _train_rows(config: Config, client_id: int, own_data: str) -> int:
@@ -357,5 +364,8 @@ def _examples(config: Config, client_id: int, own_data: str) -> tuple[LazyExampl
     tokenizer = peft_io.workbench(config.model, config.lora).base.tokenizer
     rows = prepare(config).client(0 if own_data else client_id)
     seed = trainer.hash_seed(config.run.seed, client_id)
-    train_rows, test_rows = client_split(rows, _test_fraction(config), seed)
-    return LazyExamples(train_rows, tokenizer, config), LazyExamples(test_rows, tokenizer, config)
+    found = [LazyExamples(part, tokenizer, config) for part in client_split(rows, _test_fraction(config), seed)]
+    for examples in found:
+        if examples and examples.left_out:
+            _log.warning("client %d: %s", client_id, examples.left_out)
+    return found[0], found[1]

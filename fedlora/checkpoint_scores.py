@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from fedlora.config import Config
 from fedlora.data import encode, prepare
@@ -49,8 +51,7 @@ def load(base: BaseModel, adapters: Sequence[Path], config: Config) -> PeftModel
         AdapterError: a checkpoint does not fit the model.
     """
     for adapter in adapters:
-        about = adapter / "fedlora.json"
-        trained_on = json.loads(about.read_text(encoding="utf-8")).get("base") if about.is_file() else None
+        trained_on = described(adapter).get("base")
         if trained_on not in (None, base.fingerprint):
             raise ModelError(
                 f"{adapter} was trained on base {trained_on}, model.name = {config.model.name!r} is {base.fingerprint}"
@@ -63,10 +64,28 @@ def load(base: BaseModel, adapters: Sequence[Path], config: Config) -> PeftModel
                     model = PeftModel.from_pretrained(base.model, str(adapter), adapter_name=_name(index))
                 else:
                     model.load_adapter(str(adapter), adapter_name=_name(index))
+        except (OSError, SafetensorError, TypeError) as error:
+            raise AdapterError(f"{adapter}: the adapter cannot be read: {str(error).splitlines()[0]}") from error
         except (RuntimeError, ValueError, KeyError) as error:
             raise AdapterError(f"{adapter} does not fit {config.model.name}: {str(error).splitlines()[0]}") from error
     assert model is not None
     return model
+
+
+def described(adapter: Path) -> dict[str, Any]:
+    """What the adapter's fedlora.json says of it; nothing where there is no such file.
+
+    Raises:
+        AdapterError: it is damaged.
+    """
+    path = adapter / "fedlora.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(about, dict) or not isinstance(about.get("config", {}), dict):
+        raise AdapterError(f"{path}: cannot be read: not what a run wrote beside its adapter")
+    return about
 
 
 def titles(adapters: Sequence[Path]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -16,12 +17,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedlora import __version__
+from fedlora import __version__, processes
 from fedlora import config as configuration
 from fedlora.cli_adapters import adapters
 from fedlora.cli_experiments import experiments
-from fedlora.errors import ConfigError, FedLoraError, suggest
+from fedlora.errors import ConfigError, FedLoraError, of_the_disk, suggest
 
+processes.share_cores()  # before any command loads torch
 app = typer.Typer(
     name="fedlora",
     help="Federated LoRA fine-tuning: clients of unequal ranks share one quantized model, their data stays with them.",
@@ -112,16 +114,7 @@ def run(
 
       fedlora run federation.toml --server fed.example.org:9092 --ca certs/ca.crt
     """
-    if (config is None) == (resume is None):
-        raise ConfigError("run: name either a CONFIG, such as quickstart, or the folder of a run with --resume")
-    if profile and (server is not None or engine is not Engine.local):
-        where = "--server" if server is not None else f"--engine {engine.value}"
-        raise ConfigError(f"run: --profile times this process, and with {where} clients train in others; leave out one")
-    if devices is not None and (profile or server is not None or engine is not Engine.local):
-        why = "--profile times this one" if profile else "--server and --engine flower have clients of their own"
-        raise ConfigError(
-            f"run: --devices trains the local engine's clients in other processes, and {why}; leave out one"
-        )
+    _check_options(config, resume, engine, server=server, profile=profile, devices=devices)
     if profile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler talks on stderr; read when torch is loaded
     settings = _load(config, overrides) if config is not None else _resumed(resume, overrides)
@@ -143,25 +136,20 @@ def run(
     folder = folder_of(settings)
     quiet()
     watcher: Profiler | None = None
-    try:
-        with RunDisplay(out) as display, listen(display):
-            if server is not None:
-                from fedlora import deployment
+    with _interruptible(folder, server), RunDisplay(out) as display, listen(display):
+        if server is not None:
+            from fedlora import deployment
 
-                deployment.run(settings, server, ca, insecure)
-            elif engine is Engine.flower:
-                from fedlora.simulations import flower  # pyright: ignore[reportMissingImports]
+            deployment.run(settings, server, ca, insecure)
+        elif engine is Engine.flower:
+            from fedlora.simulations import flower  # pyright: ignore[reportMissingImports]
 
-                flower.run(settings, at_once)
-            else:
-                from fedlora.simulations import local  # pyright: ignore[reportMissingImports]
+            flower.run(settings, at_once)
+        else:
+            from fedlora.simulations import local  # pyright: ignore[reportMissingImports]
 
-                with profiled(settings, folder) if profile else nullcontext() as watcher:
-                    local.run(settings, devices=places)
-    except KeyboardInterrupt:
-        err.print(f"[yellow]interrupted[/yellow]; what was finished is in {folder}", soft_wrap=True)
-        err.print(f"go on with it: fedlora run --resume {folder}", soft_wrap=True)
-        raise typer.Exit(130) from None
+            with profiled(settings, folder) if profile else nullcontext() as watcher:
+                local.run(settings, devices=places)
     if not (folder / "result.json").is_file():
         out.print(f"completed; the record and the adapter are on the server's machine, in {folder}", soft_wrap=True)
         return
@@ -170,6 +158,38 @@ def run(
         show(watcher, out)
     out.print(f"adapter: {folder / 'adapter'}", soft_wrap=True)
     out.print(f"try it:  fedlora evaluate --adapter {folder / 'adapter'}", soft_wrap=True)
+
+
+def _check_options(
+    config: str | None, resume: Path | None, engine: Engine, *, server: str | None, profile: bool, devices: str | None
+) -> None:
+    """Raises ConfigError for options of `run` that do not go together."""
+    if (config is None) == (resume is None):
+        raise ConfigError("run: name either a CONFIG, such as quickstart, or the folder of a run with --resume")
+    if profile and (server is not None or engine is not Engine.local):
+        where = "--server" if server is not None else f"--engine {engine.value}"
+        raise ConfigError(f"run: --profile times this process, and with {where} clients train in others; leave out one")
+    if devices is not None and (profile or server is not None or engine is not Engine.local):
+        why = "--profile times this one" if profile else "--server and --engine flower have clients of their own"
+        raise ConfigError(
+            f"run: --devices trains the local engine's clients in other processes, and {why}; leave out one"
+        )
+
+
+@contextmanager
+def _interruptible(folder: Path, server: str | None) -> Iterator[None]:
+    """Around a run: Ctrl-C, SIGTERM and a closed terminal end it in order, and what is left is said."""
+    with processes.stopped_by_signals() as told:
+        try:
+            yield
+        except KeyboardInterrupt:
+            if folder.is_dir():
+                err.print(f"[yellow]interrupted[/yellow]; what was finished is in {folder}", soft_wrap=True)
+                err.print(f"go on with it: fedlora run --resume {folder}", soft_wrap=True)
+            else:
+                end = "before anything was run" if server is None else f"and stopped on the server at {server}"
+                err.print(f"[yellow]interrupted[/yellow] {end}", soft_wrap=True)
+            raise typer.Exit(128 + (told.number or signal.SIGINT)) from None
 
 
 app.add_typer(adapters)
@@ -308,8 +328,22 @@ def status(
 
 
 @app.command()
-def data(config: Preset, overrides: Overrides = None) -> None:
-    """Show how the rows are dealt to the clients, without training."""
+def data(
+    config: Preset,
+    overrides: Overrides = None,
+    *,
+    show: Annotated[
+        int, typer.Option("--show", min=0, metavar="N", help="Print the first N rows as the model sees them.")
+    ] = 0,
+) -> None:
+    """Show how the rows are dealt to the clients, without training.
+
+    Examples:
+
+      fedlora data quickstart
+
+      fedlora data quickstart --show 3
+    """
     settings = _load(config, overrides)
     quiet()
     from fedlora.data import client_statistics, prepare
@@ -334,6 +368,15 @@ def data(config: Preset, overrides: Overrides = None) -> None:
 
         for what, words in peft_io.shapes(settings.model, settings.lora).facts().items():
             out.print(f"{what}: {words}", soft_wrap=True, markup=False)
+    if not show:
+        return
+    from fedlora.data.shown import first_examples
+    from fedlora.display import example_text
+    from fedlora.models import tokenizer_of
+
+    out.print("as the model sees them; what is learned stands between ⟦ and ⟧", style="dim")
+    for example in first_examples(split.rows, show, tokenizer_of(settings.model), settings):
+        out.print(example_text(example), soft_wrap=True)
 
 
 @app.command()
@@ -492,6 +535,11 @@ def main() -> None:
         err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
     except Exception as error:
+        if said := of_the_disk(error):
+            if _flags:
+                traceback.print_exc()
+            err.print(f"[red]error:[/red] {escape(said)}", soft_wrap=True)
+            sys.exit(1)
         if _flags:
             raise
         err.print(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -263,10 +262,12 @@ def _settings(adapters: Sequence[Path], config: str | None, overrides: list[str]
             raise ConfigError(f"--adapter {adapter}: no adapter_config.json here; give the folder of a PEFT checkpoint")
     if config is not None:
         return cli._load(config, overrides)
-    about = adapters[0] / "fedlora.json"
-    if not about.is_file():
+    from fedlora.checkpoint_scores import described
+
+    trained = described(adapters[0]).get("config")
+    if not trained:
         raise ConfigError(f"--adapter {adapters[0]}: it does not say what it was trained on; name a CONFIG too")
-    own = configuration.parse(json.loads(about.read_text(encoding="utf-8"))["config"], where=str(about))
+    own = configuration.parse(trained, where=str(adapters[0] / "fedlora.json"))
     return configuration.parse(configuration.parse_overrides(overrides or []), own, where="-c")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from fedlora import processes
 from fedlora.errors import ConfigError
 
 experiments = typer.Typer()
@@ -65,21 +67,25 @@ def compare(
         out.print(f"{len(planned.cells)} cells, {said}", soft_wrap=True, markup=False)
         return
     quiet()
+    from fedlora.simulations.checks import check_scenarios  # pyright: ignore[reportMissingImports]
     from fedlora.simulations.ranking import rank  # pyright: ignore[reportMissingImports]
     from fedlora.simulations.standing import (  # pyright: ignore[reportMissingImports]
         StandingDisplay,
         ranking_table,
     )
 
+    check_scenarios(planned)
     display = StandingDisplay(out)
-    try:
-        with display.shown():
-            ended = comparison.run(planned, folder, places, retry=retry, show=display)
-    except KeyboardInterrupt:
-        err.print(
-            f"[yellow]interrupted[/yellow]; finished cells are in {folder}; the same command goes on", soft_wrap=True
-        )
-        raise typer.Exit(130) from None
+    with processes.stopped_by_signals() as told:
+        try:
+            with display.shown():
+                ended = comparison.run(planned, folder, places, retry=retry, show=display)
+        except KeyboardInterrupt:
+            err.print(
+                f"[yellow]interrupted[/yellow]; finished cells are in {folder}; the same command goes on",
+                soft_wrap=True,
+            )
+            raise typer.Exit(128 + (told.number or signal.SIGINT)) from None
     failed = [path for path, cell in ended.done.items() if cell["status"] == "failed"]
     for ranking in rank(list(ended.done.values()), planned.metric, planned.reference):
         out.print(ranking_table(ranking))

@@ -78,13 +78,18 @@ class DataConfig:
     split: str = option("train", "split of a hub dataset")
     revision: str = option("", "hub revision (branch, tag or commit); empty is the default branch")
     form: str = option(
-        "auto", "what a row holds; auto looks at its columns", ("auto", "prompt", "chat", "text", "label")
+        "auto",
+        "what a row holds; auto looks at its columns",
+        ("auto", "prompt", "chat", "alpaca", "sharegpt", "text", "label"),
     )
     prompt_column: str = option("prompt", "form prompt: the column of the prompt")
     response_column: str = option("response", "form prompt: the column of the response")
     messages_column: str = option("messages", "form chat: the column of [{role, content}, …]")
     text_column: str = option("text", "forms text and label: the column of the text")
     label_column: str = option("label", "form label: the column of the class, 0-based integers or names")
+    chat_template: str = option(
+        "", "one of the tokenizer's chat templates, where it has several by name; empty: default"
+    )
     system_prompt: str = option("", "system message put before every conversation; empty: the template's own")
     partition: str = option("natural", "how rows are dealt to clients", ("iid", "dirichlet", "natural", "sizes"))
     partition_by: str = option(

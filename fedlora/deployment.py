@@ -10,7 +10,6 @@ from __future__ import annotations
 import http.client
 import logging
 import os
-import signal
 import socket
 import ssl
 import subprocess
@@ -18,10 +17,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 
 from fedlora import certificates, flower_programs, processes
 from fedlora.config import Config, Scalar
@@ -35,6 +37,8 @@ _REFUSED = "[code: 2004]"  # Flower's answer to a key that it does not know, and
 _RETRY_SECONDS = 5.0
 _SUPERLINK = "flower-superlink"
 _QUICK_SECONDS, _MOST_QUICK = 30.0, 3  # a SuperLink that ends so soon, so often, will not stay
+_OF_TIME = (9, 10)  # OpenSSL: a certificate is not yet valid, or not any more
+_UNITS = ((86400, "days"), (3600, "h"), (1, "s"))
 _LONGEST_FOLDER = 70  # characters
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "localhost"}  # where this machine reaches a server that listens everywhere
 _log = logging.getLogger("fedlora")
@@ -64,9 +68,11 @@ def serve(
         else [word for pair in zip(_TLS.values(), map(str, files), strict=True) for word in pair]
     )
     trust = ["--insecure"] if insecure else ["--root-certificates", str(files[0])]
+    if not insecure:
+        _check_pair(*files[1:])
     _check_port(host, port)
     near = f"{_ANYWHERE.get(host, host)}:{port}"
-    with _own_folder(state) as home, _stopped_by_signals(), _Programs(home, "server") as programs:
+    with _own_folder(state) as home, processes.stopped_by_signals(), _Programs(home, "server") as programs:
         secret = _secret(home)
         command = [_SUPERLINK, *tls, "--host", host, "--port", str(port)]
         command += ["--database", str((database or home / "superlink.db").expanduser().resolve())]
@@ -119,7 +125,8 @@ def join(
 
     Raises:
         ConfigError: a file is missing, or `state` is in use.
-        RunError: the server cannot be trusted, refuses the key, or Flower's program ended.
+        RunError: the server cannot be trusted, its clock and this one do not agree, it refuses the key, or Flower's
+            program ended.
     """
     trust = ["--insecure"]
     if not insecure:
@@ -128,12 +135,12 @@ def join(
     else:
         ca = None
     _split(server)
-    with _own_folder(state) as home, _stopped_by_signals(), _worker(worker) as of_worker:
+    with _own_folder(state) as home, processes.stopped_by_signals(), _worker(worker) as of_worker:
         settings = home / "node.toml"
         known = {**node_config, "state": str(home), **of_worker}
         settings.write_text("".join(f"{name} = {flower_programs.toml(known[name])}\n" for name in known), "utf-8")
         secret = _secret(home)
-        _wait_for(server, ca)
+        check_clock(_wait_for(server, ca), server)
         refused_until = time.monotonic() + patience
         while True:
             port = free_port()
@@ -148,6 +155,8 @@ def join(
                     programs.start(["flower-superexec", *near, *_superexec(secret)])
                     _log.info("node: started for the server at %s, state in %s", server, home)
                 ended, reason = programs.wait()
+            with suppress(_NotThere):  # Flower's node does not say that it ended for its clock
+                check_clock(check_server(server, ca), server)
             if _REFUSED not in reason:
                 raise RunError(f"Flower's node ended: {ended}: {reason}")
             if time.monotonic() - began > patience:  # it had been accepted before
@@ -197,8 +206,11 @@ def run(config: Config, server: str, ca: Path | None, insecure: bool = False) ->
         flower_programs.carry_out(config, bundle, connection, log=None)
 
 
-def check_server(server: str, ca: Path | None) -> None:
+def check_server(server: str, ca: Path | None) -> float:
     """That a server is there, and the one that the authority vouches for; without `ca`, that it speaks plain HTTP.
+
+    Returns:
+        Seconds that this machine's clock is ahead of the server's, less what is uncertain; 0 where it does not say.
 
     Raises:
         RunError: it is not.
@@ -211,14 +223,18 @@ def check_server(server: str, ca: Path | None) -> None:
         else:
             asked = http.client.HTTPSConnection(host, port, timeout=10, context=context)
         try:
+            began = time.time()
             asked.request("GET", "/health")
-            asked.getresponse()
+            told = asked.getresponse().getheader("Date", "")
+            return _ahead(told, began, time.time())
         finally:
             asked.close()
     except ssl.SSLCertVerificationError as error:
+        fix = "use the ca.crt beside the server's own, and an address that the certificate names (fedlora certs)"
+        if error.verify_code in _OF_TIME:
+            fix = f"this machine's clock says {datetime.now(UTC):%Y-%m-%d %H:%M} UTC: set it if it is wrong"
         raise RunError(
-            f"the certificate of the server at {server} does not pass with {ca}: {error.verify_message}; "
-            "use the ca.crt beside the server's own, and an address that the certificate names (fedlora certs)"
+            f"the certificate of the server at {server} does not pass with {ca}: {error.verify_message}; {fix}"
         ) from None
     except ssl.SSLError as error:
         raise RunError(
@@ -232,6 +248,34 @@ def check_server(server: str, ca: Path | None) -> None:
         raise _NotThere(
             f"nobody answers at {server} ({error}); start the server, or check address and firewall"
         ) from None
+
+
+def _ahead(told: str, began: float, ended: float) -> float:
+    """How far this clock is ahead of one that showed this time, in whole seconds, between `began` and `ended`."""
+    try:
+        there = parsedate_to_datetime(told).timestamp()
+    except (ValueError, TypeError):
+        return 0.0
+    most, least = ended - there, began - there - 1.0
+    return least if least > 0 else most if most < 0 else 0.0
+
+
+def check_clock(ahead: float, server: str) -> None:
+    """Raises RunError for a clock with which Flower's server refuses all that a node signs.
+
+    Args:
+        ahead: seconds that this machine's clock is ahead of the server's.
+        server: HOST:PORT.
+    """
+    if -TIMESTAMP_TOLERANCE < ahead < SYSTEM_TIME_TOLERANCE:
+        return
+    seconds = abs(ahead)
+    size = next(f"{seconds / unit:.0f} {name}" for unit, name in _UNITS if seconds >= 2 * unit)
+    raise RunError(
+        f"this machine's clock is {size} {'ahead of' if ahead > 0 else 'behind'} that of the server at {server}, which "
+        f"takes nothing from a node that is more than {SYSTEM_TIME_TOLERANCE} s ahead or {TIMESTAMP_TOLERANCE} s "
+        "behind; set the clock that is wrong (NTP), and start the node again"
+    )
 
 
 def trusting(ca: Path) -> ssl.SSLContext:
@@ -349,27 +393,6 @@ def _worker(wanted: bool) -> Iterator[dict[str, Scalar]]:
             processes.stop_recorded(Path(folder) / "worker.pid", "worker")
 
 
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """SIGTERM and a closed terminal stop in order, as Ctrl-C does; a second signal does not disturb that."""
-    told = False
-
-    def tell(*_: object) -> None:
-        nonlocal told
-        if not told:
-            told = True
-            raise KeyboardInterrupt
-
-    wanted = [signal.SIGINT, signal.SIGTERM]
-    wanted += [signal.SIGHUP] if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
-    before = {number: signal.signal(number, tell) for number in wanted}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _superexec(secret: Path) -> list[str]:
     return ["--superexec-auth-secret-file", str(secret), "--parent-pid", str(os.getpid())]
 
@@ -383,8 +406,8 @@ def _secret(home: Path) -> Path:
     return path
 
 
-def _wait_for(server: str, ca: Path | None) -> None:
-    """Until somebody listens there; a server that cannot be trusted is an error at once."""
+def _wait_for(server: str, ca: Path | None) -> float:
+    """What `check_server` returns, once somebody listens there; a server that cannot be trusted is an error at once."""
     told = False
     while True:
         try:
@@ -404,6 +427,16 @@ def _listens(process: subprocess.Popen[bytes], port: int) -> bool:
                 return True
         time.sleep(0.1)
     return False
+
+
+def _check_pair(certificate: Path, key: Path) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except (OSError, ValueError) as error:  # ssl.SSLError is one
+        raise ConfigError(
+            f"--certs: {certificate} and {key.name} beside it are no certificate and its key in PEM format: {error}; "
+            "put back what `fedlora certs` wrote"
+        ) from None
 
 
 def _check_port(host: str, port: int) -> None:

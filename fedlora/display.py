@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +15,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-if TYPE_CHECKING:  # it imports torch, and every command this file
+if TYPE_CHECKING:  # they import heavy libraries, and every command this file
+    from fedlora.data.shown import Shown
     from fedlora.status import RunStatus
 
+_MOST_ALIKE = 3  # clients that are told of with one reason
+_NUMBER = re.compile(r"-?\d+")
 _MOST_CLIENTS = 40  # that fedlora status shows all of
 
 
@@ -49,6 +55,7 @@ class RunDisplay:
         self._rounds: TaskID | None = None
         self._clients: dict[int, TaskID] = {}
         self._evaluation: TaskID | None = None
+        self._alike: Counter[str] = Counter()
 
     def _line(self, text: str) -> None:
         self._console.print(text, soft_wrap=True)
@@ -58,6 +65,7 @@ class RunDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._rest_alike()
         self._progress.stop()
 
     def __call__(self, kind: str, facts: dict[str, Any]) -> None:
@@ -89,7 +97,19 @@ class RunDisplay:
 
     def _on_client_failed(self, client_id: int | None, node: int, reason: str, round: int) -> None:
         self._drop(self._clients.pop(client_id, None) if client_id is not None else None)
-        self._console.print(f"round {round}  not counted: {reason}", style="yellow", soft_wrap=True, markup=False)
+        kind = _NUMBER.sub("", reason)  # the same reason, of another client
+        if kind not in self._alike:
+            self._rest_alike()
+        self._alike[kind] += 1
+        if self._alike[kind] <= _MOST_ALIKE:
+            self._console.print(f"round {round}  not counted: {reason}", style="yellow", soft_wrap=True, markup=False)
+
+    def _rest_alike(self) -> None:
+        """How many clients more had a reason that was told often enough."""
+        more = sum(max(0, count - _MOST_ALIKE) for count in self._alike.values())
+        self._alike.clear()
+        if more:
+            self._console.print(f"  and {more} more for the same reason", style="yellow")
 
     def _on_evaluate_start(self, examples: int) -> None:
         self._evaluation = self._progress.add_task("  held-out rows", total=examples, note="")
@@ -106,6 +126,7 @@ class RunDisplay:
         self._line(f"round 0  held-out {_metrics(metrics)}  (untouched base{words})")
 
     def _on_round_end(self, entry: dict[str, Any]) -> None:
+        self._rest_alike()
         if self._rounds is not None:
             self._progress.advance(self._rounds)
         failed = f"  {len(entry['failures'])} failed" if entry["failures"] else ""
@@ -183,6 +204,19 @@ def status_table(run: RunStatus) -> Table:
             escape(client.note),
         )
     return table
+
+
+def example_text(example: Shown) -> Text:
+    """A row as the model sees it; what is learned is green, and between brackets that colours do not need."""
+    if not example.tokens:
+        return Text(f"row {example.row}: nothing to predict, left out", style="yellow")
+    cut = f" of {example.whole}" if example.whole > example.tokens else ""
+    text = Text(f"row {example.row}: {example.tokens}{cut} tokens\n", style="dim")
+    for piece, learned in example.parts:
+        text.append(f"⟦{piece}⟧" if learned else piece, style="not dim bold green" if learned else "not dim")
+    if example.label:
+        text.append(f" → ⟦{example.label}⟧", style="not dim bold green")
+    return text.append("\n")
 
 
 def _ago(seconds: float) -> str:

@@ -1,7 +1,27 @@
 """The exception tree. A message says what, where, got, expected and fix, in one sentence."""
 
+import errno
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+_NO_ROOM = {errno.ENOSPC, errno.EFBIG} | {getattr(errno, name) for name in ("EDQUOT",) if hasattr(errno, name)}
+_OF_THE_DISK = _NO_ROOM | {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.ENAMETOOLONG,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ELOOP,
+}
+_SAFETENSORS = re.compile(r"I/O error: (.+) \(os error (\d+)\)")
 
 
 class FedLoraError(Exception):
@@ -42,6 +62,19 @@ class WireError(FedLoraError):
 
 class RunError(FedLoraError):
     """The federation cannot go on: too few clients answered, or the engine failed."""
+
+
+def of_the_disk(error: BaseException) -> str:
+    """What is said of a file or folder that cannot be used as it is, wherever that was met; empty for other errors."""
+    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+        where = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        reason, number = error.strerror or "", error.errno
+    elif found := _SAFETENSORS.search(str(error)):  # which has exceptions of its own
+        where, reason, number = "", found[1], int(found[2])
+    else:
+        return ""
+    fix = "make room" if number in _NO_ROOM else "give another path, or make this one usable"
+    return f"{where or 'a file that this command writes'}: {reason}; {fix}"
 
 
 def suggest(got: str, known: Iterable[str]) -> str:

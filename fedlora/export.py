@@ -28,6 +28,7 @@ from fedlora.model_card import Card, render
 from fedlora.models import BaseModel, load_base, untie
 from fedlora.models.read import quiet
 from fedlora.peft_io import forget, install, save_checkpoint, workbench
+from fedlora.results import stored
 
 Transformation = Callable[[AdapterState], AdapterState]
 _PREFIX = "base_model.model."
@@ -78,6 +79,7 @@ def find(path: Path) -> Source:
 
     Raises:
         AdapterError: there is none, or it was not written by this product.
+        RunError: the run's record is damaged.
     """
     folder = path.expanduser().resolve()
     folder = folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder
@@ -91,7 +93,7 @@ def find(path: Path) -> Source:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{folder / 'fedlora.json'}: cannot be read: {error}") from None
     record = folder.parent / "result.json"
-    result = json.loads(record.read_text(encoding="utf-8")) if folder.name == "adapter" and record.is_file() else {}
+    result = stored(folder.parent) if folder.name == "adapter" and record.is_file() else {}
     return Source(folder, about, config, result)
 
 
@@ -102,6 +104,9 @@ def read_adapter(folder: Path) -> AdapterState:
         AdapterError: the files cannot be read, or hold something else than LoRA factors.
     """
     try:
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if not isinstance(settings, dict) or "lora_alpha" not in settings:  # PEFT would take its own default
+            raise ValueError("adapter_config.json is no LoRA adapter's, it lacks lora_alpha")
         config = cast("PeftLoraConfig", PeftLoraConfig.from_pretrained(str(folder)))
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError, ValueError, TypeError) as error:

@@ -24,6 +24,7 @@ from fedlora.config import Config, Scalar
 from fedlora.durable import write_json
 from fedlora.errors import RunError
 from fedlora.events import emit
+from fedlora.processes import share_cores
 from fedlora.results import folder_of
 
 _log = logging.getLogger("fedlora")
@@ -78,14 +79,13 @@ class Connection:
 
 def environment(home: Path) -> dict[str, str]:
     """What Flower's programs are to know: a state folder of their own, no telemetry, nothing installed at run time."""
+    share_cores()  # several processes compute by turns
     return os.environ | {
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds; each message waits for it
-        # Several processes share the cores; threads that spin while they wait would slow each other down tenfold.
-        "OMP_WAIT_POLICY": "PASSIVE",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
 

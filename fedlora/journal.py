@@ -82,7 +82,7 @@ def read(path: Path) -> list[dict[str, Any]]:
             events.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return [event for event in events if isinstance(event, dict) and "event" in event]
+    return [event for event in events if isinstance(event, dict) and {"event", "time"} <= event.keys()]
 
 
 class _LogLines(logging.Handler):

@@ -9,16 +9,78 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 _STOP_SECONDS = 10.0
+_PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}  # of GCC's and Intel's OpenMP
+_LOST_SECONDS = 30.0  # what was told to stop so long ago did not hear it
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def share_cores(processes: int = 1) -> None:
+    """What this process, and those that it starts, are to know before they load torch; what the user has set stays.
+
+    Threads that wait for others sleep: OpenMP's would spin, and take the cores from whatever else computes, other
+    processes and other pools of threads in this one. Of several processes that compute at once, each gets its share of
+    the cores.
+
+    Args:
+        processes: that compute at once.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ |= _PASSIVE
+    if processes > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(share_of_cores(processes)))
+
+
+def share_of_cores(processes: int) -> int:
+    """Threads for each of several processes that compute at once, on the cores that this one may use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // processes)
+
+
+@dataclass
+class Told:
+    """The signal that told this process to stop.
+
+    Attributes:
+        number: of the signal; 0 for none.
+    """
+
+    number: int = 0
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[Told]:
+    """SIGTERM and a closed terminal stop what is within the block in order, as Ctrl-C does: by KeyboardInterrupt.
+
+    A second signal does not disturb that, unless it comes much later, when the first was lost. Signals that this
+    process was started to ignore, as by nohup, stay ignored, but for SIGTERM.
+    """
+    told, last = Told(), 0.0
+
+    def tell(number: int, _: object) -> None:
+        nonlocal last
+        if not told.number or time.monotonic() - last > _LOST_SECONDS:
+            told.number, last = number, time.monotonic()
+            raise KeyboardInterrupt
+
+    wanted = [number for name in ("SIGINT", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
+    wanted = [signal.SIGTERM, *(number for number in wanted if signal.getsignal(number) != signal.SIG_IGN)]
+    before = {number: signal.signal(number, tell) for number in wanted}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def start(command: Sequence[str], folder: Path, environment: Mapping[str, str], output: Any) -> subprocess.Popen[bytes]:

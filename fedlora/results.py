@@ -8,9 +8,11 @@ import logging
 import os
 import platform
 import secrets
+import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from fedlora import __version__
+from fedlora import __version__, journal
 from fedlora.adapter import AdapterState
 from fedlora.config import Config, Scalar, parse, parse_overrides
 from fedlora.durable import write_json
@@ -70,6 +72,7 @@ class RunRecord:
         self._resumes = config.run.resume
         self._replayed: int | None = None
         self._events: Any = None
+        self._told = False
         if self._resumes:
             found = stored(self.folder)
             check_changes(found, config)
@@ -137,6 +140,8 @@ class RunRecord:
         changed = {name: value for name, value in facts.items() if value != self.data.get(name)}
         self.data.setdefault("resumed", []).append({"time": _now(), "after-round": done, **changed})
         self._write()
+        if self.data["rounds"] or "baseline" in self.data:
+            self._tell()
         _log.info("resumed after %s", "nothing: no round was complete" if done is None else f"round {done}")
 
     def start(self, clients: Sequence[ClientInfo], fingerprint: str, facts: Mapping[str, str] | None = None) -> None:
@@ -165,11 +170,18 @@ class RunRecord:
         ]
         self._write()
 
+    def _tell(self) -> None:
+        """Where the results are, once there are some."""
+        if not self._told:
+            self._told = True
+            _log.info("results: %s", self.folder)
+
     def baseline(self, metrics: Mapping[str, float]) -> None:
         """Held-out metrics before round 1."""
         self.data["baseline"] = dict(metrics)
         self._scalars("heldout", metrics, 0)
         self._write()
+        self._tell()
 
     def round(self, entry: Mapping[str, Any]) -> None:
         """A complete round."""
@@ -181,6 +193,7 @@ class RunRecord:
         single = {name: value for name, value in entry.items() if isinstance(value, int | float) and name != "round"}
         self._scalars("round", single, number)
         self._write()
+        self._tell()
 
     @property
     def excluded(self) -> frozenset[int]:
@@ -259,6 +272,32 @@ def folder_of(config: Config) -> Path:
     return Path(run.dir).expanduser().resolve() / run.name / run.id
 
 
+@contextmanager
+def nothing_left(config: Config) -> Iterator[None]:
+    """A run's folder that is made within the block goes again when the block fails before anything was run."""
+    folder = folder_of(config)
+    new = [path for path in (folder, folder.parent, folder.parent.parent) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        if folder in new and not _holds_results(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            for empty in new[1:]:
+                with suppress(OSError):  # another run is there
+                    empty.rmdir()
+        raise
+
+
+def _holds_results(folder: Path) -> bool:
+    """Whether a round has begun, or the base was evaluated."""
+    try:
+        data = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        data = {}
+    begun = any(event["event"] == "round-start" for event in journal.read(folder / journal.NAME))
+    return begun or bool(data.get("rounds")) or "baseline" in data
+
+
 def resumed(folder: Path, overrides: Sequence[str] = ()) -> Config:
     """The config that goes on with the run in this folder: its own, with `key=value` overrides.
 
@@ -288,9 +327,23 @@ def stored(folder: Path) -> dict[str, Any]:
         raise RunError(f"{folder}: no run here, result.json is missing; give a folder runs/<name>/<time>") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA or "key" not in data:
+    if not _is_record(data):
         raise RunError(f"{path}: not the record of a run that this version can read; start a new run")
     return data
+
+
+def _is_record(data: Any) -> bool:
+    """Whether this has what a record of this version always has."""
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        return False
+    kinds = {"key": str, "status": str, "config": dict, "rounds": list}
+    if not all(isinstance(data.get(name), kind) for name, kind in kinds.items()):
+        return False
+    parts = {"round": int, "clients": dict, "failures": dict, "seconds": dict}
+    return isinstance(data["config"].get("federation.rounds"), int) and all(
+        isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in parts.items())
+        for entry in data["rounds"]
+    )
 
 
 def check_changes(data: Mapping[str, Any], config: Config) -> None:

@@ -117,11 +117,11 @@ def _present(events: list[dict[str, Any]], ended: int) -> dict[int, str]:
             case "client-start":
                 notes[event["client_id"]] = f"round {number}: trains"
             case "client-step":
-                notes[event["client_id"]] = f"round {number}: step {event['step']} of {event['steps']}"
+                notes[event["client_id"]] = f"round {number}: step {event.get('step')} of {event.get('steps')}"
             case "client-done":
                 notes[event["client_id"]] = f"round {number}: answered"
             case "client-failed":
-                notes[event["client_id"]] = f"round {number}: not counted: {event['reason']}"
+                notes[event["client_id"]] = f"round {number}: not counted: {event.get('reason')}"
     return notes
 
 
@@ -143,5 +143,9 @@ def _client(about: Mapping[str, Any], entries: list[dict[str, Any]], now: Mappin
     )
 
 
-def _since(time: str) -> float:
-    return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds())
+def _since(time: object) -> float | None:
+    """Seconds since then; None for what is no time."""
+    try:
+        return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(str(time))).total_seconds())
+    except (ValueError, TypeError):
+        return None

@@ -17,7 +17,7 @@ import torch
 from fedlora import peft_io
 from fedlora.adapter import AdapterState
 from fedlora.config import Config, client_parts, client_rank
-from fedlora.data import client_statistics, encode, prepare
+from fedlora.data import client_statistics, encode, prepare, usable_rows
 from fedlora.errors import RunError
 from fedlora.evaluate import predict
 from fedlora.results import code_version, device_facts, folder_of, versions
@@ -134,10 +134,12 @@ def _rows(model: Any, lora: Any, data: Any, clients: int, seed: int) -> dict[str
     split, tokenizer = prepare(config), peft_io.workbench(model, lora).base.tokenizer
     if not len(split.test):
         raise RunError(f"data.test-fraction = {data.test_fraction} leaves no rows to test on; raise it")
-    return {
-        name: (encode(rows, tokenizer, data, model.task, model.labels), torch.from_numpy(owners.copy()))
-        for name, rows, owners in zip(("validation", "test"), (split.heldout, split.test), split.owners, strict=True)
-    }
+    found: dict[str, tuple[list[Any], torch.Tensor]] = {}
+    for name, rows, owners in zip(("validation", "test"), (split.heldout, split.test), split.owners, strict=True):
+        usable = usable_rows(rows, tokenizer, data, model.task) if len(owners) else []
+        examples = encode(rows, tokenizer, data, model.task, model.labels)
+        found[name] = (examples, torch.from_numpy(owners[usable]))
+    return found
 
 
 def _held_out(config: Config) -> dict[str, tuple[list[Any], torch.Tensor]]:

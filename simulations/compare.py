@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from fedlora.config import parse
 from fedlora.durable import write_json
 from fedlora.errors import ConfigError, FedLoraError, RunError
-from fedlora.processes import end_with, stop
+from fedlora.processes import end_with, share_cores, share_of_cores, stop
 
 from .grid import SCHEMA, Cell, Grid
 
@@ -79,7 +79,7 @@ def slots_of(text: str) -> list[Slot]:
         devices = names
     else:
         raise ConfigError(f"--slots {text!r}: expected a number from 1, or devices such as cuda:0,cuda:1 or cpu,cpu")
-    threads = max(1, (os.cpu_count() or 1) // len(devices))
+    threads = share_of_cores(len(devices))
     return [Slot(device, threads) for device in devices]
 
 
@@ -103,6 +103,7 @@ def run(
     Raises:
         RunError: another process is at this folder, or it holds another comparison's cells, or a damaged file.
     """
+    share_cores(len(slots))
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
@@ -239,8 +240,6 @@ def _submitted(
 
 
 def _worker(slot: int, folder: Path) -> ProcessPoolExecutor:
-    # Threads that spin while they wait take the cores from the other slots; read when the worker loads torch.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = (os.getpid(), folder / "logs" / f"{slot}.txt")
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin, initargs=given)
 

@@ -25,7 +25,7 @@ from flwr.common.constant import ErrorCode
 from fedlora.config import Scalar
 from fedlora.errors import ConfigError, RunError
 from fedlora.events import emit, listen
-from fedlora.processes import end_with
+from fedlora.processes import end_with, share_cores, share_of_cores
 
 from .local import WINDOW, LocalGrid
 
@@ -126,8 +126,6 @@ class Child:
         self._process = self._pipe = None
 
     def _start(self) -> None:
-        # Threads that spin while they wait take the cores from the other processes; read when it loads torch.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._log.parent.mkdir(parents=True, exist_ok=True)
         context = get_context("spawn")
         self._pipe, theirs = context.Pipe()
@@ -166,7 +164,8 @@ class DevicesGrid(LocalGrid):
         placed = [config | {"device": devices[i % len(devices)]} for i, config in enumerate(node_configs)]
         super().__init__(client_app, placed, run_config, run_id)
         self.window = WINDOW * len(devices)
-        threads = max(1, (os.cpu_count() or 1) // len(devices))
+        share_cores(len(devices))
+        threads = share_of_cores(len(devices))
         self._children = [Child(name, threads, logs / f"device-{i}.txt") for i, name in enumerate(devices)]
         self._home = {node: self._children[i % len(devices)] for i, node in enumerate(self.get_node_ids())}
         self._at: dict[Child, list[Message]] = {}

@@ -17,9 +17,10 @@ from fedlora import flower_programs, processes
 from fedlora.config import Config
 from fedlora.flower_programs import Connection, absolute, write_bundle
 from fedlora.processes import free_port
-from fedlora.results import stamp
+from fedlora.results import nothing_left, stamp
 
 from ..clients.node import ALLOW_FILES
+from .checks import check
 
 _log = logging.getLogger("fedlora")
 
@@ -35,8 +36,10 @@ def run(config: Config, at_once: int = 1) -> None:
     Raises:
         RunError: Flower did not start, or the run did not complete; the message holds the reason.
     """
+    processes.share_cores(at_once)
     config = absolute(stamp(config))
-    with tempfile.TemporaryDirectory(prefix="fedlora-flower-") as scratch:
+    check(config)
+    with nothing_left(config), tempfile.TemporaryDirectory(prefix="fedlora-flower-") as scratch:
         home = Path(scratch)
         bundle = write_bundle(config, home / "app")
         with _superlink(home) as environment:

@@ -18,7 +18,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from torch.profiler import record_function
 
 from fedlora.config import Config, Scalar, parse
-from fedlora.results import folder_of, stamp
+from fedlora.results import folder_of, nothing_left, stamp
+
+from .checks import check
 
 _SERVER = 1  # Flower's own id of the SuperLink
 WINDOW = 16
@@ -154,6 +156,7 @@ def run(
         from ..clients.client_app import app as client_app
 
     config = stamp(parse({"model.device": devices[0]}, config) if devices else config)
+    check(config)
     run_config = config.to_flat()
     run_id = secrets.randbits(62)
     count = config.federation.clients
@@ -169,5 +172,5 @@ def run(
         grid = DevicesGrid(client_app, nodes, run_config, run_id, devices=devices, logs=logs)
     else:
         grid = nullcontext(LocalGrid(client_app, nodes, run_config, run_id, cohorts))
-    with grid as opened:
+    with nothing_left(config), grid as opened:
         server_app(opened, Context(run_id, _SERVER, {}, RecordDict(), run_config))

@@ -51,12 +51,11 @@ def main(grid: Grid, context: Context) -> None:
     record = RunRecord(config)
     try:
         with _narrated(), journal.kept(record.folder / journal.NAME):
-            _log.info("results: %s", record.folder)
             rounds.run(grid, config, record, context.run_id)
     except FedLoraError as error:
         record.finish("failed", str(error))
         raise
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the second is how Flower stops a run
         record.finish("interrupted")
         raise
     except BaseException as error:

@@ -1,9 +1,12 @@
 """The command line as a user meets it: help that teaches, one sentence per error, exit codes."""
 
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,8 +116,20 @@ def test_a_wrong_value_that_only_loading_shows_is_one_sentence_too(call, tmp_pat
     assert done.returncode == 1, done.stdout
     assert says in done.stderr
     assert "Traceback" not in done.stderr
-    result = tmp_path / "runs" / "tiny" / "one" / "result.json"
-    assert json.loads(result.read_text())["status"] == "failed"
+    assert "refused" not in done.stdout + done.stderr  # by no client: nobody was asked
+    assert "results:" not in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_full_disk_is_a_sentence_wherever_it_is_met(call, monkeypatch):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", "/there/file")
+
+    monkeypatch.setattr(cli.configuration, "describe", full)
+    done = call("keys")
+    assert done.returncode == 1
+    assert "error: /there/file: No space left on device; make room" in done.stderr
+    assert "internal" not in done.stderr
 
 
 def test_debug_gives_the_traceback(call):
@@ -151,6 +166,45 @@ def test_data_shows_who_gets_what(call, tmp_path, tiny_llama):
     assert all(f"(p{person})" in done.stdout for person in range(4))
 
 
+def written(folder: Path, model: Path, rows: list[dict[str, object]], **keys: str | int) -> str:
+    """A preset for `fedlora data` on these rows, as its path."""
+    (folder / "own.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    keys = {"data__source": str(folder / "own.jsonl"), "data__partition": "iid", "federation__clients": 1, **keys}
+    (folder / "run.toml").write_text(config_table(tiny(folder, model, data__heldout_fraction=0.3, **keys)), "utf-8")
+    return str(folder / "run.toml")
+
+
+def test_data_shows_examples_as_the_model_sees_them(call, tmp_path, tiny_llama):
+    turns = [("system", "Be [bold]kind"), ("human", "hi"), ("gpt", "héllo 🙂"), ("human", "more?")]
+    rows = [
+        {"conversations": [{"from": who, "value": text} for who, text in turns]},
+        {"conversations": [{"from": "human", "value": "hi"}]},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "long " * 40}]},
+        {"conversations": [{"from": "human", "value": "fourth"}]},
+    ]
+    done = call("data", written(tmp_path, tiny_llama, rows), "--show", "3")
+    assert done.returncode == 0, done.stderr
+    start = "<|im_start|>system\nBe [bold]kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert f"row 1: 56 tokens\n{start}⟦héllo 🙂<|im_end|>⟧\n" in done.stdout
+    assert "row 2: nothing to predict, left out\nrow 3: 64 of 222 tokens\n" in done.stdout
+    assert "fourth" not in done.stdout
+
+
+def test_data_shows_classes_by_name_and_the_token_that_nothing_predicts(call, tmp_path, tiny_llama):
+    rows = [{"text": f"ab {number}", "label": "yes" if number else "no"} for number in range(8)]
+    preset = written(tmp_path, tiny_llama, rows)
+    assert "row 1: 5 tokens\na⟦b 0<|im_end|>⟧" in call("data", preset, "--show", "1").stdout
+    shown = call("data", preset, "--show", "2", "-c", "model.task=classification").stdout
+    assert "ab 0 → ⟦no⟧" in shown
+    assert "ab 1 → ⟦yes⟧" in shown
+
+
+def test_data_on_a_text_column_of_numbers_is_one_sentence(call, tmp_path, tiny_llama):
+    done = call("data", written(tmp_path, tiny_llama, [{"text": number} for number in range(8)]))
+    assert done.returncode == 1
+    assert "column 'text' holds 0 (int), expected text in every row" in done.stderr
+
+
 def test_doctor_checks_quantization(call):
     done = call("doctor")
     assert "nf4 self-test" in done.stdout
@@ -158,10 +212,8 @@ def test_doctor_checks_quantization(call):
     assert done.returncode == 0, done.stdout
 
 
-def test_ctrl_c_keeps_what_was_finished(tmp_path, tiny_llama):
-    import signal
-    import time
-
+@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_keeps_what_was_finished(tmp_path, tiny_llama, told):
     preset = tmp_path / "run.toml"
     config = tiny(tmp_path, tiny_llama, federation__rounds=500)
     preset.write_text(config_table(config), encoding="utf-8")
@@ -178,10 +230,10 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path, tiny_llama):
             if result.exists() and json.loads(result.read_text())["rounds"]:
                 break
             time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(told)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "interrupted" in err
+    assert process.returncode == 128 + told, err
+    assert f"interrupted; what was finished is in {result.parent}" in err
     assert "Traceback" not in err
     data = json.loads(result.read_text())
     assert data["status"] == "interrupted"

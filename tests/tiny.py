@@ -23,8 +23,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def save_llama(folder: Path, seed: int = 0) -> Path:
-    """A Llama causal LM: 2 layers, hidden 32, 4 query and 2 key-value heads, tied; a byte-level tokenizer."""
+def save_llama(folder: Path, seed: int = 0, **sizes: int) -> Path:
+    """A Llama causal LM: 2 layers, hidden 32, 4 query and 2 key-value heads, tied; a byte-level tokenizer.
+
+    `sizes` are LlamaConfig's, in place of these.
+    """
     tokenizer = _bytes_tokenizer(
         bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token="<|unk|>", pad_token="<|pad|>"
     )
@@ -43,6 +46,7 @@ def save_llama(folder: Path, seed: int = 0) -> Path:
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.2,
     )
+    config.update(sizes)
     return _save(LlamaForCausalLM, config, tokenizer, folder, seed)
 
 

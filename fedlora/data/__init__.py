@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from fedlora.config import Config, DataConfig, client_parts
 from fedlora.data.batches import batch_at, collate, eval_batches
-from fedlora.data.forms import Example, encode, form_of
+from fedlora.data.forms import Example, encode, form_of, usable_rows
 from fedlora.data.lazy import LazyExamples
 from fedlora.data.partition import Split, client_split, joined, kept_back, split_rows
 from fedlora.data.sources import PACKAGED, load_rows
@@ -33,6 +33,7 @@ __all__ = [
     "load_rows",
     "prepare",
     "split_rows",
+    "usable_rows",
 ]
 
 

@@ -9,10 +9,12 @@ from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedlora.assets import fetch
 from fedlora.config import DataConfig
+from fedlora.data import files
+from fedlora.data.conversations import TEXT_COLUMNS
 from fedlora.errors import DataError, suggest
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def load_rows(config: DataConfig) -> Dataset:
         import pyarrow as pa
 
         rows = Dataset(pa.table(dict(PACKAGED[config.source].read(fetch(config.source)))))
-    elif (path := Path(config.source).expanduser()).exists() or path.suffix.lower() in _READERS:
+    elif (path := Path(config.source).expanduser()).exists() or path.suffix.lower() in files.SUFFIXES:
         rows = Dataset(_read_file(path, config))
     else:
         rows = _read_hub(config)
@@ -140,68 +142,9 @@ def _columns(names: tuple[str, ...], rows: list[tuple[str, ...]]) -> dict[str, l
 
 
 def _read_file(path: Path, config: DataConfig) -> pa.Table:
-    import pyarrow as pa
-
-    if path.suffix.lower() not in _READERS:
-        raise DataError(f"{path}: cannot be read as data, expected a file that ends in {', '.join(_READERS)}")
-    try:
-        table = _READERS[path.suffix.lower()](path, config)
-        table.validate(full=True)  # finds text that is not UTF-8
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        place = _bad_line(path) if path.suffix.lower() in (".jsonl", ".json") else ""
-        raise DataError(f"{path}: {place or error}") from None
-    return table
-
-
-def _read_json(path: Path, config: DataConfig) -> pa.Table:
-    import pyarrow.json
-
-    # One block: a column's type is then that of the whole file, and a line may be of any length.
-    size = min(max(path.stat().st_size + 1, 1 << 20), 2**31 - 1)
-    return pyarrow.json.read_json(path, read_options=pyarrow.json.ReadOptions(block_size=size))
-
-
-def _read_csv(path: Path, config: DataConfig) -> pa.Table:
-    import pyarrow as pa
-    import pyarrow.csv
-
-    texts = (config.prompt_column, config.response_column, config.text_column)
-    return pyarrow.csv.read_csv(
-        path,
-        read_options=pyarrow.csv.ReadOptions(use_threads=False),  # errors name the row only without threads
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in texts}),
-    )
-
-
-def _read_parquet(path: Path, config: DataConfig) -> pa.Table:
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(path)
-
-
-_READERS: Mapping[str, Callable[[Path, DataConfig], Any]] = MappingProxyType(
-    {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-)
-
-
-def _bad_line(path: Path) -> str:
-    """What is wrong with the first line that is no JSON object; empty if every line is one."""
-    if not path.is_file():
-        return ""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                value = json.loads(line.decode("utf-8")) if line.strip() else {}
-            except UnicodeDecodeError as error:
-                return f"line {number} is not UTF-8: {error.reason} at byte {error.start}"
-            except json.JSONDecodeError as error:
-                return f"line {number}, column {error.colno} is not JSON: {error.msg}; one object per line is expected"
-            if not isinstance(value, dict):
-                return f"line {number} holds a {type(value).__name__}; one object per line is expected"
-    return ""
+    if path.suffix.lower() not in files.SUFFIXES:
+        raise DataError(f"{path}: cannot be read as data, expected a file that ends in {', '.join(files.SUFFIXES)}")
+    return files.read(path, [config.prompt_column, config.response_column, config.text_column, *TEXT_COLUMNS])
 
 
 def _read_hub(config: DataConfig) -> Dataset:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fedlora.config import DataConfig
-from fedlora.data.forms import column_names, form_of
+from fedlora.data.conversations import conversations, texts
+from fedlora.data.forms import form_of
 from fedlora.data.partition import Split
 
 
@@ -44,11 +44,7 @@ def client_statistics(split: Split, data: DataConfig, task: str) -> list[ClientS
         DataError: a column is missing, or the form does not fit the task.
     """
     form = form_of(split.rows.column_names, data, task)
-    columns = [name for name in column_names(form, data) if form != "label" or name != data.label_column]
-    characters = sum(
-        (np.array([_characters(cell) for cell in split.rows[:][name]], dtype=np.int64) for name in columns),
-        start=np.zeros(len(split.rows), dtype=np.int64),
-    )
+    characters = np.array(_characters(split, form, data), dtype=np.int64)
     labels = np.array(_label_names(split, data) if form == "label" else [])
     return [
         ClientStatistics(
@@ -62,11 +58,13 @@ def client_statistics(split: Split, data: DataConfig, task: str) -> list[ClientS
     ]
 
 
-def _characters(cell: Any) -> int:
-    """Characters of a text, or of all messages of a conversation."""
-    if isinstance(cell, list):
-        return sum(len(message.get("content") or "") for message in cell)
-    return len(cell or "")
+def _characters(split: Split, form: str, data: DataConfig) -> list[int]:
+    """Of each row's text, or of all messages of its conversation."""
+    columns = split.rows[:]
+    if form in ("text", "label"):
+        return [len(text) for text in texts(columns[data.text_column], data.text_column, data)]
+    plain = replace(data, system_prompt="")
+    return [sum(len(m["content"]) for m in one.messages) for one in conversations(columns, form, plain)]
 
 
 def _label_names(split: Split, data: DataConfig) -> list[str]:

@@ -5,7 +5,16 @@ from .fingerprint import fingerprint
 from .folders import at_hand, resolve
 from .head import fresh as fresh_head
 from .limits import check_length, longest
-from .load import BaseModel, base_fingerprint, first_head, head_modules, head_shapes, load_base, meta_model
+from .load import (
+    BaseModel,
+    base_fingerprint,
+    first_head,
+    head_modules,
+    head_shapes,
+    load_base,
+    meta_model,
+    tokenizer_of,
+)
 from .targets import find_targets, summary
 from .tied import tied_with, untie
 
@@ -28,5 +37,6 @@ __all__ = [
     "resolve",
     "summary",
     "tied_with",
+    "tokenizer_of",
     "untie",
 ]

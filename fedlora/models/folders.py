@@ -86,6 +86,12 @@ def _complete(folder: Path, name: str) -> Path:
     config = folder / "config.json"
     if not config.is_file():
         raise ModelError(f"{name}: {folder} has no config.json, expected the files that save_pretrained writes")
+    try:
+        damage = "" if isinstance(json.loads(config.read_text(encoding="utf-8")), dict) else "it is no JSON object"
+    except (OSError, ValueError) as error:
+        damage = str(error)
+    if damage:
+        raise ModelError(f"{name}: {config} cannot be read: {damage}; put back the file that save_pretrained wrote")
     if not any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
         pickled = sorted(path.name for path in folder.glob("*.bin"))
         raise ModelError(

@@ -112,6 +112,15 @@ def meta_model(config: ModelConfig, say: Say = LOG.info) -> PreTrainedModel:
     return read.shapes(config, resolve(config.name, config.revision, say, weights=False))
 
 
+def tokenizer_of(config: ModelConfig, say: Say = LOG.info) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a pad token; its weights stay where they are.
+
+    Raises:
+        ModelError: there is no such model, or its tokenizer cannot be read.
+    """
+    return _tokenizer(config, resolve(config.name, config.revision, say, weights=False))
+
+
 def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
     """The names of a classifier's own modules, beside the pretrained body; none for a causal LM."""
     if model.get_output_embeddings() is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from fedlora.config import DataConfig
-from fedlora.data import Example, encode, form_of
+from fedlora.data import Example, encode, form_of, usable_rows
 from fedlora.errors import DataError
 
 from .conftest import CHATML, wrap
@@ -203,6 +204,9 @@ def test_no_rows_no_examples(plain: PreTrainedTokenizerFast) -> None:
         (["messages", "prompt", "response"], CAUSAL, "chat"),
         (["text", "label"], CAUSAL, "text"),
         (["text", "label"], "classification", "label"),
+        (["instruction", "input", "output", "text"], CAUSAL, "alpaca"),
+        (["instruction", "output"], CAUSAL, "alpaca"),
+        (["id", "conversations", "system", "tools"], CAUSAL, "sharegpt"),
     ],
 )
 def test_auto_form(columns: list[str], task: str, form: str) -> None:
@@ -229,11 +233,11 @@ def test_wrong_columns(columns: list[str], form: str, task: str, message: str) -
     [
         ({"prompt": ["a"], "response": [None]}, r"'response' holds None .* expected text"),
         ({"prompt": [3], "response": ["a"]}, r"'prompt' holds 3 \(int\)"),
-        ({"text": ["  "]}, r"'text' holds an empty text"),
+        ({"text": ["  ", ""]}, r"none of 2 rows has anything to predict: .*; the first holds '  '"),
         ({"messages": ["hello"]}, r"'messages' holds 'hello', expected a list"),
         ({"messages": [[{"role": "user", "content": None}]]}, r"'content': None.*expected a list"),
-        ({"messages": [[{"role": "user", "content": "a"}]]}, r"nothing to learn"),
-        ({"messages": [[{"role": "assistant", "content": "a"}]]}, r"nothing to learn"),
+        ({"messages": [[{"role": "user", "content": "a"}]]}, r"none of 1 rows .* needs an assistant's message"),
+        ({"messages": [[{"role": "assistant", "content": "a"}]]}, r"none of 1 rows .* needs an assistant's message"),
     ],
 )
 def test_wrong_values(chatml: PreTrainedTokenizerFast, rows: dict[str, Any], message: str) -> None:
@@ -250,8 +254,82 @@ def test_a_template_that_refuses_the_roles_is_named(byte_level: Any) -> None:
 
 def test_a_template_that_does_not_continue_the_prompt_is_refused(byte_level: Any) -> None:
     odd = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>'")
-    with pytest.raises(DataError, match="nothing to learn"):
+    with pytest.raises(DataError, match=r"nothing to learn .* <think> .*data\.form = 'text'"):
         encode(pairs(("a", "b")), wrap(byte_level, odd), DATA, CAUSAL)
+
+
+def test_what_follows_the_last_answer_does_not_change_it(byte_level: Any) -> None:
+    """The template drops the thoughts of all turns but the last; a question without an answer is no last turn."""
+    drops_early_thoughts = CHATML.replace(
+        "m['content'] +",
+        "(m['content'].split('!')[-1] if m['role'] == 'assistant' and not loop.last else m['content']) +",
+    )
+    tokenizer = wrap(byte_level, drops_early_thoughts)
+    (example,) = encode(chat("a", "think!b", "c"), tokenizer, DATA, CAUSAL)
+    assert text_of(tokenizer, learned(example)) == "think!b<|im_end|>"
+
+
+@pytest.mark.parametrize("left", [[], ["default"], ["rag", "tool_use"]])
+def test_templates_by_name(byte_level: Any, left: list[str]) -> None:
+    named = {"rag": CHATML.replace("Be kind", "Use the text"), **dict.fromkeys(left, CHATML)}
+    tokenizer = wrap(byte_level, named)
+    (chosen,) = encode(pairs(("a", "b")), tokenizer, replace(DATA, chat_template="rag"), CAUSAL)
+    assert ("Use the text" in text_of(tokenizer, chosen.input_ids)) == ("rag" not in left)
+    if "default" in left:
+        (usual,) = encode(pairs(("a", "b")), tokenizer, DATA, CAUSAL)
+        assert "Be kind" in text_of(tokenizer, usual.input_ids)
+    else:
+        with pytest.raises(DataError, match=r"by name and no default; choose one of 'rag'.* as data\.chat-template"):
+            encode(pairs(("a", "b")), tokenizer, DATA, CAUSAL)
+    with pytest.raises(DataError, match=r"data\.chat-template = 'rags'; did you mean 'rag'\?"):
+        encode(pairs(("a", "b")), tokenizer, replace(DATA, chat_template="rags"), CAUSAL)
+
+
+@pytest.mark.parametrize("name", ["chatml", "plain"])
+def test_a_template_is_named_where_none_has_a_name(name: str, request: pytest.FixtureRequest) -> None:
+    with pytest.raises(
+        DataError, match=r"data\.chat-template = '\{\{ 1 \}\}'; this tokenizer has no templates by name"
+    ):
+        encode(pairs(("a", "b")), request.getfixturevalue(name), replace(DATA, chat_template="{{ 1 }}"), CAUSAL)
+
+
+def test_rows_with_nothing_to_predict_are_counted_and_left_out(
+    plain: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("fedlora"), "propagate", True)
+    rows = Dataset.from_dict({"text": ["hello", "<|im_end|>", "", " \n", "a"], "label": [0, 1, 1, 0, 1]})
+    assert [text_of(plain, example.input_ids) for example in encode(rows, plain, DATA, CAUSAL)] == [
+        "hello<|im_end|>",
+        "a<|im_end|>",
+    ]
+    assert (
+        "mine.jsonl: 3 of 5 rows have nothing to predict and are left out, the first holds '<|im_end|>'" in caplog.text
+    )
+    assert [example.labels for example in encode(rows, plain, DATA, "classification")] == [0, 1, 1]
+    assert usable_rows(rows, plain, DATA, "classification") == [0, 1, 4]
+    conversations = [
+        [{"role": "user", "content": "a"}],
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+    ]
+    assert len(encode(Dataset.from_dict({"messages": conversations}), plain, DATA, CAUSAL)) == 1
+
+
+def test_one_token_is_nothing_to_predict_without_an_end_token(byte_level: Any) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level, pad_token="<|im_end|>")
+    rows = Dataset.from_dict({"text": ["a", "ab", "\n\n", "a" * 300]})
+    assert usable_rows(rows, tokenizer, DATA, CAUSAL) == [1, 3]
+    assert usable_rows(pairs(("a", ""), ("a", "b")), tokenizer, DATA, CAUSAL) == [1]
+    assert len(encode(pairs(("a", ""), ("a", "b")), tokenizer, DATA, CAUSAL)) == 1
+
+
+def test_long_words_that_the_vocabulary_lacks_are_one_token() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[UNK]")
+    rows = Dataset.from_dict({"text": ["x" * 400, "x" * 400 + " a", "x a"]})
+    assert usable_rows(rows, tokenizer, DATA, CAUSAL) == [1, 2]
 
 
 @pytest.mark.slow

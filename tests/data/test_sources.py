@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import yaml
 from datasets.exceptions import DatasetNotFoundError
 
 from fedlora.config import DataConfig
-from fedlora.data import load_rows, sources
+from fedlora.data import load_rows, sources, split_rows
 from fedlora.errors import DataError
 
 ROWS = [{"prompt": "a", "response": "b\nc", "who": "x"}, {"prompt": "ü", "response": "", "who": "y"}]
@@ -110,6 +111,41 @@ def test_csv_text_stays_text(tmp_path: Path) -> None:
     assert rows.to_list()[0] == {"prompt": "1+2", "response": "3", "label": 0}
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["2020-01-01", "2021-05-05"],
+        ["2020-01-01 10:00:00", None],
+        [True, False, None],
+        [1, 2.5, None],
+        [2**63, 3, None, -(2**100)],
+        [1e300, 0.5],
+        [{"at": "2020-01-01", "n": 2**64, "more": {"z": "1999-12-31"}}, None],
+        [[{"value": "2020-01-01 10:00:00"}], [], None],
+        ["", " ", "null", "true", "1", "NaN"],
+        [None, None],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", ["lines", "list"])
+def test_json_values_stay_what_they_are(tmp_path: Path, values: list[Any], form: str) -> None:
+    found = [{"a": value, "row": number} for number, value in enumerate(values)]
+    text = json.dumps(found, indent=1) if form == "list" else "\n".join(map(json.dumps, found))
+    assert load_rows(write(tmp_path / "rows.json", text)).to_list() == found
+
+
+def test_large_numbers_are_keys_of_their_own(tmp_path: Path) -> None:
+    """As floats they would be one client."""
+    lines = [json.dumps({"text": "a", "who": 2**64 + number % 3}) for number in range(12)]
+    config = replace(write(tmp_path / "rows.jsonl", "\n".join(lines)), partition_by="who", heldout_fraction=0.0)
+    assert split_rows(load_rows(config), config, 3, 0).names == tuple(str(2**64 + number) for number in range(3))
+
+
+def test_csv_texts_of_instructions_stay_text(tmp_path: Path) -> None:
+    rows = load_rows(write(tmp_path / "sums.csv", "instruction,input,output\nadd,12,2020-01-01\n"))
+    assert rows.to_list() == [{"instruction": "add", "input": "12", "output": "2020-01-01"}]
+
+
 def test_lines_longer_than_a_block(tmp_path: Path) -> None:
     rows = load_rows(write(tmp_path / "long.jsonl", json.dumps({"text": "x" * 3_000_000}) + '\n{"text": "y"}'))
     assert [len(text) for text in rows["text"]] == [3_000_000, 1]
@@ -126,9 +162,22 @@ def test_class_names_are_numbered_over_the_whole_set(tmp_path: Path) -> None:
     [
         ("a.jsonl", '{"a": 1}\n\n{"a": 2\n', r"a\.jsonl: line 3, column \d+ is not JSON"),
         ("a.jsonl", '{"a": 1}\n[1]\n', r"a\.jsonl: line 2 holds a list; one object per line"),
-        ("a.json", '[\n{"a": 1}\n]\n', r"a\.json: line 1, column \d+ is not JSON.*one object per line"),
+        ("a.jsonl", '{"a": 1}\nnull\n', r"a\.jsonl: line 2 holds null; one object per line"),
+        ("a.jsonl", "null\n", r"a\.jsonl: line 1 holds null; one object per line"),
+        ("a.json", '[\n{"a": 1},\n]\n', r"a\.json: line 3, column 1 is not JSON"),
+        ("a.json", '[{"a": 1}, "x"]', r"a\.json: row 2 holds text; one object per line, or a list of objects"),
+        ("a.json", b'[{"a": "\xe9"}]', r"a\.json: byte 8 is not UTF-8"),
+        ("a.json", "[]", r"a\.json: holds no rows"),
+        ("a.json", '[{"a": 1}, {"a": "x"}]', r"a\.json: row 2: 'a' holds text, and a number in row 1; write all"),
         ("a.jsonl", b'{"a": "x"}\n{"a": "\xe9"}\n', r"a\.jsonl: line 2 is not UTF-8"),
-        ("a.jsonl", '{"a": 1}\n{"a": "x"}\n', r"a\.jsonl: .*Column\(/a\) changed from number to string in row 1"),
+        (
+            "a.jsonl",
+            '{"a": 1}\n\n{"a": "x"}\n',
+            r"line 3: 'a' holds text, and a number in line 1; write all of them alike",
+        ),
+        ("a.jsonl", '{"a": true}\n{"a": 1}\n', r"line 2: 'a' holds a number, and true or false in line 1"),
+        ("a.jsonl", '{"a": [{"b": 1}, {"b": {}}]}', r"line 1: 'a\[\]\.b' holds an object, and a number in line 1"),
+        ("a.jsonl", '{"a": 1, "a": 2}', r"a\.jsonl: .*Column\(/a\) was specified twice"),
         ("a.csv", "a,b\n1,2\n1,2,3\n", r"a\.csv: .*Row #3: Expected 2 columns, got 3"),
         ("a.csv", b"text,b\nx,2\n\xe9,2\n", r"a\.csv: .*Row #3: .*UTF8"),
         ("a.parquet", "no parquet", r"a\.parquet: "),

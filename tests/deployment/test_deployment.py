@@ -1,11 +1,14 @@
 """What is checked before any of Flower's programs starts, and the examples beside the guide."""
 
+import http.client
 import os
 import re
 import shlex
+import ssl
 import subprocess
 import tempfile
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -69,6 +72,70 @@ def test_a_server_that_is_not_there_and_one_without_tls(certs):
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@pytest.fixture
+def clock():
+    """A server on this machine, plain HTTP, whose clock is so many seconds ahead: `(address, ahead)`."""
+    ahead = [0.0]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response_only(200)
+            self.send_header("Date", self.date_time_string(time.time() + ahead[0]))
+            self.end_headers()
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"127.0.0.1:{server.server_port}", ahead
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("there", "says"),
+    [
+        (-3600, "clock is 3[56]\\d\\d s ahead of that of the server"),
+        (-10, r"clock is \d+ s ahead of"),
+        (400, r"clock is [34]\d\d s behind that of the server"),
+        (-10 * 365 * 86400, r"clock is 36\d\d days ahead of"),
+    ],
+)
+def test_a_clock_that_is_off_is_named_before_flowers_node_starts(tmp_path, monkeypatch, clock, there, says):
+    address, ahead = clock
+    ahead[0] = there
+    monkeypatch.setattr(deployment, "_Programs", lambda *_: pytest.fail("Flower's node was started"))
+    with pytest.raises(RunError, match=f"{says}.*more than 5 s ahead or 300 s behind; set the clock"):
+        deployment.join(address, None, None, node_config={}, state=tmp_path / "state", insecure=True)
+
+
+@pytest.mark.parametrize("there", [0, 3, -3, 200])
+def test_clocks_may_differ_a_little(clock, there):
+    address, ahead = clock
+    ahead[0] = there
+    off = deployment.check_server(address, None)
+    assert abs(off + there) <= 2.0
+    deployment.check_clock(off, address)
+
+
+def test_a_server_that_tells_no_time_is_taken():
+    assert deployment._ahead("", 0.0, 1.0) == deployment._ahead("soon", 0.0, 1.0) == 0.0
+
+
+def test_a_certificate_of_another_time_asks_for_the_clock(certs, monkeypatch):
+    error = ssl.SSLCertVerificationError(1, "no")
+    error.verify_code, error.verify_message = 9, "certificate is not yet valid"
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(http.client.HTTPSConnection, "request", refuse)
+    with pytest.raises(
+        RunError, match=r"is not yet valid; this machine's clock says \d{4}-.* UTC: set it if it is wrong"
+    ):
+        deployment.check_server("127.0.0.1:1", certs / "ca.crt")
 
 
 def test_what_flower_says_is_found_in_its_log():

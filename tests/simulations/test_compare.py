@@ -261,14 +261,15 @@ def test_a_killed_comparison_leaves_no_process_and_goes_on(make, tmp_path) -> No
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_what_is_finished(make, tmp_path, heard) -> None:
+@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_what_is_finished(make, tmp_path, heard, told) -> None:
     make(["flora"], {"federation__rounds": 500})
     site, out = make_site(tmp_path), tmp_path / "out"
     with begun("fedlora compare grid.toml --out out", site, "cells are finished already") as (process, _, output):
         wait_for("work/0/run/0/result.json", out, process, output)
         family = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130, output.read_text()
+        process.send_signal(told)
+        assert process.wait(timeout=60) == 128 + told, output.read_text()
         _, alive = psutil.wait_procs(family, timeout=20)
         assert not alive
     assert f"interrupted; finished cells are in {out}; the same command goes on" in output.read_text()

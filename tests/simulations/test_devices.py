@@ -150,7 +150,7 @@ def test_no_process_outlives_the_run(tmp_path, tiny_llama, when):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells children that their parent was killed")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_outlives_a_command_that_is_stopped(tmp_path, tiny_llama, how):
     """Ctrl-C reaches the command and its processes alike, whatever they are at: here, they start."""
     flat = tiny(tmp_path, tiny_llama, train__steps=100_000).to_flat()
@@ -166,7 +166,7 @@ def test_no_process_outlives_a_command_that_is_stopped(tmp_path, tiny_llama, how
         while len(workers) < 2 and process.poll() is None:
             workers = workers_of(process.pid)
             time.sleep(0.05)
-        os.killpg(process.pid, how) if how == signal.SIGINT else process.kill()
+        os.killpg(process.pid, how) if how == signal.SIGINT else process.send_signal(how)
         code = process.wait(timeout=60)
     finally:
         process.kill()
@@ -174,7 +174,7 @@ def test_no_process_outlives_a_command_that_is_stopped(tmp_path, tiny_llama, how
     assert len(workers) == 2, written.read_text()
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert alive == []
-    assert code == (130 if how == signal.SIGINT else -signal.SIGKILL), written.read_text()
+    assert code == (-how if how == signal.SIGKILL else 128 + how), written.read_text()
     assert "Traceback" not in written.read_text()
 
 

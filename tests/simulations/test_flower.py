@@ -78,7 +78,7 @@ def test_flwr_run_on_a_checkout_gives_the_same_adapter(tmp_path, tiny_llama):
 
 @pytest.mark.slow
 def test_a_failed_run_is_a_non_zero_exit_and_leaves_nothing_running(tmp_path, tiny_llama):
-    config = tiny(tmp_path, tiny_llama, data__form="prompt", data__response_column="answer")
+    config = tiny(tmp_path, tiny_llama, data__heldout_fraction=0.0)
     preset = tmp_path / "run.toml"
     preset.write_text(config_table(config), encoding="utf-8")
     before = {process.pid for process in psutil.process_iter()}
@@ -93,14 +93,16 @@ def test_a_failed_run_is_a_non_zero_exit_and_leaves_nothing_running(tmp_path, ti
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "ended as finished:failed" in done.stderr
-    assert "no column 'answer'" in done.stderr
+    assert "no held-out rows to evaluate on" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+    assert not (tmp_path / "runs").exists()
     left = [p.info for p in psutil.process_iter(["pid", "name", "cmdline"]) if p.pid not in before]
     assert not [p for p in left if any(str(tmp_path) in word or "ray" in word for word in p["cmdline"] or [])]
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_flower_and_keeps_what_was_finished(tmp_path, tiny_llama):
+@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_flower_and_keeps_what_was_finished(tmp_path, tiny_llama, told):
     config = tiny(tmp_path, tiny_llama, federation__rounds=2000)
     preset = tmp_path / "run.toml"
     preset.write_text(config_table(config), encoding="utf-8")
@@ -119,9 +121,10 @@ def test_ctrl_c_stops_flower_and_keeps_what_was_finished(tmp_path, tiny_llama):
             if path.exists() and json.loads(path.read_text())["rounds"]:
                 break
             time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(told)
         _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+    assert process.returncode == 128 + told, err
+    assert "interrupted; what was finished is in" in err
     result = json.loads(path.read_text())
     assert result["status"] == "interrupted"
     assert result["rounds"]

@@ -1,0 +1,86 @@
+"""Examples as the model sees them, as text for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from fedlora.config import Config
+from fedlora.data.forms import IGNORED, encode_usable, usable_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+_UNCUT = 1_000_000  # tokens
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One row.
+
+    Args:
+        row: its number in the source, from 1.
+        tokens: that the model sees; 0 for a row that has nothing to predict, and is left out.
+        whole: before it was cut to `data.max-length`.
+        parts: text, special tokens included, and whether the loss is taken of it.
+        label: the class, by name where it has one; empty but for classification.
+    """
+
+    row: int
+    tokens: int = 0
+    whole: int = 0
+    parts: tuple[tuple[str, bool], ...] = ()
+    label: str = ""
+
+    @property
+    def text(self) -> str:
+        return "".join(text for text, _ in self.parts)
+
+
+def first_examples(rows: Dataset, count: int, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[Shown]:
+    """The first rows of a source, as its examples are made of them.
+
+    Args:
+        rows: the source's, in its order.
+        count: how many at most.
+        tokenizer: of the model.
+        config: of the data and the task.
+
+    Raises:
+        DataError: as `encode` raises it.
+    """
+    rows = rows.select(range(min(count, len(rows))))
+    data, task, labels = config.data, config.model.task, config.model.labels
+    usable = usable_rows(rows, tokenizer, data, task)
+    chosen = rows.select(usable)
+    found = {row: Shown(row) for row in range(1, len(rows) + 1)}
+    names = getattr(rows.features.get(data.label_column), "names", None)
+    uncut = replace(data, max_length=_UNCUT)
+    for row, example, whole in zip(
+        usable,
+        encode_usable(chosen, tokenizer, data, task, labels),
+        encode_usable(chosen, tokenizer, uncut, task, labels),
+        strict=True,
+    ):
+        ids, label = example.input_ids, ""
+        if isinstance(example.labels, int):
+            learned = [False] * len(ids)
+            label = str(names[example.labels]) if names else str(example.labels)
+        else:  # nothing predicts the first token
+            learned = [place > 0 and token != IGNORED for place, token in enumerate(example.labels)]
+        found[row + 1] = Shown(row + 1, len(ids), len(whole.input_ids), _parts(ids, learned, tokenizer), label)
+    return list(found.values())
+
+
+def _parts(ids: list[int], learned: list[bool], tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, bool], ...]:
+    """The text in pieces that are learned or not; each decoded after those before it: spaces depend on them."""
+    parts: list[tuple[str, bool]] = []
+    done, end = "", 0
+    for flag, run in groupby(learned):
+        end += len(list(run))
+        upto = str(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        parts.append((upto[len(done) :], flag))
+        done = upto
+    return tuple(parts)
