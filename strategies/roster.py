@@ -206,11 +206,20 @@ def _introductions(node: int, reply: Message | None) -> dict[int | None, Answer]
 
 
 def _same_run(info: ClientInfo, config: Config, who: str) -> ClientInfo:
-    """The client's description, if it goes by this run's rank pattern: regular expressions that the server evaluates.
+    """The client's description, if what every client takes from the run's config is what it has.
+
+    Its rank may be its own. A pattern is regular expressions that the server evaluates, and a scale multiplies all that
+    the client sends.
 
     Raises:
-        WireError: it has another pattern.
+        WireError: it has another pattern, alpha or kind of scaling.
     """
-    if dict(info.rank_pattern) != rank_pattern(config.lora):
-        raise WireError(f"{who} has another lora.rank-pattern than this run, which goes for every client alike")
+    lora = config.lora
+    for key, mine, theirs in (
+        ("lora.rank-pattern", rank_pattern(lora), dict(info.rank_pattern)),
+        ("lora.alpha", lora.alpha, str(info.alpha)),
+        ("lora.rslora", lora.rslora, info.rslora),
+    ):
+        if mine != theirs:
+            raise WireError(f"{who} has another {key} than this run, which goes for every client alike")
     return info

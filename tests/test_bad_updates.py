@@ -458,6 +458,8 @@ def test_bad_evaluations_are_left_out_of_the_means(tmp_path, tiny_llama, fresh_p
     [
         (set_head(rank=10**9), "sent rank 1000000000"),
         (set_head(**{"rank-pattern": ["(a+)+$"], "rank-pattern-ranks": [2]}), "has another lora.rank-pattern"),
+        (set_head(alpha="1e300"), "has another lora.alpha than this run"),
+        (set_head(rslora=True), "has another lora.rslora than this run"),
     ],
 )
 def test_a_node_that_says_what_it_cannot_be_takes_no_part(tmp_path, tiny_llama, fresh_process, change, says):

@@ -22,7 +22,7 @@ from tests.federation import METRICS, tensors_of, tiny
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
 ADAPTER = AdapterState(lora={"m": LoraFactors(torch.ones(2, 3), torch.ones(4, 2), 2.0)})
-Cut = tuple[str, Callable[[RecordDict], None]]
+Cut = tuple[str, Callable[[RecordDict], object]]
 
 
 def cuts(content: RecordDict) -> Iterator[Cut]:
