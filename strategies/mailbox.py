@@ -55,7 +55,8 @@ class Mailbox:
     first answer counts. Clients answer a repeated question as they did before.
 
     A node that is not there is asked again once it is back, as long as others are still at work, and beyond that for
-    `patience` seconds while `wanted` says that its answer is needed.
+    `patience` seconds while `wanted` says that its answer is needed. After `enough_after` seconds an answer that is not
+    wanted is not waited for.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Mailbox:
         timeout: float,
         *,
         patience: float = 0.0,
+        enough_after: float = math.inf,
         wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         """A timeout of 0 waits as long as it takes; a message that outlives the timeout is dropped by Flower."""
@@ -77,6 +79,7 @@ class Mailbox:
         self._unsent: list[int] = []
         self._away: list[_Question] = []
         self._patience, self._wanted, self._alone_since = patience, wanted, math.inf
+        self._enough_at = time.monotonic() + enough_after
         self._reconnects = _reconnects(grid)
         self._sizes = sizes.of(grid)
 
@@ -98,7 +101,7 @@ class Mailbox:
     def replies(self) -> Iterator[tuple[int, Message | None]]:
         """`(node, reply)` as they arrive; at the deadline `(node, None)` for each that did not answer."""
         pause = 0.02
-        while (self._open or self._waits_for_absent()) and time.monotonic() < self._deadline:
+        while (self._open or self._waits_for_absent()) and not self._is_over():
             arrived = list(self._grid.pull_messages(list(self._open))) if self._open else []
             for reply in arrived:
                 # The reply for a dead node comes from the SuperLink, so that only this id says who is meant.
@@ -130,6 +133,10 @@ class Mailbox:
         yield from ((question.node, question.away) for question in self._away)
         yield from ((node, None) for node in (*self._unsent, *(question.node for question in self._unasked)))
         yield from ((question.node, None) for question in {q.node: q for q in self._open.values()}.values())
+
+    def _is_over(self) -> bool:
+        now = time.monotonic()
+        return now >= self._deadline or (now >= self._enough_at and not self._wanted())
 
     def _put_aside(self, question: _Question, reply: Message) -> None:
         _log.warning("%s: node %d is not there; it is asked again once it is back", self._kind, question.node)

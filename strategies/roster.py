@@ -24,6 +24,7 @@ from .bindings import Identity
 from .mailbox import Mailbox
 
 _HELLO_SECONDS = 600.0  # a client's first answer may need a download
+_ANSWER_SECONDS = 60.0  # that it has at least
 _LOOK_SECONDS = 0.5
 _log = logging.getLogger("fedlora")
 
@@ -82,7 +83,7 @@ def meet(grid: Grid, config: Config, fingerprint: str) -> Roster:
     wanted, least, wait = config.federation.clients, config.federation.min_clients, config.federation.wait_timeout
     deadline = time.monotonic() + wait
     roster = Roster({}, {})
-    met = _Meeting(grid, config, fingerprint, roster)
+    met = _Meeting(grid, config, fingerprint, roster, deadline)
     nodes: set[int] = set()
     told, late = False, False
     while not late and met.reached < wanted:
@@ -122,8 +123,9 @@ class _Meeting:
         identities: of the nodes that are connected.
     """
 
-    def __init__(self, grid: Grid, config: Config, fingerprint: str, roster: Roster) -> None:
+    def __init__(self, grid: Grid, config: Config, fingerprint: str, roster: Roster, deadline: float) -> None:
         self._grid, self._config, self._fingerprint, self._roster = grid, config, fingerprint, roster
+        self._deadline = deadline
         self._asked: set[int] = set()
         self.refusals: list[str] = []
         self.away: list[str] = []
@@ -141,7 +143,16 @@ class _Meeting:
             return
         self._asked |= {*newcomers}
         self.identities, self.away = bindings.identities(self._grid), []
-        mailbox = Mailbox(self._grid, "query", "0", max(self._config.federation.wait_timeout, _HELLO_SECONDS))
+        federation = self._config.federation
+        mailbox = Mailbox(
+            self._grid,
+            "query",
+            "0",
+            max(federation.wait_timeout, _HELLO_SECONDS),
+            # one node that hangs keeps nobody waiting once enough are there
+            enough_after=max(_ANSWER_SECONDS, self._deadline - time.monotonic()),
+            wanted=lambda: len(self._roster.infos) < federation.min_clients,
+        )
         for node in newcomers:
             mailbox.post(node, partial(wire.encode_hello, self._fingerprint))
         for node, reply in mailbox.replies():

@@ -179,6 +179,23 @@ def test_where_enough_have_answered_nobody_waits_for_the_absent(monkeypatch):
     assert time.monotonic() - began < 5
 
 
+def test_nobody_waits_for_one_that_hangs_once_enough_have_answered():
+    """The first question may take a download: the deadline is long, and holds while answers are lacking."""
+
+    class Hanging(Scripted):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            nodes = {
+                known: self._waiting[known].metadata.dst_node_id for known in message_ids if known in self._waiting
+            }
+            return super().pull_messages([known for known, node in nodes.items() if node == 3])
+
+    for wanted, longest in ((False, 5.0), (True, 30.0)):
+        began = time.monotonic()
+        answers, _ = ask_both(Hanging([]), timeout=1.0, enough_after=0.2, wanted=lambda wanted=wanted: wanted)
+        assert sorted(answers) == [(2, False), (3, True)]
+        assert (0.2 if not wanted else 1.0) <= time.monotonic() - began < longest
+
+
 class Restarted(local.LocalGrid):
     """All nodes died; Flower still lists the first one's old life, which answers nothing, and then all new ones."""
 
