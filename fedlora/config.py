@@ -134,7 +134,8 @@ class FederationConfig:
     )
     max_move: float = option(
         100.0,
-        "an update that moves the model farther than this many times the others' median is set aside; 0: none is",
+        "without strategy.robust, an update that moves the model this many times as far as the others' median is set "
+        "aside; 0: none is",
         low=0.0,
     )
     lost_clients: str = option(

@@ -80,7 +80,9 @@ class TrainRound:
         yield from self._passed(waiting)
 
     def _passed(self, updates: Sequence[ClientUpdate]) -> Iterator[ClientUpdate]:
-        bound, dtype = self.config.federation.max_move, self.config.model.compute_dtype
+        # A robust rule needs its clients, and knows what to do with those that lie far out.
+        bound = self.config.federation.max_move if self.config.strategy.robust == "none" else 0.0
+        dtype = self.config.model.compute_dtype
         for update in updates:
             client = update.client_id
             why = guard.overflow(update, self.moves[client], dtype) or guard.excess(client, self.moves, bound)
