@@ -345,7 +345,7 @@ def test_an_output_layer_gets_lora_on_a_quantized_base_too(tiny_llama):
     with pytest.raises(NotStackable, match="the output layer has an adapter"), stacked(bench, [adapter] * 2, {"A"}):
         pass
     token_loss(bench.model, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}).backward()
-    assert all(float(parameter.grad.abs().max()) > 0 for parameter in parameters)
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in parameters)
 
 
 def test_a_workbench_follows_the_files_of_its_base(tiny_llama, tmp_path):

@@ -36,6 +36,11 @@ from tests.zoo import CAUSAL, CLASSIFIERS, Species
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 
 TEXTS = ["ash", "a birch and", "cedars, elms, firs", "hazel under larch and oak"]
+# Each much like another of the zoo.
+ALIKE = {
+    *("gpt-bigcode", "codegen", "qwen3-moe", "olmoe", "xglm", "biogpt", "glm4", "recurrent-gemma", "mamba2"),
+    *("deberta", "mpnet", "longformer", "funnel"),
+}
 QUANTIZED = ["llama", "gpt2", "mixtral", "phi3", "mamba", "rwkv", "gemma3-images"]
 QUANTIZED_CLASSIFIERS = ["bert", "bart", "modernbert", "albert"]
 
@@ -179,8 +184,10 @@ def check_length(done: Trained) -> None:
 
 
 def marked(names: dict[str, Species], fast: Sequence[str] | None = None) -> list[Any]:
+    """Those that are served; slow but for these, or but for what others hardly differ from."""
+    quick = (names.keys() - ALIKE) if fast is None else fast
     return [
-        pytest.param(name, marks=[pytest.mark.slow] if fast is not None and name not in fast else [])
+        pytest.param(name, marks=[] if name in quick else [pytest.mark.slow])
         for name, species in names.items()
         if not species.refused
     ]

@@ -150,7 +150,8 @@ def _snapshot(name: str, revision: str, say: Say, weights: bool) -> Path:
 def _cached_conversion(gguf: Path) -> Path:
     """Where the conversion of a user's file is kept; another place once the file changes."""
     stat = gguf.stat()
-    identity = hashlib.sha256(f"{gguf.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    stamp = f"{gguf.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+    identity = hashlib.sha256(stamp.encode()).hexdigest()[:12]
     return assets.cache_dir() / "models" / f"{gguf.stem}-{identity}"
 
 

@@ -10,7 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
+from fedlora.cli import main
 from fedlora.errors import ConfigError, ModelError
+from fedlora.export import read_adapter
+from fedlora.flower_programs import config_table
 from fedlora.models.read import quiet
 from fedlora.results import folder_of
 from fedlora.simulations import local
@@ -26,6 +29,7 @@ def classifier(tiny_bert: Path, tmp_path: Path) -> Path:
     folder = shutil.copytree(tiny_bert, tmp_path / "classifier")
     model = BertForSequenceClassification.from_pretrained(folder, num_labels=2)
     with torch.no_grad():
+        model.classifier.weight.mul_(0.01)
         model.classifier.bias.copy_(torch.tensor([-8.0, 8.0]))
     with quiet():
         model.save_pretrained(folder)
@@ -56,8 +60,6 @@ def test_a_run_begins_with_a_fresh_head_where_that_is_asked_for(classifier: Path
 def test_the_adapter_of_a_run_that_kept_the_head_holds_it(classifier: Path, tmp_path: Path) -> None:
     folder, _ = run_locally(of_labels(tmp_path, classifier, train__lr=0.0))
     plain = AutoModelForSequenceClassification.from_pretrained(classifier).classifier
-    from fedlora.export import read_adapter
-
     saved = read_adapter(folder / "adapter").dense
     assert torch.equal(saved["classifier.bias"], plain.bias)
     assert torch.equal(saved["classifier.weight"], plain.weight)
@@ -77,3 +79,16 @@ def test_what_the_base_cannot_do_is_said_before_the_first_round(tmp_path: Path, 
         local.run(config)
     record = folder_of(config) / "result.json"
     assert not record.exists() or not json.loads(record.read_text())["rounds"]
+
+
+def test_fedlora_data_lists_what_lora_goes_to(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preset = tmp_path / "run.toml"
+    preset.write_text(config_table(of_labels(tmp_path, classifier)), encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["fedlora", "data", str(preset)])
+    with pytest.raises(SystemExit):
+        main()
+    shown = capsys.readouterr().out
+    assert "targets: query x2, value x2\n" in shown
+    assert "head: the model's own head: 2 classes\n" in shown
