@@ -3,16 +3,17 @@
     python -m benchmarks.contention [--runs 2] [--repeat 3] [--engine local] [--devices cpu,cpu] [--spinning]
 
 Each run is a `fedlora run` of its own: four clients of unequal ranks train a random model with four layers of
-SmolLM2-135M's sizes, in nf4. The time is the whole command's, from start to end. One alone and several at once are
-taken by turns; the ratio is that of the medians, and the number of runs is what perfect sharing gives. `--spinning`
-lets OpenMP's threads spin while they wait, which is their default, for comparison. Writes
-benchmarks/results/contention.json.
+SmolLM2-135M's sizes, in nf4. The time is the whole command's, from start to end, and what it took of the cores: that
+does not depend on what else the machine does, and shows threads that spin. One alone and several at once are taken by
+turns; ratios are those of the medians, and the number of runs is what perfect sharing gives. `--spinning` lets OpenMP's
+threads spin while they wait, which is their default, for comparison. Writes benchmarks/results/contention.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -34,10 +35,10 @@ _SIZES = {
 }
 
 
-def at_once(count: int, words: list[str], folder: Path, spinning: bool) -> float:
-    """Seconds until the last of so many equal runs has ended."""
+def at_once(count: int, words: list[str], folder: Path, spinning: bool) -> tuple[float, float]:
+    """Seconds until the last of so many equal runs has ended, and seconds of the cores that all took."""
     own = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "30000000000"} if spinning else {}
-    began = time.perf_counter()
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     running: list[subprocess.Popen[bytes]] = []
     try:
         for number in range(count):
@@ -48,7 +49,9 @@ def at_once(count: int, words: list[str], folder: Path, spinning: bool) -> float
         for number, process in enumerate(running):
             if process.wait():
                 raise SystemExit((folder / f"run{number}.out").read_text())
-        return time.perf_counter() - began
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cores = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return time.perf_counter() - began, cores
     finally:
         for process in running:
             if process.poll() is None:
@@ -69,16 +72,21 @@ def main() -> None:
         model = save_llama(folder / "model", **_SIZES)
         words = run_words(folder, model, options)
         at_once(1, words, folder, options.spinning)  # quantizes the model, for all that follow
-        seconds: dict[int, list[float]] = {1: [], options.runs: []}
+        seconds: dict[int, list[tuple[float, float]]] = {1: [], options.runs: []}
         for _ in range(options.repeat):
             for count, times in seconds.items():
                 times.append(at_once(count, words, folder, options.spinning))
-                print(f"{count} at once: {times[-1]:.1f} s", flush=True)
-    medians = {count: statistics.median(times) for count, times in seconds.items()}
-    ratio = medians[options.runs] / medians[1]
-    print(f"{options.runs} runs at once take {ratio:.2f} times as long as one ({options.runs} is perfect sharing)")
+                print(f"{count} at once: {times[-1][0]:.1f} s, {times[-1][1]:.1f} s of the cores", flush=True)
+    medians = {
+        count: [statistics.median(column) for column in zip(*found, strict=True)] for count, found in seconds.items()
+    }
+    ratio, cores = (medians[options.runs][i] / medians[1][i] for i in range(2))
+    print(
+        f"{options.runs} runs at once take {ratio:.2f} times as long as one, and {cores:.2f} times the cores' time "
+        f"({options.runs} is perfect sharing)"
+    )
     name = "contention-spinning" if options.spinning else "contention"
-    write(name, {"options": vars(options), "seconds": seconds, "medians": medians, "ratio": ratio})
+    write(name, {"options": vars(options), "seconds": seconds, "medians": medians, "ratio": ratio, "cores": cores})
 
 
 def run_words(folder: Path, model: Path, options: argparse.Namespace) -> list[str]:

@@ -11,6 +11,7 @@ from fedlora.config import Config, LoraConfig, ModelConfig
 from fedlora.data import encode, form_of, prepare, usable_rows
 from fedlora.errors import DataError, FedLoraError
 from fedlora.models import base_fingerprint, pick_device, tokenizer_of
+from fedlora.results import check_changes, folder_of, stored
 
 from .grid import Grid
 
@@ -21,8 +22,10 @@ def check(config: Config) -> None:
     """Look at the data, the base and its modules, as far as no weights are needed.
 
     Raises:
-        FedLoraError: none of the clients could do anything.
+        FedLoraError: none of the clients could do anything, or the run to resume would become another one.
     """
+    if config.run.resume:
+        check_changes(stored(folder_of(config)), config)
     pick_device(config.model.device)
     split = prepare(config)
     form_of(split.rows.column_names, config.data, config.model.task)
