@@ -51,6 +51,7 @@ def test_a_disk_that_takes_no_more_costs_lines_and_is_told_once(tmp_path, caplog
 
 def test_lines_that_are_cut_off_are_left_out(tmp_path):
     path = tmp_path / journal.NAME
-    path.write_text(json.dumps({"event": "a"}) + '\n[1]\n"x"\n{"event": "b", "ti')
-    assert journal.read(path) == [{"event": "a"}]
+    whole = {"event": "a", "time": "2026-01-01T00:00:00+00:00"}
+    path.write_text(json.dumps(whole) + '\n[1]\n"x"\n{"event": "c"}\n{"event": "b", "ti')
+    assert journal.read(path) == [whole]
     assert journal.read(tmp_path / "missing") == []
