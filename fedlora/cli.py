@@ -136,7 +136,7 @@ def run(
     folder = folder_of(settings)
     quiet()
     watcher: Profiler | None = None
-    with _interruptible(folder, server), RunDisplay(out) as display, listen(display):
+    with _results_after_an_error(folder), _interruptible(folder, server), RunDisplay(out) as display, listen(display):
         if server is not None:
             from fedlora import deployment
 
@@ -174,6 +174,20 @@ def _check_options(
         raise ConfigError(
             f"run: --devices trains the local engine's clients in other processes, and {why}; leave out one"
         )
+
+
+@contextmanager
+def _results_after_an_error(folder: Path) -> Iterator[None]:
+    """Around a run: what was done before an error is shown before it."""
+    try:
+        yield
+    except FedLoraError:
+        from fedlora.display import result_table
+
+        if (folder / "adapter").is_dir():
+            out.print(result_table(folder))
+            out.print(f"adapter: {folder / 'adapter'}", soft_wrap=True)
+        raise
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -156,6 +157,31 @@ def test_run_then_evaluate_from_another_folder(tmp_path, tiny_llama):
     refused = fedlora("evaluate", "--adapter", str(folder / "adapter"), "-c", "model.name=other", cwd=ROOT)
     assert refused.returncode == 1
     assert "model.name" in refused.stderr
+
+
+def test_a_run_that_lost_a_client_shows_its_results_and_ends_as_an_error(tmp_path, tiny_llama):
+    rows = tmp_path / "texts.jsonl"
+    texts = [
+        {"text": "a long enough text" if person != 1 else "", "person": person} for person in range(3) for _ in range(9)
+    ]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
+    keys = {
+        "data__source": str(rows),
+        "data__form": "text",
+        "federation__clients": 3,
+        "federation__lost_clients": "fail",
+    }
+    preset = tmp_path / "run.toml"
+    preset.write_text(config_table(tiny(tmp_path, tiny_llama, **keys)), encoding="utf-8")
+    ran = fedlora("run", str(preset), cwd=tmp_path)
+    assert ran.returncode == 1, ran.stderr
+    folder = tmp_path / "runs" / "tiny" / "one"
+    assert f"adapter: {folder / 'adapter'}" in ran.stdout
+    assert "on held-out rows" in ran.stdout
+    assert re.search(r"error: all 2 rounds are done and the adapter is saved, but without .*client 1 ", ran.stderr)
+    assert "set federation.lost-clients = accept" in ran.stderr
+    again = fedlora("run", str(preset), "-c", "run.id=two", "-c", "federation.lost-clients=accept", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
 
 
 def test_data_shows_who_gets_what(call, tmp_path, tiny_llama):
