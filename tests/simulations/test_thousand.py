@@ -59,7 +59,7 @@ def sampled(result: dict[str, Any]) -> list[set[int]]:
 def test_a_client_that_is_not_sampled_is_counted_and_never_read(tmp_path, tiny_llama, monkeypatch):
     counts: Counter[str] = Counter()
     opened: set[int] = set()
-    client, encode, parse, load_rows = Split.client, lazy.encode, configuration.parse, data.load_rows
+    client, encode, parse, load_rows = Split.client, lazy.encode_usable, configuration.parse, data.load_rows
 
     def opening(split: Split, client_id: int) -> Dataset:
         opened.add(client_id)
@@ -79,7 +79,7 @@ def test_a_client_that_is_not_sampled_is_counted_and_never_read(tmp_path, tiny_l
 
     config = many(tmp_path, tiny_llama, 1000)
     monkeypatch.setattr(Split, "client", opening)
-    monkeypatch.setattr(lazy, "encode", encoding)
+    monkeypatch.setattr(lazy, "encode_usable", encoding)
     monkeypatch.setattr(configuration, "parse", parsing)
     monkeypatch.setattr(data, "load_rows", reading)
     _, result = run_locally(config)
