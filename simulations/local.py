@@ -17,6 +17,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from torch.profiler import record_function
 
+from fedlora import peft_io
 from fedlora.config import Config, Scalar, parse
 from fedlora.results import folder_of, nothing_left, stamp
 
@@ -171,6 +172,8 @@ def run(
         logs = folder_of(config) / "logs"
         grid = DevicesGrid(client_app, nodes, run_config, run_id, devices=devices, logs=logs)
     else:
+        if cohorts is not None:  # what a first pass shows of the base is said before the run, and not by each client
+            peft_io.workbench(config.model, config.lora)
         grid = nullcontext(LocalGrid(client_app, nodes, run_config, run_id, cohorts))
     with nothing_left(config), grid as opened:
         server_app(opened, Context(run_id, _SERVER, {}, RecordDict(), run_config))

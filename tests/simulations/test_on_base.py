@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertForMaskedLM, BertForSequenceClassification
 
 from fedlora.cli import main
 from fedlora.errors import ConfigError, ModelError
@@ -92,3 +92,22 @@ def test_fedlora_data_lists_what_lora_goes_to(
     shown = capsys.readouterr().out
     assert "targets: query x2, value x2\n" in shown
     assert "head: the model's own head: 2 classes\n" in shown
+
+
+@pytest.mark.parametrize("server", [True, False])
+def test_an_encoder_is_refused_once_before_anybody_trains(tmp_path: Path, tiny_bert: Path, server: bool) -> None:
+    """It sees what it is to predict; where the server evaluates nothing, the clients alone would hold the base."""
+    folder = shutil.copytree(tiny_bert, tmp_path / "encoder")
+    with quiet():
+        BertForMaskedLM.from_pretrained(folder).save_pretrained(folder)
+    config = tiny(
+        tmp_path,
+        folder,
+        lora__target_modules="auto",
+        data__form="text",
+        data__text_column="prompt",
+        evaluate__server=server,
+    )
+    with pytest.raises(ModelError, match="predicts a token from later ones too"):
+        local.run(config)
+    assert not folder_of(config).exists()
