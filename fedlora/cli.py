@@ -427,8 +427,20 @@ def fetch(
 
 
 @app.command()
-def doctor() -> None:
-    """Check this machine: versions, device, a quantization self-test, and what is cached."""
+def doctor(
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="[CONFIG]", help="A TOML file or a preset, whose base model is looked at as well."),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check this machine: versions, device, a quantization self-test, and what is cached.
+
+    With a CONFIG, or -c model.name=…, also what LoRA goes to in that model, and what head a classifier begins with.
+    """
+    settings = (
+        _load(config, overrides) if config else configuration.parse(configuration.parse_overrides(overrides or []))
+    )
     quiet()
     from fedlora.doctor import examine
 
@@ -442,6 +454,11 @@ def doctor() -> None:
             finding.what, finding.found, "[green]ok[/green]" if finding.ok else f"[red]{finding.advice}[/red]"
         )
     out.print(table)
+    if config or overrides:
+        from fedlora import peft_io
+
+        for what, words in peft_io.shapes(settings.model, settings.lora).facts().items():
+            out.print(f"{what}: {words}", soft_wrap=True, markup=False)
     if not healthy:
         raise typer.Exit(1)
 

@@ -236,6 +236,17 @@ def test_doctor_checks_quantization(call):
     assert "nf4 self-test" in done.stdout
     assert "int8 self-test" in done.stdout
     assert done.returncode == 0, done.stdout
+    assert "targets:" not in done.stdout
+
+
+def test_doctor_tells_what_lora_goes_to_in_a_model(call, tmp_path, tiny_llama):
+    preset = tmp_path / "run.toml"
+    preset.write_text(config_table(tiny(tmp_path, tiny_llama)), encoding="utf-8")
+    done = call("doctor", str(preset), "-c", "lora.target-modules=q_proj,up_proj")
+    assert done.returncode == 0, done.stdout
+    assert "targets: q_proj x2, up_proj x2" in done.stdout
+    done = call("doctor", "-c", f"model.name={tiny_llama}")
+    assert "targets: q_proj x2, v_proj x2" in done.stdout
 
 
 @pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
