@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,19 @@ def end_with(parent: int) -> None:
     """From within a process: be told to stop when its parent dies, however it dies. Linux alone can do it."""
     if _libc:
         _go_with(parent)
+
+
+def call_with_parent(parent: int, target: str, *given: Any) -> None:
+    """In a new process: call a function, and be told to stop when the parent dies, also while its module is imported.
+
+    Args:
+        parent: its pid.
+        target: the function as "package.module:name", whose module may take long to import.
+        given: what the function gets.
+    """
+    end_with(parent)
+    module, _, name = target.partition(":")
+    getattr(import_module(module), name)(*given)
 
 
 def stop_tree(process: subprocess.Popen[bytes]) -> None:

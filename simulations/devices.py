@@ -25,7 +25,7 @@ from flwr.common.constant import ErrorCode
 from fedlora.config import Scalar
 from fedlora.errors import ConfigError, RunError
 from fedlora.events import emit, listen
-from fedlora.processes import end_with, share_cores, share_of_cores
+from fedlora.processes import call_with_parent, share_cores, share_of_cores
 
 from .local import WINDOW, LocalGrid
 
@@ -129,8 +129,8 @@ class Child:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         context = get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        given = (theirs, os.getpid(), self._threads, self._log)
-        self._process = context.Process(target=_serve, args=given, name=f"fedlora {self.device}", daemon=True)
+        given = (os.getpid(), f"{__name__}:serve", theirs, self._threads, self._log)
+        self._process = context.Process(target=call_with_parent, args=given, name=f"fedlora {self.device}", daemon=True)
         with _no_ctrl_c():
             self._process.start()
         theirs.close()
@@ -282,9 +282,8 @@ class _Told(logging.Handler):
         self._pipe.send(("log", (record.levelno, record.getMessage())))
 
 
-def _serve(pipe: Connection, parent: int, threads: int, log: Path) -> None:
+def serve(pipe: Connection, threads: int, log: Path) -> None:
     """In a child: answers until its parent is gone, leaves Ctrl-C to it, and prints to a file."""
-    end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)
