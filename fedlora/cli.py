@@ -476,7 +476,7 @@ def keys(
         table.add_column(title, overflow="fold")
     for key, default, text in configuration.describe():
         if section is None or key.startswith(section + "."):
-            table.add_row(key, repr(default) if isinstance(default, str) else str(default), text)
+            table.add_row(key, repr(default) if isinstance(default, str) else str(default), escape(text))
     out.print(table)
 
 

@@ -73,6 +73,7 @@ def test_keys_lists_every_key(call):
     done = call("keys")
     assert done.returncode == 0
     assert all(key in done.stdout for key in Config().to_flat())
+    assert "[cosine, linear, constant]" in call("keys", "train").stdout.replace("│", "")
 
 
 ERRORS = [
