@@ -36,6 +36,7 @@ from fedlora.models import (
     meta_model,
     pick_device,
     pick_dtype,
+    probe,
     resolve,
 )
 from fedlora.models import quantized as quantized_module
@@ -77,6 +78,16 @@ def rewrite(folder: Path, change: str) -> None:
     weights = load_file(folder / "model.safetensors")
     weights[change].view(-1)[-1] += 1e-3
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 9])
+def test_the_padding_that_a_first_pass_looks_at_fits_a_text_of_any_length(tiny_llama: Path, tokens: int) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
+    ids = torch.arange(10, 10 + tokens)[None]
+    wide = probe._with_a_longer_row(model, tokenizer, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert wide["input_ids"].shape == wide["attention_mask"].shape == (2, tokens + 5)
+    assert wide["attention_mask"].sum(dim=1).tolist() == [tokens, tokens + 5]
+    assert wide["input_ids"][0, tokens:].tolist() == [tokenizer.pad_token_id] * 5
 
 
 # --- fingerprint

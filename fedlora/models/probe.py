@@ -16,7 +16,7 @@ from fedlora.errors import ModelError
 
 from .devices import DTYPES
 
-_LENGTH = 12
+_LENGTH, _PADS = 12, 5
 # What earlier logits may change by when later tokens do, as a share of what later logits change by: none but rounding
 # and int8's outliers in a causal model, a third and more in an encoder.
 _LEAK = 0.03
@@ -64,8 +64,9 @@ def _with_a_longer_row(
 ) -> dict[str, Tensor]:
     """The same rows, padded beside a longer one, as in training."""
     ids = batch["input_ids"]
-    pads = torch.full_like(ids[:, :5], int(tokenizer.pad_token_id))  # pyright: ignore[reportArgumentType]
-    longer = torch.cat([ids[:1, :1], ids[:1, 1:2].repeat(1, 5), ids[:1, 1:]], dim=1)
+    pads = ids.new_full((len(ids), _PADS), int(tokenizer.pad_token_id))  # pyright: ignore[reportArgumentType]
+    more = ids[:1, 1:2] if ids.shape[1] > 1 else ids[:1]  # neither a start nor an end, where there is another token
+    longer = torch.cat([ids[:1, :1], more.repeat(1, _PADS), ids[:1, 1:]], dim=1)
     wide = torch.cat([torch.cat([ids, pads], dim=1), longer])
     mask = torch.ones_like(wide)
     mask[:-1, ids.shape[1] :] = 0
