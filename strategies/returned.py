@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedlora.adapter import AdapterState, not_finite
+from fedlora.adapter import not_finite
 from fedlora.errors import StrategyError
 
 from .base import ServerState
@@ -28,31 +28,24 @@ def check(name: str, before: ServerState, after: object, round: int) -> ServerSt
     where = f"strategy.name = {name!r}: round {round}"
     if not isinstance(after, ServerState):
         raise StrategyError(f"{where}: aggregate returned {type(after).__name__}, expected a ServerState")
-    lost = [*(before.adapter.lora.keys() ^ after.adapter.lora.keys())]
-    if lost:
+    odd = before.adapter.lora.keys() ^ after.adapter.lora.keys()
+    if odd:
         raise StrategyError(
-            f"{where}: aggregate returned other modules than it was given, for instance {min(lost)}; a module without "
+            f"{where}: aggregate returned other modules than it was given, for instance {min(odd)}; a module without "
             "replies stays as it was"
         )
-    for where_from, adapter in _adapters(after):
+    # folds of earlier rounds were looked at when they were new
+    new = [fold for fold in after.folds.parts if not any(fold is old for old in before.folds.parts)]
+    for part, adapter in (("adapter", after.adapter), *(("folds", fold) for fold in new)):
         for module, factors in adapter.lora.items():
             old = before.adapter.lora.get(module)
             d_out, d_in = (old.B.shape[0], old.A.shape[1]) if old else (factors.B.shape[0], factors.A.shape[-1])
             rank = factors.A.shape[0]
             if factors.A.shape != (rank, d_in) or factors.B.shape != (d_out, rank):
                 raise StrategyError(
-                    f"{where}: aggregate returned {module} in its {where_from} as A {list(factors.A.shape)} and B "
+                    f"{where}: aggregate returned {module} in its {part} as A {list(factors.A.shape)} and B "
                     f"{list(factors.B.shape)}, expected [r, {d_in}] and [{d_out}, r]"
                 )
         if bad := not_finite(adapter):
-            raise NotFiniteError(
-                f"{where}: aggregate returned values that are not finite, in {bad} of its {where_from}"
-            )
+            raise NotFiniteError(f"{where}: aggregate returned values that are not finite, in {bad} of its {part}")
     return after
-
-
-def _adapters(state: ServerState) -> list[tuple[str, AdapterState]]:
-    return [
-        ("adapter", state.adapter),
-        *(("folds", fold) for fold in state.folds.parts),
-    ]
