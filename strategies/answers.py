@@ -9,6 +9,7 @@ from fedlora import wire
 from fedlora.errors import WireError
 
 _LONGEST_REASON = 500  # characters of a client's own words in the record
+_AWAY = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
 # What came of a question to one client: None when the deadline passed, a WireError where its node's reply is malformed.
 Answer = RecordDict | Error | WireError | None
 
@@ -42,6 +43,5 @@ def content(answer: Answer, who: str) -> RecordDict:
             raise DivergedReplyError(f"{who} failed: {last_line}")
         if answer.code == wire.REFUSED:
             raise WireError(f"{who} refused: {last_line}")
-        there = answer.code in (wire.STALE, ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
-        raise (WireError if there else AwayError)(f"{who} failed: {last_line}")
+        raise (AwayError if answer.code in _AWAY else WireError)(f"{who} failed: {last_line}")
     return answer

@@ -224,6 +224,7 @@ def refused(message: Message, who: int, client: int = 2) -> bool:
         (wire.REFUSED, True),
         (wire.DIVERGED, True),
         (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, True),
+        (ErrorCode.LOAD_CLIENT_APP_EXCEPTION, True),
         (ErrorCode.NODE_UNAVAILABLE, False),
     ],
 )
@@ -258,6 +259,18 @@ def test_a_client_that_counts_once_is_not_lost(tmp_path, tiny_llama):
         )
     )
     assert played(tiny(tmp_path, tiny_llama, federation__lost_clients="fail"), app)["status"] == "completed"
+
+
+def test_an_app_that_cannot_be_loaded_is_told_at_once_and_not_waited_for(tmp_path, tiny_llama):
+    """It is there, and would answer the same again: only a node that is gone is asked again."""
+    app = clients_with(
+        lambda who, question, answer: Message(
+            Error(ErrorCode.LOAD_CLIENT_APP_EXCEPTION, "no such module"), reply_to=question
+        )
+    )
+    config = tiny(tmp_path, tiny_llama, federation__wait_timeout=3600.0)
+    with pytest.raises(RunError, match=r"0 of 4 clients can take part.*failed: no such module"):
+        local.run(config, client_app=app)
 
 
 def test_a_client_that_is_refused_at_the_start_is_lost_too(tmp_path, tiny_llama):
