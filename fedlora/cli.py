@@ -178,13 +178,14 @@ def _check_options(
 
 @contextmanager
 def _results_after_an_error(folder: Path) -> Iterator[None]:
-    """Around a run: what was done before an error is shown before it."""
+    """Around a run: what it has done before an error is shown before it."""
     try:
         yield
-    except FedLoraError:
+    except FedLoraError as error:
         from fedlora.display import result_table
+        from fedlora.results import ended_by
 
-        if (folder / "adapter").is_dir():
+        if (folder / "adapter").is_dir() and ended_by(folder, error):
             out.print(result_table(folder))
             out.print(f"adapter: {folder / 'adapter'}", soft_wrap=True)
         raise
@@ -341,6 +342,14 @@ def status(
         out.print(f"go on with it: fedlora run --resume {found.folder}", soft_wrap=True)
 
 
+def _tell_of_the_base(settings: configuration.Config) -> None:
+    """What is chosen for the user in a base model: LoRA's targets, and a classifier's head."""
+    from fedlora import peft_io
+
+    for what, words in peft_io.shapes(settings.model, settings.lora).facts().items():
+        out.print(f"{what}: {words}", soft_wrap=True, markup=False)
+
+
 @app.command()
 def data(
     config: Preset,
@@ -378,10 +387,7 @@ def data(
     from fedlora.models import at_hand
 
     if at_hand(settings.model.name):
-        from fedlora import peft_io
-
-        for what, words in peft_io.shapes(settings.model, settings.lora).facts().items():
-            out.print(f"{what}: {words}", soft_wrap=True, markup=False)
+        _tell_of_the_base(settings)
     if not show:
         return
     from fedlora.data.shown import first_examples
@@ -455,10 +461,7 @@ def doctor(
         )
     out.print(table)
     if config or overrides:
-        from fedlora import peft_io
-
-        for what, words in peft_io.shapes(settings.model, settings.lora).facts().items():
-            out.print(f"{what}: {words}", soft_wrap=True, markup=False)
+        _tell_of_the_base(settings)
     if not healthy:
         raise typer.Exit(1)
 

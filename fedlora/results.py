@@ -346,6 +346,15 @@ def _is_record(data: Any) -> bool:
     )
 
 
+def ended_by(folder: Path, error: Exception) -> bool:
+    """Whether the run in this folder ended with this error, which engines in other processes tell within their own."""
+    try:
+        said = stored(folder).get("error")
+    except RunError:
+        return False
+    return bool(said) and said in str(error)
+
+
 def check_changes(data: Mapping[str, Any], config: Config) -> None:
     """Whether this config may go on with a recorded run.
 
