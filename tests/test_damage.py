@@ -115,6 +115,18 @@ def test_nothing_of_use_is_there(tmp_path: Path, there: str) -> None:
     assert sorted(tmp_path.iterdir()) == ([] if there == "nothing" else [path])
 
 
+def grid_of(folder: Path, model: Path, settings: str = "") -> Path:
+    """A comparison of one cell, with more of its TOML."""
+    preset = folder / "run.toml"
+    preset.write_text(config_table(tiny(folder, model, data__test_fraction=0.5)), encoding="utf-8")
+    grid = folder / "grid.toml"
+    grid.write_text(
+        f'name = "g"\nconfig = "{preset}"\nstrategies = ["flora"]\nlearning-rates = [0.001]\nseeds = [0]\n'
+        f'metric = "loss"\nreference = "flora"\n{settings}[scenarios.one]\n'
+    )
+    return grid
+
+
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES])
 @pytest.mark.parametrize("command", ["export", "export --merge", "export --all-clients", "compare", "report"])
 def test_a_folder_that_cannot_be_written(
@@ -131,14 +143,7 @@ def test_a_folder_that_cannot_be_written(
     monkeypatch.setattr(Path, "mkdir", refuse)
     words: list[object] = [*command.split(), run, out]
     if command == "compare":
-        preset = tmp_path / "run.toml"
-        preset.write_text(config_table(tiny(tmp_path, tiny_llama, data__test_fraction=0.5)), encoding="utf-8")
-        grid = tmp_path / "grid.toml"
-        grid.write_text(
-            f'name = "g"\nconfig = "{preset}"\nstrategies = ["flora"]\nlearning-rates = [0.001]\nseeds = [0]\n'
-            'metric = "loss"\nreference = "flora"\n[scenarios.one]\n'
-        )
-        words = ["compare", grid, "--out", out]
+        words = ["compare", grid_of(tmp_path, tiny_llama), "--out", out]
     elif command == "report":
         words = ["report", run, "--out", out]
     message = said(*words)
@@ -161,13 +166,7 @@ def test_a_disk_that_is_full_leaves_nothing_of_a_merge(
 
 
 def test_a_comparison_whose_cells_would_all_fail_leaves_no_folder(tmp_path: Path, tiny_llama: Path) -> None:
-    preset = tmp_path / "run.toml"
-    preset.write_text(config_table(tiny(tmp_path, tiny_llama, data__test_fraction=0.5)), encoding="utf-8")
-    grid = tmp_path / "grid.toml"
-    grid.write_text(
-        f'name = "g"\nconfig = "{preset}"\nstrategies = ["flora"]\nlearning-rates = [0.001]\nseeds = [0]\n'
-        'metric = "loss"\nreference = "flora"\n[settings]\ndata.source = "missing.jsonl"\n[scenarios.one]\n'
-    )
+    grid = grid_of(tmp_path, tiny_llama, '[settings]\ndata.source = "missing.jsonl"\n')
     assert "missing.jsonl: no such file" in said("compare", grid, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

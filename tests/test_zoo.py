@@ -193,24 +193,23 @@ def marked(names: dict[str, Species], fast: Sequence[str] | None = None) -> list
     ]
 
 
-@pytest.mark.parametrize("name", marked(CAUSAL))
-def test_a_causal_model_is_served(name: str, folders: Path, tmp_path: Path) -> None:
-    species = CAUSAL[name]
+def check_served(species: Species, name: str, folders: Path, tmp_path: Path) -> None:
+    """From its folder to its files: trained a step, on the targets that it is known to have."""
     done = train(config_of(folder_of(species, name, folders), species))
     assert {module.rsplit(".", 1)[-1] for module in done.bench.layers} == {*species.targets.split()}
     assert done.after != pytest.approx(done.before, abs=1e-4)
     check_files(done, species, tmp_path)
     check_length(done)
+
+
+@pytest.mark.parametrize("name", marked(CAUSAL))
+def test_a_causal_model_is_served(name: str, folders: Path, tmp_path: Path) -> None:
+    check_served(CAUSAL[name], name, folders, tmp_path)
 
 
 @pytest.mark.parametrize("name", marked(CLASSIFIERS))
 def test_a_classifier_is_served(name: str, folders: Path, tmp_path: Path) -> None:
-    species = CLASSIFIERS[name]
-    done = train(config_of(folder_of(species, name, folders), species))
-    assert {module.rsplit(".", 1)[-1] for module in done.bench.layers} == {*species.targets.split()}
-    assert done.after != pytest.approx(done.before, abs=1e-4)
-    check_files(done, species, tmp_path)
-    check_length(done)
+    check_served(CLASSIFIERS[name], name, folders, tmp_path)
 
 
 @pytest.mark.parametrize("name", marked(CAUSAL, ["gpt2", "jamba", "qwen2-moe", "gemma3-images"]))

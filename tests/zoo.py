@@ -96,6 +96,8 @@ _BART = {
     "encoder_ffn_dim": 64,
     "decoder_ffn_dim": 64,
 }
+_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+_XLNET = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}
 
 CAUSAL: dict[str, Species] = {
     "llama": Species("LlamaConfig", "LlamaForCausalLM", targets="q_proj v_proj"),
@@ -269,14 +271,14 @@ CAUSAL: dict[str, Species] = {
     "t5": Species(
         "T5Config",
         "T5ForConditionalGeneration",
-        sizes={"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+        sizes=_T5,
         refused="an encoder and a decoder",
     ),
     "vit": Species("ViTConfig", "ViTModel", refused="no causal language model of the kind ViT"),
     "xlnet": Species(
         "XLNetConfig",
         "XLNetLMHeadModel",
-        sizes={"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
+        sizes=_XLNET,
         refused="XLNetLMHeadModel predicts a token from later ones too",
     ),
 }
@@ -324,14 +326,14 @@ CLASSIFIERS: dict[str, Species] = {
         "XLNetConfig",
         "XLNetModel",
         "classification",
-        sizes={"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
+        sizes=_XLNET,
         refused="says of a row changes by .* with padding beside it",
     ),
     "t5": Species(
         "T5Config",
         "T5Model",
         "classification",
-        sizes={"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+        sizes=_T5,
         targets="q v",
     ),
     "llama": Species("LlamaConfig", "LlamaModel", "classification", targets="q_proj v_proj"),
