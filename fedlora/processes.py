@@ -37,7 +37,8 @@ def share_cores(processes: int = 1) -> None:
         processes: that compute at once.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ |= _PASSIVE
+        for name, value in _PASSIVE.items():
+            os.environ.setdefault(name, value)
     if processes > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(share_of_cores(processes)))
 

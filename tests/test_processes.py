@@ -25,6 +25,7 @@ def environment_of(**own: str) -> dict[str, str]:
 def test_threads_that_wait_sleep_unless_the_user_says_otherwise() -> None:
     assert environment_of() == {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
     assert environment_of(OMP_WAIT_POLICY="ACTIVE") == {"OMP_WAIT_POLICY": "ACTIVE"}
+    assert environment_of(GOMP_SPINCOUNT="1000")["GOMP_SPINCOUNT"] == "1000"
 
 
 def test_processes_that_compute_at_once_share_one_pools_threads(monkeypatch: pytest.MonkeyPatch) -> None:
