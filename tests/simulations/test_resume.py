@@ -149,6 +149,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["flora", "fedsa", "lora-fair-int8"])
 def test_it_may_die_anywhere_and_again(tmp_path, tiny_llama, monkeypatch, name):
     """In round 1; after round 2 was recorded, before its checkpoint; right after a checkpoint; after the last one."""

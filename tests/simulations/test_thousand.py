@@ -177,6 +177,7 @@ def test_what_clients_keep_lies_on_disk_alone_and_only_of_those_that_were_at_wor
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_the_preset_with_fewer_rounds_and_clients_at_work(tmp_path):
     keys = ["federation.rounds=2", "federation.fraction=0.008", "data.heldout-max=16"]
