@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 
 from fedlora import processes
-from fedlora.errors import ConfigError
 
 experiments = typer.Typer()
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
@@ -74,7 +73,7 @@ def compare(
         ranking_table,
     )
 
-    check_scenarios(planned)
+    check_scenarios(planned, [slot.device for slot in places if slot.device])
     display = StandingDisplay(out)
     with processes.stopped_by_signals() as told:
         try:
@@ -101,7 +100,9 @@ def compare(
 
 @experiments.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Of a comparison, or of one run: runs/<name>/<time>.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A comparison's folder, or a run by its name or folder.")
+    ],
     to: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where to; default: DIR/report.")] = None,
 ) -> None:
     """Make one page of a comparison or a run, which opens without a network; figures and tables as files beside it.
@@ -110,10 +111,8 @@ def report(
 
       fedlora report runs/compare/sentiment
 
-      fedlora report runs/quickstart/20260101-120000
+      fedlora report quickstart
     """
-    if not folder.expanduser().is_dir():
-        raise ConfigError(f"report: {folder}: no such folder; give that of a fedlora compare or of a fedlora run")
     from fedlora.simulations.report import write  # pyright: ignore[reportMissingImports]
 
     path = write(folder, to, say=lambda line: err.print(line, style="dim", soft_wrap=True, markup=False))

@@ -29,6 +29,7 @@ from fedlora.models import BaseModel, load_base, untie
 from fedlora.models.read import quiet
 from fedlora.peft_io import forget, install, save_checkpoint, workbench
 from fedlora.results import stored
+from fedlora.runs import adapter_folder
 
 Transformation = Callable[[AdapterState], AdapterState]
 _PREFIX = "base_model.model."
@@ -75,16 +76,13 @@ class Exported:
 
 
 def find(path: Path) -> Source:
-    """The checkpoint in a run's folder, or in its adapter/ folder.
+    """The checkpoint of a run, or of another folder that has one.
 
     Raises:
         AdapterError: there is none, or it was not written by this product.
         RunError: the run's record is damaged.
     """
-    folder = path.expanduser().resolve()
-    folder = folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder
-    if not (folder / "adapter_config.json").is_file():
-        raise AdapterError(f"{path}: no adapter here; give a run's folder runs/<name>/<time>, or its adapter/ folder")
+    folder = adapter_folder(path)
     try:
         about = json.loads((folder / "fedlora.json").read_text(encoding="utf-8"))
         config = parse(about["config"], where=str(folder / "fedlora.json"))

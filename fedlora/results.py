@@ -27,6 +27,7 @@ from fedlora.config import Config, Scalar, parse, parse_overrides
 from fedlora.durable import write_json
 from fedlora.errors import ConfigError, RunError
 from fedlora.exchange import ClientInfo
+from fedlora.runs import run_folder
 
 SCHEMA = 1
 # What a run that is resumed may have changed: everything else decides what it computes, or what it measures.
@@ -305,7 +306,7 @@ def resumed(folder: Path, overrides: Sequence[str] = ()) -> Config:
         RunError: there is no run in this folder, or it is complete.
         ConfigError: an override is wrong, or would change what the run computes.
     """
-    folder = folder.expanduser().resolve()
+    folder = run_folder(folder)
     data = stored(folder)
     config = parse(parse_overrides(overrides), parse(data["config"], where=str(folder / "result.json")), where="-c")
     here = replace(config.run, dir=str(folder.parent.parent), name=folder.parent.name, id=folder.name, resume=True)

@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from fedlora import journal
 from fedlora.results import stored
+from fedlora.runs import run_folder
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,12 @@ def status(folder: Path) -> RunStatus:
     """Read it.
 
     Args:
-        folder: a run's, or one of runs, of which the last is taken.
+        folder: a run, as `run_folder` takes it.
 
     Raises:
         RunError: there is no run.
     """
-    folder = _newest(folder.expanduser().resolve())
+    folder = run_folder(folder)
     data = stored(folder)
     events = journal.read(folder / journal.NAME)
     entries = [entry for entry in data["rounds"] if entry["round"]]
@@ -86,13 +87,6 @@ def status(folder: Path) -> RunStatus:
         quiet_seconds=_since(events[-1]["time"]) if events else None,
         clients=[_client(about, entries, now) for about in data.get("clients", [])],
     )
-
-
-def _newest(folder: Path) -> Path:
-    if (folder / "result.json").is_file():
-        return folder
-    found = sorted(folder.glob("*/result.json"), key=lambda path: path.stat().st_mtime)
-    return found[-1].parent if found else folder
 
 
 def _is_left(folder: Path) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedlora.errors import RunError
+from fedlora.runs import run_folder
 
 
 def write(folder: Path, out: Path | None = None, say: Callable[[str], None] = lambda text: None) -> Path:
@@ -15,7 +16,7 @@ def write(folder: Path, out: Path | None = None, say: Callable[[str], None] = la
     comparison, tables/ (final.md, final.tex and final.csv). Nothing else in the folder changes.
 
     Args:
-        folder: with grid.json and cells/, or with result.json.
+        folder: with grid.json and cells/, or a run as `run_folder` takes it.
         out: where to; `folder`/report by default.
         say: told what is being done, for progress.
 
@@ -27,23 +28,22 @@ def write(folder: Path, out: Path | None = None, say: Callable[[str], None] = la
     """
     from . import compared, page, read, single
 
-    folder = folder.expanduser().resolve()
+    folder = folder.expanduser().resolve() if (has_grid := _holds_comparison(folder)) else run_folder(folder)
     out = folder / "report" if out is None else out.expanduser().resolve()
     try:
-        if (folder / "grid.json").is_file():
+        if has_grid:
             found = read.comparison(folder)
             say(f"{len(found.cells)} cells read")
             made = compared.page(found, folder.name, say)
             compared.write_tables(found, made, out)
-        elif (folder / "result.json").is_file():
-            made = single.page(read.run(folder), folder)
         else:
-            raise RunError(
-                f"{folder}: neither grid.json nor result.json is here; give the folder of a fedlora compare or of a "
-                "fedlora run"
-            )
+            made = single.page(read.run(folder), folder)
         path = page.write(made, out)
     except OSError as error:
         raise RunError(f"{out}: the report cannot be written: {error}; give another folder") from None
     say(f"written: {path}")
     return path
+
+
+def _holds_comparison(folder: Path) -> bool:
+    return (folder.expanduser() / "grid.json").is_file()
