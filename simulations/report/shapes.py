@@ -20,7 +20,7 @@ def partition(view: View, cells: Sequence[Mapping[str, Any]]) -> list[Picture]:
     cell = next((cell for cell in cells if cell.get("partition", {}).get("clients")), None)
     if cell is None:
         return []
-    clients = cell["partition"]["clients"][:_MOST_CLIENTS]
+    clients, exceptions = _ranks(cell["partition"]["clients"][:_MOST_CLIENTS], view, cells)
     more = len(cell["partition"]["clients"]) - len(clients)
     names = [_client(client) for client in clients]
     classes = sorted({label for client in clients for label in client.get("labels", {})}, key=_natural)
@@ -67,7 +67,7 @@ def partition(view: View, cells: Sequence[Mapping[str, Any]]) -> list[Picture]:
         Picture(
             f"partition-{view.slug}",
             "Who has which rows",
-            f"{reading} Of seed {cell['seed']}.{least}",
+            f"{reading}{exceptions} Of seed {cell['seed']}.{least}",
             figure,
             ("client", "name", "rank", "class", "rows"),
             data,
@@ -116,6 +116,34 @@ def spectrum(name: str, lines: Mapping[str, Sequence[float]], styles: Mapping[st
         ("strategy", "index", "singular-value"),
         [(label, i, value) for label, values in kept.items() for i, value in enumerate(values, 1)],
     )
+
+
+def _ranks(
+    clients: Sequence[Mapping[str, Any]], view: View, cells: Sequence[Mapping[str, Any]]
+) -> tuple[list[Mapping[str, Any]], str]:
+    """The clients with the ranks that most strategies train them at, and a sentence on the strategies that differ."""
+    found: dict[tuple[Any, ...], list[str]] = {}
+    for row in view.strategies:
+        own = next(
+            (cell["partition"]["clients"] for cell in cells if cell["label"] == row.label and "partition" in cell), []
+        )
+        if own:
+            found.setdefault(tuple(client.get("rank") for client in own), []).append(row.label)
+    if not found:
+        return list(clients), ""
+    usual = max(found, key=lambda ranks: len(found[ranks]))
+    told = [
+        f"{', '.join(labels)} {'trains' if len(labels) == 1 else 'train'} at {_spread(ranks)}"
+        for ranks, labels in found.items()
+        if ranks != usual
+    ]
+    shown = [{**client, "rank": rank} for client, rank in zip(clients, usual, strict=False)]
+    return shown, f" r is that of most strategies; {'; '.join(told)}." if told else ""
+
+
+def _spread(ranks: Sequence[Any]) -> str:
+    low, high = min(ranks), max(ranks)
+    return f"rank {low} everywhere" if low == high else f"ranks {low} to {high}"
 
 
 def _client(client: Mapping[str, Any]) -> str:

@@ -54,6 +54,19 @@ def _sums(folder: Path) -> dict[str, str]:
     }
 
 
+def test_the_partition_shows_the_ranks_of_most_strategies_and_names_the_others(tmp_path):
+    folder = write_comparison(tmp_path, **_SMALL)
+    for path in (folder / "cells" / "equal" / "fedavg").glob("*.json"):
+        cell = json.loads(path.read_text())
+        for client in cell["partition"]["clients"]:
+            client["rank"] = 4
+        path.write_text(json.dumps(cell))
+    report.write(folder)
+    rows = _csv(folder / "report" / "figures" / "partition-equal.csv")
+    assert [row["rank"] for row in rows if row["class"] == "0"] == ["16", "8", "8", "4", "4", "4"]
+    assert "r is that of most strategies; fedavg trains at rank 4 everywhere." in _page(folder)
+
+
 def test_every_figure_has_its_three_files_and_stands_on_the_page(small):
     figures = {path.stem: path for path in (small / "report" / "figures").glob("*.svg")}
     page = _page(small)
@@ -180,7 +193,7 @@ def test_a_grid_without_cells_is_a_page_too(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        (None, "", "neither grid.json nor result.json"),
+        (None, "", "no run here, result.json is missing"),
         ("grid.json", "{", "grid.json: cannot be read"),
         ("grid.json", '{"schema": 2}', "grid.json: schema 2, this version reads 1"),
         ("grid.json", '{"schema": 1}', "lacks metric"),
