@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
@@ -20,6 +21,9 @@ from fedlora.errors import DataError, suggest
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
+
+
+_HUB_SECONDS = 10.0  # for its first answer
 
 
 @dataclass(frozen=True)
@@ -159,9 +163,10 @@ def _read_hub(config: DataConfig) -> Dataset:
             f"(a hub data set is named 'owner/name')"
         )
     try:
-        rows = datasets.load_dataset(
-            config.source, config.subset or None, split=config.split or None, revision=config.revision or None
-        )
+        with _hub_or_cache(config.source):
+            rows = datasets.load_dataset(
+                config.source, config.subset or None, split=config.split or None, revision=config.revision or None
+            )
     except (DatasetsError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise DataError(
             f"data.source: {config.source!r} is no packaged set ({', '.join(PACKAGED)}), no file, and the hub gave no "
@@ -170,6 +175,38 @@ def _read_hub(config: DataConfig) -> Dataset:
     if not isinstance(rows, datasets.Dataset):
         raise DataError(f"data.split: {config.source!r} needs one split, such as one of {', '.join(map(str, rows))}")
     return rows
+
+
+@contextmanager
+def _hub_or_cache(name: str) -> Iterator[None]:
+    """Within the block, a hub that cannot be reached is not asked again and again: what was fetched before is used."""
+    import datasets
+    import httpx
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    reachable = True
+    try:
+        HfApi().dataset_info(name, timeout=_HUB_SECONDS)
+    except httpx.TransportError:
+        reachable = False
+    except (HfHubHTTPError, OSError, ValueError):
+        pass  # it answered, or is not to be asked; load_dataset says what is wrong
+    if reachable:
+        yield
+        return
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except (DatasetsError, OSError, ValueError) as error:
+        raise DataError(
+            f"data.source: {name!r} is no packaged set ({', '.join(PACKAGED)}), no file, and the hub cannot be reached "
+            "to look for it there; check the network, or give a file"
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def _number_classes(rows: Dataset, config: DataConfig) -> Dataset:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import httpx
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -241,6 +243,36 @@ def test_hub_errors_name_the_source(monkeypatch: pytest.MonkeyPatch, error: Exce
     with pytest.raises(DataError, match=r"'owner/name' is no packaged set .*data\.split = 'trian'") as caught:
         load_rows(DataConfig(source="owner/name", split="trian"))
     assert str(error) in str(caught.value)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    """What was fetched before is used, and else it is said; in no case is the hub asked again and again."""
+    asked: list[str] = []
+
+    def info(self: object, name: str, **kwargs: object) -> None:
+        asked.append(name)
+        raise httpx.ConnectError("Name or service not known")
+
+    def load(*args: Any, **kwargs: Any) -> datasets.Dataset:
+        assert huggingface_hub.constants.HF_HUB_OFFLINE
+        assert datasets.config.HF_HUB_OFFLINE
+        if there:
+            return datasets.Dataset.from_list(ROWS)
+        raise ConnectionError("Couldn't find it in the cache")
+
+    for module in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    if there:
+        assert load_rows(DataConfig(source="owner/name")).to_list() == ROWS
+    else:
+        with pytest.raises(DataError, match=r"'owner/name' is no packaged set .*, and the hub cannot be reached"):
+            load_rows(DataConfig(source="owner/name"))
+    assert asked == ["owner/name"]
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 def test_hub_without_a_split(monkeypatch: pytest.MonkeyPatch) -> None:
