@@ -33,7 +33,7 @@ def compare_with_base(
         ModelError: an adapter was trained on another base.
         AdapterError: a checkpoint does not fit the model.
     """
-    base = load_base(config.model)
+    base = load_base(config.model, seed=config.run.seed)
     check_length(longest(base.model), config)
     model = load(base, adapters, config)
     examples = encode(prepare(config).heldout, base.tokenizer, config.data, config.model.task, config.model.labels)

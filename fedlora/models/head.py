@@ -45,8 +45,12 @@ def kept(config: ModelConfig, folder: Path, shapes: Mapping[str, tuple[int, ...]
     return {name: found[name] for name in shapes}, f"the model's own head: {_classes(folder, config.labels)}"
 
 
-def fresh(shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator) -> dict[str, Tensor]:
-    """A fresh head: weights from N(0, 0.02^2) as in BERT, norms' ones, biases zero; drawn in the order of names."""
+def fresh(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
+    """A run's fresh head: weights from N(0, 0.02^2) as in BERT, norms' ones, biases zero; drawn in the order of names.
+
+    It depends on the seed alone, so that whoever knows the run's has the head that its round 0 was measured with.
+    """
+    generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(size, generator=generator) * 0.02
         if len(size) > 1

@@ -68,7 +68,7 @@ def _folder(name: str, revision: str) -> Path:
     return resolve(name, revision)
 
 
-def load_base(config: ModelConfig, say: Say = LOG.info) -> BaseModel:
+def load_base(config: ModelConfig, say: Say = LOG.info, seed: int = 0) -> BaseModel:
     """The base model and its tokenizer.
 
     Quantized weights are kept on disk after the first time; later loads read them alone and never hold
@@ -77,6 +77,7 @@ def load_base(config: ModelConfig, say: Say = LOG.info) -> BaseModel:
     Args:
         config: what to load, and how.
         say: gets a line of text before anything that takes long.
+        seed: of a fresh head: the run's, where it is to be the head of the run's round 0.
 
     Raises:
         ModelError: the model, the device, or the combination of them cannot be had.
@@ -98,7 +99,7 @@ def load_base(config: ModelConfig, say: Say = LOG.info) -> BaseModel:
     tokenizer = _tokenizer(config, folder)
     _check_tokens(model, tokenizer, config, say)
     _prepare(model, tokenizer, config, heads)
-    head = _set_heads(model, config, folder, heads) if heads else ""
+    head = _set_heads(model, config, folder, heads, seed) if heads else ""
     unused = uncalled(model, tokenizer, config)
     return BaseModel(model, tokenizer, device, identity, config.quantization, recipe.dtype, folder, heads, head, unused)
 
@@ -142,10 +143,10 @@ def first_head(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> tuple
     return kept(config, _folder(config.name, config.revision), shapes)
 
 
-def _set_heads(model: PreTrainedModel, config: ModelConfig, folder: Path, heads: tuple[str, ...]) -> str:
+def _set_heads(model: PreTrainedModel, config: ModelConfig, folder: Path, heads: tuple[str, ...], seed: int) -> str:
     """Gives the heads their first values, as a server does; what these are, in words."""
     found, words = kept(config, folder, head_shapes(model, heads))
-    values = found or fresh(head_shapes(model, heads), torch.Generator().manual_seed(0))
+    values = found or fresh(head_shapes(model, heads), seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in values:
