@@ -11,6 +11,14 @@ from fedlora.config import TrainConfig
 from fedlora.errors import ConfigError
 
 
+def check(config: TrainConfig, device: torch.device) -> None:
+    """Raises ConfigError for an optimizer that this device cannot have."""
+    if config.optimizer not in ("adamw", "sgd") and device.type != "cuda":
+        raise ConfigError(
+            f"train.optimizer = {config.optimizer!r} needs a CUDA GPU, the model is on {device}; use adamw"
+        )
+
+
 def make(config: TrainConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer that `train.optimizer` names, over these parameters.
 
@@ -25,11 +33,7 @@ def make(config: TrainConfig, parameters: Sequence[nn.Parameter]) -> torch.optim
         return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=rate, weight_decay=decay)
-    if parameters[0].device.type != "cuda":
-        raise ConfigError(
-            f"train.optimizer = {config.optimizer!r} needs a CUDA GPU, the model is on {parameters[0].device}; "
-            "use adamw"
-        )
+    check(config, parameters[0].device)
     from bitsandbytes import optim
 
     kinds = {

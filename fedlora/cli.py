@@ -19,7 +19,7 @@ from rich.table import Table
 
 from fedlora import __version__, processes
 from fedlora import config as configuration
-from fedlora.cli_adapters import adapters
+from fedlora.cli_adapters import adapters, kept_by_clients
 from fedlora.cli_experiments import experiments
 from fedlora.errors import ConfigError, FedLoraError, of_the_disk, suggest
 
@@ -75,11 +75,14 @@ def run(
     *,
     resume: Annotated[
         Path | None,
-        typer.Option(metavar="RUN_FOLDER", help="Go on with this run after its last complete round, by its config."),
+        typer.Option(
+            metavar="RUN", help="Go on after a run's last complete round; its folder, or its name for the last."
+        ),
     ] = None,
     at_once: Annotated[
-        int, typer.Option(min=1, help="flower: clients that train at the same time, each with its own base model.")
-    ] = 1,
+        int | None,
+        typer.Option(min=1, help="flower: clients that train at the same time, each with its own base model [1]."),
+    ] = None,
     server: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT", help="Run on the nodes of this server (fedlora server) instead."),
@@ -104,7 +107,7 @@ def run(
 
       fedlora run quickstart
 
-      fedlora run --resume runs/quickstart/20260101-120000
+      fedlora run --resume quickstart
 
       fedlora run configs/quickstart.toml -c strategy.name=lora-fair -c federation.rounds=5
 
@@ -114,7 +117,7 @@ def run(
 
       fedlora run federation.toml --server fed.example.org:9092 --ca certs/ca.crt
     """
-    _check_options(config, resume, engine, server=server, profile=profile, devices=devices)
+    _check_options(config, resume, engine, server=server, profile=profile, devices=devices, at_once=at_once)
     if profile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler talks on stderr; read when torch is loaded
     settings = _load(config, overrides) if config is not None else _resumed(resume, overrides)
@@ -135,6 +138,13 @@ def run(
     settings = stamp(settings)
     folder = folder_of(settings)
     quiet()
+    federation = settings.federation
+    out.print(
+        f"{settings.run.name}: {federation.clients} clients, {federation.rounds} rounds, {settings.strategy.name} on "
+        f"{settings.model.name} ({settings.model.quantization})",
+        soft_wrap=True,
+        markup=False,
+    )
     watcher: Profiler | None = None
     with _results_after_an_error(folder), _interruptible(folder, server), RunDisplay(out) as display, listen(display):
         if server is not None:
@@ -144,7 +154,7 @@ def run(
         elif engine is Engine.flower:
             from fedlora.simulations import flower  # pyright: ignore[reportMissingImports]
 
-            flower.run(settings, at_once)
+            flower.run(settings, at_once or 1)
         else:
             from fedlora.simulations import local  # pyright: ignore[reportMissingImports]
 
@@ -157,15 +167,31 @@ def run(
     if watcher is not None:
         show(watcher, out)
     out.print(f"adapter: {folder / 'adapter'}", soft_wrap=True)
-    out.print(f"try it:  fedlora evaluate --adapter {folder / 'adapter'}", soft_wrap=True)
+    if kept := kept_by_clients(settings.strategy.name):
+        out.print(f"{kept} of each client stays with it, and without it this is the base; a client's own adapter:")
+        out.print(f"         fedlora export {folder} OUT --client 0", soft_wrap=True)
+    else:
+        out.print(f"try it:  fedlora evaluate --adapter {folder / 'adapter'}", soft_wrap=True)
 
 
 def _check_options(
-    config: str | None, resume: Path | None, engine: Engine, *, server: str | None, profile: bool, devices: str | None
+    config: str | None,
+    resume: Path | None,
+    engine: Engine,
+    *,
+    server: str | None,
+    profile: bool,
+    devices: str | None,
+    at_once: int | None,
 ) -> None:
     """Raises ConfigError for options of `run` that do not go together."""
     if (config is None) == (resume is None):
         raise ConfigError("run: name either a CONFIG, such as quickstart, or the folder of a run with --resume")
+    if at_once is not None and (server is not None or engine is not Engine.flower):
+        raise ConfigError(
+            "run: --at-once is of --engine flower; the local engine trains several clients as one batch, by "
+            "train.clients-at-once"
+        )
     if profile and (server is not None or engine is not Engine.local):
         where = "--server" if server is not None else f"--engine {engine.value}"
         raise ConfigError(f"run: --profile times this process, and with {where} clients train in others; leave out one")
@@ -209,6 +235,21 @@ def _interruptible(folder: Path, server: str | None) -> Iterator[None]:
 
 app.add_typer(adapters)
 app.add_typer(experiments)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Federated LoRA fine-tuning: clients of unequal ranks share one quantized model, their data stays with them."""
 
 
 @app.command()
@@ -326,7 +367,7 @@ def worker(
 @app.command()
 def status(
     folder: Annotated[
-        Path, typer.Argument(metavar="RUN_FOLDER", help="runs/<name>/<time>, or runs/<name> for its last run.")
+        Path, typer.Argument(metavar="RUN", help="Its folder runs/<name>/<time>, or its name for the last run.")
     ],
 ) -> None:
     """Show where a run stands: its round, its clients, their last losses."""

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora import config as configuration
-from fedlora.errors import AdapterError, ConfigError
+from fedlora.errors import AdapterError, ConfigError, StrategyError
+from fedlora.runs import adapter_folder
 
 if TYPE_CHECKING:
     from fedlora.adapter import AdapterState
@@ -33,7 +34,7 @@ class NoFactors(AdapterError):
 def evaluate(
     adapter: Annotated[
         list[Path],
-        typer.Option(help="Folder of a PEFT checkpoint, such as runs/<name>/<time>/adapter; repeat for more."),
+        typer.Option(help="A run, by its name or folder, or the folder of a PEFT checkpoint; repeat for more."),
     ],
     config: Annotated[
         str | None,
@@ -66,7 +67,7 @@ def evaluate(
 
     Examples:
 
-      fedlora evaluate --adapter runs/quickstart/20260101-120000/adapter
+      fedlora evaluate --adapter quickstart
 
       fedlora evaluate --adapter a/adapter --adapter b/adapter --json scores.json
     """
@@ -74,6 +75,7 @@ def evaluate(
 
     if lm_eval is None and (lm_eval_path or lm_eval_limit):
         raise ConfigError("evaluate: --lm-eval-path and --lm-eval-limit go with --lm-eval TASK; name a task")
+    adapter = [adapter_folder(each) for each in adapter]
     settings = _settings(adapter, config, overrides)
     cli.quiet()
     if lm_eval is not None:
@@ -102,7 +104,9 @@ def evaluate(
 
 @adapters.command()
 def export(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="runs/<name>/<time>, or its adapter/ folder.")],
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="A run, by its name or folder, or an adapter's folder.")
+    ],
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="What is written; new, or an empty folder.")],
     *,
     rank: Annotated[int | None, typer.Option(min=1, help="The best approximation of at most this rank.")] = None,
@@ -126,7 +130,7 @@ def export(
 
     Examples:
 
-      fedlora export runs/quickstart/20260101-120000 my-adapter
+      fedlora export quickstart my-adapter
 
       fedlora export runs/quickstart/20260101-120000 small --rank 4
 
@@ -256,10 +260,8 @@ def _settings(adapters: Sequence[Path], config: str | None, overrides: list[str]
     from fedlora import cli
 
     for place, adapter in enumerate(adapters):
-        if adapter.resolve() in [other.resolve() for other in adapters[:place]]:
+        if adapter in adapters[:place]:
             raise ConfigError(f"--adapter {adapter}: it is named twice; name each once")
-        if not (adapter / "adapter_config.json").is_file():
-            raise ConfigError(f"--adapter {adapter}: no adapter_config.json here; give the folder of a PEFT checkpoint")
     if config is not None:
         return cli._load(config, overrides)
     from fedlora.checkpoint_scores import described
@@ -267,8 +269,34 @@ def _settings(adapters: Sequence[Path], config: str | None, overrides: list[str]
     trained = described(adapters[0]).get("config")
     if not trained:
         raise ConfigError(f"--adapter {adapters[0]}: it does not say what it was trained on; name a CONFIG too")
+    for adapter in adapters:
+        _check_shared(adapter)
     own = configuration.parse(trained, where=str(adapters[0] / "fedlora.json"))
     return configuration.parse(configuration.parse_overrides(overrides or []), own, where="-c")
+
+
+def _check_shared(adapter: Path) -> None:
+    """Raises ConfigError for what a run with personal factors shares: alone it answers as the base."""
+    from fedlora.checkpoint_scores import described
+
+    about = described(adapter)
+    name = str(about.get("config", {}).get("strategy.name", ""))
+    kept = "" if "export" in about else kept_by_clients(name)
+    if kept:
+        raise ConfigError(
+            f"--adapter {adapter}: with {name}, {kept} stays on the clients, and without it this is the base; export a "
+            f"client's own first: fedlora export {adapter.parent} OUT --client 0"
+        )
+
+
+def kept_by_clients(strategy: str) -> str:
+    """The factors that stay on the clients with the strategy of this name, such as "B"; mostly none."""
+    from fedlora.strategies import registry  # pyright: ignore[reportMissingImports]
+
+    try:
+        return " and ".join(sorted(registry.resolve(strategy).personal))
+    except StrategyError:  # of somebody's own module, which is not here
+        return ""
 
 
 def _table(title: str, rows: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Table:

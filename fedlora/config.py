@@ -423,6 +423,11 @@ def _check(where: str, key: str, value: Any, section: Any, name: str) -> Scalar:
 
 def _check_together(config: Config, where: str) -> Config:
     """Rules over several keys."""
+    for key, name in (("run.name", config.run.name), ("run.id", config.run.id)):
+        if name in (".", "..") or "/" in name or "\\" in name:
+            raise ConfigError(
+                f"{where}: {key} = {name!r} is no name of one folder; give one, and set run.dir for another place"
+            )
     if config.run.resume and not config.run.id:
         raise ConfigError(f"{where}: run.resume = true needs run.id, the name of the folder of the run to go on with")
     ints("lora.ranks", config.lora.ranks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # they import heavy libraries, and every command this file
     from fedlora.data.shown import Shown
     from fedlora.status import RunStatus
 
+_QUIET_SECONDS = 10.0  # after which a run says where it stands
 _MOST_ALIKE = 3  # clients that are told of with one reason
 _NUMBER = re.compile(r"-?\d+")
 _MOST_CLIENTS = 40  # that fedlora status shows all of
@@ -38,10 +40,13 @@ class ConsoleLog(logging.Handler):
 
 
 class RunDisplay:
-    """A listener for `fedlora.events`: bars on a terminal, plain lines elsewhere."""
+    """A listener for `fedlora.events`: bars on a terminal; elsewhere plain lines, and one of where it stands now and
+    then, so that a long round is not silent.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._said = time.monotonic()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -57,8 +62,14 @@ class RunDisplay:
         self._evaluation: TaskID | None = None
         self._alike: Counter[str] = Counter()
 
-    def _line(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True)
+    def _line(self, text: str, style: str | None = None) -> None:
+        self._said = time.monotonic()
+        self._console.print(text, style=style, soft_wrap=True)
+
+    def _stand(self, text: str, after: float = _QUIET_SECONDS) -> None:
+        """Where no bars are shown, a line when none was printed for so many seconds."""
+        if not self._console.is_terminal and time.monotonic() - self._said >= after:
+            self._line(text, "dim")
 
     def __enter__(self) -> RunDisplay:
         self._progress.start()
@@ -78,6 +89,7 @@ class RunDisplay:
         if self._rounds is None:
             self._rounds = self._progress.add_task("rounds", total=rounds, note="")
         self._progress.update(self._rounds, description=f"round {round}/{rounds}")
+        self._stand(f"round {round} of {rounds}: {clients} clients are asked", after=0)
 
     def _on_client_start(self, client_id: int, rank: int, round: int) -> None:
         self._clients[client_id] = self._progress.add_task(f"  client {client_id} (rank {rank})", total=None, note="")
@@ -85,6 +97,7 @@ class RunDisplay:
     def _on_client_step(self, client_id: int, step: int, steps: int, loss: float, round: int) -> None:
         if client_id in self._clients:
             self._progress.update(self._clients[client_id], total=steps, completed=step, note=f"loss {loss:.3f}")
+        self._stand(f"round {round}  client {client_id}  step {step} of {steps}  loss {loss:.4f}")
 
     def _on_client_done(self, client_id: int, node: int, round: int, metrics: dict[str, float]) -> None:
         self._drop(self._clients.pop(client_id, None))
@@ -113,8 +126,10 @@ class RunDisplay:
 
     def _on_evaluate_start(self, examples: int) -> None:
         self._evaluation = self._progress.add_task("  held-out rows", total=examples, note="")
+        self._stand(f"evaluating {examples} held-out rows")
 
     def _on_evaluate_step(self, done: int, total: int) -> None:
+        self._stand(f"evaluated {done} of {total} held-out rows")
         if self._evaluation is not None:
             self._progress.update(self._evaluation, completed=done)
             if done >= total:

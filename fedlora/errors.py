@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-_NO_ROOM = {errno.ENOSPC, errno.EFBIG} | {getattr(errno, name) for name in ("EDQUOT",) if hasattr(errno, name)}
-_OF_THE_DISK = _NO_ROOM | {
+NO_ROOM = {errno.ENOSPC, errno.EFBIG} | {getattr(errno, name) for name in ("EDQUOT",) if hasattr(errno, name)}
+_OF_THE_DISK = NO_ROOM | {
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -73,7 +73,7 @@ def of_the_disk(error: BaseException) -> str:
         where, reason, number = "", found[1], int(found[2])
     else:
         return ""
-    fix = "make room" if number in _NO_ROOM else "give another path, or make this one usable"
+    fix = "make room" if number in NO_ROOM else "give another path, or make this one usable"
     return f"{where or 'a file that this command writes'}: {reason}; {fix}"
 
 

@@ -11,13 +11,8 @@ from typing import Any
 import yaml
 
 from fedlora import config as configuration
+from fedlora.assets import hub_name, known
 from fedlora.config import Config
-
-# What the packaged models are on the hub.
-_HUB = {
-    "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "minilm-l6": "sentence-transformers/all-MiniLM-L6-v2",
-}
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,14 @@ def render(card: Card) -> str:
 def base_name(name: str) -> str:
     """A base model's id on the hub, or the last part of a local path."""
     local = name.startswith((".", "/", "~")) or name.endswith(".gguf")
-    return _HUB.get(name) or (Path(name).name if local else name)
+    return Path(name).name if local else hub_name(name)
+
+
+def _weights(name: str) -> str:
+    """A base model's name, and what its weights are where they are not those of that name on the hub."""
+    asset = known().get(name)
+    words = asset.weights if asset else "dequantized from GGUF" if name.endswith(".gguf") else ""
+    return base_name(name) + (f", {words}" if words else "")
 
 
 def _front(card: Card) -> dict[str, Any]:
@@ -136,7 +138,7 @@ def _training(card: Card) -> list[tuple[str, str]]:
     elif partition == "dirichlet":
         partition += f", alpha {config.data.dirichlet_alpha:g}"
     return [
-        ("Base", f"{base_name(config.model.name)}, fingerprint {card.about.get('base', 'unknown')}"),
+        ("Base", f"{_weights(config.model.name)}, fingerprint {card.about.get('base', 'unknown')}"),
         ("Quantization of the base in training", config.model.quantization),
         ("Strategy", config.strategy.name + (f" ({card.paper})" if card.paper else "")),
         ("Strategy options", config.strategy.options or "defaults"),
@@ -190,7 +192,7 @@ def _made(card: Card) -> list[tuple[str, str]]:
 
 
 def _limits(card: Card) -> list[tuple[str, str]]:
-    quantization = card.config.model.quantization
+    quantization, weights = card.config.model.quantization, _weights(card.config.model.name)
     limits = [("Scope", "evaluated on rows like those it was trained on, and on nothing else")]
     if quantization != "none" and card.facts.get("merged"):
         text = (
@@ -200,6 +202,8 @@ def _limits(card: Card) -> list[tuple[str, str]]:
         limits.append(("Precision", text))
     elif quantization != "none":
         limits.append(("Precision", f"trained beside an {quantization} base; on another precision its numbers differ"))
+    if weights != base_name(card.config.model.name):
+        limits.append(("Base", f"the weights in training were those of {weights}; beside others the numbers differ"))
     limits.append(("Privacy", "an adapter can reveal some of the rows it was trained on; nothing here rules that out"))
     return limits
 

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapter import CORE, AdapterState, LoraFactors, compress, concatenate, delta, relative_error
+from fedlora.assets import hub_name
 from fedlora.config import LoraConfig, ModelConfig, rank_pattern
 from fedlora.errors import AdapterError, ConfigError, ModelError, suggest
 from fedlora.exchange import matches
@@ -406,7 +407,7 @@ def save_checkpoint(adapter: AdapterState, folder: Path, model: ModelConfig, abo
         alpha_pattern={name: rank for name, rank in ranks.items() if rank != top},
         modules_to_save=heads or None,
         task_type="SEQ_CLS" if model.task == "classification" else "CAUSAL_LM",
-        base_model_name_or_path=model.name,
+        base_model_name_or_path=hub_name(model.name),
         inference_mode=True,
     )
     tensors: dict[str, Tensor] = {}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from fedlora import peft_io
-from fedlora.config import Config, LoraConfig, ModelConfig
+from fedlora.config import Config, LoraConfig, ModelConfig, client_rank
 from fedlora.data import encode, form_of, prepare, usable_rows
-from fedlora.errors import DataError, FedLoraError
+from fedlora.errors import ConfigError, DataError, FedLoraError
 from fedlora.models import base_fingerprint, pick_device, tokenizer_of
 from fedlora.results import check_changes, folder_of, stored
 
+from ..clients.optimizers import check as check_optimizer
 from .grid import Grid
 
 _ASKED = 8  # clients whose first row stands for all rows
@@ -26,10 +28,11 @@ def check(config: Config) -> None:
     """
     if config.run.resume:
         check_changes(stored(folder_of(config)), config)
-    pick_device(config.model.device)
+    check_optimizer(config.train, pick_device(config.model.device))
+    tokenizer, base = _looked_at(config.model, config.lora)
+    check_ranks(config, base)
     split = prepare(config)
     form_of(split.rows.column_names, config.data, config.model.task)
-    tokenizer = _looked_at(config.model, config.lora)
     faults: list[DataError] = []
     asked = split.parts[:_ASKED]
     for part in asked:
@@ -43,12 +46,30 @@ def check(config: Config) -> None:
         raise faults[0]
 
 
-def check_scenarios(grid: Grid) -> None:
+def check_ranks(config: Config, base: peft_io.Shapes) -> None:
+    """Raises ConfigError for a client's rank above what any layer of the base can use, its smaller width."""
+    widest = max(min(shape) for shape in base.lora.values())
+    for client in range(config.federation.clients):
+        rank = client_rank(config.lora, client)
+        if rank > widest:
+            raise ConfigError(
+                f"lora.ranks: client {client}'s rank {rank} is above {widest}, the most that an adapted layer of "
+                f"{config.model.name} can use; lower it"
+            )
+
+
+def check_scenarios(grid: Grid, devices: Sequence[str] = ()) -> None:
     """What goes wrong in all scenarios of a comparison alike; a fault of one is its own cells'.
+
+    Args:
+        grid: the comparison.
+        devices: on which its cells are to be run; their own, where there are none.
 
     Raises:
         FedLoraError: the first one's, where none of them could be run.
     """
+    for device in devices:
+        pick_device(device)
     first = {cell.scenario: cell.configs[0] for cell in reversed(grid.cells)}
     faults: list[FedLoraError] = []
     for scenario in grid.scenarios:
@@ -61,8 +82,8 @@ def check_scenarios(grid: Grid) -> None:
 
 
 @functools.lru_cache(maxsize=2)
-def _looked_at(model: ModelConfig, lora: LoraConfig) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, once the base is there and has the modules that are to be adapted."""
+def _looked_at(model: ModelConfig, lora: LoraConfig) -> tuple[PreTrainedTokenizerBase, peft_io.Shapes]:
+    """The base's tokenizer and shapes, once the base is there and has the modules that are to be adapted."""
     base_fingerprint(model)
-    peft_io.shapes(model, lora)
-    return tokenizer_of(model)
+    base = peft_io.shapes(model, lora)
+    return tokenizer_of(model), base

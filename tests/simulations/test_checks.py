@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from fedlora.display import RunDisplay
 from fedlora.errors import DataError, FedLoraError, ModelError, RunError
 from fedlora.events import emit, listen
 from fedlora.results import folder_of
-from fedlora.simulations import flower, local
+from fedlora.simulations import checks, flower, local
 from fedlora.strategies import server_app
 from tests.federation import run_locally, tiny
 from tests.simulations.test_local import crashing
@@ -152,6 +154,39 @@ def test_results_are_told_of_once_there_are_some(tmp_path: Path, tiny_llama: Pat
     finally:
         logging.getLogger("fedlora").removeHandler(handler)
     assert held == [True]
+
+
+def test_a_comparison_on_a_device_that_is_not_here_is_refused_before_its_first_cell(tmp_path, tiny_llama, monkeypatch):
+    def cell(*_: object) -> None:
+        raise AssertionError("a cell was looked at")
+
+    monkeypatch.setattr(checks, "check", cell)
+    grid = SimpleNamespace(cells=[], scenarios={})
+    with pytest.raises(ModelError, match=r"'cuda:99', but torch .* sees \d+ CUDA devices"):
+        checks.check_scenarios(grid, ["cpu", "cuda:99"])
+
+
+def test_a_piped_run_says_where_it_stands_when_it_was_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    written = io.StringIO()
+    with RunDisplay(Console(file=written, width=200)) as display, listen(display):
+        emit("evaluate-start", examples=64)
+        for done in range(16, 65, 16):
+            now[0] += 6
+            emit("evaluate-step", done=done, total=64)
+        emit("round-start", round=1, rounds=3, clients=2)
+        emit("client-start", client_id=0, rank=4, round=1)
+        for step in range(1, 9):
+            now[0] += 4
+            emit("client-step", client_id=0, step=step, steps=8, loss=2.0, round=1)
+    assert written.getvalue().splitlines() == [
+        "evaluated 32 of 64 held-out rows",
+        "evaluated 64 of 64 held-out rows",
+        "round 1 of 3: 2 clients are asked",
+        "round 1  client 0  step 3 of 8  loss 2.0000",
+        "round 1  client 0  step 6 of 8  loss 2.0000",
+    ]
 
 
 def test_a_hundred_clients_with_one_reason_are_few_lines() -> None:
