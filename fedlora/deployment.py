@@ -25,7 +25,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 
-from fedlora import certificates, flower_programs, processes
+from fedlora import certificates, flower_programs, processes, superlink_database
 from fedlora.config import Config, Scalar
 from fedlora.errors import ConfigError, DataError, RunError
 from fedlora.flower_programs import Connection
@@ -73,9 +73,12 @@ def serve(
     _check_port(host, port)
     near = f"{_ANYWHERE.get(host, host)}:{port}"
     with _own_folder(state) as home, processes.stopped_by_signals(), _Programs(home, "server") as programs:
+        known = (database or home / "superlink.db").expanduser().resolve()
+        if fault := superlink_database.check(known):
+            raise RunError(fault)
         secret = _secret(home)
         command = [_SUPERLINK, *tls, "--host", host, "--port", str(port)]
-        command += ["--database", str((database or home / "superlink.db").expanduser().resolve())]
+        command += ["--database", str(known)]
         command += ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
         command += [] if insecure else ["--enable-supernode-auth"]
         context = None if insecure else trusting(files[0])

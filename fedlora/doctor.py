@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fedlora import assets
+from fedlora import assets, superlink_database
 from fedlora.results import versions
 
 # Relative error of a quantized product against the dense one, for Gaussian weights. NF4 stores 4 bits with a
@@ -40,7 +40,7 @@ def examine() -> list[Finding]:
         findings.append(
             Finding(program, str(path), path.exists(), "pip install 'flwr[simulation]' in this environment")
         )
-    findings += _cache()
+    findings += [*_local_superlink(), *_cache()]
     return findings
 
 
@@ -80,6 +80,14 @@ def _device() -> str:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return f"CUDA: {', '.join(names)}; bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}"
     return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, compute in fp32"
+
+
+def _local_superlink() -> list[Finding]:
+    """The database that `flwr run` keeps for its own SuperLink on this machine."""
+    home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
+    path = home / "local-superlink" / "state.db"
+    fault = superlink_database.check(path)
+    return [Finding("flwr run's database", str(path), not fault, fault)] if path.is_file() else []
 
 
 def _cache() -> list[Finding]:

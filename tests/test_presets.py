@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -68,3 +69,11 @@ def test_the_wheel_carries_every_folder_and_preset(tmp_path):
             if path.suffix in {".py", ".toml"}:
                 inside = path.relative_to(ROOT).as_posix()
                 assert (inside if folder == "fedlora" else f"fedlora/{inside}") in names
+
+
+def test_what_flower_would_install_are_the_tested_versions():
+    """`flwr run` syncs an environment by pyproject.toml, unless it is told not to; see docs/simulations.md."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["tool"]["uv"]["constraint-dependencies"] == pins
