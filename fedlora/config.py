@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 from fedlora.errors import ConfigError, suggest
 
 Scalar = bool | int | float | str
+MOST_RANK = 4096
 LONGEST_CLASS = 64  # characters of a class's name
 
 

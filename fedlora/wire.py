@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedlora.adapter import AdapterState, LoraFactors
 from fedlora.codec import FLOATS, FORMATS, LARGEST, code, combine, from_rows, pack, rows_of, through, unpack
-from fedlora.config import LONGEST_CLASS, alpha_of
+from fedlora.config import LONGEST_CLASS, MOST_RANK, alpha_of
 from fedlora.errors import ConfigError, WireError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 from fedlora.scores import METRICS
@@ -51,7 +51,7 @@ TRAIN_METRICS = frozenset(
     }
 )
 # A client may not claim any number: it is a weight in every mean, and the server allocates by ranks.
-MOST_EXAMPLES, MOST_RANK = 10**9, 4096
+MOST_EXAMPLES = 10**9
 MOST_CLASSES = 4096
 _ROUNDING = 1e-6  # relative difference between one number in fp32 and in fp64, with room
 _LARGEST_METRIC = 1e305  # a mean of such numbers is finite

@@ -127,9 +127,11 @@ def nothing_to_predict(
 
 
 def looked_at(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, task: str
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase | None, data: DataConfig, task: str
 ) -> tuple[dict[int, str], dict[int, str]]:
     """By their places, why rows have nothing to predict, and what is wrong with others; see `nothing_to_predict`.
+
+    Without a tokenizer, texts that are not blank are held to have tokens.
 
     Raises:
         DataError: a column is missing.
@@ -196,19 +198,26 @@ def each(rows: Dataset, read: Callable[[Mapping[str, Any]], _Read]) -> tuple[lis
 
 def encode_usable(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, task: str) -> list[Example]:
     """`encode` of rows that all have something to predict, and classes that there are: an example for each."""
-    form = form_of(rows.column_names, data, task)
-    if not len(rows):
-        return []
-    columns: dict[str, list[Any]] = rows[:]
-    if form == "label":
-        return _encode_classes(columns, tokenizer, data)
-    if form == "text":
-        return _encode_texts(columns[data.text_column], tokenizer, data)
-    render = Template(_fast(tokenizer), data)
-    found, faults = each(rows, lambda row: encode_chat(conversation(row, form, data), render, data.max_length))
+    found, faults = encode_each(rows, tokenizer, data, task)
     if faults:
         raise DataError(f"{data.source}: {places(rows, [at := min(faults)], data)}: {faults[at]}")
     return [example for example in found if example is not None]
+
+
+def encode_each(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, task: str
+) -> tuple[Sequence[Example | None], dict[int, str]]:
+    """`encode_usable`, and by the places of rows that cannot be an example, why."""
+    form = form_of(rows.column_names, data, task)
+    if not len(rows):
+        return [], {}
+    columns: dict[str, list[Any]] = rows[:]
+    if form == "label":
+        return _encode_classes(columns, tokenizer, data), {}
+    if form == "text":
+        return _encode_texts(columns[data.text_column], tokenizer, data), {}
+    render = Template(_fast(tokenizer), data)
+    return each(rows, lambda row: encode_chat(conversation(row, form, data), render, data.max_length))
 
 
 def _unanswered(row: Mapping[str, Any], form: str, data: DataConfig) -> str:
@@ -222,14 +231,16 @@ def _unanswered(row: Mapping[str, Any], form: str, data: DataConfig) -> str:
     return "an empty list of messages" if listed and row[listed] == [] else "no assistant's message after another one"
 
 
-def _too_short(column: list[str], tokenizer: PreTrainedTokenizerBase, least: int) -> dict[int, str]:
+def _too_short(column: list[str], tokenizer: PreTrainedTokenizerBase | None, least: int) -> dict[int, str]:
     """Why texts have nothing to predict, by their places: blank, or fewer tokens than `least`."""
+    blank = {at: "a blank text" for at, words in enumerate(column) if not words.strip()}
+    if tokenizer is None:
+        return blank
     enough = _have_tokens([words[:_ENOUGH] for words in column], tokenizer, least)
     short_ones = [i for i, words in enumerate(column) if not enough[i] and len(words) > _ENOUGH]
     for i, good in zip(short_ones, _have_tokens([column[i] for i in short_ones], tokenizer, least), strict=True):
         enough[i] = good
     few = "a text without tokens" if least == 1 else "a text of fewer than two tokens, its end token included"
-    blank = {at: "a blank text" for at, words in enumerate(column) if not words.strip()}
     return {at: few for at, good in enumerate(enough) if not good} | blank
 
 
