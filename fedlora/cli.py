@@ -130,7 +130,7 @@ def run(
         from fedlora.simulations.devices import devices_of  # pyright: ignore[reportMissingImports]
 
         places = devices_of(devices)
-    from fedlora.display import RunDisplay, result_table
+    from fedlora.display import RunDisplay, cut_line, result_table
     from fedlora.events import listen
     from fedlora.profile import Profiler, profiled, show
     from fedlora.results import folder_of, stamp
@@ -157,6 +157,8 @@ def run(
         out.print(f"completed; the record and the adapter are on the server's machine, in {folder}", soft_wrap=True)
         return
     out.print(result_table(folder))
+    if said := cut_line(folder):
+        out.print(said, style="yellow", soft_wrap=True, markup=False)
     if watcher is not None:
         show(watcher, out)
     out.print(f"adapter: {folder / 'adapter'}", soft_wrap=True)
