@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fedlora import assets
 from fedlora import config as configuration
-from fedlora.config import Config, DataConfig, Scalar, TrainConfig
+from fedlora.config import MOST_RANK, Config, DataConfig, Scalar, TrainConfig
 from fedlora.data import PACKAGED
 from fedlora.errors import ConfigError
 
@@ -74,6 +74,26 @@ def ruled(config: Config, node: Mapping[str, Scalar]) -> Config:
     return config
 
 
+def check(node: Mapping[str, Scalar]) -> None:
+    """Whether a node's own config can be one, before it meets a server.
+
+    Raises:
+        ConfigError: names the key that is wrong.
+    """
+    _check_names(node)
+    hosted(node)
+    for key in _LIMITS:
+        limit(node, key)
+    rank(Config(), {key: value for key, value in node.items() if key in ("rank", "max-rank")}, 0)
+    client = node.get("partition-id", 0)
+    if type(client) is not int or client < 0:
+        raise ConfigError(f"node config: partition-id = {client!r}, expected a number from 0")
+    _allows_files(node)
+    if own_data(node) or any(key in node for key in _OF_DATA):
+        _with_own_data(Config(), node)
+    configuration.parse({ours: node[key] for key, ours in _OF_MODEL.items() if key in node}, where="node config")
+
+
 def own_data(node: Mapping[str, Scalar]) -> str:
     """The node's own data file, where its config names one."""
     return str(node.get("data", ""))
@@ -119,8 +139,8 @@ def rank(config: Config, node: Mapping[str, Scalar], client_id: int) -> int:
         ConfigError: `rank` is no positive integer or above `max-rank`, or the run's pattern asks for more.
     """
     own, most = node.get("rank"), limit(node, "max-rank")
-    if own is not None and (type(own) is not int or own < 1):
-        raise ConfigError(f"node config: rank = {own!r}, expected a positive integer")
+    if own is not None and (type(own) is not int or not 1 <= own <= MOST_RANK):
+        raise ConfigError(f"node config: rank = {own!r}, expected a whole number from 1 to {MOST_RANK}")
     if own and most and own > most:
         raise ConfigError(f"node config: rank = {own} is above its own max-rank = {most}")
     for module, wanted in configuration.rank_pattern(config.lora).items():
@@ -206,7 +226,7 @@ def _check_public(key: str, name: str, packaged: Mapping[str, object] | frozense
     )
 
 
-_FILES = frozenset({".json", ".jsonl", ".csv", ".parquet", ".gguf"})
+_FILES = frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".gguf"})
 
 
 def _exists(name: str) -> bool:

@@ -23,7 +23,7 @@ from fedlora import peft_io, wire
 from fedlora.adapter import AdapterState, not_finite, only
 from fedlora.assets import cache_dir
 from fedlora.config import Config, Scalar
-from fedlora.data import LazyExamples, client_split, kept_back, prepare
+from fedlora.data import LazyExamples, class_names, client_split, kept_back, prepare
 from fedlora.errors import ConfigError, DataError, DivergedError, FedLoraError
 from fedlora.evaluate import evaluate as evaluate_model
 from fedlora.events import emit
@@ -136,6 +136,10 @@ def begin(content: RecordDict, context: Context) -> Work:
     info = _info(config, context)
     _check_ranks(broadcast, info, context)
     examples = training_examples(config, context)
+    seed = trainer.hash_seed(config.run.seed, client_id)
+    if broadcast.task == "train":  # a row that cannot be one fails its client alone, before others share its batches
+        for place in trainer.examples_of(config.train, len(examples), broadcast.round, seed):
+            examples[place]
     emit("client-start", client_id=client_id, rank=info.rank, round=broadcast.round)
     return Work(config, client_id, bench, broadcast, context, examples, began)
 
@@ -186,6 +190,7 @@ def finish(work: Work, adapter: AdapterState, result: trainer.TrainResult) -> Re
             "codec-error": codec_error,
             "client-seconds": time.perf_counter() - work.began,
             "peak-memory-bytes": peak_memory_bytes()["process"],
+            "train-cut": work.examples.cut,
         },
     )
     # A process that lives from message to message still holds these folds next time.
@@ -333,7 +338,14 @@ def _info(config: Config, context: Context) -> ClientInfo:
         num_examples=rows,
         rslora=config.lora.rslora,
         rank_pattern=configuration.rank_pattern(config.lora),
+        class_names=_class_names(config),
     )
+
+
+def _class_names(config: Config) -> tuple[str, ...]:
+    if config.model.task != "classification":
+        return ()
+    return class_names(prepare(config).rows, config.data, config.model.labels)
 
 
 def training_examples(config: Config, context: Context) -> LazyExamples:

@@ -196,6 +196,13 @@ def steps_per_round(config: TrainConfig, num_examples: int) -> int:
     return config.steps or max(1, math.ceil(config.epochs * num_examples / per_step))
 
 
+def examples_of(config: TrainConfig, num_examples: int, round: int, seed: int) -> list[int]:
+    """The places of the examples that a round trains on, each once."""
+    steps, parts = steps_per_round(config, num_examples), config.accumulate
+    batches = range((round - 1) * steps * parts, round * steps * parts)
+    return sorted({at for index in batches for at in batch_at(num_examples, config.batch_size, index, seed)})
+
+
 def lr_factor(config: TrainConfig, step: int, total: int) -> float:
     """The learning rate at a step of the whole run, as a share of `train.lr`: warm-up, then the schedule.
 

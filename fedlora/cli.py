@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -21,7 +21,10 @@ from fedlora import __version__, processes
 from fedlora import config as configuration
 from fedlora.cli_adapters import adapters, kept_by_clients
 from fedlora.cli_experiments import experiments
-from fedlora.errors import ConfigError, FedLoraError, of_the_disk, suggest
+from fedlora.errors import ConfigError, DataError, FedLoraError, of_the_disk, suggest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 processes.share_cores()  # before any command loads torch
 app = typer.Typer(
@@ -130,7 +133,7 @@ def run(
         from fedlora.simulations.devices import devices_of  # pyright: ignore[reportMissingImports]
 
         places = devices_of(devices)
-    from fedlora.display import RunDisplay, result_table
+    from fedlora.display import RunDisplay, cut_line, result_table
     from fedlora.events import listen
     from fedlora.profile import Profiler, profiled, show
     from fedlora.results import folder_of, stamp
@@ -164,6 +167,8 @@ def run(
         out.print(f"completed; the record and the adapter are on the server's machine, in {folder}", soft_wrap=True)
         return
     out.print(result_table(folder))
+    if said := cut_line(folder):
+        out.print(said, style="yellow", soft_wrap=True, markup=False)
     if watcher is not None:
         show(watcher, out)
     out.print(f"adapter: {folder / 'adapter'}", soft_wrap=True)
@@ -328,10 +333,29 @@ def node(
         bool, typer.Option(help="Hold the base model in one resident process, instead of loading it for each message.")
     ] = True,
     insecure: Insecure = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Look at this node's config and rows, without a server, and end.")
+    ] = False,
+    of_run: Annotated[
+        str | None,
+        typer.Option(
+            "--run", metavar="CONFIG", help="With --check: the run's TOML file or preset; default: all keys'."
+        ),
+    ] = None,
 ) -> None:
-    """Start a node, which trains on its own rows when the server asks; Ctrl-C stops it."""
+    """Start a node, which trains on its own rows when the server asks; Ctrl-C stops it.
+
+    With --check, nothing is started: rows that cannot be used are named by their lines, with classes, lengths in tokens
+    and what is cut, as fedlora data does for a run.
+
+    Examples:
+
+      fedlora node --check --data rows.csv --run sentiment
+
+      fedlora node --server fed.example.org:9092 --ca ca.crt --key north --data rows.csv
+    """
     from fedlora import deployment
-    from fedlora.clients.node import hosted  # pyright: ignore[reportMissingImports]
+    from fedlora.clients import node as own  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
     if model is not None and Path(model).expanduser().exists():
         model = str(Path(model).expanduser().resolve())
@@ -345,7 +369,16 @@ def node(
     }
     settings = configuration.parse_overrides(node_config or [])
     settings |= {name: value for name, value in given.items() if value is not None}
-    hosted(settings)
+    if of_run is not None and not check:
+        raise ConfigError("node: --run names the run that --check looks at; a node that starts has it from the server")
+    own.check(settings)
+    if check:
+        quiet()
+        from fedlora.clients.checked import check as looked_at  # pyright: ignore[reportMissingImports]
+
+        for line in looked_at(_load(of_run, None) if of_run else configuration.Config(), settings):
+            out.print(line, soft_wrap=True, markup=False)
+        return
     folder = state or _state_folder("node", key.stem if key else str(partition_ids or partition_id or 0))
     with _told_to_stop(insecure):
         deployment.join(server, ca, key, node_config=settings, state=folder, worker=worker, insecure=insecure)
@@ -391,6 +424,24 @@ def _tell_of_the_base(settings: configuration.Config) -> None:
         out.print(f"{what}: {words}", soft_wrap=True, markup=False)
 
 
+def _tell_of_rows(rows: Dataset, settings: configuration.Config, *, here: bool) -> None:
+    """What a check of the rows finds; tokens are counted where the model is here.
+
+    Raises:
+        DataError: some of them cannot be used.
+    """
+    from fedlora.data.checked import check_rows, lines, refusal
+    from fedlora.models import tokenizer_of
+
+    found = check_rows(rows, tokenizer_of(settings.model) if here else None, settings)
+    for line in lines(found, settings):
+        out.print(line, soft_wrap=True, markup=False)
+    if not here:
+        out.print(f"tokens: not counted, since model.name = {settings.model.name} is not on this machine yet")
+    if said := refusal(found, settings):
+        raise DataError(said)
+
+
 @app.command()
 def data(
     config: Preset,
@@ -400,7 +451,10 @@ def data(
         int, typer.Option("--show", min=0, metavar="N", help="Print the first N rows as the model sees them.")
     ] = 0,
 ) -> None:
-    """Show how the rows are dealt to the clients, without training.
+    """Check the rows before a run, and show how they are dealt to the clients, without training.
+
+    Rows that cannot be used are named by their lines, and make it fail. Told are also rows with nothing to predict,
+    classes, lengths in tokens, and what is cut to data.max-length.
 
     Examples:
 
@@ -425,15 +479,16 @@ def data(
             "  ".join(f"{name}: {count}" for name, count in row.labels.items()),
         )
     out.print(table)
-    from fedlora.models import at_hand
+    from fedlora.models import at_hand, tokenizer_of
 
-    if at_hand(settings.model.name):
+    here = at_hand(settings.model.name)
+    if here:
         _tell_of_the_base(settings)
+    _tell_of_rows(split.rows, settings, here=here or bool(show))
     if not show:
         return
     from fedlora.data.shown import first_examples
     from fedlora.display import example_text
-    from fedlora.models import tokenizer_of
 
     out.print("as the model sees them; what is learned stands between ⟦ and ⟧", style="dim")
     for example in first_examples(split.rows, show, tokenizer_of(settings.model), settings):

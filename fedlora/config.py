@@ -15,6 +15,8 @@ from typing import Any, get_type_hints
 from fedlora.errors import ConfigError, suggest
 
 Scalar = bool | int | float | str
+MOST_RANK = 4096
+LONGEST_CLASS = 64  # characters of a class's name
 
 
 def option(default: Any, text: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None):
@@ -73,7 +75,9 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = option("chitchat", "a packaged set, a .jsonl/.csv/.parquet file, or a hub dataset id")
+    source: str = option(
+        "chitchat", "a packaged set, a file (.jsonl, .json, .csv, .tsv or .parquet), or a hub dataset id"
+    )
     subset: str = option("", "configuration of a hub dataset")
     split: str = option("train", "split of a hub dataset")
     revision: str = option("", "hub revision (branch, tag or commit); empty is the default branch")
@@ -87,6 +91,11 @@ class DataConfig:
     messages_column: str = option("messages", "form chat: the column of [{role, content}, …]")
     text_column: str = option("text", "forms text and label: the column of the text")
     label_column: str = option("label", "form label: the column of the class, 0-based integers or names")
+    label_names: str = option(
+        "",
+        "form label: what the classes are called, in the order of their numbers, 'benign, malignant'; empty: by the "
+        "alphabet of the names in the rows",
+    )
     chat_template: str = option(
         "", "one of the tokenizer's chat templates, where it has several by name; empty: default"
     )
@@ -361,6 +370,23 @@ def rank_pattern(config: LoraConfig) -> dict[str, int]:
     return pattern
 
 
+def label_names(data: DataConfig) -> tuple[str, ...]:
+    """`data.label-names` as the names of the classes, in order; nothing where it is empty.
+
+    Raises:
+        ConfigError: a name is blank or there twice.
+    """
+    if not data.label_names.strip():
+        return ()
+    names = tuple(name.strip() for name in data.label_names.split(","))
+    if not all(0 < len(name) <= LONGEST_CLASS for name in names) or len({*names}) < max(2, len(names)):
+        raise ConfigError(
+            f"data.label-names: got {data.label_names!r}, expected two or more different names of at most "
+            f"{LONGEST_CLASS} characters, separated by commas, such as 'benign, malignant'"
+        )
+    return names
+
+
 def client_parts(data: DataConfig, clients: int) -> tuple[tuple[tuple[int, ...], ...], int]:
     """`data.parts` as (the parts of each client, how many parts there are).
 
@@ -433,6 +459,12 @@ def _check_together(config: Config, where: str) -> Config:
     ints("lora.ranks", config.lora.ranks)
     rank_pattern(config.lora)
     clients_at_once(config.train)
+    names = label_names(config.data)
+    if names and config.model.task == "classification" and len(names) != config.model.labels:
+        raise ConfigError(
+            f"{where}: data.label-names = {config.data.label_names!r} names {len(names)} classes, and model.labels = "
+            f"{config.model.labels}; make them agree"
+        )
     if not alpha_of(config.lora.alpha, config.lora.rank) > 0:
         raise ConfigError(f"{where}: lora.alpha = {config.lora.alpha!r}, expected a number above 0 or such as '2r'")
     if config.anchor.base_update == "merge" and config.model.quantization != "none":

@@ -18,6 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from fedlora.model_card import cut_share
+
 if TYPE_CHECKING:  # they import heavy libraries, and every command this file
     from fedlora.data.shown import Shown
     from fedlora.status import RunStatus
@@ -192,6 +194,18 @@ def result_table(folder: Path) -> Table:
     for row in rows:
         table.add_row(*[row.get(title, "") for title in titles])
     return table
+
+
+def cut_line(folder: Path) -> str:
+    """What is said at the end of a run whose rows were cut; empty where none was."""
+    data = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    share = cut_share(data)
+    if not share:
+        return ""
+    return (
+        f"{share:.1%} of the rows that clients trained on are longer than data.max-length = "
+        f"{data['config']['data.max-length']} tokens and were cut; fedlora data shows how, and what length would do"
+    )
 
 
 def status_table(run: RunStatus) -> Table:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedlora.data import Example, collate, eval_batches
-from fedlora.data.forms import IGNORED
+from fedlora.data.examples import IGNORED
 from fedlora.scores import Predictions, scores
 
 if TYPE_CHECKING:

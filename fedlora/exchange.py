@@ -29,6 +29,7 @@ class ClientInfo:
         rslora: scaling is alpha / sqrt(rank) instead of alpha / rank.
         rank_pattern: regular expression matched against the end of a module's name -> its rank, for every
             client alike, as in PEFT; other modules have `rank`.
+        class_names: what the classes of its rows are called, in the order of their numbers; nothing for numbers alone.
     """
 
     client_id: int
@@ -38,6 +39,7 @@ class ClientInfo:
     known_base_version: int = 0
     rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
         """The rank of one module's factors on this client."""

@@ -24,8 +24,8 @@ from fedlora.config import Config, parse
 from fedlora.errors import AdapterError, ModelError
 from fedlora.exchange import ClientInfo
 from fedlora.intruders import BaseSpectra, without_intruders
-from fedlora.model_card import Card, render
-from fedlora.models import BaseModel, load_base, untie
+from fedlora.model_card import Card, class_names, render
+from fedlora.models import BaseModel, at_hand, load_base, resolve, untie
 from fedlora.models.read import quiet
 from fedlora.peft_io import forget, install, save_checkpoint, workbench
 from fedlora.results import stored
@@ -195,6 +195,8 @@ def write_adapter(
     facts = {**facts, "relative-error": error, "ranks": sorted(set(ranks))}
     with _new_folder(out) as part:
         save_checkpoint(replace(changed, lora=small), part, source.config.model, {**source.about, "export": facts})
+        if source.config.model.task == "classification" and at_hand(source.config.model.name):
+            _name_classes(part, _base_config(source), source)
         _write_card(part, Card(source.config, source.about, source.result, facts, paper, out.name))
     return Exported(out, error, (min(ranks), max(ranks)), facts.get("intruders", {}))
 
@@ -229,7 +231,7 @@ def write_merged(
             base.model.save_pretrained(part)
             base.tokenizer.save_pretrained(part)
         if source.config.model.task == "classification":
-            _name_classes(part, base)
+            _name_classes(part, part / "config.json", source)
         (part / "fedlora.json").write_text(json.dumps({**source.about, "export": facts}, indent=2) + "\n")
         _write_card(part, Card(source.config, source.about, source.result, facts, paper, out.name))
     return Exported(out, error, (min(ranks), max(ranks)), facts.get("intruders", {}))
@@ -246,13 +248,30 @@ def _write_card(folder: Path, card: Card) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _name_classes(folder: Path, base: BaseModel) -> None:
-    """config.json as it is read whatever the default number of classes is, which transformers leaves to the reader."""
-    path = folder / "config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    names = {str(number): name for number, name in (base.model.config.id2label or {}).items()}
+def _base_config(source: Source) -> Path:
+    model = source.config.model
+    return resolve(model.name, model.revision, weights=False) / "config.json"
+
+
+def _name_classes(folder: Path, config: Path, source: Source) -> None:
+    """config.json with the number of classes, which transformers leaves to the reader's default, and their names.
+
+    Args:
+        folder: where it is written.
+        config: the model's, which has names of its own where the rows had numbers alone.
+        source: of the run, which knows the names in the rows.
+    """
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    known = settings.get("id2label") or {}
+    own = known if len(known) == source.config.model.labels else {}
+    named = dict(enumerate(class_names(source.about, source.result)))
+    names = {
+        str(number): named.get(number) or ("" if named else own.get(str(number), "")) or f"LABEL_{number}"
+        for number in range(source.config.model.labels)
+    }
     settings |= {"id2label": names, "label2id": {name: int(number) for number, name in names.items()}}
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def merge(base: BaseModel, adapter: AdapterState) -> list[str]:

@@ -66,6 +66,11 @@ def render(card: Card) -> str:
     return "\n".join(parts)
 
 
+def class_names(about: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the rows of a run call their classes, in the order of their numbers; nothing where they have numbers."""
+    return tuple(about.get("classes") or result.get("classes") or ())
+
+
 def base_name(name: str) -> str:
     """A base model's id on the hub, or the last part of a local path."""
     local = name.startswith((".", "/", "~")) or name.endswith(".gguf")
@@ -109,13 +114,21 @@ def _what(card: Card) -> str:
     if facts.get("merged"):
         code = f'from transformers import {_auto(card)}\n\nmodel = {_auto(card)}.from_pretrained("{card.name}")'
     else:
-        classes = f", num_labels={card.config.model.labels}" if card.config.model.task == "classification" else ""
+        classes = _labels(card) if card.config.model.task == "classification" else ""
         code = (
             f"from peft import PeftModel\nfrom transformers import {_auto(card)}\n\n"
             f'base = {_auto(card)}.from_pretrained("{base}"{classes})\n'
             f'model = PeftModel.from_pretrained(base, "{card.name}")'
         )
     return "\n".join(lines) + f"\n\n```python\n{code}\n```\n"
+
+
+def _labels(card: Card) -> str:
+    """What a classifier's base is to be read with."""
+    names = dict(enumerate(class_names(card.about, card.result)))
+    if len(names) != card.config.model.labels:
+        return f", num_labels={card.config.model.labels}"
+    return f", id2label={names!r}, label2id={ {name: number for number, name in names.items()}!r}"
 
 
 def _auto(card: Card) -> str:
@@ -137,6 +150,10 @@ def _training(card: Card) -> list[tuple[str, str]]:
         partition += f", by {config.data.partition_by}"
     elif partition == "dirichlet":
         partition += f", alpha {config.data.dirichlet_alpha:g}"
+    names = class_names(card.about, card.result)
+    classes = [("Classes", ", ".join(f"{number} {name}" for number, name in enumerate(names)))] if names else []
+    cut = cut_share(card.result)
+    shorter = f"{cut:.1%} of the rows that were trained on are longer and were cut"
     return [
         ("Base", f"{_weights(config.model.name)}, fingerprint {card.about.get('base', 'unknown')}"),
         ("Quantization of the base in training", config.model.quantization),
@@ -147,10 +164,17 @@ def _training(card: Card) -> list[tuple[str, str]]:
         ("Target modules", config.lora.target_modules),
         ("Rounds", f"{rounds or config.federation.rounds}"),
         ("Data", source + (f", {rows} training rows" if rows else "")),
+        *classes,
+        ("Largest number of tokens", f"{config.data.max_length}" + (f"; {shorter}" if cut else "")),
         ("Partition", partition),
         ("Optimizer", f"{config.train.optimizer}, lr {config.train.lr:g}, batch {config.train.batch_size}"),
         ("Seed", str(config.run.seed)),
     ]
+
+
+def cut_share(result: Mapping[str, Any]) -> float:
+    """The share of the rows trained on that were longer than `data.max-length`, as the last round has it."""
+    return next((e["train-cut"] for e in reversed(result.get("rounds", [])) if e.get("train-cut") is not None), 0.0)
 
 
 def _metrics(card: Card) -> str:

@@ -145,13 +145,20 @@ class RunRecord:
             self._tell()
         _log.info("resumed after %s", "nothing: no round was complete" if done is None else f"round {done}")
 
-    def start(self, clients: Sequence[ClientInfo], fingerprint: str, facts: Mapping[str, str] | None = None) -> None:
+    def start(
+        self,
+        clients: Sequence[ClientInfo],
+        fingerprint: str,
+        facts: Mapping[str, str] | None = None,
+        classes: Sequence[str] = (),
+    ) -> None:
         """Who takes part, on which base.
 
         Args:
             clients: all that are known.
             fingerprint: of the base.
             facts: what else is to be said of the base, by names.
+            classes: what they are called, in the order of their numbers; nothing where they have numbers alone.
 
         Raises:
             RunError: the run to resume was on another base.
@@ -165,6 +172,8 @@ class RunRecord:
         for what, words in (facts or {}).items():
             self.data[what] = words
             _log.info("%s: %s", what, words)
+        if classes:
+            self.data["classes"] = list(classes)
         self.data["clients"] = [
             {"client-id": c.client_id, "rank": c.rank, "alpha": c.alpha, "num-examples": c.num_examples}
             for c in clients
@@ -220,6 +229,8 @@ class RunRecord:
         from fedlora.peft_io import save_checkpoint
 
         about = {"config": self.data["config"], "base": self.data.get("base")}
+        if "classes" in self.data:
+            about["classes"] = self.data["classes"]
         folder = self.folder / "adapter"
         try:
             save_checkpoint(adapter, folder, self._config.model, about)

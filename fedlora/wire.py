@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedlora.adapter import AdapterState, LoraFactors
 from fedlora.codec import FLOATS, FORMATS, LARGEST, code, combine, from_rows, pack, rows_of, through, unpack
-from fedlora.config import alpha_of
+from fedlora.config import LONGEST_CLASS, MOST_RANK, alpha_of
 from fedlora.errors import ConfigError, WireError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 from fedlora.scores import METRICS
@@ -47,10 +47,12 @@ TRAIN_METRICS = frozenset(
         "codec-error",
         "client-seconds",
         "peak-memory-bytes",
+        "train-cut",
     }
 )
 # A client may not claim any number: it is a weight in every mean, and the server allocates by ranks.
-MOST_EXAMPLES, MOST_RANK = 10**9, 4096
+MOST_EXAMPLES = 10**9
+MOST_CLASSES = 4096
 _ROUNDING = 1e-6  # relative difference between one number in fp32 and in fp64, with room
 _LARGEST_METRIC = 1e305  # a mean of such numbers is finite
 _LARGEST_INT = 2**64 - 1  # Flower's node ids
@@ -74,7 +76,11 @@ _KEYS = MappingProxyType(
         ),
         "hello": frozenset(_COMMON),
         "info": frozenset(
-            {*_COMMON, "client-id", "rank", "alpha", "num-examples", "rslora", "rank-pattern", "rank-pattern-ranks"}
+            {
+                *_COMMON,
+                *("client-id", "rank", "alpha", "num-examples"),
+                *("rslora", "rank-pattern", "rank-pattern-ranks", "class-names"),
+            }
         ),
         "evaluation": frozenset({*_COMMON, "num-examples"}),
     }
@@ -254,6 +260,7 @@ def encode_info(info: ClientInfo, fingerprint: str) -> RecordDict:
         "rslora": info.rslora,
         "rank-pattern": list(info.rank_pattern),
         "rank-pattern-ranks": list(info.rank_pattern.values()),
+        "class-names": list(info.class_names),
     }
     return RecordDict({_HEAD: ConfigRecord(cast("Any", head))})
 
@@ -283,6 +290,7 @@ def decode_info(record: RecordDict, fingerprint: str, who: str) -> ClientInfo:
         num_examples=_positive(head, "num-examples", who, MOST_EXAMPLES),
         rslora=_flag(head, "rslora", who),
         rank_pattern=dict(zip(patterns, ranks, strict=True)),
+        class_names=_classes(head, who),
     )
 
 
@@ -566,6 +574,16 @@ def _one_of(head: Mapping[str, Any], key: str, known: tuple[str, ...], who: str)
     if value not in known:
         raise WireError(f"{who} sent {key} {_short(value)}, expected {' or '.join(known)}")
     return value
+
+
+def _classes(head: Mapping[str, Any], who: str) -> tuple[str, ...]:
+    names = _list(head, "class-names", str, who)
+    if len(names) > MOST_CLASSES or not all(name.isprintable() and 0 < len(name) <= LONGEST_CLASS for name in names):
+        raise WireError(
+            f"{who} sent class-names {_short(names)}, expected at most {MOST_CLASSES} names of at most {LONGEST_CLASS} "
+            "characters"
+        )
+    return tuple(names)
 
 
 def _letters(head: Mapping[str, Any], key: str, known: str, who: str) -> frozenset[str]:

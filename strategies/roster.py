@@ -21,6 +21,7 @@ from . import answers as of_client
 from . import bindings
 from .answers import Answer, AwayError
 from .bindings import Identity
+from .classes import disagreeing
 from .mailbox import Mailbox
 
 _HELLO_SECONDS = 600.0  # a client's first answer may need a download
@@ -72,10 +73,11 @@ class Roster:
         return {client: found[client] for client in clients}
 
 
-def meet(grid: Grid, config: Config, fingerprint: str) -> Roster:
+def meet(grid: Grid, config: Config, fingerprint: str, classes: Sequence[str] | None = None) -> Roster:
     """Ask each node that connects who its clients are, until all are there or `federation.wait-timeout` is over.
 
-    A node that does not answer, since it died and Flower still lists it, is asked again while it is listed.
+    A node that does not answer, since it died and Flower still lists it, is asked again while it is listed. Clients
+    whose classes are called otherwise than `classes`, see `disagreeing`, are refused.
 
     Raises:
         RunError: fewer than `federation.min-clients` are there by then, or too many cannot take part.
@@ -103,6 +105,9 @@ def meet(grid: Grid, config: Config, fingerprint: str) -> Roster:
             f"{met.reached} of {wanted} clients connected within {wait:.0f} s{why}, and federation.min-clients = "
             f"{least}; start more clients or raise federation.wait-timeout"
         )
+    for client, reason in disagreeing(roster.infos, classes).items():
+        del roster.infos[client]
+        met.refuse(client, roster.nodes[client], reason)
     roster.refusals = met.refusals
     if len(roster.infos) < least:
         why = f"; the first said: {met.refusals[0]}" if met.refusals else ""
@@ -135,6 +140,11 @@ class _Meeting:
     @property
     def reached(self) -> int:
         return len(self._roster.infos) + len(self.refusals)
+
+    def refuse(self, client: int | None, node: int, reason: str) -> None:
+        """Note that a client cannot take part."""
+        self.refusals.append(reason)
+        emit("client-failed", client_id=client, node=node, reason=reason, round=0)
 
     def introduce(self, nodes: Sequence[int]) -> None:
         """Enter the clients of those nodes into the roster that have not said yet who they are."""
@@ -171,8 +181,7 @@ class _Meeting:
             self.away.append(str(error))
             return
         except FedLoraError as error:
-            self.refusals.append(str(error))
-            emit("client-failed", client_id=client, node=node, reason=str(error), round=0)
+            self.refuse(client, node, str(error))
             return
         if self._may_be(node, info.client_id):
             self._roster.infos[info.client_id], self._roster.nodes[info.client_id] = info, node

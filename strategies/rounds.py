@@ -16,7 +16,7 @@ from torch.profiler import record_function
 from fedlora import peft_io
 from fedlora.adapter import AdapterState, initial
 from fedlora.config import Config, clients_per_round
-from fedlora.data import Example, encode, prepare
+from fedlora.data import Example, class_names, encode, prepare
 from fedlora.errors import FedLoraError, RunError, StrategyError
 from fedlora.evaluate import evaluate
 from fedlora.events import emit
@@ -62,13 +62,15 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
     fingerprint = base_fingerprint(config.model)
     saved = checkpoint.load(record.folder / "state", record.key)
     record.go_on(saved and saved[1])
-    roster = meet(grid, config, fingerprint)
+    evaluates = config.evaluate.server and not strategy.personal
+    classes = _classes(config, evaluates)
+    roster = meet(grid, config, fingerprint, classes)
     clients = list(roster.infos.values())
     strategy.check(clients)
-    record.start(clients, fingerprint, base.facts())
+    record.start(clients, fingerprint, base.facts(), clients[0].class_names)
     first = 0 if strategy.statistics else 1
     state, done = saved or (checkpoint.plain(strategy.init(start(config, clients, base))), first - 1)
-    judge = Judge(config, run_id) if config.evaluate.server and not strategy.personal else None
+    judge = Judge(config, run_id) if evaluates else None
     if strategy.personal:
         _log.info(
             "no evaluation on held-out rows: %s has no model without a client's own factors", type(strategy).__name__
@@ -212,6 +214,7 @@ def _entry(number: int, this: TrainRound, numbers: Diagnosis) -> dict[str, objec
         "tail-energy": numbers.tail_energy,
         "effective-rank": numbers.effective_rank,
         "codec-error": this.mean("codec-error") if coded else None,
+        "train-cut": this.mean("train-cut"),
         "norms": numbers.norms,
     }
 
@@ -244,6 +247,13 @@ def _base(config: Config) -> peft_io.Shapes:
     base = peft_io.shapes(config.model, config.lora)
     check_length(base.longest, config)
     return base
+
+
+def _classes(config: Config, evaluates: bool) -> tuple[str, ...] | None:
+    """What the server calls the classes; None where it does not read its rows."""
+    if config.model.task != "classification" or not evaluates:
+        return None
+    return class_names(prepare(config).rows, config.data, config.model.labels)
 
 
 def start(config: Config, clients: Sequence[ClientInfo], base: peft_io.Shapes | None = None) -> AdapterState:

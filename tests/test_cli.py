@@ -247,7 +247,92 @@ def test_data_shows_classes_by_name_and_the_token_that_nothing_predicts(call, tm
 def test_data_on_a_text_column_of_numbers_is_one_sentence(call, tmp_path, tiny_llama):
     done = call("data", written(tmp_path, tiny_llama, [{"text": number} for number in range(8)]))
     assert done.returncode == 1
-    assert "column 'text' holds 0 (int), expected text in every row" in done.stderr
+    assert "lines 1, 2, 3, 4, 5 and 3 more: column 'text' holds a number, expected text" in done.stderr
+
+
+def test_data_is_the_check_before_a_run(call, tmp_path, tiny_llama):
+    good = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ash"}]}
+    rows = [good] * 18
+    rows[2] = {"messages": [{"role": "user", "content": "hi"}]}
+    rows[4] = {"messages": [*good["messages"], {"role": "user", "content": "birch " * 9}, good["messages"][1]]}
+    rows[6] = {"messages": []}
+    done = call("data", written(tmp_path, tiny_llama, rows))
+    assert done.returncode == 0, done.stderr
+    assert "rows: 2 of 18 rows have nothing to predict and are left out: no assistant's message after another one " in (
+        done.stdout
+    )
+    assert "(line 3); an empty list of messages (line 7)" in done.stdout
+    assert "tokens: median 25, 95 % within 103, longest 103; data.max-length = 64" in done.stdout
+    assert "cut: 1 lose a part of the last question or answer, which are longer together" in done.stdout
+    assert (
+        "6% of the rows are longer than data.max-length = 64 tokens and are cut; data.max-length = 103" in done.stdout
+    )
+    rows[8] = {"messages": [{"role": "user", "content": "secret"}, {"role": "assistant", "content": None}]}
+    (tmp_path / "two").mkdir()
+    done = call("data", written(tmp_path / "two", tiny_llama, rows))
+    assert done.returncode == 1
+    assert "line 9: column 'messages' holds a message whose 'content' is nothing (null), expected a list" in done.stderr
+    assert "secret" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["-c", "max-stepz=3"], "node config: unknown key 'max-stepz'; did you mean 'max-steps'?"),
+        (["-c", "max-steps=abc"], "node config: max-steps = 'abc', expected a positive integer"),
+        (["-c", "max-memory-mb=0"], "node config: max-memory-mb = 0, expected a positive integer"),
+        (["--rank", "99999"], "node config: rank = 99999, expected a whole number from 1 to 4096"),
+        (["--rank", "9", "-c", "max-rank=8"], "node config: rank = 9 is above its own max-rank = 8"),
+        (["-c", "partition-id=-1"], "node config: partition-id = -1, expected a number from 0"),
+        (["-c", "partition-id=x"], "node config: partition-id = 'x', expected a number from 0"),
+        (["-c", "allow-files=yes"], "node config: allow-files = 'yes', expected true or false"),
+        (["-c", "text-column=words"], "node config: text-column describes a file of the node's own"),
+        (["-c", "data=nowhere.csv"], "node config: data names no file on this node"),
+        (["--run", "sentiment"], "node: --run names the run that --check looks at"),
+    ],
+)
+def test_a_node_whose_config_is_wrong_does_not_start(call, monkeypatch, words, says):
+    from fedlora import deployment
+
+    monkeypatch.setattr(deployment, "join", lambda *args, **keys: pytest.fail("it started"))
+    done = call("node", "--insecure", *words)
+    assert done.returncode == 1
+    assert says in done.stderr
+
+
+def test_a_node_is_checked_without_a_server(call, tmp_path, tiny_llama):
+    run = written(tmp_path, tiny_llama, [{"text": "ash", "label": 0}] * 8, model__task="classification")
+    own = tmp_path / "north.csv"
+    own.write_text("text;label\nash;1\nbirch;0\n;1\n" + "elm;1.0\n" * 9, encoding="utf-8")
+    words = ["node", "--check", "--run", run, "--data", str(own), "--rank", "3", "--model", str(tiny_llama)]
+    done = call(*words)
+    assert done.returncode == 0, done.stderr
+    assert "client 0: rank 3, 12 training rows, 3 steps in a round" in done.stdout
+    assert "1 of 12 rows have nothing to predict and are left out: a blank text (line 4)" in done.stdout
+    assert "classes: 0 (1), 1 (10)" in done.stdout
+    assert "tokens: median 3, 95 % within 5, longest 5; data.max-length = 64" in done.stdout
+    assert "max-steps" in call(*words, "-c", "max-steps=2").stderr
+    worse = tmp_path / "south.csv"
+    worse.write_text("text,label\nsecret,1\nbirch,2\n", encoding="utf-8")
+    words[words.index(str(own))] = str(worse)
+    done = call(*words)
+    assert done.returncode == 1
+    assert "south.csv: column 'label' counts its classes from 1 to 2" in done.stderr
+
+
+def test_data_holds_labels_against_the_models_classes(call, tmp_path, tiny_llama):
+    rows = [{"text": "ash", "label": ("benign", "malignant", "")[number % 3]} for number in range(12)]
+    preset = written(tmp_path, tiny_llama, rows, model__task="classification", model__labels=3)
+    done = call("data", preset, "-c", "data.label-names=benign,malignant,unclear")
+    assert done.returncode == 0, done.stderr
+    assert "classes: benign (4), malignant (4), unclear (0)" in done.stdout
+    assert "a blank label (lines 3, 6, 9 and 12)" in done.stdout
+    done = call("data", preset, "-c", "data.label-names=benign,unclear,other")
+    assert "none of data.label-names = 'benign,unclear,other' in lines 2, 5, 8 and 11" in done.stderr
+    rows = [{"text": "ash", "label": number % 2 + 1} for number in range(12)]
+    done = call("data", written(tmp_path, tiny_llama, rows, model__task="classification"))
+    assert done.returncode == 1
+    assert "counts its classes from 1 to 2, and classes count from 0; subtract 1" in done.stderr
 
 
 def test_doctor_checks_quantization(call):

@@ -10,7 +10,9 @@ from functools import lru_cache
 
 from fedlora.config import Config, DataConfig, client_parts
 from fedlora.data.batches import batch_at, collate, eval_batches
-from fedlora.data.forms import Example, encode, form_of, usable_rows
+from fedlora.data.classes import class_names
+from fedlora.data.examples import Example
+from fedlora.data.forms import encode, form_of, usable_rows
 from fedlora.data.lazy import LazyExamples
 from fedlora.data.partition import Split, client_split, joined, kept_back, split_rows
 from fedlora.data.sources import PACKAGED, load_rows
@@ -23,6 +25,7 @@ __all__ = [
     "LazyExamples",
     "Split",
     "batch_at",
+    "class_names",
     "client_split",
     "client_statistics",
     "collate",

@@ -1,16 +1,18 @@
-"""From rows to conversations: the shapes that people's data has, as the messages that chat templates take."""
+"""From rows to conversations: the shapes that people's data has, as the messages that chat templates take.
+
+No message quotes what a row holds: it would end in logs, and on servers.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from types import MappingProxyType
 from typing import Any
 
 from fedlora.config import DataConfig
-from fedlora.errors import DataError, suggest
+from fedlora.errors import DataError
 
 Message = Mapping[str, Any]
 
@@ -39,6 +41,10 @@ _SPEAKERS = MappingProxyType(
 )
 
 
+class RowError(DataError):
+    """What is wrong with a row, in words that do not quote it; whoever knows where the row stands adds that."""
+
+
 @dataclass(frozen=True)
 class Conversation:
     """Args:
@@ -51,109 +57,107 @@ class Conversation:
 
     @property
     def answers(self) -> list[str]:
-        """What the assistant says after another one."""
-        return [message["content"] for message in self.messages[1:] if message["role"] == "assistant"]
+        """What the assistant says after another one; a call of a tool is something that it says."""
+        return [
+            message["content"] or ("(a call)" if message.get("tool_calls") else "")
+            for message in self.messages[1:]
+            if message["role"] == "assistant"
+        ]
 
 
-def conversations(columns: Mapping[str, list[Any]], form: str, data: DataConfig) -> list[Conversation]:
-    """One per row.
+def conversation(row: Mapping[str, Any], form: str, data: DataConfig) -> Conversation:
+    """What one row holds.
 
     Args:
-        columns: all of the rows.
+        row: all of its columns.
         form: "prompt", "chat", "alpaca" or "sharegpt".
         data: names of the columns, and the system prompt.
 
     Raises:
-        DataError: a value is no text, or no list of messages.
+        RowError: a value is no text, or no list of messages.
     """
     if form == "prompt":
-        prompts = texts(columns[data.prompt_column], data.prompt_column, data)
-        responses = texts(columns[data.response_column], data.response_column, data)
-        found = [_pair(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        messages = _pair(text(row, data.prompt_column), text(row, data.response_column))
     elif form == "alpaca":
-        found = _alpaca(columns, data)
+        messages = _alpaca(row)
     else:
         column = data.messages_column if form == "chat" else "conversations"
-        found = [_messages(value, column, data) for value in columns[column]]
+        value = row[column]
+        messages = [_message(message, column) for message in (value if isinstance(value, list) else [value])]
     if form in ("alpaca", "sharegpt"):
-        systems = _optional(columns, "system", data)
-        found = [_under(messages, system, own=True) for messages, system in zip(found, systems, strict=True)]
-    tools = columns.get("tools", repeat(None)) if form in ("chat", "sharegpt") else repeat(None)
-    return [
-        Conversation(_to_last_answer(_under(messages, data.system_prompt)), _tools(listed, data))
-        for messages, listed in zip(found, tools, strict=False)
-    ]
+        messages = _under(messages, _optional(row, "system"), own=True)
+    tools = _tools(row.get("tools")) if form in ("chat", "sharegpt") else []
+    return Conversation(_to_last_answer(_under(messages, data.system_prompt)), tools)
 
 
-def texts(values: list[Any], column: str, data: DataConfig) -> list[str]:
-    """The values of a column, which are texts.
+def text(row: Mapping[str, Any], column: str) -> str:
+    """A cell that is text.
 
     Raises:
-        DataError: one is not.
+        RowError: it is not.
     """
-    for value in values:
-        if not isinstance(value, str):
-            raise DataError(
-                f"{data.source}: column {column!r} holds {short(value)} ({type(value).__name__}), expected text in "
-                f"every row; drop or convert such rows"
-            )
-    return values
+    value = row[column]
+    if not isinstance(value, str):
+        raise RowError(f"column {column!r} holds {described(value)}, expected text; drop or convert such rows")
+    return value
 
 
-def short(value: Any) -> str:
-    """A value as an error shows it."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def described(value: Any) -> str:
+    """What a value is, in place of the value itself, which is its owner's alone."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, str):
+        return f"text of {len(value)} characters"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, int | float):
+        return "a number"
+    return "an object" if _is_map(value) else f"a value of type {type(value).__name__}"
 
 
 def _pair(prompt: str, response: str) -> list[Message]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
 
 
-def _alpaca(columns: Mapping[str, list[Any]], data: DataConfig) -> list[list[Message]]:
+def _alpaca(row: Mapping[str, Any]) -> list[Message]:
     """Instruction and input are what is asked, two lines apart; `history` has earlier pairs, where it is there."""
-    instructions = texts(columns["instruction"], "instruction", data)
-    outputs = texts(columns["output"], "output", data)
-    found = []
-    for i, inputs in enumerate(_optional(columns, "input", data)):
-        asked = f"{instructions[i]}\n\n{inputs}" if inputs.strip() else instructions[i]
-        earlier: list[Message] = []
-        for pair in columns["history"][i] or () if "history" in columns else ():
-            if not isinstance(pair, list) or len(pair) != 2:
-                raise DataError(f"{data.source}: column 'history' holds {short(pair)}, expected pairs of texts")
-            earlier += _pair(*texts(pair, "history", data))
-        found.append([*earlier, *_pair(asked, outputs[i])])
-    return found
+    asked, inputs = text(row, "instruction"), _optional(row, "input")
+    earlier: list[Message] = []
+    for pair in row.get("history") or ():
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(said, str) for said in pair):
+            raise RowError(f"column 'history' holds {described(pair)}, expected pairs of texts")
+        earlier += _pair(*pair)
+    return [*earlier, *_pair(f"{asked}\n\n{inputs}" if inputs.strip() else asked, text(row, "output"))]
 
 
-def _optional(columns: Mapping[str, list[Any]], column: str, data: DataConfig) -> list[str]:
-    """A column of texts that need not be there, nor be filled in every row."""
-    count = len(next(iter(columns.values())))
-    return texts(["" if value is None else value for value in columns.get(column, [None] * count)], column, data)
+def _optional(row: Mapping[str, Any], column: str) -> str:
+    """A text that need not be there."""
+    return "" if row.get(column) is None else text(row, column)
 
 
-def _messages(value: Any, column: str, data: DataConfig) -> list[Message]:
-    """A list of messages, with role and content or with ShareGPT's from and value; what else they hold stays."""
-    return [_message(message, column, data) for message in (value if isinstance(value, list) else [value])]
-
-
-def _message(message: Any, column: str, data: DataConfig) -> Message:
+def _message(message: Any, column: str) -> Message:
+    """With role and content, or with ShareGPT's from and value; what else it holds stays."""
     given = {key: _filled(item) for key, item in message.items() if item is not None} if _is_map(message) else {}
     role, content = given.pop("role", None), _joined(given.pop("content", None))
     if role is None and "from" in given:
         speaker, content = given.pop("from"), given.pop("value", None)
         role = _SPEAKERS.get(str(speaker).lower())
         if role is None:
-            raise DataError(
-                f"{data.source}: column {column!r} has a message from {speaker!r}{suggest(str(speaker), _SPEAKERS)}"
+            raise RowError(
+                f"column {column!r} has a message whose 'from' is {described(speaker)}, and none of "
+                f"{', '.join(_SPEAKERS)}"
             )
     if content is None and given.get("tool_calls"):
         content = ""
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise DataError(
-            f"{data.source}: column {column!r} holds {short(message)}, expected a list of "
-            f"{{'role': ..., 'content': ...}} or {{'from': ..., 'value': ...}} with texts"
-        )
+    for name, value in (("role", role), ("content", content)):
+        if not isinstance(value, str):
+            found = f"a message whose {name!r} is {described(value)}" if _is_map(message) else described(message)
+            raise RowError(
+                f"column {column!r} holds {found}, expected a list of {{'role': ..., 'content': ...}} or "
+                f"{{'from': ..., 'value': ...}} with texts"
+            )
     return {"role": role, "content": content, **given}
 
 
@@ -189,20 +193,18 @@ def _to_last_answer(messages: list[Message]) -> list[Message]:
     return messages[: last + 1]
 
 
-def _tools(value: Any, data: DataConfig) -> list[Any]:
+def _tools(value: Any) -> list[Any]:
     """Descriptions of functions, as a list or as its JSON."""
     listed = value
     if isinstance(value, str):
         try:
             listed = json.loads(value) if value.strip() else []
         except json.JSONDecodeError as error:
-            raise DataError(f"{data.source}: column 'tools' holds {short(value)}, which is no JSON: {error}") from None
+            raise RowError(f"column 'tools' holds {described(value)}, which is no JSON: {error}") from None
     if listed is None:
         return []
     if not isinstance(listed, list) or not all(_is_map(tool) and tool_name(tool) for tool in listed):
-        raise DataError(
-            f"{data.source}: column 'tools' holds {short(value)}, expected a list of functions, each with a name"
-        )
+        raise RowError(f"column 'tools' holds {described(listed)}, expected a list of functions, each with a name")
     return [_filled(tool) for tool in listed]
 
 

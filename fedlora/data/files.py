@@ -1,11 +1,20 @@
-"""Rows from files: JSON, CSV and Parquet as tables whose texts are texts; what cannot be read is named by its line."""
+"""Rows from files: JSON, CSV and Parquet as tables whose texts are texts; what cannot be read is named by its line.
+
+No message quotes what a row holds: it would end in logs, and on servers.
+"""
 
 from __future__ import annotations
 
+import codecs
+import csv
+import gzip
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -26,13 +35,22 @@ _WORDS = MappingProxyType(
         type(None): "null",
     }
 )
-_BOM = b"\xef\xbb\xbf"
 _NULL = re.compile(rb"^\s*null", re.MULTILINE)  # in the place of a row, it ends pyarrow's process
 _BEYOND = 2.0**63  # an integer that has no room in 64 bits is read as a float, and is another number then
+_LARGEST = 2**31 - 1  # bytes of a block in pyarrow, and of a cell in csv
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_SHEETS = (".xlsx", ".xls", ".ods")
+_NAMES = MappingProxyType({",": "a comma", ";": "a semicolon", "\t": "a tab"})
+
+
+def kind_of(path: Path) -> str:
+    """The ending that says how a file is read, one of `SUFFIXES`, `.gz` left aside; empty where it is none of them."""
+    inner = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return suffix if (suffix := inner.suffix.lower()) in _READERS else ""
 
 
 def read(path: Path, texts: Sequence[str]) -> pa.Table:
-    """The rows of a file whose name ends in one of `SUFFIXES`.
+    """The rows of a file whose name ends in one of `SUFFIXES`, or in one of them and `.gz`.
 
     Args:
         path: where it is.
@@ -43,22 +61,90 @@ def read(path: Path, texts: Sequence[str]) -> pa.Table:
     """
     import pyarrow as pa
 
+    kind = kind_of(path)
+    if not kind:
+        sheet = "; save the sheet as CSV (UTF-8)" if path.suffix.lower() in _SHEETS else ""
+        raise DataError(
+            f"{path}: cannot be read as data, expected a file that ends in {', '.join(SUFFIXES)}, or in one of them "
+            f"and .gz{sheet}"
+        )
     try:
-        table = _READERS[path.suffix.lower()](path, texts)
+        table = _READERS[kind](path, texts)
         table.validate(full=True)  # finds text that is not UTF-8
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (pa.ArrowException, OSError, ValueError) as error:
-        place = _bad_line(path) if path.suffix.lower() in (".jsonl", ".json") else ""
+        place = _bad_line(path) if kind in _JSON else ""
         raise DataError(f"{path}: {place or error}") from None
+    twice = [name for name, count in Counter(table.column_names).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{path}: column {twice[0]!r} is there {_times(table.column_names, twice[0])}; rename all but one"
+        )
     return table
+
+
+@lru_cache(maxsize=4)
+def line_numbers(path: Path, changed: int) -> tuple[int, ...]:
+    """The line on which each row begins; nothing for formats without lines, and for one list of objects.
+
+    Args:
+        path: of a file that can be read.
+        changed: when, by its `st_mtime_ns`: what is remembered is of that file.
+    """
+    kind = kind_of(path)
+    if kind in _JSON:
+        data = _content(path)
+        lines = [] if data.lstrip()[:1] == b"[" else data.split(b"\n")
+        return tuple(number for number, line in enumerate(lines, start=1) if line.strip())
+    if kind in _TABLES:
+        text = _content(path).decode("utf-8")
+        return tuple(number for number, _ in _records(text, _delimiter(text, kind)))[1:]
+    return ()
+
+
+def _times(names: Sequence[str], name: str) -> str:
+    """Where a column is in the header."""
+    at = [str(place) for place, other in enumerate(names, start=1) if other == name]
+    return f"{'twice' if len(at) == 2 else f'{len(at)} times'} (columns {', '.join(at)})"
+
+
+def _content(path: Path) -> bytes:
+    """A text file in UTF-8 without a mark, unpacked.
+
+    Raises:
+        ValueError: it is packed or written otherwise; says what to do.
+    """
+    data = path.read_bytes()
+    if path.suffix.lower() == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error):
+            raise ValueError("is not whole gzip data; pack it again, or give the file unpacked") from None
+    if data.startswith(_UTF16):
+        try:
+            data = data.decode("utf-16").encode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"byte {error.start} is not UTF-16; save the file as UTF-8") from None
+    data = data.removeprefix(codecs.BOM_UTF8)
+    if b"\0" in data[:1024]:
+        raise ValueError("holds zero bytes, as UTF-16 without its mark does; save the file as UTF-8")
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"line {line} is not UTF-8 (of older Windows programs?); save the file as UTF-8, or convert it: "
+            f"iconv -f WINDOWS-1252 -t UTF-8 {path.name}"
+        ) from None
+    return data
 
 
 def _read_json(path: Path, texts: Sequence[str]) -> pa.Table:
     """One object per line, or one list of objects."""
     import pyarrow as pa
 
-    data = path.read_bytes().removeprefix(_BOM)
+    data = _content(path)
     if _NULL.search(data) and _bad_line(path):
         raise ValueError("not only objects")  # the caller finds out where
     if data.lstrip()[:1] == b"[":
@@ -83,7 +169,7 @@ def _parsed(data: bytes, schema: pa.Schema | None = None) -> pa.Table:
     import pyarrow.json
 
     # One block: a column's type is then that of the whole file, and a line may be of any length.
-    size = min(max(len(data) + 1, 1 << 20), 2**31 - 1)
+    size = min(max(len(data) + 1, 1 << 20), _LARGEST)
     return pyarrow.json.read_json(
         io.BytesIO(data),
         read_options=pyarrow.json.ReadOptions(block_size=size),
@@ -121,24 +207,63 @@ def _typed_field(field: pa.Field, values: pa.ChunkedArray | None) -> pa.Field:
 
 
 def _read_csv(path: Path, texts: Sequence[str]) -> pa.Table:
+    """A header and rows, with commas, semicolons or tabs between the cells, whichever the header has most of."""
     import pyarrow as pa
     import pyarrow.csv
 
-    return pyarrow.csv.read_csv(
-        path,
-        read_options=pyarrow.csv.ReadOptions(use_threads=False),  # errors name the row only without threads
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in texts}),
-    )
+    data = _content(path)
+    text = data.decode("utf-8")
+    between = _delimiter(text, kind_of(path))
+    try:
+        return pyarrow.csv.read_csv(
+            io.BytesIO(data),
+            # One block: a column's type is then that of the whole file.
+            read_options=pyarrow.csv.ReadOptions(
+                use_threads=False, block_size=min(max(len(data) + 1, 1 << 20), _LARGEST)
+            ),
+            parse_options=pyarrow.csv.ParseOptions(delimiter=between, newlines_in_values=True),
+            convert_options=pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in texts}),
+        )
+    except pa.ArrowInvalid as error:  # which quotes the row
+        records = _records(text, between)
+        wide = len(next(records, (0, []))[1])
+        for line, cells in records:
+            if len(cells) != wide:
+                raise ValueError(
+                    f"line {line} has {len(cells)} cells, the header {wide}, with {_NAMES[between]} between them; put "
+                    f"a text that holds {_NAMES[between]}, a quote or a line break in double quotes"
+                ) from None
+        raise ValueError(str(error) if str(error).startswith("Empty") else "cannot be read as CSV") from None
+
+
+def _delimiter(text: str, kind: str) -> str:
+    """What stands between the cells, by the header."""
+    header = re.sub(r'"[^"]*"', "", text.lstrip().partition("\n")[0])
+    return max("\t,;" if kind == ".tsv" else ",;\t", key=header.count)  # the first of equals
+
+
+def _records(text: str, between: str) -> Iterator[tuple[int, list[str]]]:
+    """The line on which each row begins, the header's first, and its cells."""
+    csv.field_size_limit(_LARGEST)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=between)
+    line = 1
+    for cells in reader:
+        if cells:
+            yield line, cells
+        line = reader.line_num + 1
 
 
 def _read_parquet(path: Path, texts: Sequence[str]) -> pa.Table:
     import pyarrow.parquet
 
-    return pyarrow.parquet.read_table(path)
+    packed = path.suffix.lower() == ".gz"
+    return pyarrow.parquet.read_table(io.BytesIO(gzip.decompress(path.read_bytes())) if packed else path)
 
 
-_READERS = MappingProxyType({".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet})
+_JSON, _TABLES = (".jsonl", ".json"), (".csv", ".tsv")
+_READERS: Mapping[str, Callable[[Path, Sequence[str]], pa.Table]] = MappingProxyType(
+    {**dict.fromkeys(_JSON, _read_json), **dict.fromkeys(_TABLES, _read_csv), ".parquet": _read_parquet}
+)
 SUFFIXES = tuple(_READERS)
 
 
@@ -146,8 +271,12 @@ def _bad_line(path: Path) -> str:
     """What is wrong with the first row that is no JSON object, or whose types are others than those before; or ""."""
     if not path.is_file():
         return ""
+    try:
+        data = _content(path)
+    except ValueError:  # was said
+        return ""
     seen: dict[str, tuple[str, str]] = {}
-    for place, row, problem in _rows(path):
+    for place, row, problem in _rows(data):
         if problem:
             return f"{place} is not {problem}"
         if not isinstance(row, dict):
@@ -159,24 +288,22 @@ def _bad_line(path: Path) -> str:
     return ""
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any, str]]:
+def _rows(data: bytes) -> Iterator[tuple[str, Any, str]]:
     """Each row's place, the row, and what it is not, where it cannot be read."""
-    data = path.read_bytes().removeprefix(_BOM)
+    lines = data.split(b"\n")
     if data.lstrip()[:1] == b"[":
         try:
-            for number, row in enumerate(json.loads(data.decode("utf-8")), start=1):
+            for number, row in enumerate(json.loads(data), start=1):
                 yield f"row {number}", row, ""
-        except UnicodeDecodeError as error:
-            yield f"byte {error.start}", None, f"UTF-8: {error.reason}"
+            return
         except json.JSONDecodeError as error:
-            yield f"line {error.lineno}, column {error.colno}", None, f"JSON: {error.msg}"
-        return
-    for number, line in enumerate(data.split(b"\n"), start=1):
+            if not (error.msg == "Extra data" and lines[0].rstrip().endswith(b"]")):  # a list on every line
+                yield f"line {error.lineno}, column {error.colno}", None, f"JSON: {error.msg}"
+                return
+    for number, line in enumerate(lines, start=1):
         try:
             if line.strip():
-                yield f"line {number}", json.loads(line.decode("utf-8")), ""
-        except UnicodeDecodeError as error:
-            yield f"line {number}", None, f"UTF-8: {error.reason} at byte {error.start}"
+                yield f"line {number}", json.loads(line), ""
         except json.JSONDecodeError as error:
             what = f"JSON: {error.msg}; one object per line is expected"
             yield f"line {number}, column {error.colno}", None, what

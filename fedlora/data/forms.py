@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedlora.config import DataConfig
-from fedlora.data.conversations import Conversation, conversations, short, texts
-from fedlora.data.rendering import Template, spans
+from fedlora.data.chats import encode_chat
+from fedlora.data.classes import check_classes
+from fedlora.data.conversations import RowError, conversation, text
+from fedlora.data.examples import Example
+from fedlora.data.places import places
+from fedlora.data.rendering import Template
 from fedlora.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # torch's cross entropy leaves this label out
 _AUTO = ("chat", "prompt", "sharegpt", "alpaca", "text")  # the first whose columns are there
 _ENOUGH = 256  # characters that are more than one token, but for words that a vocabulary lacks
+_Read = TypeVar("_Read")
 _log = logging.getLogger("fedlora")
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One training example.
-
-    Args:
-        input_ids: tokens, at most `data.max-length`.
-        labels: for a causal LM, each token itself where the loss is taken and -100 elsewhere (not shifted: the
-            model shifts); for classification, the class.
-    """
-
-    input_ids: list[int]
-    labels: list[int] | int
 
 
 def form_of(columns: Sequence[str], data: DataConfig, task: str) -> str:
@@ -97,8 +84,7 @@ def encode(
     "prompt\\nresponse" and the end token. An assistant turn that the template renders otherwise once more turns follow
     (some drop the reasoning of earlier ones) is context, not loss. Form text learns every token and the end token.
 
-    A conversation longer than `data.max-length` keeps the window that starts earliest among those with half of
-    `max-length` in response tokens (or all there are): long prompts lose their start, long responses their end.
+    What is longer than `data.max-length` is cut, see `fedlora.data.chats`; a text loses its end.
 
     Args:
         rows: of one client, or the held-out ones.
@@ -111,14 +97,60 @@ def encode(
         DataError: a column is missing, a value is no text, a class is out of range, or there are rows and none has
             anything to predict.
     """
-    usable = usable_rows(rows, tokenizer, data, task)
-    if len(usable) < len(rows):
-        said = left_out(rows, usable, data, task)
-        if not usable:
+    idle = nothing_to_predict(rows, tokenizer, data, task)
+    if idle:
+        said = left_out(rows, idle, data)
+        if len(idle) == len(rows):
             raise DataError(said)
         _log.warning("%s", said)
-        rows = rows.select(usable)
-    return encode_usable(rows, tokenizer, data, task, labels)
+        rows = rows.select(usable_of(rows, idle))
+    if task == "classification":
+        check_classes(rows, data, labels)
+    return encode_usable(rows, tokenizer, data, task)
+
+
+def nothing_to_predict(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, task: str
+) -> dict[int, str]:
+    """Why rows have nothing to predict, by their places: no token after another, no answer, or no class of a text.
+
+    Args:
+        rows, tokenizer, data, task: as for `encode`.
+
+    Raises:
+        DataError: a column is missing, or a value is no text.
+    """
+    idle, faults = looked_at(rows, tokenizer, data, task)
+    if faults:
+        raise DataError(f"{data.source}: {places(rows, [at := min(faults)], data)}: {faults[at]}")
+    return idle
+
+
+def looked_at(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase | None, data: DataConfig, task: str
+) -> tuple[dict[int, str], dict[int, str]]:
+    """By their places, why rows have nothing to predict, and what is wrong with others; see `nothing_to_predict`.
+
+    Without a tokenizer, texts that are not blank are held to have tokens.
+
+    Raises:
+        DataError: a column is missing.
+    """
+    form = form_of(rows.column_names, data, task)
+    if form in ("text", "label"):
+        column, faults = each(rows, lambda row: "" if row[data.text_column] is None else text(row, data.text_column))
+        idle = _too_short([words or "" for words in column], tokenizer, least=1 if form == "label" else 2)
+        if form == "label":
+            blank = [label is None for label in rows[:][data.label_column]] if len(rows) else []
+            idle |= {at: "a blank label" for at, none in enumerate(blank) if none and at not in idle}
+        return {at: why for at, why in idle.items() if at not in faults}, faults
+    found, faults = each(rows, lambda row: _unanswered(row, form, data))
+    return {at: why for at, why in enumerate(found) if why}, faults
+
+
+def usable_of(rows: Dataset, idle: Mapping[int, str]) -> list[int]:
+    """The places of the other rows."""
+    return [at for at in range(len(rows)) if at not in idle]
 
 
 def usable_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, task: str) -> list[int]:
@@ -130,54 +162,86 @@ def usable_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataCon
     Raises:
         DataError: a column is missing, or a value is no text.
     """
+    return usable_of(rows, nothing_to_predict(rows, tokenizer, data, task))
+
+
+def left_out(rows: Dataset, idle: Mapping[int, str], data: DataConfig) -> str:
+    """What is said of the rows that have nothing to predict.
+
+    Args:
+        rows: among which they are.
+        idle: why, by their places.
+        data: names the source.
+    """
+    kinds: dict[str, list[int]] = {}
+    for at, why in idle.items():
+        kinds.setdefault(why, []).append(at)
+    said = "; ".join(f"{why} ({places(rows, at, data)})" for why, at in kinds.items())
+    if len(idle) == len(rows):
+        return f"{data.source}: none of {len(rows)} rows has anything to predict: {said}"
+    return f"{data.source}: {len(idle)} of {len(rows)} rows have nothing to predict and are left out: {said}"
+
+
+def each(rows: Dataset, read: Callable[[Mapping[str, Any]], _Read]) -> tuple[list[_Read | None], dict[int, str]]:
+    """What is read of every row, and by the places of those that cannot be read, why."""
+    found: list[_Read | None] = []
+    faults: dict[int, str] = {}
+    columns: dict[str, list[Any]] = rows[:] if len(rows) else {}
+    for at, cells in enumerate(zip(*columns.values(), strict=True)):
+        try:
+            found.append(read(dict(zip(columns, cells, strict=True))))
+        except RowError as error:
+            found.append(None)
+            faults[at] = str(error)
+    return found, faults
+
+
+def encode_usable(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, task: str) -> list[Example]:
+    """`encode` of rows that all have something to predict, and classes that there are: an example for each."""
+    found, faults = encode_each(rows, tokenizer, data, task)
+    if faults:
+        raise DataError(f"{data.source}: {places(rows, [at := min(faults)], data)}: {faults[at]}")
+    return [example for example in found if example is not None]
+
+
+def encode_each(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, task: str
+) -> tuple[Sequence[Example | None], dict[int, str]]:
+    """`encode_usable`, and by the places of rows that cannot be an example, why."""
     form = form_of(rows.column_names, data, task)
     if not len(rows):
-        return []
-    if form not in ("text", "label"):
-        silent = not tokenizer.chat_template and tokenizer.eos_token_id is None  # an empty answer is no token then
-        if form in ("prompt", "alpaca") and not silent:
-            return list(range(len(rows)))
-        found = conversations(rows[:], form, data)
-        return [i for i, one in enumerate(found) if any(text or not silent for text in one.answers)]
-    column = texts(rows.select_columns([data.text_column])[:][data.text_column], data.text_column, data)
-    least = 1 if form == "label" else 2
-    enough = _have_tokens([text[:_ENOUGH] for text in column], tokenizer, least)
-    short_ones = [i for i, text in enumerate(column) if not enough[i] and len(text) > _ENOUGH]
-    for i, good in zip(short_ones, _have_tokens([column[i] for i in short_ones], tokenizer, least), strict=True):
-        enough[i] = good
-    return [i for i, text in enumerate(column) if enough[i] and text.strip()]
-
-
-def left_out(rows: Dataset, usable: Sequence[int], data: DataConfig, task: str) -> str:
-    """What is said of the rows that have nothing to predict."""
-    form = form_of(rows.column_names, data, task)
-    first = next(i for i, place in enumerate([*usable, -1]) if i != place)
-    shown = ", ".join(short(rows[first][name]) for name in column_names(form, data))
-    why = {
-        "text": "a text needs two tokens, its end token included",
-        "label": "a text needs a token that is no space",
-    }.get(form, "a conversation needs an assistant's message that is not empty after another one")
-    if not len(usable):
-        return f"{data.source}: none of {len(rows)} rows has anything to predict: {why}; the first holds {shown}"
-    return (
-        f"{data.source}: {len(rows) - len(usable)} of {len(rows)} rows have nothing to predict and are left out, "
-        f"the first holds {shown}"
-    )
-
-
-def encode_usable(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, task: str, labels: int = 2
-) -> list[Example]:
-    """`encode` of rows that all have something to predict: an example for each."""
-    form = form_of(rows.column_names, data, task)
-    if not len(rows):
-        return []
+        return [], {}
     columns: dict[str, list[Any]] = rows[:]
     if form == "label":
-        return _encode_classes(columns, tokenizer, data, labels)
+        return _encode_classes(columns, tokenizer, data), {}
     if form == "text":
-        return _encode_texts(texts(columns[data.text_column], data.text_column, data), tokenizer, data)
-    return _encode_chats(conversations(columns, form, data), tokenizer, data)
+        return _encode_texts(columns[data.text_column], tokenizer, data), {}
+    render = Template(_fast(tokenizer), data)
+    return each(rows, lambda row: encode_chat(conversation(row, form, data), render, data.max_length))
+
+
+def _unanswered(row: Mapping[str, Any], form: str, data: DataConfig) -> str:
+    """Why a conversation has nothing to predict; empty where it has."""
+    answers = conversation(row, form, data).answers
+    if any(words.strip() for words in answers):
+        return ""
+    if answers:
+        return "an empty answer"
+    listed = {"chat": data.messages_column, "sharegpt": "conversations"}.get(form, "")
+    return "an empty list of messages" if listed and row[listed] == [] else "no assistant's message after another one"
+
+
+def _too_short(column: list[str], tokenizer: PreTrainedTokenizerBase | None, least: int) -> dict[int, str]:
+    """Why texts have nothing to predict, by their places: blank, or fewer tokens than `least`."""
+    blank = {at: "a blank text" for at, words in enumerate(column) if not words.strip()}
+    if tokenizer is None:
+        return blank
+    enough = _have_tokens([words[:_ENOUGH] for words in column], tokenizer, least)
+    short_ones = [i for i, words in enumerate(column) if not enough[i] and len(words) > _ENOUGH]
+    for i, good in zip(short_ones, _have_tokens([column[i] for i in short_ones], tokenizer, least), strict=True):
+        enough[i] = good
+    few = "a text without tokens" if least == 1 else "a text of fewer than two tokens, its end token included"
+    return {at: few for at, good in enumerate(enough) if not good} | blank
 
 
 def _have_tokens(column: list[str], tokenizer: PreTrainedTokenizerBase, least: int) -> list[bool]:
@@ -194,80 +258,33 @@ def _end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if end is None or ids[-1:] == [end] else [end]
 
 
-def _encode_classes(
-    columns: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, data: DataConfig, labels: int
-) -> list[Example]:
-    column = texts(columns[data.text_column], data.text_column, data)
-    tokens = tokenizer(column, truncation=True, max_length=data.max_length)["input_ids"]
-    classes = columns[data.label_column]
-    for text, label in zip(column, classes, strict=True):
-        if not isinstance(label, int) or not 0 <= label < labels:
-            raise DataError(
-                f"{data.source}: column {data.label_column!r} holds the class {label!r} in the row {short(text)}, "
-                f"expected 0 to {labels - 1}; set model.labels to the number of classes"
-            )
-    return [Example(ids, int(label)) for ids, label in zip(tokens, classes, strict=True)]
-
-
-def _encode_texts(column: list[str], tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[Example]:
-    examples = []
-    for ids in tokenizer(column, verbose=False)["input_ids"]:
-        kept = [*ids, *_end(ids, tokenizer)][: data.max_length]
-        examples.append(Example(kept, list(kept)))
-    return examples
-
-
-def _encode_chats(chats: list[Conversation], tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[Example]:
+def _fast(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         raise DataError(
             f"{type(tokenizer).__name__} gives no character offsets, which conversations need to find the "
             f"response; use a model with a tokenizer.json, or data.form = 'text'"
         )
-    render = Template(tokenizer, data)
-    rendered = [spans(chat, render, data) for chat in chats]
-    special = not tokenizer.chat_template  # a template writes the start token itself
-    tokens = tokenizer(
-        [text for text, _ in rendered], add_special_tokens=special, return_offsets_mapping=True, verbose=False
-    )
+    return tokenizer
+
+
+def _encode_classes(
+    columns: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, data: DataConfig
+) -> list[Example]:
+    whole = tokenizer(columns[data.text_column], verbose=False)["input_ids"]
+    kept = tokenizer(columns[data.text_column], truncation=True, max_length=data.max_length)["input_ids"]
+    return [
+        Example(ids, int(label), len(all_ids), "end" if len(ids) < len(all_ids) else "")
+        for ids, all_ids, label in zip(kept, whole, columns[data.label_column], strict=True)
+    ]
+
+
+def _encode_texts(column: list[str], tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[Example]:
     examples = []
-    for i, (text, turns) in enumerate(rendered):
-        ids, offsets = np.array(tokens["input_ids"][i]), np.array(tokens["offset_mapping"][i])
-        starts = [start for start, _ in turns]
-        if any(((offsets[:, 0] < start) & (start < offsets[:, 1])).any() for start in starts):
-            ids, offsets = _tokens_in_pieces(text, starts, tokenizer)
-        # A token without characters of its own (white space that the tokenizer trims) counts where it stands.
-        first, last = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
-        learned = np.any([(last > start) & (first < end) for start, end in turns], axis=0)
-        learned = learned[: np.flatnonzero(learned)[-1] + 1]  # what comes after the last one changes nothing
-        window = slice((at := _window_start(learned, data.max_length)), at + data.max_length)
-        ids = ids[: len(learned)]
-        labels = np.where(learned, ids, IGNORED)
-        examples.append(Example(ids[window].tolist(), labels[window].tolist()))
+    for ids in tokenizer(column, verbose=False)["input_ids"]:
+        whole = [*ids, *_end(ids, tokenizer)]
+        kept = whole[: data.max_length]
+        examples.append(Example(kept, list(kept), len(whole), "end" if len(kept) < len(whole) else ""))
     return examples
-
-
-def _tokens_in_pieces(text: str, cuts: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and offsets of a text whose tokens must not reach across the cuts.
-
-    A prompt is tokenized alone when a response is generated. Where one token would hold the prompt's last
-    characters and the response's first (such as two newlines), the pieces are tokenized one by one here too.
-    """
-    ids, offsets = [], []
-    for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-        special = start == 0 and not tokenizer.chat_template
-        piece = tokenizer(text[start:end], add_special_tokens=special, return_offsets_mapping=True)
-        ids += piece["input_ids"]
-        offsets += [(first + start, last + start) for first, last in piece["offset_mapping"]]
-    return np.array(ids), np.array(offsets)
-
-
-def _window_start(learned: np.ndarray, length: int) -> int:
-    """The earliest window of `length` tokens with `length // 2` learned ones, or with the most there are."""
-    if len(learned) <= length:
-        return 0
-    before = np.concatenate([[0], np.cumsum(learned)])
-    held = before[length:] - before[:-length]
-    return int(np.argmax(held >= min(length // 2, held.max())))
 
 
 def _list(names: Iterable[str]) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, overload
 
 from fedlora.config import Config
-from fedlora.data.forms import Example, encode_usable, left_out, usable_rows
+from fedlora.data.classes import check_classes
+from fedlora.data.examples import Example
+from fedlora.data.forms import encode_usable, left_out, nothing_to_predict, usable_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,14 +26,20 @@ class LazyExamples(Sequence[Example]):
         """Find the rows that have something to predict; there may be none.
 
         Raises:
-            DataError: a column is missing, or a value is no text.
+            DataError: a column is missing, a value is no text, or a class is out of range.
         """
-        usable = usable_rows(rows, tokenizer, config.data, config.model.task)
-        all_are = len(usable) == len(rows)
-        self.left_out = "" if all_are else left_out(rows, usable, config.data, config.model.task)
-        self._rows = rows if all_are else rows.select(usable)
+        idle = nothing_to_predict(rows, tokenizer, config.data, config.model.task)
+        self.left_out = left_out(rows, idle, config.data) if idle else ""
+        self._rows = rows.select(usable_of(rows, idle)) if idle else rows
+        if config.model.task == "classification":
+            check_classes(self._rows, config.data, config.model.labels)
         self._tokenizer, self._config = tokenizer, config
         self._done: dict[int, Example] = {}
+
+    @property
+    def cut(self) -> float:
+        """The share of the examples that were asked for so far which are longer than `data.max-length`."""
+        return sum(bool(example.cut) for example in self._done.values()) / len(self._done) if self._done else 0.0
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -50,6 +58,6 @@ class LazyExamples(Sequence[Example]):
             return [self[i] for i in range(*index.indices(len(self)))]
         at = range(len(self))[index]
         if at not in self._done:
-            model, row = self._config.model, self._rows.select([at])
-            self._done[at] = encode_usable(row, self._tokenizer, self._config.data, model.task, model.labels)[0]
+            row = self._rows.select([at])
+            self._done[at] = encode_usable(row, self._tokenizer, self._config.data, self._config.model.task)[0]
         return self._done[at]

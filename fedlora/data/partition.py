@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedlora.config import DataConfig, ints
+from fedlora.data.places import places
 from fedlora.data.sources import PACKAGED
 from fedlora.errors import DataError
 
@@ -188,10 +189,14 @@ def _keys(rows: Dataset, column: str, data: DataConfig) -> tuple[np.ndarray, lis
     import pyarrow as pa
 
     cells = rows.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
-    if cells.null_count:
+    blank = [
+        at for at, cell in enumerate(cells.to_pylist()) if cell is None or (isinstance(cell, str) and not cell.strip())
+    ]
+    if blank:
         raise DataError(
-            f"{data.source}: column {column!r} is empty in {cells.null_count} of {len(cells)} rows, but "
-            f"data.partition = {data.partition!r} needs a key in each; fill them, or drop these rows"
+            f"{data.source}: column {column!r} is empty in {len(blank)} of {len(cells)} rows "
+            f"({places(rows, blank, data)}), but data.partition = {data.partition!r} needs a key in each; fill them, "
+            "or drop these rows"
         )
     try:
         encoded = cells.dictionary_encode()

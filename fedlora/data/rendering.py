@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedlora.config import DataConfig
-from fedlora.data.conversations import Conversation, Message, short, tool_name
+from fedlora.data.conversations import Conversation, Message, RowError, tool_name
 from fedlora.errors import DataError, suggest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_ROLES = ("system", "user", "assistant", "tool", "developer")
+_SHOWN, _LONGEST = 12, 160  # roles, and characters of the template's own words
 
 
 class Template:
@@ -50,8 +53,12 @@ class Template:
         return "".join(m["content"] + (end if m["role"] == "assistant" else "\n") for m in messages)
 
 
-def spans(chat: Conversation, render: Template, data: DataConfig) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation, and where in it (characters, end exclusive) the assistant's turns stand."""
+def spans(chat: Conversation, render: Template) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered conversation, and where in it (characters, end exclusive) the assistant's turns stand.
+
+    Raises:
+        RowError: the template refuses it, leaves out its tools, or nothing of it can be learned.
+    """
     from jinja2 import TemplateError
 
     messages = chat.messages
@@ -68,29 +75,27 @@ def spans(chat: Conversation, render: Template, data: DataConfig) -> tuple[str, 
                 end = _turn_end(upto, render.tokenizer)
                 found += [(len(head), end)] if end > len(head) else []
     except (TemplateError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{data.source}: the tokenizer's chat template refuses the roles {[m['role'] for m in messages]}: {error}"
-        ) from None
+        roles = ", ".join(m["role"] if m["role"] in _ROLES else "(another)" for m in messages[:_SHOWN])
+        raise RowError(f"the tokenizer's chat template refuses the roles {roles}: {str(error)[:_LONGEST]}") from None
     if not found:
-        raise DataError(
-            f"{data.source}: nothing to learn in {short(messages)}: the tokenizer's chat template does not continue "
-            f"the prompt when it renders the response (some open a <think> that they leave out again); write "
-            f"conversations out as data.form = 'text', or take a model with another template"
+        raise RowError(
+            "nothing to learn: the tokenizer's chat template does not continue the prompt when it renders the response "
+            "(some open a <think> that they leave out again); write conversations out as data.form = 'text', or take a "
+            "model with another template"
         )
-    _check_tools(chat, text, data)
+    _check_tools(chat, text)
     return text, found
 
 
-def _check_tools(chat: Conversation, text: str, data: DataConfig) -> None:
+def _check_tools(chat: Conversation, text: str) -> None:
     """A template that knows no tools leaves them out without a word."""
     calls = [call for message in chat.messages for call in message.get("tool_calls") or ()]
     for what, named in (("tools", chat.tools), ("tool calls", calls)):
-        for tool in named:
-            if tool_name(tool) not in text:
-                raise DataError(
-                    f"{data.source}: the tokenizer's chat template leaves out the {what}, such as "
-                    f"{tool_name(tool)!r}; take a model whose template writes them, or put them into the messages' text"
-                )
+        if any(tool_name(tool) not in text for tool in named):
+            raise RowError(
+                f"the tokenizer's chat template leaves out the {what}; take a model whose template writes them, or put "
+                "them into the messages' text"
+            )
 
 
 def _turn_end(text: str, tokenizer: PreTrainedTokenizerBase) -> int:

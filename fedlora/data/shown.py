@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from fedlora.config import Config
-from fedlora.data.forms import IGNORED, encode_usable, usable_rows
+from fedlora.data.classes import check_classes
+from fedlora.data.examples import IGNORED
+from fedlora.data.forms import encode_usable, usable_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-_UNCUT = 1_000_000  # tokens
 
 
 @dataclass(frozen=True)
@@ -52,25 +52,21 @@ def first_examples(rows: Dataset, count: int, tokenizer: PreTrainedTokenizerBase
         DataError: as `encode` raises it.
     """
     rows = rows.select(range(min(count, len(rows))))
-    data, task, labels = config.data, config.model.task, config.model.labels
+    data, task = config.data, config.model.task
     usable = usable_rows(rows, tokenizer, data, task)
     chosen = rows.select(usable)
     found = {row: Shown(row) for row in range(1, len(rows) + 1)}
     names = getattr(rows.features.get(data.label_column), "names", None)
-    uncut = replace(data, max_length=_UNCUT)
-    for row, example, whole in zip(
-        usable,
-        encode_usable(chosen, tokenizer, data, task, labels),
-        encode_usable(chosen, tokenizer, uncut, task, labels),
-        strict=True,
-    ):
+    if task == "classification":
+        check_classes(chosen, data, config.model.labels)
+    for row, example in zip(usable, encode_usable(chosen, tokenizer, data, task), strict=True):
         ids, label = example.input_ids, ""
         if isinstance(example.labels, int):
             learned = [False] * len(ids)
             label = str(names[example.labels]) if names else str(example.labels)
         else:  # nothing predicts the first token
             learned = [place > 0 and token != IGNORED for place, token in enumerate(example.labels)]
-        found[row + 1] = Shown(row + 1, len(ids), len(whole.input_ids), _parts(ids, learned, tokenizer), label)
+        found[row + 1] = Shown(row + 1, len(ids), example.whole, _parts(ids, learned, tokenizer), label)
     return list(found.values())
 
 

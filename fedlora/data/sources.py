@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 from fedlora.assets import fetch
 from fedlora.config import DataConfig
 from fedlora.data import files
+from fedlora.data.classes import numbered
 from fedlora.data.conversations import TEXT_COLUMNS
+from fedlora.data.places import kept
 from fedlora.errors import DataError, suggest
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from datasets import Dataset
 
 
@@ -42,8 +43,8 @@ class PackagedSet:
 def load_rows(config: DataConfig) -> Dataset:
     """All rows of `data.source`.
 
-    Class names in the label column become integers here, over the whole set and in alphabetical order, so
-    that every client counts alike; the names stay with the column as a `datasets.ClassLabel`.
+    Class names in the label column become integers here, over the whole set, so that every client counts alike (see
+    `fedlora.data.classes`).
 
     Raises:
         DataError: no such source, a file that cannot be parsed (naming the line), or no rows.
@@ -55,13 +56,14 @@ def load_rows(config: DataConfig) -> Dataset:
         import pyarrow as pa
 
         rows = Dataset(pa.table(dict(PACKAGED[config.source].read(fetch(config.source)))))
-    elif (path := Path(config.source).expanduser()).exists() or path.suffix.lower() in files.SUFFIXES:
-        rows = Dataset(_read_file(path, config))
+    elif (path := Path(config.source).expanduser()).exists() or files.kind_of(path):
+        texts = [config.prompt_column, config.response_column, config.text_column, *TEXT_COLUMNS]
+        rows = Dataset(files.read(path, texts))
     else:
         rows = _read_hub(config)
     if not len(rows):
         raise DataError(f"{config.source}: holds no rows; one example per row is expected")
-    return _number_classes(rows, config)
+    return kept(numbered(rows, config))
 
 
 def chitchat(folder: Path) -> dict[str, list[str]]:
@@ -145,12 +147,6 @@ def _columns(names: tuple[str, ...], rows: list[tuple[str, ...]]) -> dict[str, l
     return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
 
 
-def _read_file(path: Path, config: DataConfig) -> pa.Table:
-    if path.suffix.lower() not in files.SUFFIXES:
-        raise DataError(f"{path}: cannot be read as data, expected a file that ends in {', '.join(files.SUFFIXES)}")
-    return files.read(path, [config.prompt_column, config.response_column, config.text_column, *TEXT_COLUMNS])
-
-
 def _read_hub(config: DataConfig) -> Dataset:
     import datasets
     from datasets.exceptions import DatasetsError
@@ -207,22 +203,3 @@ def _hub_or_cache(name: str) -> Iterator[None]:
         ) from error
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-
-
-def _number_classes(rows: Dataset, config: DataConfig) -> Dataset:
-    """Class names as integers, numbered alphabetically over the whole set."""
-    import pyarrow as pa
-    from datasets import ClassLabel, Dataset, DatasetInfo, Value
-
-    feature = rows.features.get(config.label_column)
-    if config.form not in ("auto", "label") or feature not in (Value("string"), Value("large_string")):
-        return rows
-    table: pa.Table = rows.with_format("arrow")[:]
-    classes = table[config.label_column].to_pylist()
-    names = sorted(set(classes) - {None})
-    number_of = {name: number for number, name in enumerate(names)}
-    numbers = pa.array([number_of.get(name) for name in classes], type=pa.int64())
-    table = table.set_column(table.column_names.index(config.label_column), config.label_column, numbers)
-    features = rows.features.copy()
-    features[config.label_column] = ClassLabel(names=names)
-    return Dataset(table.replace_schema_metadata(None), info=DatasetInfo(features=features))

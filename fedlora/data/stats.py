@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from fedlora.config import DataConfig
-from fedlora.data.conversations import conversations, texts
-from fedlora.data.forms import form_of
+from fedlora.data.conversations import conversation, text
+from fedlora.data.forms import each, form_of
 from fedlora.data.partition import Split
 
 
@@ -59,19 +60,22 @@ def client_statistics(split: Split, data: DataConfig, task: str) -> list[ClientS
 
 
 def _characters(split: Split, form: str, data: DataConfig) -> list[int]:
-    """Of each row's text, or of all messages of its conversation."""
-    columns = split.rows[:]
-    if form in ("text", "label"):
-        return [len(text) for text in texts(columns[data.text_column], data.text_column, data)]
+    """Of each row's text, or of all messages of its conversation; none of a row that cannot be read."""
     plain = replace(data, system_prompt="")
-    return [sum(len(m["content"]) for m in one.messages) for one in conversations(columns, form, plain)]
+
+    def count(row: Mapping[str, Any]) -> int:
+        if form in ("text", "label"):
+            return len(text(row, data.text_column))
+        return sum(len(message["content"]) for message in conversation(row, form, plain).messages)
+
+    return [found or 0 for found in each(split.rows, count)[0]]
 
 
 def _label_names(split: Split, data: DataConfig) -> list[str]:
     """The class of each row, by name where the column has names."""
     cells = split.rows[:][data.label_column]
     names = getattr(split.rows.features[data.label_column], "names", None)
-    return [names[cell] if names and cell is not None else str(cell) for cell in cells]
+    return ["(none)" if cell is None else names[cell] if names else str(cell) for cell in cells]
 
 
 def _counts(labels: np.ndarray) -> dict[str, int]:

@@ -208,7 +208,7 @@ def test_a_node_answers_with_its_own_file_and_model_alone(tmp_path, tiny_llama):
 
 
 def test_what_is_wrong_with_a_nodes_rows_stays_on_the_node(tmp_path, tiny_llama, caplog):
-    """Errors about rows quote them: the server learns that there is one."""
+    """The server learns that there is an error, and the log where: neither quotes a row."""
     own = tmp_path / "own.jsonl"
     own.write_text('{"prompt": ["secret illness"], "response": "x"}\n' * 3, encoding="utf-8")
     config = tiny(tmp_path, tiny_llama, federation__clients=1)
@@ -217,7 +217,8 @@ def test_what_is_wrong_with_a_nodes_rows_stays_on_the_node(tmp_path, tiny_llama,
     assert "secret" not in said
     assert str(tmp_path) not in said
     assert "the node's log says why" in said
-    assert "secret" in caplog.text
+    assert "own.jsonl: line 1: column 'prompt' holds a list of 1, expected text" in caplog.text
+    assert "secret" not in caplog.text
 
 
 def test_a_crash_beside_own_data_tells_its_kind_alone(tmp_path, tiny_llama, monkeypatch):

@@ -66,7 +66,7 @@ def test_rows_that_no_client_can_read_are_a_common_mistake(tmp_path: Path, tiny_
     found = [{"text": f"ash {number}", "label": 5} for number in range(60)]
     keys = {"model__task": "classification", "data__partition": "iid", "strategy__name": "fedavg", "lora__ranks": "2"}
     keys["data__source"] = rows(tmp_path / "classes.jsonl", *found)
-    with pytest.raises(DataError, match=r"'label' holds the class 5 .* set model\.labels"):
+    with pytest.raises(DataError, match=r"'label' holds classes outside 0 to 1 in lines? .* set model\.labels"):
         local.run(tiny(tmp_path, tiny_llama, **keys))
     assert not (tmp_path / "runs").exists()
 
@@ -96,7 +96,7 @@ def test_one_clients_mistake_is_its_own(tmp_path: Path, tiny_llama: Path) -> Non
     more = {"federation__clients": 2, "federation__rounds": 1, "evaluate__server": False}
     _, result = run_locally(tiny(tmp_path, tiny_llama, **keys, **more))
     assert set(result["rounds"][0]["clients"]) == {"0"}
-    assert "holds the class 5" in result["rounds"][0]["failures"]["1"]
+    assert "'label' holds classes outside 0 to 1 in lines" in result["rounds"][0]["failures"]["1"]
 
 
 def closed() -> ClientApp:

@@ -1,0 +1,45 @@
+"""A node looked at without a server: its config, and its rows as a run would have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedlora.config import Config, Scalar
+from fedlora.data import kept_back, prepare
+from fedlora.data.checked import check_rows, lines, refusal
+from fedlora.errors import DataError
+from fedlora.models import at_hand, tokenizer_of
+
+from . import node, trainer
+
+
+def check(config: Config, settings: Mapping[str, Scalar]) -> list[str]:
+    """What a node would do in a run, for people.
+
+    Args:
+        config: the run's.
+        settings: the node's own config.
+
+    Raises:
+        ConfigError: names the key of the node's config that refuses the run, or that is wrong itself.
+        DataError: rows cannot be used; says where they are.
+    """
+    node.check(settings)
+    config = node.ruled(config, settings)
+    own, said = node.own_data(settings), []
+    clients = node.hosted(settings) or (int(settings.get("partition-id", 0)),)
+    for client in clients:
+        rows = prepare(config).client(0 if own else client)
+        kept = kept_back(len(rows), config.data.client_test_fraction) if config.evaluate.clients else 0
+        steps = trainer.steps_per_round(config.train, len(rows) - kept)
+        node.check_steps(config.train, settings, steps)
+        rank = node.rank(config, settings, client)
+        said.append(f"client {client}: rank {rank}, {len(rows) - kept} training rows, {steps} steps in a round")
+        here = at_hand(config.model.name)
+        found = check_rows(rows, tokenizer_of(config.model) if here else None, config)
+        said += [f"  {line}" for line in lines(found, config)]
+        if not here:
+            said.append(f"  tokens: not counted, since model.name = {config.model.name} is not on this machine yet")
+        if fault := refusal(found, config):
+            raise DataError(fault)
+    return said

@@ -1,0 +1,154 @@
+"""Rows looked at before a run: what cannot be used and why, how long they are, and what of them is cut."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedlora.config import Config, DataConfig
+from fedlora.data.classes import check_classes, class_names
+from fedlora.data.forms import encode_each, left_out, looked_at
+from fedlora.data.places import places
+from fedlora.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+_MANY = 0.05  # of the rows, when more are cut than these it is a warning
+_MEASURED = 5000
+_CUTS = {
+    "turns": "lose earlier turns",
+    "system": "lose earlier turns and their system prompt",
+    "inside": "lose a part of the last question or answer, which are longer together",
+    "end": "lose their end",
+}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found in rows.
+
+    Args:
+        rows: how many.
+        faults: what is wrong with rows, and where they are; a run would be refused, or their client.
+        left_out: a sentence on the rows that have nothing to predict; empty without any.
+        classes: rows of each class, by name where it has one, and those of the model that no row has; empty but for
+            classification.
+        usable: how many of the rows can be examples.
+        measured: of how many of these the tokens were counted.
+        median, most, longest: tokens of the middle row, of the shortest 95 % of the rows at most, and of the longest.
+        cut: how many of the measured rows are cut, by kind (`Example.cut`).
+    """
+
+    rows: int
+    faults: tuple[str, ...]
+    left_out: str
+    classes: Mapping[str, int]
+    usable: int = 0
+    measured: int = 0
+    median: int = 0
+    most: int = 0
+    longest: int = 0
+    cut: Mapping[str, int] | None = None
+
+    @property
+    def cut_share(self) -> float:
+        return sum((self.cut or {}).values()) / max(1, self.measured)
+
+
+def check_rows(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase | None, config: Config, measured: int = _MEASURED
+) -> Checked:
+    """Look at rows as a run with this config would.
+
+    Args:
+        rows: of the source, all or some.
+        tokenizer: of the model; without it, no tokens are counted.
+        config: the run's.
+        measured: of at most so many rows, evenly spaced, tokens are counted.
+
+    Raises:
+        DataError: a column is missing, or the form does not fit the task.
+    """
+    data, task = config.data, config.model.task
+    idle, wrong = looked_at(rows, tokenizer, data, task)
+    usable = [at for at in range(len(rows)) if at not in idle and at not in wrong]
+    faults: list[str] = []
+    classes: dict[str, int] = {}
+    if task == "classification":
+        try:
+            check_classes(rows.select(usable), data, config.model.labels)
+            classes = _classes(rows.select(usable), config)
+        except DataError as error:
+            faults.append(str(error).removeprefix(f"{data.source}: "))
+    lengths = np.zeros(0, dtype=np.int64)
+    cut: Counter[str] = Counter()
+    if tokenizer is not None and not faults:
+        chosen = [usable[at] for at in np.linspace(0, len(usable) - 1, min(measured, len(usable))).astype(int)]
+        examples, unread = encode_each(rows.select(chosen), tokenizer, data, task)
+        wrong |= {chosen[at]: why for at, why in unread.items()}
+        lengths = np.array([example.whole for example in examples if example is not None], dtype=np.int64)
+        cut = Counter(example.cut for example in examples if example is not None and example.cut)
+    found = Checked(
+        rows=len(rows),
+        faults=(*_grouped(rows, wrong, data), *faults),
+        left_out=left_out(rows, idle, data).removeprefix(f"{data.source}: ") if idle else "",
+        classes=classes,
+        usable=len(usable) - len(wrong.keys() & {*usable}),
+    )
+    if not len(lengths):
+        return found
+    middle, most = (int(value) for value in np.quantile(lengths, (0.5, 0.95), method="higher"))
+    return replace(found, measured=len(lengths), median=middle, most=most, longest=int(lengths.max()), cut=dict(cut))
+
+
+def too_long(found: Checked, config: Config) -> str:
+    """A warning, where many rows are longer than `data.max-length`; else empty."""
+    if found.cut_share <= _MANY:
+        return ""
+    return (
+        f"{found.cut_share:.0%} of the rows are longer than data.max-length = {config.data.max_length} tokens and are "
+        f"cut; data.max-length = {found.most} would hold 95 % of them whole"
+    )
+
+
+def lines(found: Checked, config: Config) -> list[str]:
+    """What was found, for people: a line for each thing but the faults."""
+    said = [f"rows: {found.left_out}"] if found.left_out else []
+    if found.classes:
+        said.append("classes: " + ", ".join(f"{name} ({count})" for name, count in found.classes.items()))
+    if not found.measured:
+        return said
+    of = "" if found.measured == found.usable else f" of {found.measured} rows that were measured"
+    said.append(
+        f"tokens{of}: median {found.median}, 95 % within {found.most}, longest {found.longest}; "
+        f"data.max-length = {config.data.max_length}"
+    )
+    kinds = "; ".join(f"{count} {_CUTS[kind]}" for kind, count in sorted((found.cut or {}).items()))
+    said.append(f"cut{of}: {kinds or 'none'}")
+    return [*said, *filter(None, [too_long(found, config)])]
+
+
+def refusal(found: Checked, config: Config) -> str:
+    """What is said of rows that a run cannot use; empty where there are none."""
+    return f"{config.data.source}: {'; '.join(found.faults)}" if found.faults else ""
+
+
+def _grouped(rows: Dataset, wrong: Mapping[int, str], data: DataConfig) -> list[str]:
+    kinds: dict[str, list[int]] = {}
+    for at, why in sorted(wrong.items()):
+        kinds.setdefault(why, []).append(at)
+    return [f"{places(rows, at, data)}: {why}" for why, at in kinds.items()]
+
+
+def _classes(rows: Dataset, config: Config) -> dict[str, int]:
+    """How many rows each class of the model has."""
+    names = class_names(rows, config.data, config.model.labels)
+    counts = Counter(int(cell) for cell in rows.select_columns([config.data.label_column])[:][config.data.label_column])
+    called = [names[place] if place < len(names) else str(place) for place in range(config.model.labels)]
+    return {name: counts.get(place, 0) for place, name in enumerate(called)}

@@ -1,0 +1,129 @@
+"""Classes by number and by name: what a label column means, the same for every client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fedlora.config import LONGEST_CLASS, DataConfig, label_names
+from fedlora.data.conversations import described
+from fedlora.data.places import places
+from fedlora.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def numbered(rows: Dataset, data: DataConfig) -> Dataset:
+    """The rows with whole numbers as classes, in place of names, of digits, and of 1.0; blank ones are none (null).
+
+    Names are numbered as `data.label-names` lists them, or else in alphabetical order over all rows. They stay with
+    the column as a `datasets.ClassLabel`.
+
+    Raises:
+        DataError: a name is none of `data.label-names`; says where.
+    """
+    from datasets import ClassLabel, Value
+
+    feature = rows.features.get(data.label_column)
+    names = label_names(data)
+    if feature is None or data.form not in ("auto", "label"):
+        return rows
+    cells: list[Any] = rows.with_format("arrow")[:][data.label_column].to_pylist()
+    if isinstance(feature, ClassLabel):
+        if not names or list(names) == feature.names:
+            return rows
+        cells = [None if cell is None else feature.names[cell] for cell in cells]
+    if all(cell is None or isinstance(cell, str) for cell in cells):
+        words = [cell.strip() or None if cell else None for cell in cells]
+        found = {word for word in words if word is not None}
+        if found and not found & {*names} and all(word.isdecimal() and len(word) < _DIGITS for word in found):
+            return _with_classes(rows, data, [None if word is None else int(word) for word in words], names)
+        names = names or tuple(sorted(found))
+        numbers = {name: number for number, name in enumerate(names)}
+        unknown = [at for at, word in enumerate(words) if word is not None and word not in numbers]
+        if unknown:
+            raise DataError(
+                f"{data.source}: column {data.label_column!r} holds a name that is none of data.label-names = "
+                f"{data.label_names!r} in {places(rows, unknown, data)}; mend these rows, or name all classes"
+            )
+        return _with_classes(rows, data, [None if word is None else numbers[word] for word in words], names)
+    if all(cell is None or (isinstance(cell, float) and cell.is_integer()) for cell in cells):
+        return _with_classes(rows, data, [None if cell is None else int(cell) for cell in cells], names)
+    return _with_classes(rows, data, cells, names) if names and feature in (Value("int64"), Value("int32")) else rows
+
+
+def check_classes(rows: Dataset, data: DataConfig, labels: int) -> None:
+    """Raises DataError unless every class is one of so many, from 0; a blank one is none, and passes.
+
+    Args:
+        rows: of one client, or held-out ones.
+        data: names the column.
+        labels: `model.labels`.
+    """
+    column = data.label_column
+    class_names(rows, data, labels)
+    cells = rows.select_columns([column])[:][column] if len(rows) else []
+    no_numbers = [at for at, cell in enumerate(cells) if cell is not None and not _is_whole(cell)]
+    if no_numbers:
+        kind = "a number that is not whole" if isinstance(cells[no_numbers[0]], float) else ""
+        raise DataError(
+            f"{data.source}: column {column!r} holds {kind or described(cells[no_numbers[0]])} in "
+            f"{places(rows, no_numbers, data)}, expected a class from 0 to {labels - 1}; convert these rows"
+        )
+    outside = [at for at, cell in enumerate(cells) if cell is not None and not 0 <= cell < labels]
+    found = {int(cell) for cell in cells if cell is not None}
+    if outside and found <= {*range(1, labels + 1)}:
+        raise DataError(
+            f"{data.source}: column {column!r} counts its classes from 1 to {labels}, and classes count from 0; "
+            f"subtract 1 from all of them, or name them (data.label-names)"
+        )
+    if outside:
+        raise DataError(
+            f"{data.source}: column {column!r} holds classes outside 0 to {labels - 1} in {places(rows, outside, data)}"
+            f"; mend these rows, or set model.labels to the number of classes"
+        )
+
+
+def class_names(rows: Dataset, data: DataConfig, labels: int) -> tuple[str, ...]:
+    """What the classes are called, in their order; nothing where they have numbers alone.
+
+    Raises:
+        DataError: there are more names than classes, or one is longer than a name is. They leave a node: what is no
+            list of classes (a column of texts that was taken for one) is to stay.
+    """
+    names = label_names(data) or tuple(getattr(rows.features.get(data.label_column), "names", None) or ())
+    column = data.label_column
+    if len(names) > labels:
+        raise DataError(
+            f"{data.source}: column {column!r} has {len(names)} different names, and model.labels = {labels}; set "
+            "model.labels to the number of classes, and data.label-names to their names in order"
+        )
+    longest = max(map(len, names), default=0)
+    if longest > LONGEST_CLASS or not all(name.isprintable() for name in names):
+        raise DataError(
+            f"{data.source}: column {column!r} has names of up to {longest} characters, expected classes of at most "
+            f"{LONGEST_CLASS} printable ones; name the right column (data.label-column), or shorten them"
+        )
+    return names
+
+
+_DIGITS = 10  # of a text that is a class's number
+
+
+def _is_whole(cell: Any) -> bool:
+    return isinstance(cell, int) or (isinstance(cell, float) and cell.is_integer())
+
+
+def _with_classes(rows: Dataset, data: DataConfig, cells: Sequence[int | None], names: Sequence[str]) -> Dataset:
+    """The rows with these classes; under their names where each has one."""
+    import pyarrow as pa
+    from datasets import ClassLabel, Dataset, DatasetInfo, Value
+
+    table: pa.Table = rows.with_format("arrow")[:]
+    place = table.column_names.index(data.label_column)
+    table = table.set_column(place, data.label_column, pa.array(cells, type=pa.int64()))
+    features = rows.features.copy()
+    named = names and all(cell is None or 0 <= cell < len(names) for cell in cells)
+    features[data.label_column] = ClassLabel(names=list(names)) if named else Value("int64")
+    return Dataset(table.replace_schema_metadata(None), info=DatasetInfo(features=features))
