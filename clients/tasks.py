@@ -238,7 +238,11 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
         raise ConfigError(
             f"client {client_id} has no test rows; raise data.client-test-fraction or set evaluate.clients = false"
         )
-    metrics = evaluate_model(bench.model, examples, config.evaluate.batch_size, bench.base.pad_id)
+
+    def tell(done: int, total: int) -> None:
+        emit("client-evaluate-step", client_id=client_id, done=done, total=total, round=broadcast.round)
+
+    metrics = evaluate_model(bench.model, examples, config.evaluate.batch_size, bench.base.pad_id, tell)
     emit("client-evaluated", client_id=client_id, round=broadcast.round, **metrics)
     return wire.encode_evaluation(len(examples), metrics, bench.base.fingerprint)
 

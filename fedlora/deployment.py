@@ -137,7 +137,8 @@ def join(
     _split(server)
     with _own_folder(state) as home, processes.stopped_by_signals(), _worker(worker) as of_worker:
         settings = home / "node.toml"
-        known = {**node_config, "state": str(home), **of_worker}
+        asks = {"server": server} | ({"ca": str(ca), "key": str(key)} if ca and key else {})  # whether a run goes on
+        known = {**node_config, "state": str(home), **of_worker, **asks}
         settings.write_text("".join(f"{name} = {flower_programs.toml(known[name])}\n" for name in known), "utf-8")
         secret = _secret(home)
         check_clock(_wait_for(server, ca), server)
