@@ -121,7 +121,12 @@ class FederationConfig:
     rounds: int = option(3, "communication rounds", low=1)
     fraction: float = option(1.0, "share of the clients sampled each round", low=1e-6, high=1.0)
     min_clients: int = option(1, "a round with fewer good answers fails the run", low=1)
-    round_timeout: float = option(0.0, "seconds to wait for a round's answers; 0: as long as it takes", low=0.0)
+    round_timeout: float = option(
+        43200.0,
+        "seconds to wait for a round's answers, after which a client that has not answered is left, and stops; the "
+        "default is the 12 hours that Flower gives a message; 0: as long as it takes",
+        low=0.0,
+    )
     wait_timeout: float = option(
         120.0,
         "seconds to wait until federation.clients have connected, or until nodes that were lost are back",
@@ -137,6 +142,14 @@ class FederationConfig:
         "without strategy.robust, an update that moves the model this many times as far as the others' median is set "
         "aside; 0: none is",
         low=0.0,
+    )
+    max_rank: int = option(
+        0, "largest rank that a node may have of its own (fedlora node --rank); 0: the largest of lora.ranks", low=0
+    )
+    max_hosted: int = option(
+        0,
+        "most clients that one node may say it is, and a node that says more is refused; 0: up to federation.clients",
+        low=0,
     )
     lost_clients: str = option(
         "fail",
@@ -348,6 +361,12 @@ def client_rank(config: LoraConfig, client_id: int) -> int:
     """The rank of one client: `lora.ranks` taken cyclically, or `lora.rank`."""
     ranks = ints("lora.ranks", config.ranks)
     return ranks[client_id % len(ranks)] if ranks else config.rank
+
+
+def largest_rank(config: Config) -> int:
+    """What a client's own rank may be: `federation.max-rank`, or the largest that the run gives a client."""
+    ranks = ints("lora.ranks", config.lora.ranks)
+    return config.federation.max_rank or max(ranks or (config.lora.rank,))
 
 
 def rank_pattern(config: LoraConfig) -> dict[str, int]:

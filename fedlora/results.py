@@ -164,10 +164,14 @@ class RunRecord:
         for what, words in (facts or {}).items():
             self.data[what] = words
             _log.info("%s: %s", what, words)
-        self.data["clients"] = [
-            {"client-id": c.client_id, "rank": c.rank, "alpha": c.alpha, "num-examples": c.num_examples}
-            for c in clients
-        ]
+        self.data["clients"] = [_about(client) for client in clients]
+        self._write()
+
+    def joined(self, client: ClientInfo, round: int) -> None:
+        """A client that came, or came back on another node, after the run had begun."""
+        others = [about for about in self.data["clients"] if about["client-id"] != client.client_id]
+        others.append(_about(client) | {"joined-in-round": round})
+        self.data["clients"] = sorted(others, key=lambda about: about["client-id"])
         self._write()
 
     def _tell(self) -> None:
@@ -258,6 +262,15 @@ class RunRecord:
             write_json(path, self.data)
         except OSError as error:
             raise RunError(f"{path}: cannot be written: {error}") from error
+
+
+def _about(client: ClientInfo) -> dict[str, Any]:
+    return {
+        "client-id": client.client_id,
+        "rank": client.rank,
+        "alpha": client.alpha,
+        "num-examples": client.num_examples,
+    }
 
 
 def stamp(config: Config) -> Config:

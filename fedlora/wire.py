@@ -292,13 +292,15 @@ def encode_evaluation(num_examples: int, metrics: Mapping[str, float], fingerpri
     return RecordDict({_HEAD: ConfigRecord(cast("Any", head)), _METRICS: _to_metrics(metrics, METRICS)})
 
 
-def decode_evaluation(record: RecordDict, fingerprint: str, who: str) -> tuple[int, dict[str, float]]:
-    """`(num_examples, metrics)` of one client."""
+def decode_evaluation(
+    record: RecordDict, fingerprint: str, who: str, most_examples: int = MOST_EXAMPLES
+) -> tuple[int, dict[str, float]]:
+    """`(num_examples, metrics)` of one client, which may claim so many examples at most."""
     head = _checked_head(record, fingerprint, who)
     _only(record, head, "evaluation", who, (), _METRICS)
     metrics = _metrics(record, who, METRICS)
     _require(metrics, {"loss", "accuracy"}, who)
-    return _positive(head, "num-examples", who, MOST_EXAMPLES), metrics
+    return _positive(head, "num-examples", who, most_examples), metrics
 
 
 def payload_bytes(record: RecordDict) -> int:

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 
 from fedlora import wire
 from fedlora.config import Config
+from fedlora.data import most_kept_back
 from fedlora.errors import WireError
 from fedlora.events import emit
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
@@ -218,8 +219,9 @@ def evaluate_on_clients(
     for node, reply in mailbox.replies():
         for client, answer in roster.answers(node, asked[node], reply).items():
             who = f"client {client}"
+            most = most_kept_back(roster.infos[client].num_examples, config.data.client_test_fraction)
             try:
-                count, metrics = wire.decode_evaluation(of_client.content(answer, who), fingerprint, who)
+                count, metrics = wire.decode_evaluation(of_client.content(answer, who), fingerprint, who, most)
                 answers[client] = metrics | {"num-examples": count}
             except WireError as error:
                 failures[client] = str(error)

@@ -12,7 +12,7 @@ from fedlora.config import Config, DataConfig, client_parts
 from fedlora.data.batches import batch_at, collate, eval_batches
 from fedlora.data.forms import Example, encode, form_of, usable_rows
 from fedlora.data.lazy import LazyExamples
-from fedlora.data.partition import Split, client_split, joined, kept_back, split_rows
+from fedlora.data.partition import Split, client_split, joined, kept_back, most_kept_back, split_rows
 from fedlora.data.sources import PACKAGED, load_rows
 from fedlora.data.stats import ClientStatistics, client_statistics
 
@@ -31,6 +31,7 @@ __all__ = [
     "form_of",
     "kept_back",
     "load_rows",
+    "most_kept_back",
     "prepare",
     "split_rows",
     "usable_rows",
