@@ -170,8 +170,9 @@ def finish(work: Work, adapter: AdapterState, result: trainer.TrainResult) -> Re
     _check_finite(adapter, broadcast.round)
     folder = _own_folder(context, broadcast)
     if broadcast.personal:
-        own_state.save(folder, "personal", _personal_part(adapter, broadcast.personal), broadcast.round)
-    to_send, codec_error = coded(adapter, broadcast, config.wire.upload_dtype, folder)
+        personal = _personal_part(adapter, broadcast.personal)
+        own_state.save(folder, "personal", personal, broadcast.round, keep=config.run.keep + 1)
+    to_send, codec_error = coded(adapter, broadcast, config.wire.upload_dtype, folder, keep=config.run.keep + 1)
     update = ClientUpdate(
         client_id=client_id,
         adapter=to_send,

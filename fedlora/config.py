@@ -27,6 +27,12 @@ class RunConfig:
     name: str = option("run", "results go to <run.dir>/<run.name>/<run.id>")
     id: str = option("", "name of this run's folder; empty: the time")
     resume: bool = option(False, "go on with the run in that folder, from its last complete round")
+    from_round: int = option(
+        -1, "with run.resume: go back to the server's state after this round; -1: go on from the last", low=-1
+    )
+    keep: int = option(
+        3, "states of the server that are kept, those after the last rounds, to go back to", low=1, high=100
+    )
     dir: str = option("runs", "folder of all results")
     seed: int = option(0, "seed of everything random", low=0)
     threads: int = option(0, "torch threads of each process; 0 leaves torch's own choice", low=0)
@@ -444,6 +450,8 @@ def _check_together(config: Config, where: str) -> Config:
     """Rules over several keys."""
     if config.run.resume and not config.run.id:
         raise ConfigError(f"{where}: run.resume = true needs run.id, the name of the folder of the run to go on with")
+    if config.run.from_round >= 0 and not config.run.resume:
+        raise ConfigError(f"{where}: run.from-round goes back in a run that is resumed; set run.resume too")
     ints("lora.ranks", config.lora.ranks)
     rank_pattern(config.lora)
     clients_at_once(config.train)

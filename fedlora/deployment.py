@@ -75,15 +75,17 @@ def serve(
     with _own_folder(state) as home, processes.stopped_by_signals(), _Programs(home, "server") as programs:
         secret = _secret(home)
         command = [_SUPERLINK, *tls, "--host", host, "--port", str(port)]
-        command += ["--database", str((database or home / "superlink.db").expanduser().resolve())]
+        database = (database or home / "superlink.db").expanduser().resolve()
+        command += ["--database", str(database)]
         command += ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
         command += [] if insecure else ["--enable-supernode-auth"]
         context = None if insecure else trusting(files[0])
         url = f"http{'' if insecure else 's'}://{near}"
         flower_programs.wait_until_healthy(programs.start(command), url, programs.log, context)
         # ServerApps are started by it, and keep there which key each client id belongs to.
-        keys = {} if insecure else {"FEDLORA_CLIENT_KEYS": str(home / "client-keys.json")}
-        programs.start(["flower-superexec", *trust, "--runtime-api-address", near, *_superexec(secret)], keys)
+        known = {"FEDLORA_DATABASE": str(database)}
+        known |= {} if insecure else {"FEDLORA_CLIENT_KEYS": str(home / "client-keys.json")}
+        programs.start(["flower-superexec", *trust, "--runtime-api-address", near, *_superexec(secret)], known)
         _log.info("server: listening on %s:%d, state in %s", host, port, home)
         quick = 0
         while True:
@@ -358,7 +360,7 @@ def _connection(server: str, ca: Path | None, insecure: bool) -> Iterator[Connec
         trust = f"root-certificates = {flower_programs.toml(str(authority))}" if authority else "insecure = true"
         text = f"[superlink.{_NAME}]\naddress = {flower_programs.toml(server)}\n{trust}\n"
         (home / "flwr" / "config.toml").write_text(text, encoding="utf-8")
-        yield Connection(_NAME, flower_programs.environment(home / "flwr"), home)
+        yield Connection(_NAME, flower_programs.environment(home / "flwr"), home, server)
 
 
 @contextmanager

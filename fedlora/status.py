@@ -8,10 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from fedlora import journal
-from fedlora.results import stored
+from fedlora.results import is_taken, stored
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def status(folder: Path) -> RunStatus:
     entries = [entry for entry in data["rounds"] if entry["round"]]
     ended = entries[-1]["round"] if entries else 0
     state = data["status"]
-    if state == "running" and _is_left(folder):
+    if state == "running" and not is_taken(folder):
         state = "died"
     now = _present(events, ended) if state == "running" else {}
     scored = [entry["heldout"] for entry in entries if "heldout" in entry]
@@ -93,15 +91,6 @@ def _newest(folder: Path) -> Path:
         return folder
     found = sorted(folder.glob("*/result.json"), key=lambda path: path.stat().st_mtime)
     return found[-1].parent if found else folder
-
-
-def _is_left(folder: Path) -> bool:
-    """Whether no process is at this run."""
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            return True
-    except Timeout:
-        return False
 
 
 def _present(events: list[dict[str, Any]], ended: int) -> dict[int, str]:

@@ -60,8 +60,12 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
         )
     base = _base(config)
     fingerprint = base_fingerprint(config.model)
-    saved = checkpoint.load(record.folder / "state", record.key)
+    saved = checkpoint.load(record.folder / "state", record.key, config.run.from_round)
+    if saved and config.run.from_round >= 0:  # first what is served, and the later states last of all
+        record.save_adapter(strategy.global_adapter(saved[0]))
     record.go_on(saved and saved[1])
+    if saved:
+        checkpoint.drop_after(record.folder / "state", saved[1])
     meeting = Meeting(grid, config, fingerprint)
     meeting.begin()
     roster = meeting.roster
@@ -195,7 +199,7 @@ class _Session:
             )
 
     def _checkpoint(self, number: int) -> None:
-        checkpoint.save(self.record.folder / "state", self.state, number, self.record.key)
+        checkpoint.save(self.record.folder / "state", self.state, number, self.record.key, keep=self.config.run.keep)
 
     def _take_back(self, number: int, error: _EveryoneDivergedError) -> None:
         """Go on from before the last round, whose result no client could train on."""
