@@ -14,7 +14,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from fedlora import journal
+from fedlora import journal, rotation
 from fedlora.events import emit, heard, listen
 
 from . import vigil
@@ -77,4 +77,5 @@ def _told(context: Context) -> AbstractContextManager[None]:
     state = context.node_config.get("state")
     if heard() or not state:
         return nullcontext()
-    return journal.kept(Path(str(state)) / journal.NAME, echo=True, node=context.node_id)
+    path = Path(str(state)) / journal.NAME
+    return journal.kept(path, echo=True, most=rotation.MOST_BYTES, node=context.node_id)

@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedlora import processes
 from fedlora.events import emit
+from fedlora.rotation import rotate
 
 from . import envelope
 from .vigil import Vigil
@@ -170,6 +171,7 @@ def _start(socket: Path, settings: Mapping[str, object]) -> None:
     if "worker-idle" in settings:
         command += ["--idle", str(settings["worker-idle"])]
     folder = Path(str(settings.get("state", socket.parent)))
+    rotate(folder / "worker.log")
     with (folder / "worker.log").open("ab") as log:
         process = subprocess.Popen(
             command,

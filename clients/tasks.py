@@ -31,7 +31,7 @@ from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 from fedlora.models import base_fingerprint, pick_device
 from fedlora.results import peak_memory_bytes
 
-from . import memory, node, own_state, trainer
+from . import memory, node, own_rows, own_state, trainer
 from .coding import coded
 from .gradients import leading_directions
 from .held_folds import StaleBase, bring_up
@@ -85,6 +85,7 @@ def refusal(error: Exception, settings: Mapping[str, Scalar]) -> Error:
 def describe(content: RecordDict, context: Context) -> RecordDict:
     """Rank, alpha and number of training examples of this client."""
     config = config_of(context)
+    own_rows.look(context.node_config)
     fingerprint = base_fingerprint(config.model)
     wire.check_hello(content, fingerprint)
     return wire.encode_info(_info(config, context), fingerprint)
@@ -135,6 +136,7 @@ def begin(content: RecordDict, context: Context) -> Work:
     config, client_id, bench, broadcast = _open(content, context)
     info = _info(config, context)
     _check_ranks(broadcast, info, context)
+    own_rows.look(context.node_config)
     examples = training_examples(config, context)
     emit("client-start", client_id=client_id, rank=info.rank, round=broadcast.round)
     return Work(config, client_id, bench, broadcast, context, examples, began)

@@ -27,6 +27,7 @@ class RunConfig:
     name: str = option("run", "results go to <run.dir>/<run.name>/<run.id>")
     id: str = option("", "name of this run's folder; empty: the time")
     resume: bool = option(False, "go on with the run in that folder, from its last complete round")
+    by: str = option("", "who starts the run, for the server's audit log; fedlora run --server fills in user@machine")
     from_round: int = option(
         -1, "with run.resume: go back to the server's state after this round; -1: go on from the last", low=-1
     )

@@ -7,17 +7,20 @@ everything else, and without that secret it answers whoever reaches it.
 
 from __future__ import annotations
 
+import getpass
 import http.client
 import logging
 import os
+import platform
 import socket
 import ssl
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -25,16 +28,18 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 
-from fedlora import certificates, flower_programs, processes
+from fedlora import certificates, flower_programs, processes, superlink_data
 from fedlora.config import Config, Scalar
 from fedlora.errors import ConfigError, DataError, RunError
 from fedlora.flower_programs import Connection
 from fedlora.processes import free_port
 from fedlora.results import stamp
+from fedlora.rotation import Log
 
 _NAME = "federation"
 _REFUSED = "[code: 2004]"  # Flower's answer to a key that it does not know, and to one whose node is still online
 _RETRY_SECONDS = 5.0
+_LOOK_SECONDS = 30.0  # between looks at the database's size and room
 _SUPERLINK = "flower-superlink"
 _QUICK_SECONDS, _MOST_QUICK = 30.0, 3  # a SuperLink that ends so soon, so often, will not stay
 _OF_TIME = (9, 10)  # OpenSSL: a certificate is not yet valid, or not any more
@@ -73,9 +78,10 @@ def serve(
     _check_port(host, port)
     near = f"{_ANYWHERE.get(host, host)}:{port}"
     with _own_folder(state) as home, processes.stopped_by_signals(), _Programs(home, "server") as programs:
+        database = (database or home / "superlink.db").expanduser().resolve()
+        superlink_data.prepare(database)
         secret = _secret(home)
         command = [_SUPERLINK, *tls, "--host", host, "--port", str(port)]
-        database = (database or home / "superlink.db").expanduser().resolve()
         command += ["--database", str(database)]
         command += ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
         command += [] if insecure else ["--enable-supernode-auth"]
@@ -83,14 +89,14 @@ def serve(
         url = f"http{'' if insecure else 's'}://{near}"
         flower_programs.wait_until_healthy(programs.start(command), url, programs.log, context)
         # ServerApps are started by it, and keep there which key each client id belongs to.
-        known = {"FEDLORA_DATABASE": str(database)}
+        known = {"FEDLORA_DATABASE": str(database), "FEDLORA_AUDIT": str(home / "audit.jsonl")}
         known |= {} if insecure else {"FEDLORA_CLIENT_KEYS": str(home / "client-keys.json")}
         programs.start(["flower-superexec", *trust, "--runtime-api-address", near, *_superexec(secret)], known)
         _log.info("server: listening on %s:%d, state in %s", host, port, home)
         quick = 0
         while True:
             began = time.monotonic()
-            ended, reason = programs.wait()
+            ended, reason = programs.wait(lambda: superlink_data.look_after(database))
             quick = quick + 1 if time.monotonic() - began < _QUICK_SECONDS else 0
             if ended != _SUPERLINK or quick == _MOST_QUICK:
                 raise RunError(f"Flower's server ended: {ended}: {reason}")
@@ -173,6 +179,15 @@ def join(
             time.sleep(_RETRY_SECONDS)
 
 
+def _who() -> str:
+    """Who runs this command, as the machine knows them."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # no such user, as in some containers
+        user = "?"
+    return f"{user}@{platform.node()}"
+
+
 def register(keys: Sequence[Path], server: str, ca: Path | None) -> list[str]:
     """Let the server know the public keys of nodes; returns one line about each.
 
@@ -204,6 +219,7 @@ def run(config: Config, server: str, ca: Path | None, insecure: bool = False) ->
         RunError: the server cannot be reached or trusted, or the run did not complete.
     """
     config = flower_programs.absolute(stamp(config))
+    config = config if config.run.by else replace(config, run=replace(config.run, by=_who()))
     with _connection(server, ca, insecure) as connection:
         bundle = flower_programs.write_bundle(config, connection.folder / "app")
         flower_programs.carry_out(config, bundle, connection, log=None)
@@ -313,7 +329,7 @@ class _Programs:
         self._environment = flower_programs.environment(home / "flwr")
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._readers: dict[str, threading.Thread] = {}
-        self.log.write_bytes(b"")
+        self._lines = Log(self.log)
 
     def __enter__(self) -> _Programs:
         return self
@@ -335,15 +351,19 @@ class _Programs:
 
     def _copy(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
-        with self.log.open("ab", buffering=0) as log, process.stdout:
+        with process.stdout:
             for line in process.stdout:
-                log.write(line)
+                self._lines.write(line)
                 print(line.decode(errors="replace"), end="", flush=True)
 
-    def wait(self) -> tuple[str, str]:
-        """Until one of them ends: its name, and why in its own words."""
+    def wait(self, meanwhile: Callable[[], None] = lambda: None) -> tuple[str, str]:
+        """Until one of them ends: its name, and why in its own words; `meanwhile` is called now and then."""
+        called = time.monotonic()
         while all(process.poll() is None for process in self._running.values()):
             time.sleep(0.2)
+            if time.monotonic() - called > _LOOK_SECONDS:
+                meanwhile()
+                called = time.monotonic()
         ended = next(name for name, process in self._running.items() if process.poll() is not None)
         self._readers[ended].join(timeout=5)
         return ended, flower_programs.reason_of(self.log.read_text(errors="replace"))

@@ -45,7 +45,7 @@ _MAY_CHANGE = frozenset(
         "evaluate.batch-size",
     }
 )
-_WHERE = frozenset({"run.dir", "run.name", "run.id", "run.resume", "run.from-round"})
+_WHERE = frozenset({"run.dir", "run.name", "run.id", "run.resume", "run.from-round", "run.by"})
 _PATHS = frozenset({"model.name", "data.source"})
 _HOLDER = ".pid"  # beside the lock: of the process that has it, and its machine
 _log = logging.getLogger("fedlora")

@@ -19,7 +19,7 @@ from fedlora.events import emit
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 from . import answers as of_client
-from . import guard
+from . import audit, guard
 from .answers import Answer, AwayError, DivergedReplyError
 from .mailbox import Mailbox
 from .roster import Roster
@@ -174,6 +174,8 @@ class TrainRound:
             self.kept.append(update)
         node = self.roster.nodes[client]
         emit("client-done", client_id=client, node=node, round=self.number, metrics=self.answers[client])
+        if digest := audit.digest(content):
+            emit("client-answered", client_id=client, node=node, round=self.number, sha256=digest)
         return update
 
     def _fail(self, client: int, error: WireError) -> None:

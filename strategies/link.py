@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -14,11 +12,12 @@ from flwr.serverapp import Grid
 from flwr.supercore.retry import RetryInvoker
 from flwr.superlink.grid.http_grid import HttpGrid
 
+from fedlora import superlink_data
+
 # The SuperLink's database, which `fedlora server` names for its runs: they are on its machine.
 DATABASE = "FEDLORA_DATABASE"
 _AWAY_SECONDS = 300.0  # a SuperLink that died is back in less: it is started again, or never
 _END_SECONDS = 60.0  # that a process may take to end, once its run has ended
-_ROOM = 32 << 20  # bytes; a message's piece is 5 MB, and the database's log of changes grows beside it
 
 
 def bound(grid: Grid) -> None:
@@ -44,14 +43,9 @@ def reason(error: BaseException) -> str:
     """What went wrong at the SuperLink, in words; empty for an error that is not its."""
     if not isinstance(error, httpx.HTTPError):
         return ""
-    database = Path(os.environ.get(DATABASE, ""))
-    with suppress(OSError):
-        free = shutil.disk_usage(database.parent).free
-        if os.environ.get(DATABASE) and free < _ROOM:
-            return (
-                f"the disk of the server's database is full: {database.parent} has {free >> 20} MB left; make room "
-                "there, and resume the run"
-            )
+    database = os.environ.get(DATABASE)
+    if database and (said := superlink_data.full(Path(database))):
+        return f"{said}, and resume the run"
     if isinstance(error, httpx.HTTPStatusError):
         code = error.response.status_code
         return f"Flower's SuperLink failed with HTTP status {code}; server.log in the server's state folder says why"

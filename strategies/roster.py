@@ -265,6 +265,9 @@ class Meeting:
             roster.infos[client], roster.nodes[client] = offer.info, offer.node
             if offer.hosted:
                 roster.hosts.add(offer.node)
+            about = {"rank": offer.info.rank, "num_examples": offer.info.num_examples}
+            key = self._identities.get(offer.node, Identity()).key
+            emit("client-met", client_id=client, node=offer.node, key=key, **about)
         roster.infos = dict(sorted(roster.infos.items()))
         bindings.bind({client: self._identities.get(node, Identity()).key for client, node in roster.nodes.items()})
         self._bound = bindings.known()

@@ -16,10 +16,10 @@ from fedlora import config as configuration
 from fedlora import journal
 from fedlora.display import ConsoleLog, RunDisplay
 from fedlora.errors import FedLoraError, RunError
-from fedlora.events import heard, listen
+from fedlora.events import emit, heard, listen
 from fedlora.results import RunRecord
 
-from . import link, rounds
+from . import audit, link, rounds
 
 app = ServerApp()
 
@@ -52,8 +52,13 @@ def main(grid: Grid, context: Context) -> None:
     link.bound(grid)
     record = RunRecord(config)
     try:
-        with _narrated(), journal.kept(record.folder / journal.NAME):
-            rounds.run(grid, config, record, context.run_id)
+        with _narrated(), journal.kept(record.folder / journal.NAME), audit.kept(config, context.run_id):
+            try:
+                rounds.run(grid, config, record, context.run_id)
+            except BaseException as error:
+                emit("run-ended", status="not completed", reason=f"{type(error).__name__}: {error}")
+                raise
+            emit("run-ended", status="completed")
     except FedLoraError as error:
         record.finish("failed", str(error))
         raise
