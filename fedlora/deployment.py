@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
+from cryptography import x509
 from filelock import FileLock, Timeout
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 
@@ -38,11 +39,14 @@ from fedlora.rotation import Log
 
 _NAME = "federation"
 _REFUSED = "[code: 2004]"  # Flower's answer to a key that it does not know, and to one whose node is still online
+_SIGNED_IN_VAIN = "Finished server process"  # all that Flower's node says when the server answers it with 401
+_BEHIND_SECONDS = TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
 _RETRY_SECONDS = 5.0
 _LOOK_SECONDS = 30.0  # between looks at the database's size and room
 _SUPERLINK = "flower-superlink"
 _QUICK_SECONDS, _MOST_QUICK = 30.0, 3  # a SuperLink that ends so soon, so often, will not stay
 _OF_TIME = (9, 10)  # OpenSSL: a certificate is not yet valid, or not any more
+_COARSE_SECONDS = 2.0  # what a clock that tells whole seconds leaves open, with room
 _UNITS = ((86400, "days"), (3600, "h"), (1, "s"))
 _LONGEST_FOLDER = 70  # characters
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "localhost"}  # where this machine reaches a server that listens everywhere
@@ -75,6 +79,8 @@ def serve(
     trust = ["--insecure"] if insecure else ["--root-certificates", str(files[0])]
     if not insecure:
         _check_pair(*files[1:])
+        for file in files[:2]:
+            check_dates(file)
     _check_port(host, port)
     near = f"{_ANYWHERE.get(host, host)}:{port}"
     with _own_folder(state) as home, processes.stopped_by_signals(), _Programs(home, "server") as programs:
@@ -139,6 +145,7 @@ def join(
     trust = ["--insecure"]
     if not insecure:
         ca, key = _given(ca, "--ca", "ca.crt"), _given(key, "--key", "the private key of this node")
+        check_dates(ca)
         trust = ["--root-certificates", str(ca), "--auth-supernode-private-key", str(key)]
     else:
         ca = None
@@ -149,7 +156,7 @@ def join(
         known = {**node_config, "state": str(home), **of_worker, **asks}
         settings.write_text("".join(f"{name} = {flower_programs.toml(known[name])}\n" for name in known), "utf-8")
         secret = _secret(home)
-        check_clock(_wait_for(server, ca), server)
+        check_clock(_exactly(_wait_for(server, ca), server, ca), server)
         refused_until = time.monotonic() + patience
         while True:
             port = free_port()
@@ -165,7 +172,13 @@ def join(
                     _log.info("node: started for the server at %s, state in %s", server, home)
                 ended, reason = programs.wait()
             with suppress(_NotThere):  # Flower's node does not say that it ended for its clock
-                check_clock(check_server(server, ca), server)
+                check_clock(_exactly(check_server(server, ca), server, ca), server)
+            if _SIGNED_IN_VAIN in reason:
+                raise RunError(
+                    f"the server at {server} does not take any more what this node signs: its key is no longer "
+                    "registered there, or one of the clocks was set meanwhile; register the key (fedlora register "
+                    f"{key}.pub), and start the node again"
+                )
             if _REFUSED not in reason:
                 raise RunError(f"Flower's node ended: {ended}: {reason}")
             if time.monotonic() - began > patience:  # it had been accepted before
@@ -286,14 +299,44 @@ def check_clock(ahead: float, server: str) -> None:
         ahead: seconds that this machine's clock is ahead of the server's.
         server: HOST:PORT.
     """
-    if -TIMESTAMP_TOLERANCE < ahead < SYSTEM_TIME_TOLERANCE:
+    if -_BEHIND_SECONDS < ahead < SYSTEM_TIME_TOLERANCE:
         return
     seconds = abs(ahead)
-    size = next(f"{seconds / unit:.0f} {name}" for unit, name in _UNITS if seconds >= 2 * unit)
+    size = next(f"{seconds / unit:.{seconds < 20:d}f} {name}" for unit, name in _UNITS if seconds >= 2 * unit)
     raise RunError(
         f"this machine's clock is {size} {'ahead of' if ahead > 0 else 'behind'} that of the server at {server}, which "
-        f"takes nothing from a node that is more than {SYSTEM_TIME_TOLERANCE} s ahead or {TIMESTAMP_TOLERANCE} s "
+        f"takes nothing from a node that is more than {SYSTEM_TIME_TOLERANCE} s ahead or {_BEHIND_SECONDS} s "
         "behind; set the clock that is wrong (NTP), and start the node again"
+    )
+
+
+def _exactly(ahead: float, server: str, ca: Path | None) -> float:
+    """How far this clock is ahead, to some milliseconds where a second decides: a server tells whole seconds alone."""
+    if min(abs(ahead - SYSTEM_TIME_TOLERANCE), abs(ahead + _BEHIND_SECONDS)) > _COARSE_SECONDS:
+        return ahead
+    found = [ahead]
+    for _ in range(12):  # over a second, one of them asks as the server's clock ticks
+        time.sleep(0.09)
+        found.append(check_server(server, ca))
+    return max(found, key=abs)
+
+
+def check_dates(certificate: Path) -> None:
+    """Raises ConfigError for a certificate that is not valid now, before any connection fails for it."""
+    try:
+        found = x509.load_pem_x509_certificate(certificate.read_bytes())
+    except (OSError, ValueError):
+        return  # what is no certificate is named where it is used
+    now = datetime.now(UTC)
+    if now > found.not_valid_after_utc:
+        what = f"expired on {found.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+    elif now < found.not_valid_before_utc:
+        what = f"is not valid before {found.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
+    else:
+        return
+    raise ConfigError(
+        f"{certificate}: the certificate {what}, and this machine's clock says {now:%Y-%m-%d %H:%M} UTC; make new ones "
+        "in a new folder (fedlora certs), or set the clock if it is wrong"
     )
 
 
@@ -373,6 +416,8 @@ class _Programs:
 def _connection(server: str, ca: Path | None, insecure: bool) -> Iterator[Connection]:
     """A connection of `flwr` to a server that was just found there."""
     authority = None if insecure else _given(ca, "--ca", "ca.crt")
+    if authority:
+        check_dates(authority)
     check_server(server, authority)
     with tempfile.TemporaryDirectory(prefix="fedlora-flwr-") as scratch:
         home = Path(scratch)
