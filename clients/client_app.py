@@ -10,11 +10,14 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import psutil
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 
-from fedlora import journal
-from fedlora.events import emit, heard
+from fedlora import journal, rotation
+from fedlora.events import emit, heard, listen
+
+from . import vigil
 
 app = ClientApp()
 
@@ -40,19 +43,28 @@ def evaluate(message: Message, context: Context) -> Message:
 def _answer(task: str, message: Message, context: Context) -> Message:
     with _told(context):
         began = time.perf_counter()
-        socket = context.node_config.get("worker")
-        if socket:
-            from .resident import ask
-
-            answer = ask(str(socket), task, message.content, context)
-        else:
-            from .tasks import answer as here
-
-            answer = here(task, message.content, context)
+        with vigil.kept(message, context.node_config, context.node_id) as watch:
+            answer = _worked_out(task, message, context, watch)
         error = {"error": answer.reason} if isinstance(answer, Error) else {}
         seconds = {"seconds": time.perf_counter() - began, "process-seconds": time.time() - _process_began()}
         emit("message-answered", task=task, run=context.run_id, **seconds, **error)
     return Message(answer, reply_to=message)
+
+
+def _worked_out(task: str, message: Message, context: Context, watch: vigil.Vigil) -> RecordDict | Error:
+    """By the worker, or in this process; an error where nobody waits for it any more."""
+    socket = context.node_config.get("worker")
+    try:
+        if socket:
+            from .resident import ask
+
+            return ask(str(socket), task, message.content, context, watch)
+        from .tasks import answer as here
+
+        with listen(watch.check):
+            return here(task, message.content, context)
+    except vigil.Over as over:
+        return Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{task} was left: {over}")
 
 
 def _process_began() -> float:
@@ -65,4 +77,5 @@ def _told(context: Context) -> AbstractContextManager[None]:
     state = context.node_config.get("state")
     if heard() or not state:
         return nullcontext()
-    return journal.kept(Path(str(state)) / journal.NAME, echo=True, node=context.node_id)
+    path = Path(str(state)) / journal.NAME
+    return journal.kept(path, echo=True, most=rotation.MOST_BYTES, node=context.node_id)

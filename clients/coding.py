@@ -16,7 +16,9 @@ from . import own_state
 _KIND = "left-out"
 
 
-def coded(adapter: AdapterState, broadcast: Broadcast, number_format: str, folder: Path) -> tuple[AdapterState, float]:
+def coded(
+    adapter: AdapterState, broadcast: Broadcast, number_format: str, folder: Path, keep: int = 2
+) -> tuple[AdapterState, float]:
     """What to send for a trained adapter, and the error that this adds.
 
     The change since the broadcast, with what the last reply left out, where the broadcast says that factors keep
@@ -28,6 +30,7 @@ def coded(adapter: AdapterState, broadcast: Broadcast, number_format: str, folde
         broadcast: that the training started from.
         number_format: one of `codec.FORMATS`; fp32 sends the adapter as it is.
         folder: the client's own.
+        keep: see `own_state.save`.
 
     Returns:
         The adapter for `wire.encode_update`, and `|received - trained|_F / |trained|_F` of the effective updates.
@@ -45,7 +48,7 @@ def coded(adapter: AdapterState, broadcast: Broadcast, number_format: str, folde
         if steady:
             left = difference(wanted, arrived)
             # factors that are not sent this time keep what they left out before
-            own_state.save(folder, _KIND, left if kept is None else filled(left, kept), broadcast.round)
+            own_state.save(folder, _KIND, left if kept is None else filled(left, kept), broadcast.round, keep=keep)
         received = filled(sum_of(arrived, start), adapter)  # a factor that is not sent is no coding's fault
         return wanted, relative_error(without_cores(received).lora, without_cores(adapter).lora)
 

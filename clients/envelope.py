@@ -11,6 +11,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 SERVICE = "fedlora.Worker"
 METHOD = "Work"
+BEGUN = "worker-begun"  # the event with which the work on a message begins
 # A message is as long as its adapter; both ends are one user's.
 GRPC_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 _TASK, _NODE, _RUN = "worker.task", "worker.node-config", "worker.run-config"

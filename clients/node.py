@@ -33,7 +33,7 @@ _OF_DATA = {
 }
 _LIMITS = ("max-rank", "max-steps", "max-length", "max-batch", "max-memory-mb")
 _OTHERS = ("partition-id", "partition-ids", "num-partitions", "data", "rank", "state", "resident", "allow-files")
-_OF_WORKER = ("worker", "worker-idle", "node-pid")
+_OF_WORKER = ("worker", "worker-idle", "worker-stall", "node-pid", "server", "ca", "key")
 _KNOWN = (*_OF_MODEL, *_OF_DATA, *_LIMITS, *_OTHERS, *_OF_WORKER)
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _IDS = re.compile(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", re.ASCII)

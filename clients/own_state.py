@@ -1,8 +1,9 @@
 """What a client keeps on its own disk from round to round: personal factors, what coarse formats left out.
 
 One safetensors file per run, client, kind and round, read when needed: clients that are not at work cost no
-memory, and a client that was restarted goes on where it was. The round before is kept too: a server that died
-before its round was complete plays that round again, and each client must start it from what it had then.
+memory, and a client that was restarted goes on where it was. Rounds before are kept too: a server that died before its
+round was complete plays that round again, one that goes back plays several, and each client must start them from what
+it had then.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def load(folder: Path, kind: str, round: int) -> AdapterState | None:
     return AdapterState(lora=lora, dense=dense)
 
 
-def save(folder: Path, kind: str, state: AdapterState, round: int) -> None:
-    """Keep what a round made, whole or not at all, beside that of the client's round before; a factor that is empty
+def save(folder: Path, kind: str, state: AdapterState, round: int, keep: int = 2) -> None:
+    """Keep what a round made, whole or not at all, beside that of the client's rounds before; a factor that is empty
     is left out.
 
     Args:
@@ -58,6 +59,7 @@ def save(folder: Path, kind: str, state: AdapterState, round: int) -> None:
         kind: names the file: "personal" or "left-out".
         state: any factors and tensors.
         round: that made it. Later rounds that are there already were undone, and go.
+        keep: so many are there afterwards; one more than states of the server, which may be amid the next round.
     """
     tensors = {f"dense|{name}": tensor.contiguous() for name, tensor in state.dense.items()}
     for name, factors in state.lora.items():
@@ -69,9 +71,9 @@ def save(folder: Path, kind: str, state: AdapterState, round: int) -> None:
     with replacing(folder / f"{kind}-{round}.safetensors") as part:
         save_file(tensors, part, metadata={"scalings": json.dumps(scalings)})
     files = _files(folder, kind)
-    before = max((number for number in files if number < round), default=None)
+    kept = sorted((number for number in files if number <= round), reverse=True)[:keep]
     for number, path in files.items():
-        if number not in (before, round):
+        if number not in kept:
             path.unlink()
 
 

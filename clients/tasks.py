@@ -31,7 +31,7 @@ from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 from fedlora.models import base_fingerprint, pick_device
 from fedlora.results import peak_memory_bytes
 
-from . import memory, node, own_state, trainer
+from . import memory, node, own_rows, own_state, trainer
 from .coding import coded
 from .gradients import leading_directions
 from .held_folds import StaleBase, bring_up
@@ -85,6 +85,7 @@ def refusal(error: Exception, settings: Mapping[str, Scalar]) -> Error:
 def describe(content: RecordDict, context: Context) -> RecordDict:
     """Rank, alpha and number of training examples of this client."""
     config = config_of(context)
+    own_rows.look(context.node_config)
     fingerprint = base_fingerprint(config.model)
     wire.check_hello(content, fingerprint)
     return wire.encode_info(_info(config, context), fingerprint)
@@ -135,6 +136,7 @@ def begin(content: RecordDict, context: Context) -> Work:
     config, client_id, bench, broadcast = _open(content, context)
     info = _info(config, context)
     _check_ranks(broadcast, info, context)
+    own_rows.look(context.node_config)
     examples = training_examples(config, context)
     seed = trainer.hash_seed(config.run.seed, client_id)
     if broadcast.task == "train":  # a row that cannot be one fails its client alone, before others share its batches
@@ -174,8 +176,9 @@ def finish(work: Work, adapter: AdapterState, result: trainer.TrainResult) -> Re
     _check_finite(adapter, broadcast.round)
     folder = _own_folder(context, broadcast)
     if broadcast.personal:
-        own_state.save(folder, "personal", _personal_part(adapter, broadcast.personal), broadcast.round)
-    to_send, codec_error = coded(adapter, broadcast, config.wire.upload_dtype, folder)
+        personal = _personal_part(adapter, broadcast.personal)
+        own_state.save(folder, "personal", personal, broadcast.round, keep=config.run.keep + 1)
+    to_send, codec_error = coded(adapter, broadcast, config.wire.upload_dtype, folder, keep=config.run.keep + 1)
     update = ClientUpdate(
         client_id=client_id,
         adapter=to_send,
@@ -243,7 +246,11 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
         raise ConfigError(
             f"client {client_id} has no test rows; raise data.client-test-fraction or set evaluate.clients = false"
         )
-    metrics = evaluate_model(bench.model, examples, config.evaluate.batch_size, bench.base.pad_id)
+
+    def tell(done: int, total: int) -> None:
+        emit("client-evaluate-step", client_id=client_id, done=done, total=total, round=broadcast.round)
+
+    metrics = evaluate_model(bench.model, examples, config.evaluate.batch_size, bench.base.pad_id, tell)
     emit("client-evaluated", client_id=client_id, round=broadcast.round, **metrics)
     return wire.encode_evaluation(len(examples), metrics, bench.base.fingerprint)
 

@@ -104,6 +104,7 @@ class _Job:
         """Answer; returns the last training that was answered."""
         if self.dropped.is_set():
             return last
+        self.frames.put(envelope.pack_event(envelope.BEGUN, {}))
         digest = hashlib.sha256(self._request).digest()
         if digest == last.digest:
             self.frames.put(last.answer)

@@ -82,6 +82,10 @@ def run(
             metavar="RUN", help="Go on after a run's last complete round; its folder, or its name for the last."
         ),
     ] = None,
+    from_round: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="With --resume: go back to what the server had after round N."),
+    ] = None,
     at_once: Annotated[
         int | None,
         typer.Option(min=1, help="flower: clients that train at the same time, each with its own base model [1]."),
@@ -112,6 +116,8 @@ def run(
 
       fedlora run --resume quickstart
 
+      fedlora run --resume runs/quickstart/20260101-120000 --from-round 2
+
       fedlora run configs/quickstart.toml -c strategy.name=lora-fair -c federation.rounds=5
 
       fedlora run sentiment --devices cuda:0,cuda:1
@@ -121,9 +127,11 @@ def run(
       fedlora run federation.toml --server fed.example.org:9092 --ca certs/ca.crt
     """
     _check_options(config, resume, engine, server=server, profile=profile, devices=devices, at_once=at_once)
+    if from_round is not None and resume is None:
+        raise ConfigError("run: --from-round goes back in a run that is resumed; give its folder with --resume")
     if profile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler talks on stderr; read when torch is loaded
-    settings = _load(config, overrides) if config is not None else _resumed(resume, overrides)
+    settings = _load(config, overrides) if config is not None else _resumed(resume, overrides, from_round)
     if server is None:
         from fedlora.strategies.registry import check_ranks  # pyright: ignore[reportMissingImports]
 
@@ -621,11 +629,11 @@ def _told_to_stop(insecure: bool) -> Iterator[None]:
         out.print("stopped")
 
 
-def _resumed(folder: Path | None, overrides: list[str] | None) -> configuration.Config:
+def _resumed(folder: Path | None, overrides: list[str] | None, from_round: int | None) -> configuration.Config:
     from fedlora.results import resumed
 
     assert folder is not None
-    return resumed(folder, overrides or [])
+    return resumed(folder, overrides or [], -1 if from_round is None else from_round)
 
 
 def quiet() -> None:

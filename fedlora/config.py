@@ -29,6 +29,13 @@ class RunConfig:
     name: str = option("run", "results go to <run.dir>/<run.name>/<run.id>")
     id: str = option("", "name of this run's folder; empty: the time")
     resume: bool = option(False, "go on with the run in that folder, from its last complete round")
+    by: str = option("", "who starts the run, for the server's audit log; fedlora run --server fills in user@machine")
+    from_round: int = option(
+        -1, "with run.resume: go back to the server's state after this round; -1: go on from the last", low=-1
+    )
+    keep: int = option(
+        3, "states of the server that are kept, those after the last rounds, to go back to", low=1, high=100
+    )
     dir: str = option("runs", "folder of all results")
     seed: int = option(0, "seed of everything random", low=0)
     threads: int = option(0, "torch threads of each process; 0 leaves torch's own choice", low=0)
@@ -130,7 +137,12 @@ class FederationConfig:
     rounds: int = option(3, "communication rounds", low=1)
     fraction: float = option(1.0, "share of the clients sampled each round", low=1e-6, high=1.0)
     min_clients: int = option(1, "a round with fewer good answers fails the run", low=1)
-    round_timeout: float = option(0.0, "seconds to wait for a round's answers; 0: as long as it takes", low=0.0)
+    round_timeout: float = option(
+        43200.0,
+        "seconds to wait for a round's answers, after which a client that has not answered is left, and stops; the "
+        "default is the 12 hours that Flower gives a message; 0: as long as it takes",
+        low=0.0,
+    )
     wait_timeout: float = option(
         120.0,
         "seconds to wait until federation.clients have connected, or until nodes that were lost are back",
@@ -146,6 +158,14 @@ class FederationConfig:
         "without strategy.robust, an update that moves the model this many times as far as the others' median is set "
         "aside; 0: none is",
         low=0.0,
+    )
+    max_rank: int = option(
+        0, "largest rank that a node may have of its own (fedlora node --rank); 0: the largest of lora.ranks", low=0
+    )
+    max_hosted: int = option(
+        0,
+        "most clients that one node may say it is, and a node that says more is refused; 0: up to federation.clients",
+        low=0,
     )
     lost_clients: str = option(
         "fail",
@@ -359,6 +379,12 @@ def client_rank(config: LoraConfig, client_id: int) -> int:
     return ranks[client_id % len(ranks)] if ranks else config.rank
 
 
+def largest_rank(config: Config) -> int:
+    """What a client's own rank may be: `federation.max-rank`, or the largest that the run gives a client."""
+    ranks = ints("lora.ranks", config.lora.ranks)
+    return config.federation.max_rank or max(ranks or (config.lora.rank,))
+
+
 def rank_pattern(config: LoraConfig) -> dict[str, int]:
     """`lora.rank-pattern` as regular expression -> rank."""
     pattern: dict[str, int] = {}
@@ -456,6 +482,8 @@ def _check_together(config: Config, where: str) -> Config:
             )
     if config.run.resume and not config.run.id:
         raise ConfigError(f"{where}: run.resume = true needs run.id, the name of the folder of the run to go on with")
+    if config.run.from_round >= 0 and not config.run.resume:
+        raise ConfigError(f"{where}: run.from-round goes back in a run that is resumed; set run.resume too")
     ints("lora.ranks", config.lora.ranks)
     rank_pattern(config.lora)
     clients_at_once(config.train)

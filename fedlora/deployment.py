@@ -7,37 +7,46 @@ everything else, and without that secret it answers whoever reaches it.
 
 from __future__ import annotations
 
+import getpass
 import http.client
 import logging
 import os
+import platform
 import socket
 import ssl
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
+from cryptography import x509
 from filelock import FileLock, Timeout
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 
-from fedlora import certificates, flower_programs, processes, superlink_database
+from fedlora import certificates, flower_programs, processes, superlink_data
 from fedlora.config import Config, Scalar
 from fedlora.errors import ConfigError, DataError, RunError
 from fedlora.flower_programs import Connection
 from fedlora.processes import free_port
 from fedlora.results import stamp
+from fedlora.rotation import Log
 
 _NAME = "federation"
 _REFUSED = "[code: 2004]"  # Flower's answer to a key that it does not know, and to one whose node is still online
+_SIGNED_IN_VAIN = "Finished server process"  # all that Flower's node says when the server answers it with 401
+_BEHIND_SECONDS = TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
 _RETRY_SECONDS = 5.0
+_LOOK_SECONDS = 30.0  # between looks at the database's size and room
 _SUPERLINK = "flower-superlink"
 _QUICK_SECONDS, _MOST_QUICK = 30.0, 3  # a SuperLink that ends so soon, so often, will not stay
 _OF_TIME = (9, 10)  # OpenSSL: a certificate is not yet valid, or not any more
+_COARSE_SECONDS = 2.0  # what a clock that tells whole seconds leaves open, with room
 _UNITS = ((86400, "days"), (3600, "h"), (1, "s"))
 _LONGEST_FOLDER = 70  # characters
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "localhost"}  # where this machine reaches a server that listens everywhere
@@ -70,28 +79,30 @@ def serve(
     trust = ["--insecure"] if insecure else ["--root-certificates", str(files[0])]
     if not insecure:
         _check_pair(*files[1:])
+        for file in files[:2]:
+            check_dates(file)
     _check_port(host, port)
     near = f"{_ANYWHERE.get(host, host)}:{port}"
     with _own_folder(state) as home, processes.stopped_by_signals(), _Programs(home, "server") as programs:
-        known = (database or home / "superlink.db").expanduser().resolve()
-        if fault := superlink_database.check(known):
-            raise RunError(fault)
+        database = (database or home / "superlink.db").expanduser().resolve()
+        superlink_data.prepare(database)
         secret = _secret(home)
         command = [_SUPERLINK, *tls, "--host", host, "--port", str(port)]
-        command += ["--database", str(known)]
+        command += ["--database", str(database)]
         command += ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
         command += [] if insecure else ["--enable-supernode-auth"]
         context = None if insecure else trusting(files[0])
         url = f"http{'' if insecure else 's'}://{near}"
         flower_programs.wait_until_healthy(programs.start(command), url, programs.log, context)
         # ServerApps are started by it, and keep there which key each client id belongs to.
-        keys = {} if insecure else {"FEDLORA_CLIENT_KEYS": str(home / "client-keys.json")}
-        programs.start(["flower-superexec", *trust, "--runtime-api-address", near, *_superexec(secret)], keys)
+        known = {"FEDLORA_DATABASE": str(database), "FEDLORA_AUDIT": str(home / "audit.jsonl")}
+        known |= {} if insecure else {"FEDLORA_CLIENT_KEYS": str(home / "client-keys.json")}
+        programs.start(["flower-superexec", *trust, "--runtime-api-address", near, *_superexec(secret)], known)
         _log.info("server: listening on %s:%d, state in %s", host, port, home)
         quick = 0
         while True:
             began = time.monotonic()
-            ended, reason = programs.wait()
+            ended, reason = programs.wait(lambda: superlink_data.look_after(database))
             quick = quick + 1 if time.monotonic() - began < _QUICK_SECONDS else 0
             if ended != _SUPERLINK or quick == _MOST_QUICK:
                 raise RunError(f"Flower's server ended: {ended}: {reason}")
@@ -134,16 +145,18 @@ def join(
     trust = ["--insecure"]
     if not insecure:
         ca, key = _given(ca, "--ca", "ca.crt"), _given(key, "--key", "the private key of this node")
+        check_dates(ca)
         trust = ["--root-certificates", str(ca), "--auth-supernode-private-key", str(key)]
     else:
         ca = None
     _split(server)
     with _own_folder(state) as home, processes.stopped_by_signals(), _worker(worker) as of_worker:
         settings = home / "node.toml"
-        known = {**node_config, "state": str(home), **of_worker}
+        asks = {"server": server} | ({"ca": str(ca), "key": str(key)} if ca and key else {})  # whether a run goes on
+        known = {**node_config, "state": str(home), **of_worker, **asks}
         settings.write_text("".join(f"{name} = {flower_programs.toml(known[name])}\n" for name in known), "utf-8")
         secret = _secret(home)
-        check_clock(_wait_for(server, ca), server)
+        check_clock(_exactly(_wait_for(server, ca), server, ca), server)
         refused_until = time.monotonic() + patience
         while True:
             port = free_port()
@@ -159,7 +172,13 @@ def join(
                     _log.info("node: started for the server at %s, state in %s", server, home)
                 ended, reason = programs.wait()
             with suppress(_NotThere):  # Flower's node does not say that it ended for its clock
-                check_clock(check_server(server, ca), server)
+                check_clock(_exactly(check_server(server, ca), server, ca), server)
+            if _SIGNED_IN_VAIN in reason:
+                raise RunError(
+                    f"the server at {server} does not take any more what this node signs: its key is no longer "
+                    "registered there, or one of the clocks was set meanwhile; register the key (fedlora register "
+                    f"{key}.pub), and start the node again"
+                )
             if _REFUSED not in reason:
                 raise RunError(f"Flower's node ended: {ended}: {reason}")
             if time.monotonic() - began > patience:  # it had been accepted before
@@ -171,6 +190,15 @@ def join(
                 )
             _log.warning("node: refused; the key is not registered, or its node was online a moment ago; trying again")
             time.sleep(_RETRY_SECONDS)
+
+
+def _who() -> str:
+    """Who runs this command, as the machine knows them."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # no such user, as in some containers
+        user = "?"
+    return f"{user}@{platform.node()}"
 
 
 def register(keys: Sequence[Path], server: str, ca: Path | None) -> list[str]:
@@ -204,6 +232,7 @@ def run(config: Config, server: str, ca: Path | None, insecure: bool = False) ->
         RunError: the server cannot be reached or trusted, or the run did not complete.
     """
     config = flower_programs.absolute(stamp(config))
+    config = config if config.run.by else replace(config, run=replace(config.run, by=_who()))
     with _connection(server, ca, insecure) as connection:
         bundle = flower_programs.write_bundle(config, connection.folder / "app")
         flower_programs.carry_out(config, bundle, connection, log=None)
@@ -270,14 +299,44 @@ def check_clock(ahead: float, server: str) -> None:
         ahead: seconds that this machine's clock is ahead of the server's.
         server: HOST:PORT.
     """
-    if -TIMESTAMP_TOLERANCE < ahead < SYSTEM_TIME_TOLERANCE:
+    if -_BEHIND_SECONDS < ahead < SYSTEM_TIME_TOLERANCE:
         return
     seconds = abs(ahead)
-    size = next(f"{seconds / unit:.0f} {name}" for unit, name in _UNITS if seconds >= 2 * unit)
+    size = next(f"{seconds / unit:.{seconds < 20:d}f} {name}" for unit, name in _UNITS if seconds >= 2 * unit)
     raise RunError(
         f"this machine's clock is {size} {'ahead of' if ahead > 0 else 'behind'} that of the server at {server}, which "
-        f"takes nothing from a node that is more than {SYSTEM_TIME_TOLERANCE} s ahead or {TIMESTAMP_TOLERANCE} s "
+        f"takes nothing from a node that is more than {SYSTEM_TIME_TOLERANCE} s ahead or {_BEHIND_SECONDS} s "
         "behind; set the clock that is wrong (NTP), and start the node again"
+    )
+
+
+def _exactly(ahead: float, server: str, ca: Path | None) -> float:
+    """How far this clock is ahead, to some milliseconds where a second decides: a server tells whole seconds alone."""
+    if min(abs(ahead - SYSTEM_TIME_TOLERANCE), abs(ahead + _BEHIND_SECONDS)) > _COARSE_SECONDS:
+        return ahead
+    found = [ahead]
+    for _ in range(12):  # over a second, one of them asks as the server's clock ticks
+        time.sleep(0.09)
+        found.append(check_server(server, ca))
+    return max(found, key=abs)
+
+
+def check_dates(certificate: Path) -> None:
+    """Raises ConfigError for a certificate that is not valid now, before any connection fails for it."""
+    try:
+        found = x509.load_pem_x509_certificate(certificate.read_bytes())
+    except (OSError, ValueError):
+        return  # what is no certificate is named where it is used
+    now = datetime.now(UTC)
+    if now > found.not_valid_after_utc:
+        what = f"expired on {found.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+    elif now < found.not_valid_before_utc:
+        what = f"is not valid before {found.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
+    else:
+        return
+    raise ConfigError(
+        f"{certificate}: the certificate {what}, and this machine's clock says {now:%Y-%m-%d %H:%M} UTC; make new ones "
+        "in a new folder (fedlora certs), or set the clock if it is wrong"
     )
 
 
@@ -313,7 +372,7 @@ class _Programs:
         self._environment = flower_programs.environment(home / "flwr")
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._readers: dict[str, threading.Thread] = {}
-        self.log.write_bytes(b"")
+        self._lines = Log(self.log)
 
     def __enter__(self) -> _Programs:
         return self
@@ -335,15 +394,19 @@ class _Programs:
 
     def _copy(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
-        with self.log.open("ab", buffering=0) as log, process.stdout:
+        with process.stdout:
             for line in process.stdout:
-                log.write(line)
+                self._lines.write(line)
                 print(line.decode(errors="replace"), end="", flush=True)
 
-    def wait(self) -> tuple[str, str]:
-        """Until one of them ends: its name, and why in its own words."""
+    def wait(self, meanwhile: Callable[[], None] = lambda: None) -> tuple[str, str]:
+        """Until one of them ends: its name, and why in its own words; `meanwhile` is called now and then."""
+        called = time.monotonic()
         while all(process.poll() is None for process in self._running.values()):
             time.sleep(0.2)
+            if time.monotonic() - called > _LOOK_SECONDS:
+                meanwhile()
+                called = time.monotonic()
         ended = next(name for name, process in self._running.items() if process.poll() is not None)
         self._readers[ended].join(timeout=5)
         return ended, flower_programs.reason_of(self.log.read_text(errors="replace"))
@@ -353,6 +416,8 @@ class _Programs:
 def _connection(server: str, ca: Path | None, insecure: bool) -> Iterator[Connection]:
     """A connection of `flwr` to a server that was just found there."""
     authority = None if insecure else _given(ca, "--ca", "ca.crt")
+    if authority:
+        check_dates(authority)
     check_server(server, authority)
     with tempfile.TemporaryDirectory(prefix="fedlora-flwr-") as scratch:
         home = Path(scratch)
@@ -360,7 +425,7 @@ def _connection(server: str, ca: Path | None, insecure: bool) -> Iterator[Connec
         trust = f"root-certificates = {flower_programs.toml(str(authority))}" if authority else "insecure = true"
         text = f"[superlink.{_NAME}]\naddress = {flower_programs.toml(server)}\n{trust}\n"
         (home / "flwr" / "config.toml").write_text(text, encoding="utf-8")
-        yield Connection(_NAME, flower_programs.environment(home / "flwr"), home)
+        yield Connection(_NAME, flower_programs.environment(home / "flwr"), home, server)
 
 
 @contextmanager

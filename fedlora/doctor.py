@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fedlora import assets, superlink_database
+from fedlora import assets, superlink_data
 from fedlora.results import versions
 
 # Relative error of a quantized product against the dense one, for Gaussian weights. NF4 stores 4 bits with a
@@ -86,7 +86,7 @@ def _local_superlink() -> list[Finding]:
     """The database that `flwr run` keeps for its own SuperLink on this machine."""
     home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
     path = home / "local-superlink" / "state.db"
-    fault = superlink_database.check(path)
+    fault = superlink_data.broken(path)
     return [Finding("flwr run's database", str(path), not fault, fault)] if path.is_file() else []
 
 

@@ -25,12 +25,14 @@ from fedlora.durable import write_json
 from fedlora.errors import RunError
 from fedlora.events import emit
 from fedlora.processes import share_cores
-from fedlora.results import folder_of
+from fedlora.results import folder_of, is_taken
 
 _log = logging.getLogger("fedlora")
 _START_SECONDS = 60.0
 _POLL_SECONDS = 1.0
 _ASK_SECONDS = 15.0
+_LOST_SECONDS = 90.0  # without an answer; a SuperLink that died is back within half a minute
+_LEAVE_SECONDS = 45.0  # that a run which is stopped may take to end
 _APP = """from fedlora.{side}.{module} import app as fedlora_app
 
 app = fedlora_app
@@ -45,31 +47,37 @@ class Connection:
         name: of the connection in `$FLWR_HOME/config.toml`; "local" is the SuperLink that an environment names.
         environment: of every `flwr` process.
         folder: where these processes run.
+        address: of the server, for messages.
     """
 
     name: str
     environment: dict[str, str]
     folder: Path
+    address: str = "this machine"
 
-    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """One `flwr` command."""
-        return subprocess.run(
-            [program("flwr"), *words],
-            env=self.environment,
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+    def run(self, *words: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+        """One `flwr` command; one that takes longer than the timeout is ended, and has failed."""
+        command = [program("flwr"), *words]
+        try:
+            return subprocess.run(
+                command,
+                env=self.environment,
+                cwd=self.folder,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return subprocess.CompletedProcess(command, 1, "", f"no answer within {timeout:.0f} s")
 
-    def ask(self, *words: str) -> dict[str, Any]:
+    def ask(self, *words: str, timeout: float = 120.0) -> dict[str, Any]:
         """The JSON answer of one `flwr` command.
 
         Raises:
             RunError: it gave none.
         """
-        done = self.run(*words)
+        done = self.run(*words, timeout=timeout)
         begin = done.stdout.find("{")
         try:
             return json.loads(done.stdout[begin:]) if begin >= 0 else {"error-message": reason_of(done.stderr)}
@@ -184,52 +192,79 @@ def carry_out(config: Config, bundle: Path, connection: Connection, log: Path | 
         RunError: the run did not start, or did not complete.
     """
     options = ["--federation-config", resources] if resources else []
+    before = _result(config) if config.run.resume else {}
     answer = connection.ask("run", str(bundle), connection.name, "--format", "json", *options)
     try:
         run_id = int(answer["run-id"])
     except (KeyError, TypeError, ValueError):
-        raise RunError(f"flwr run did not start: {reason_of(str(answer.get('error-message') or answer))}") from None
+        said = reason_of(str(answer.get("error-message") or answer))
+        hint = "; its server.log says why: a full disk, for instance" if "500" in said else ""
+        raise RunError(f"the server at {connection.address} did not take the run: {said}{hint}") from None
     try:
-        status = _follow(run_id, config, connection)
+        status = _follow(run_id, config, connection, before)
     except KeyboardInterrupt:
         connection.ask("stop", str(run_id), connection.name)
+        _wait_until_left(config)
         _close_record(config, "interrupted")
         raise
     if status != "finished:completed":
-        reason = _reason(config, run_id, connection, log)
+        reason = _reason(config, run_id, connection, log, before)
         _close_record(config, "failed", reason)
         raise RunError(f"Flower run {run_id} ended as {status}: {reason}")
 
 
-def _follow(run_id: int, config: Config, connection: Connection) -> str:
+def _follow(run_id: int, config: Config, connection: Connection, before: dict[str, Any]) -> str:
     """Show the rounds as they appear in result.json; returns the status.
 
     The record is read every second. Flower is asked now and then, and once the record says that the run has
     ended: each question starts a process that takes a core for seconds.
+
+    Raises:
+        RunError: the server has not answered for long; it starts a SuperLink that died again within seconds.
     """
-    seen, asked = 0, 0.0
+    seen, asked, answered = 0, 0.0, time.monotonic()
     while True:
-        seen = _tell_rounds(config, seen)
-        ended = _result(config).get("status", "running") != "running"
+        data = _result(config)
+        data = {} if data == before else data  # of an earlier part of a run that is resumed
+        seen = _tell_rounds(data, seen)
+        ended = data.get("status", "running") != "running"
         if ended or time.monotonic() - asked > _ASK_SECONDS:
-            answer = connection.ask("ls", connection.name, "--run-id", str(run_id), "--format", "json")
+            answer = connection.ask("ls", connection.name, "--run-id", str(run_id), "--format", "json", timeout=30.0)
             asked = time.monotonic()
-            status = str((answer.get("runs") or [{}])[0].get("status", "unknown"))
+            runs = answer.get("runs")
+            status = str((runs or [{}])[0].get("status", "unknown"))
             if status.startswith("finished"):
-                _tell_rounds(config, seen)
+                _tell_rounds(_result(config), seen)
                 return status
+            if runs:
+                answered = asked
+            elif ended and data["status"] == "completed":
+                return "finished:completed"
+            elif asked - answered > _LOST_SECONDS:
+                said = reason_of(str(answer.get("error-message") or "no answer"))
+                raise RunError(
+                    f"the server at {connection.address} has not answered for {asked - answered:.0f} s ({said}), and "
+                    "this command waits no longer; when it is back, go on with: fedlora run --resume "
+                    f"{folder_of(config)} --server …"
+                )
         time.sleep(_POLL_SECONDS)
 
 
-def _tell_rounds(config: Config, seen: int) -> int:
-    """Emit what result.json holds beyond the first `seen` rounds; returns how many it holds."""
-    data = _result(config)
+def _wait_until_left(config: Config) -> None:
+    """Until the process of a run that was stopped has written its record, where that is on this machine."""
+    deadline = time.monotonic() + _LEAVE_SECONDS
+    while is_taken(folder_of(config)) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+
+
+def _tell_rounds(data: dict[str, Any], seen: int) -> int:
+    """Emit what a record holds beyond the first `seen` rounds; returns how many it holds."""
     entries = data.get("rounds", [])
     if entries and not seen and "baseline" in data:
         emit("baseline", metrics=data["baseline"], head=data.get("head", ""))
     for entry in entries[seen:]:
         emit("round-end", entry=entry)
-    return len(entries)
+    return max(seen, len(entries))
 
 
 def _result(config: Config) -> dict[str, Any]:
@@ -244,10 +279,14 @@ def _close_record(config: Config, status: str, error: str = "") -> None:
         write_json(folder_of(config) / "result.json", data | {"status": status} | ({"error": error} if error else {}))
 
 
-def _reason(config: Config, run_id: int, connection: Connection, log: Path | None) -> str:
-    """Why a run failed: its own record says, or else the last line of the log."""
+def _reason(config: Config, run_id: int, connection: Connection, log: Path | None, before: dict[str, Any]) -> str:
+    """Why a run failed: its own record says, or else the last line of the log.
+
+    Args:
+        before: the record before this run was handed in: of a run that is resumed, whose error is another one.
+    """
     data = _result(config)
-    if "error" in data:
+    if "error" in data and data != before:
         return str(data["error"])
     shown = connection.run("log", str(run_id), connection.name, "--show")
     last = last_line(shown.stdout) or (last_line(log.read_text(errors="replace")) if log else "no reason was logged")

@@ -14,6 +14,7 @@ from typing import Any
 
 from fedlora.durable import finite
 from fedlora.events import listen
+from fedlora.rotation import rotate
 
 NAME = "events.jsonl"
 _STEP_SECONDS = 5.0  # steps come many times a second
@@ -28,11 +29,12 @@ class Journal:
     Args:
         path: appended to; several processes may.
         echo: print the lines too, as words.
+        most: bytes at which the file is moved out of the way, see `rotation`; 0: it grows with its run.
         always: written in every line, such as the node's number.
     """
 
-    def __init__(self, path: Path, *, echo: bool = False, **always: Any) -> None:
-        self._path, self._echo, self._always = path, echo, always
+    def __init__(self, path: Path, *, echo: bool = False, most: int = 0, **always: Any) -> None:
+        self._path, self._echo, self._most, self._always = path, echo, most, always
         self._stepped: dict[tuple[str, int | None], float] = {}
         self._failed = False
         with suppress(OSError):
@@ -51,6 +53,8 @@ class Journal:
         if self._echo:
             print(kind, *(f"{name}={_short(value)}" for name, value in line.items() if name not in ("time", "event")))
         try:
+            if self._most:
+                rotate(self._path, self._most)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, allow_nan=False, default=str) + "\n")
         except (OSError, ValueError) as error:
@@ -60,9 +64,9 @@ class Journal:
 
 
 @contextmanager
-def kept(path: Path, *, echo: bool = False, **always: Any) -> Iterator[None]:
+def kept(path: Path, *, echo: bool = False, most: int = 0, **always: Any) -> Iterator[None]:
     """Everything emitted within the block, and the product's log lines, are written there; see `Journal`."""
-    journal = Journal(path, echo=echo, **always)
+    journal = Journal(path, echo=echo, most=most, **always)
     handler = _LogLines(journal)
     _log.addHandler(handler)
     try:

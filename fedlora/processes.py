@@ -127,13 +127,19 @@ def stop_tree(process: subprocess.Popen[bytes]) -> None:
     process.wait(timeout=_STOP_SECONDS)
 
 
-def stop_recorded(file: Path, word: str) -> None:
-    """Stop the process whose pid is in a file, if it is there, this user's, and has this word in its command line."""
+def stop_recorded(file: Path, word: str, kill: bool = False) -> None:
+    """Stop the process whose pid is in a file, if it is there, this user's, and has this word in its command line.
+
+    Args:
+        file: holds the pid.
+        word: of its command line.
+        kill: without asking it first: a process that hangs does not hear.
+    """
     with suppress(OSError, ValueError, psutil.NoSuchProcess, psutil.AccessDenied):
         pid = int(file.read_text())
         process = psutil.Process(pid)
         if word in process.cmdline() and process.username() == psutil.Process().username():
-            stop(pid)
+            stop(pid, kill)
 
 
 def free_port() -> int:
@@ -143,16 +149,23 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def stop(pid: int) -> None:
-    """Stop the process of this pid and everything that it started; nothing happens where there is none."""
+def stop(pid: int, kill: bool = False) -> None:
+    """Stop the process of this pid and everything that it started; nothing happens where there is none.
+
+    Args:
+        pid: the process.
+        kill: without asking it first.
+    """
     try:
         family = [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]
     except psutil.NoSuchProcess:
         return
-    for member in family:
-        with suppress(psutil.NoSuchProcess):
-            member.terminate()
-    _, alive = psutil.wait_procs(family, timeout=_STOP_SECONDS)
+    alive = family
+    if not kill:
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.terminate()
+        _, alive = psutil.wait_procs(family, timeout=_STOP_SECONDS)
     for member in alive:
         with suppress(psutil.NoSuchProcess):
             member.kill()

@@ -37,6 +37,7 @@ _MAY_CHANGE = frozenset(
         "federation.min-clients",
         "federation.round-timeout",
         "federation.wait-timeout",
+        "run.keep",
         "run.threads",
         "model.device",
         "model.gradient-checkpointing",
@@ -45,8 +46,9 @@ _MAY_CHANGE = frozenset(
         "evaluate.batch-size",
     }
 )
-_WHERE = frozenset({"run.dir", "run.name", "run.id", "run.resume"})
+_WHERE = frozenset({"run.dir", "run.name", "run.id", "run.resume", "run.from-round", "run.by"})
 _PATHS = frozenset({"model.name", "data.source"})
+_HOLDER = ".pid"  # beside the lock: of the process that has it, and its machine
 _log = logging.getLogger("fedlora")
 _PACKAGES = ("torch", "flwr", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
 
@@ -84,11 +86,14 @@ class RunRecord:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise RunError(f"{self.folder}: another process is still at this run; wait for it, or stop it") from None
+            raise RunError(_taken(self.folder)) from None
+        with suppress(OSError):
+            (self.folder / _HOLDER).write_text(f"{os.getpid()} {platform.node()}", encoding="utf-8")
         self._began = time.perf_counter() - found.get("seconds", 0.0)
         self._peak: Mapping[str, int] = found.get("peak-memory-bytes", {})
         self.data: dict[str, Any] = found or self._fresh(config)
-        self.data |= {"status": "running", "config": config.to_flat() | {"run.resume": False}}
+        whole = config.to_flat() | {"run.resume": False, "run.from-round": -1}
+        self.data |= {"status": "running", "config": whole}
         self.data.pop("error", None)
         self.key: str = self.data["key"]
         self._write()
@@ -174,10 +179,14 @@ class RunRecord:
             _log.info("%s: %s", what, words)
         if classes:
             self.data["classes"] = list(classes)
-        self.data["clients"] = [
-            {"client-id": c.client_id, "rank": c.rank, "alpha": c.alpha, "num-examples": c.num_examples}
-            for c in clients
-        ]
+        self.data["clients"] = [_about(client) for client in clients]
+        self._write()
+
+    def joined(self, client: ClientInfo, round: int) -> None:
+        """A client that came, or came back on another node, after the run had begun."""
+        others = [about for about in self.data["clients"] if about["client-id"] != client.client_id]
+        others.append(_about(client) | {"joined-in-round": round})
+        self.data["clients"] = sorted(others, key=lambda about: about["client-id"])
         self._write()
 
     def _tell(self) -> None:
@@ -272,6 +281,15 @@ class RunRecord:
             raise RunError(f"{path}: cannot be written: {error}") from error
 
 
+def _about(client: ClientInfo) -> dict[str, Any]:
+    return {
+        "client-id": client.client_id,
+        "rank": client.rank,
+        "alpha": client.alpha,
+        "num-examples": client.num_examples,
+    }
+
+
 def stamp(config: Config) -> Config:
     """The config with the time as `run.id`, where it has none."""
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -310,18 +328,47 @@ def _holds_results(folder: Path) -> bool:
     return begun or bool(data.get("rounds")) or "baseline" in data
 
 
-def resumed(folder: Path, overrides: Sequence[str] = ()) -> Config:
+def is_taken(folder: Path) -> bool:
+    """Whether a process is at the run in this folder."""
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # no such folder, or not ours to lock
+        return False
+
+
+def _taken(folder: Path) -> str:
+    """Which process is at the run in this folder, and what to do about it."""
+    try:
+        pid, _, machine = (folder / _HOLDER).read_text(encoding="utf-8").partition(" ")
+    except OSError:
+        pid, machine = "", ""
+    where = f"process {pid} on {machine}" if pid.isdigit() else "another process"
+    how = f" (kill {pid})" if pid.isdigit() else ""
+    return f"{folder}: {where} is still at this run; wait for it, or stop it{how}"
+
+
+def resumed(folder: Path, overrides: Sequence[str] = (), from_round: int = -1) -> Config:
     """The config that goes on with the run in this folder: its own, with `key=value` overrides.
 
+    Args:
+        folder: the run's.
+        overrides: what is changed.
+        from_round: to go back to what the server had after this round; -1 goes on from the last.
+
     Raises:
-        RunError: there is no run in this folder, or it is complete.
+        RunError: there is no run in this folder, it is complete, or a process is still at it.
         ConfigError: an override is wrong, or would change what the run computes.
     """
     folder = run_folder(folder)
     data = stored(folder)
+    if is_taken(folder):
+        raise RunError(_taken(folder))
     config = parse(parse_overrides(overrides), parse(data["config"], where=str(folder / "result.json")), where="-c")
     here = replace(config.run, dir=str(folder.parent.parent), name=folder.parent.name, id=folder.name, resume=True)
-    config = replace(config, run=here)
+    config = replace(config, run=replace(here, from_round=from_round))
     check_changes(data, config)
     return config
 
@@ -381,9 +428,11 @@ def check_changes(data: Mapping[str, Any], config: Config) -> None:
             f"federation.rounds = {config.federation.rounds}: a run that is resumed may have more rounds than its "
             f"{rounds}, not fewer"
         )
-    if data["status"] == "completed" and config.federation.rounds == rounds:
+    goes_back = 0 <= config.run.from_round < rounds
+    if data["status"] == "completed" and config.federation.rounds == rounds and not goes_back:
         raise RunError(
-            f"{folder_of(config)}: all {rounds} rounds are complete; for more of them set a larger federation.rounds"
+            f"{folder_of(config)}: all {rounds} rounds are complete; for more of them set a larger federation.rounds, "
+            "to go back give --from-round"
         )
     for key in sorted(now.keys() - _MAY_CHANGE - _WHERE):
         if key in before and not _same(key, before[key], now[key]):

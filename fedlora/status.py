@@ -8,10 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from fedlora import journal
-from fedlora.results import stored
+from fedlora.results import is_taken, stored
 from fedlora.runs import run_folder
 
 
@@ -73,7 +71,7 @@ def status(folder: Path) -> RunStatus:
     entries = [entry for entry in data["rounds"] if entry["round"]]
     ended = entries[-1]["round"] if entries else 0
     state = data["status"]
-    if state == "running" and _is_left(folder):
+    if state == "running" and not is_taken(folder):
         state = "died"
     now = _present(events, ended) if state == "running" else {}
     scored = [entry["heldout"] for entry in entries if "heldout" in entry]
@@ -87,15 +85,6 @@ def status(folder: Path) -> RunStatus:
         quiet_seconds=_since(events[-1]["time"]) if events else None,
         clients=[_client(about, entries, now) for about in data.get("clients", [])],
     )
-
-
-def _is_left(folder: Path) -> bool:
-    """Whether no process is at this run."""
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            return True
-    except Timeout:
-        return False
 
 
 def _present(events: list[dict[str, Any]], ended: int) -> dict[int, str]:

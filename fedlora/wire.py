@@ -57,6 +57,7 @@ _ROUNDING = 1e-6  # relative difference between one number in fp32 and in fp64, 
 _LARGEST_METRIC = 1e305  # a mean of such numbers is finite
 _LARGEST_INT = 2**64 - 1  # Flower's node ids
 _ROOM, _NAME = 1 << 20, 1024  # bytes of a reply beside its tensors, and of one tensor beside its values
+_ENTRY = 256  # bytes of a tensor's entry in a header, beside its name
 _SHORT = 120  # characters of a peer's own words in an error
 _HEAD, _ADAPTER, _METRICS = "head", "adapter", "metrics"
 _TENSORS = "tensors"
@@ -231,8 +232,13 @@ def decode_update(
 
 def most_bytes(sent: Broadcast) -> int:
     """More than an answer to this broadcast can hold: every value in fp32, scales, headers, and some room."""
-    tensors = [t for f in sent.adapter.lora.values() for t in (f.A, f.B)] + [*sent.adapter.dense.values()]
-    return _ROOM + sum(4 * (t.numel() + sum(t.shape)) + _NAME for t in tensors)
+    return _ROOM + _value_bytes(sent.adapter) + _NAME * (2 * len(sent.adapter.lora) + len(sent.adapter.dense))
+
+
+def _value_bytes(adapter: AdapterState) -> int:
+    """More than the values of these tensors can take, coded or not: fp32, and a scale for every row or column."""
+    tensors = [t for f in adapter.lora.values() for t in (f.A, f.B)] + [*adapter.dense.values()]
+    return sum(4 * (t.numel() + sum(t.shape) + 1) for t in tensors)
 
 
 def as_received(broadcast: Broadcast, dtype: str) -> Broadcast:
@@ -300,13 +306,15 @@ def encode_evaluation(num_examples: int, metrics: Mapping[str, float], fingerpri
     return RecordDict({_HEAD: ConfigRecord(cast("Any", head)), _METRICS: _to_metrics(metrics, METRICS)})
 
 
-def decode_evaluation(record: RecordDict, fingerprint: str, who: str) -> tuple[int, dict[str, float]]:
-    """`(num_examples, metrics)` of one client."""
+def decode_evaluation(
+    record: RecordDict, fingerprint: str, who: str, most_examples: int = MOST_EXAMPLES
+) -> tuple[int, dict[str, float]]:
+    """`(num_examples, metrics)` of one client, which may claim so many examples at most."""
     head = _checked_head(record, fingerprint, who)
     _only(record, head, "evaluation", who, (), _METRICS)
     metrics = _metrics(record, who, METRICS)
     _require(metrics, {"loss", "accuracy"}, who)
-    return _positive(head, "num-examples", who, MOST_EXAMPLES), metrics
+    return _positive(head, "num-examples", who, most_examples), metrics
 
 
 def payload_bytes(record: RecordDict) -> int:
@@ -378,7 +386,6 @@ def _get(
         who: sent it.
         like: what its names, scalings and shapes have to be; without it, they are the sender's to choose.
     """
-    arrays = _tensors(record, key, who)
     modules, dense = (_list(head, f"{key}.{what}", str, who) for what in ("modules", "dense"))
     scalings = _list(head, f"{key}.scalings", float, who)
     if len(modules) != len(scalings):
@@ -389,6 +396,7 @@ def _get(
     dtype = str(head["dtype"])
     expected = {f"{module}|{part}" for module in modules for part in parts} | {f"dense|{name}" for name in dense}
     expected |= {f"{name}|scale" for name in expected} if dtype in LARGEST else set()
+    arrays = _tensors(record, key, who, expected, None if like is None else _value_bytes(like))
     if set(arrays) != expected or len(set(modules)) != len(modules) or len(set(dense)) != len(dense):
         odd = sorted(set(arrays) ^ expected)[:3]
         raise WireError(f"{who}: arrays and head of {key!r} do not agree, for instance on {_short(odd)}")
@@ -425,13 +433,30 @@ def _get(
     )
 
 
-def _tensors(record: RecordDict, key: str, who: str) -> dict[str, Values]:
-    """The tensors of one adapter by name; no more memory than what was sent is taken for them."""
+def _tensors(record: RecordDict, key: str, who: str, names: Set[str], most: int | None) -> dict[str, Values]:
+    """The tensors of one adapter by name; no more memory than what was sent is taken for them.
+
+    A header is objects once it is read: it may name no more tensors than there should be, empty ones included.
+
+    Args:
+        record, key: the message, and where in it.
+        who: sent it.
+        names: of the tensors that it should hold.
+        most: bytes of their values together; None where their shapes are the sender's to choose.
+    """
     arrays = record.array_records.get(key)
     if arrays is None or list(arrays) != [_TENSORS]:
         raise WireError(f"{who}: the message has no {key!r} record of tensors")
+    data = arrays[_TENSORS].data
+    header, longest = int.from_bytes(data[:8], "little"), sum(len(name.encode()) + _ENTRY for name in names) + _ENTRY
+    if longest < header <= len(data) - 8:
+        raise WireError(
+            f"{who}: the header of {key!r} is {header} bytes, and {len(names)} tensors need no more than {longest}"
+        )
+    if most is not None and len(data) - 8 - header > most:
+        raise WireError(f"{who}: the tensors of {key!r} hold {len(data) - 8 - header} bytes, expected at most {most}")
     try:
-        return safetensors.numpy.load(arrays[_TENSORS].data)
+        return safetensors.numpy.load(data)
     except Exception as error:  # whatever a peer sent, this side reports it and goes on
         raise WireError(f"{who}: the tensors of {key!r} are malformed: {_cut(str(error))}") from None
 

@@ -1,4 +1,7 @@
-"""The server's whole state on disk after every round: one safetensors file, so that a run survives its process."""
+"""The server's whole state on disk after every round: one safetensors file, so that a run survives its process.
+
+Those of the last few rounds are kept, to go back to.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,8 @@ SCHEMA = 1
 _FILES = "round-*.safetensors"
 
 
-def save(folder: Path, state: ServerState, round: int, run: str) -> None:
-    """Write the state after this round; the older checkpoint goes once the new one is on the disk.
+def save(folder: Path, state: ServerState, round: int, run: str, keep: int = 1) -> None:
+    """Write the state after this round; others go once the new one is on the disk.
 
     The file's header holds, as JSON, what is no tensor: names in their order, scalings, the first fold's version.
 
@@ -33,9 +36,10 @@ def save(folder: Path, state: ServerState, round: int, run: str) -> None:
         state: every tensor keeps its number format.
         round: that ended with this state.
         run: the run's key, held against `load`'s.
+        keep: so many states stay, of the last rounds up to this one.
 
     Raises:
-        RunError: the file cannot be written, for instance on a full disk; the older checkpoint is as it was.
+        RunError: the file cannot be written, for instance on a full disk; the older checkpoints are as they were.
     """
     tensors: dict[str, Tensor] = {}
     about = {
@@ -52,9 +56,10 @@ def save(folder: Path, state: ServerState, round: int, run: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             save_file(_apart(tensors), part, metadata={"fedlora": json.dumps(about)})
-        for old in folder.glob(_FILES):
-            if old != path:
-                old.unlink()
+        files = {old: _round_of(old) for old in folder.glob(_FILES)}
+        kept = sorted((number for number in files.values() if number <= round), reverse=True)[:keep]
+        for old in [old for old, number in files.items() if number not in kept]:
+            old.unlink()
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"{path}: the server's state after round {round} cannot be written: {error}; make room, and resume the run "
@@ -62,16 +67,27 @@ def save(folder: Path, state: ServerState, round: int, run: str) -> None:
         ) from error
 
 
-def load(folder: Path, run: str) -> tuple[ServerState, int] | None:
+def load(folder: Path, run: str, after: int = -1) -> tuple[ServerState, int] | None:
     """The newest state that `save` wrote there, and its round; None when there is none.
 
+    Args:
+        folder: of this run's checkpoints alone.
+        run: the run's key.
+        after: the state after this round in place of the newest.
+
     Raises:
-        RunError: the file cannot be read, is no checkpoint, or is another run's.
+        RunError: the file cannot be read, is no checkpoint, is another run's, or that of this round is not kept.
     """
-    files = {path: _round_of(path) for path in folder.glob(_FILES)}
+    files = {_round_of(path): path for path in folder.glob(_FILES)}
+    if after >= 0 and after not in files:
+        there = ", ".join(map(str, sorted(files))) or "none"
+        raise RunError(
+            f"{folder}: no state after round {after} is kept; there are those after rounds: {there} (run.keep says how "
+            "many)"
+        )
     if not files:
         return None
-    path = max(files, key=lambda path: files[path])
+    path = files[after if after >= 0 else max(files)]
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["fedlora"])
@@ -95,6 +111,13 @@ def load(folder: Path, run: str) -> tuple[ServerState, int] | None:
     if owner != run:
         raise RunError(f"{path}: the checkpoint of another run; put back this run's own file, or start a new run")
     return state, round
+
+
+def drop_after(folder: Path, round: int) -> None:
+    """Remove the states of later rounds: a run that went back to this one goes on from it, whatever happens."""
+    for path in folder.glob(_FILES):
+        if _round_of(path) > round:
+            path.unlink()
 
 
 def plain(state: ServerState) -> ServerState:

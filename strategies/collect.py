@@ -13,12 +13,13 @@ from flwr.serverapp import Grid
 
 from fedlora import wire
 from fedlora.config import Config
+from fedlora.data import most_kept_back
 from fedlora.errors import WireError
 from fedlora.events import emit
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 from . import answers as of_client
-from . import guard
+from . import audit, guard
 from .answers import Answer, AwayError, DivergedReplyError
 from .mailbox import Mailbox
 from .roster import Roster
@@ -173,6 +174,8 @@ class TrainRound:
             self.kept.append(update)
         node = self.roster.nodes[client]
         emit("client-done", client_id=client, node=node, round=self.number, metrics=self.answers[client])
+        if digest := audit.digest(content):
+            emit("client-answered", client_id=client, node=node, round=self.number, sha256=digest)
         return update
 
     def _fail(self, client: int, error: WireError) -> None:
@@ -218,8 +221,9 @@ def evaluate_on_clients(
     for node, reply in mailbox.replies():
         for client, answer in roster.answers(node, asked[node], reply).items():
             who = f"client {client}"
+            most = most_kept_back(roster.infos[client].num_examples, config.data.client_test_fraction)
             try:
-                count, metrics = wire.decode_evaluation(of_client.content(answer, who), fingerprint, who)
+                count, metrics = wire.decode_evaluation(of_client.content(answer, who), fingerprint, who, most)
                 answers[client] = metrics | {"num-examples": count}
             except WireError as error:
                 failures[client] = str(error)

@@ -25,6 +25,7 @@ _LONGEST_PAUSE_SECONDS = 1.0
 _MOST_TIMES = 4  # that a node is asked one thing
 # Flower's own errors for a question, or a reply, whose bytes are gone. A node that is not there has another.
 _LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
+_FOREVER_SECONDS = 10 * 365 * 86400.0
 _AGAIN_SECONDS = 5.0  # until a node that is not there is asked again
 _log = logging.getLogger("fedlora")
 
@@ -55,8 +56,7 @@ class Mailbox:
     first answer counts. Clients answer a repeated question as they did before.
 
     A node that is not there is asked again once it is back, as long as others are still at work, and beyond that for
-    `patience` seconds while `wanted` says that its answer is needed. After `enough_after` seconds an answer that is not
-    wanted is not waited for.
+    `patience` seconds while `wanted` says that its answer is needed.
     """
 
     def __init__(
@@ -67,21 +67,23 @@ class Mailbox:
         timeout: float,
         *,
         patience: float = 0.0,
-        enough_after: float = math.inf,
         wanted: Callable[[], bool] = lambda: True,
     ) -> None:
-        """A timeout of 0 waits as long as it takes; a message that outlives the timeout is dropped by Flower."""
+        """A timeout of 0 waits as long as it takes; a message that outlives the timeout is dropped by Flower.
+
+        Without a lifetime of its own, a message has Flower's default one, which a long round may outlast.
+        """
         self._grid, self._kind, self._group = grid, kind, group
-        self._ttl = timeout or None
+        self._ttl = timeout or _FOREVER_SECONDS
         self._deadline = time.monotonic() + timeout if timeout else float("inf")
         self._open: dict[str, _Question] = {}
         self._unasked: deque[_Question] = deque()
         self._unsent: list[int] = []
         self._away: list[_Question] = []
         self._patience, self._wanted, self._alone_since = patience, wanted, math.inf
-        self._enough_at = time.monotonic() + enough_after
         self._reconnects = _reconnects(grid)
         self._sizes = sizes.of(grid)
+        self._heard = False
 
     def post(self, node: int, make: Callable[[], RecordDict], most: Callable[[], int] = lambda: SMALL) -> None:
         """Ask a node; `make` gives the message's content, each time that it is sent.
@@ -102,41 +104,50 @@ class Mailbox:
         """`(node, reply)` as they arrive; at the deadline `(node, None)` for each that did not answer."""
         pause = 0.02
         while (self._open or self._waits_for_absent()) and not self._is_over():
-            arrived = list(self._grid.pull_messages(list(self._open))) if self._open else []
-            for reply in arrived:
-                # The reply for a dead node comes from the SuperLink, so that only this id says who is meant.
-                question = self._open.get(reply.metadata.reply_to_message_id)
-                if question is None:
-                    continue
-                if self._sizes and reply.metadata.reply_to_message_id in self._sizes.too_large:
-                    most = self._sizes.too_large[reply.metadata.reply_to_message_id]
-                    reply.error = Error(wire.REFUSED, f"its reply is larger than the {most} bytes that it may hold")
-                elif reply.has_error() and reply.error.code in _LOST and question.times < _MOST_TIMES:
-                    del self._open[reply.metadata.reply_to_message_id]
-                    self._ask_again(question, "its reply was lost on the way")
-                    continue
-                for known in question.ids:
-                    self._open.pop(known, None)
-                if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE and self._patience:
-                    self._put_aside(question, reply)
-                    continue
-                yield question.node, reply
-            if (count := _reconnects(self._grid)) > self._reconnects:
-                self._reconnects = count
-                for question in {id(question): question for question in self._open.values()}.values():
-                    self._ask_again(question, "the connection to the SuperLink was lost")
-            self._fill()
-            self._ask_absent()
-            pause = 0.02 if arrived else min(2 * pause, _LONGEST_PAUSE_SECONDS)
-            if (self._open or self._away) and not arrived:
+            yield from self.arrived()
+            pause = 0.02 if self._heard else min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            if (self._open or self._away) and not self._heard:
                 time.sleep(min(pause, max(0.0, self._deadline - time.monotonic())))
         yield from ((question.node, question.away) for question in self._away)
         yield from ((node, None) for node in (*self._unsent, *(question.node for question in self._unasked)))
         yield from ((question.node, None) for question in {q.node: q for q in self._open.values()}.values())
 
+    def arrived(self) -> Iterator[tuple[int, Message]]:
+        """What came since the last look; nothing is waited for."""
+        arrived = list(self._grid.pull_messages(list(self._open))) if self._open else []
+        self._heard = bool(arrived)
+        for reply in arrived:
+            # The reply for a dead node comes from the SuperLink, so that only this id says who is meant.
+            question = self._open.get(reply.metadata.reply_to_message_id)
+            if question is None:
+                continue
+            if self._sizes and reply.metadata.reply_to_message_id in self._sizes.too_large:
+                most = self._sizes.too_large[reply.metadata.reply_to_message_id]
+                reply.error = Error(wire.REFUSED, f"its reply is larger than the {most} bytes that it may hold")
+            elif reply.has_error() and reply.error.code in _LOST and question.times < _MOST_TIMES:
+                del self._open[reply.metadata.reply_to_message_id]
+                self._ask_again(question, "its reply was lost on the way")
+                continue
+            for known in question.ids:
+                self._open.pop(known, None)
+            if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE and self._patience:
+                self._put_aside(question, reply)
+                continue
+            yield question.node, reply
+        if (count := _reconnects(self._grid)) > self._reconnects:
+            self._reconnects = count
+            for question in {id(question): question for question in self._open.values()}.values():
+                self._ask_again(question, "the connection to the SuperLink was lost")
+        self._fill()
+        self._ask_absent()
+
+    @property
+    def waited_for(self) -> set[int]:
+        """The nodes whose answer has not come."""
+        return {question.node for question in (*self._open.values(), *self._unasked)}
+
     def _is_over(self) -> bool:
-        now = time.monotonic()
-        return now >= self._deadline or (now >= self._enough_at and not self._wanted())
+        return time.monotonic() >= self._deadline
 
     def _put_aside(self, question: _Question, reply: Message) -> None:
         _log.warning("%s: node %d is not there; it is asked again once it is back", self._kind, question.node)

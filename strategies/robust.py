@@ -26,7 +26,8 @@ class Robust(Wrapper):
     """Filters a round's replies. Clients count alike in every rule; the inner strategy weighs what is left by n_k.
 
     - "norm-bound": a client that moved farther than `bound` times the median of the clients is drawn back to that
-      distance, along the line of its factors from where they started; the distance is the Frobenius norm of the change
+      distance, along the line of its factors from where they started, and its examples count up to `bound` times
+      their median: what pulls is both. The distance is the Frobenius norm of the change
       of the effective updates, `|s B_k A_k - s B A|`, over all modules and tensors. Sun et al. 2019, "Can You
       Really Backdoor Federated Learning?", https://arxiv.org/abs/1911.07963, with a bound relative to the others.
     - "median", "trimmed-mean": of the clients' factors, entry by entry at the server's scaling, as one reply; the mean
@@ -119,6 +120,8 @@ class Robust(Wrapper):
         starts = [self._start(update, state, round) for update in updates]
         moves = [Move.between(*pair) for pair in zip(starts, updates, strict=True)]
         limit = self.bound * median_low(move.norm(1.0) for move in moves)
+        most = int(self.bound * median_low(update.num_examples for update in updates))
+        updates = [replace(update, num_examples=min(update.num_examples, most)) for update in updates]
         return [
             update if move.norm(1.0) <= limit else _drawn_back(update, start, move.share(limit))
             for update, start, move in zip(updates, starts, moves, strict=True)

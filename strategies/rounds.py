@@ -32,7 +32,7 @@ from .diagnostics import Diagnosis, diagnose
 from .folds import Folds
 from .registry import NAMES, configured
 from .returned import NotFiniteError
-from .roster import Roster, meet
+from .roster import Meeting, Roster
 
 # A round's diagnosis needs every update at once; with more clients than this, memory and time matter more.
 _MAX_DIAGNOSED = 32
@@ -60,11 +60,16 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
         )
     base = _base(config)
     fingerprint = base_fingerprint(config.model)
-    saved = checkpoint.load(record.folder / "state", record.key)
+    saved = checkpoint.load(record.folder / "state", record.key, config.run.from_round)
+    if saved and config.run.from_round >= 0:  # first what is served, and the later states last of all
+        record.save_adapter(strategy.global_adapter(saved[0]))
     record.go_on(saved and saved[1])
     evaluates = config.evaluate.server and not strategy.personal
-    classes = _classes(config, evaluates)
-    roster = meet(grid, config, fingerprint, classes)
+    if saved:
+        checkpoint.drop_after(record.folder / "state", saved[1])
+    meeting = Meeting(grid, config, fingerprint, _classes(config, evaluates))
+    meeting.begin()
+    roster = meeting.roster
     clients = list(roster.infos.values())
     strategy.check(clients)
     record.start(clients, fingerprint, base.facts(), clients[0].class_names)
@@ -81,7 +86,7 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
         emit("baseline", metrics=record.data["baseline"], head=base.words)
     if done == config.federation.rounds:  # died after its last round
         record.save_adapter(strategy.global_adapter(state))
-    session = _Session(grid, config, record, strategy, fingerprint, roster, judge, state)
+    session = _Session(grid, config, record, strategy, fingerprint, meeting, judge, state)
     number = done + 1
     while number <= config.federation.rounds:
         number += session.play(number)
@@ -104,10 +109,15 @@ class _Session:
     record: RunRecord
     strategy: Strategy
     fingerprint: str
-    roster: Roster
+    meeting: Meeting
     judge: Judge | None
     state: ServerState
     previous: tuple[ServerState, Mapping[int, float]] | None = None
+
+    @property
+    def roster(self) -> Roster:
+        """Who takes part."""
+        return self.meeting.roster
 
     def play(self, number: int) -> bool:
         """One round; False when it is to be played again, without a client that spoiled it.
@@ -119,6 +129,7 @@ class _Session:
         seconds: dict[str, float] = {}
         began = time.perf_counter()
         config, before = self.config, self.state
+        self._welcome(number)
         present = [client for client in self.roster.infos if client not in self.record.excluded]
         chosen = sample(present, config.federation.fraction, config.run.seed, number)
         emit("round-start", round=number, rounds=config.federation.rounds, clients=len(chosen))
@@ -153,6 +164,20 @@ class _Session:
         emit("round-end", entry=entry)
         return True
 
+    def _welcome(self, number: int) -> None:
+        """Clients that came since the last round take part from this one, where the strategy can serve them too."""
+        for client in self.meeting.welcome():
+            info = self.roster.infos[client]
+            try:
+                self.strategy.check(list(self.roster.infos.values()))
+                self._for(number)(info)  # a rank beyond the server's, for instance
+            except StrategyError as error:
+                self.meeting.turn_away(client, str(error))
+                continue
+            self.record.joined(info, number)
+            _log.info("client %d joins the run in round %d", client, number)
+            emit("client-joined", client_id=client, node=self.roster.nodes[client], round=number)
+
     def _for(self, number: int) -> Callable[[ClientInfo], Broadcast]:
         """What each client is sent in a round that starts from the present state."""
         state = self.state
@@ -175,7 +200,7 @@ class _Session:
             )
 
     def _checkpoint(self, number: int) -> None:
-        checkpoint.save(self.record.folder / "state", self.state, number, self.record.key)
+        checkpoint.save(self.record.folder / "state", self.state, number, self.record.key, keep=self.config.run.keep)
 
     def _take_back(self, number: int, error: _EveryoneDivergedError) -> None:
         """Go on from before the last round, whose result no client could train on."""

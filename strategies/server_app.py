@@ -9,16 +9,17 @@ from contextlib import contextmanager
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import RunNotRunningException
 from rich.console import Console
 
 from fedlora import config as configuration
 from fedlora import journal
 from fedlora.display import ConsoleLog, RunDisplay
-from fedlora.errors import FedLoraError
-from fedlora.events import heard, listen
+from fedlora.errors import FedLoraError, RunError
+from fedlora.events import emit, heard, listen
 from fedlora.results import RunRecord
 
-from . import rounds
+from . import audit, link, rounds
 
 app = ServerApp()
 
@@ -48,17 +49,29 @@ def main(grid: Grid, context: Context) -> None:
     config = configuration.parse(context.run_config, where="run config")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+    link.bound(grid)
     record = RunRecord(config)
     try:
-        with _narrated(), journal.kept(record.folder / journal.NAME):
-            rounds.run(grid, config, record, context.run_id)
+        with _narrated(), journal.kept(record.folder / journal.NAME), audit.kept(config, context.run_id):
+            try:
+                rounds.run(grid, config, record, context.run_id)
+            except BaseException as error:
+                emit("run-ended", status="not completed", reason=f"{type(error).__name__}: {error}")
+                raise
+            emit("run-ended", status="completed")
     except FedLoraError as error:
         record.finish("failed", str(error))
         raise
-    except (KeyboardInterrupt, SystemExit):  # the second is how Flower stops a run
+    except (KeyboardInterrupt, SystemExit, RunNotRunningException):  # the others are how Flower stops a run
         record.finish("interrupted")
         raise
     except BaseException as error:
-        record.finish("failed", f"{type(error).__name__}: {error}")
+        said = link.reason(error)
+        record.finish("failed", said or f"{type(error).__name__}: {error}")
+        if said:
+            raise RunError(said) from error
         raise
-    record.finish("completed")
+    else:
+        record.finish("completed")
+    finally:
+        link.end_soon(grid)

@@ -1,7 +1,8 @@
 """How much one reply may hold: what comes beyond that is not fetched from the SuperLink, and is deleted there.
 
 Flower's grid fetches a reply object by object (arrays in pieces of 5 MB) and hands it on when it is whole. Here each
-object is counted before the next one is fetched.
+object is counted before the next one is fetched. Objects that are no array's bytes become many small ones in Python:
+they may be a part of a reply only, and a reply may not have any number of objects.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from typing import Any
 
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PullObjectResponse
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import get_object_type_from_object_content, iterate_object_tree
 from flwr.superlink.grid.http_grid import HttpGrid
 
 _ATTRIBUTE = "_fedlora_sizes"
+_BYTES = "ArrayChunk"
+_OTHERS_SHARE, _OTHERS_LEAST = 8, 1 << 20  # what is no array's bytes: an eighth of a reply, or a megabyte
+_OBJECT, _SOME = 256, 64  # a reply has an object for each so many of its bytes at most, and some
 
 
 class Sizes:
@@ -35,6 +39,7 @@ class Sizes:
         self._limits: dict[str, int] = {}
         self._replies: dict[str, tuple[str, str]] = {}  # object -> the message it answers, and its own id
         self._held: dict[str, int] = {}
+        self._others: dict[str, int] = {}
         self._lock = threading.Lock()
         self._node, self._client = node, client
         self._pull_messages, self._pull_object = client.PullMessages, client.PullObject
@@ -47,9 +52,12 @@ class Sizes:
     def _messages(self, request: Any) -> Any:
         response = self._pull_messages(request)
         for message, tree in zip(response.messages_list, response.message_object_trees, strict=True):
-            asked = message.metadata.reply_to_message_id
-            for part in iterate_object_tree(tree):
+            asked, most = message.metadata.reply_to_message_id, self._limits.get(message.metadata.reply_to_message_id)
+            for count, part in enumerate(iterate_object_tree(tree), 1):
                 self._replies[part.object_id] = asked, message.metadata.message_id
+                if most is not None and count > _SOME + most // _OBJECT:
+                    self._drop(asked, most, message.metadata.message_id, message.metadata.run_id)
+                    break
         return response
 
     def _object(self, request: PullObjectRequest) -> PullObjectResponse:
@@ -60,17 +68,25 @@ class Sizes:
         most = self._limits.get(asked)
         if most is None:
             return response
+        content = response.object_content
+        other = bool(content) and get_object_type_from_object_content(content) != _BYTES
         with self._lock:
-            held = self._held[asked] = self._held.get(asked, 0) + len(response.object_content)
-            if held <= most:
-                return response
+            held = self._held[asked] = self._held.get(asked, 0) + len(content)
+            others = self._others[asked] = self._others.get(asked, 0) + (len(content) if other else 0)
+        if held <= most and others <= max(most // _OTHERS_SHARE, _OTHERS_LEAST):
+            return response
+        self._drop(asked, most, reply, request.run_id)
+        return PullObjectResponse(object_found=False)
+
+    def _drop(self, asked: str, most: int, reply: str, run_id: int) -> None:
+        """Fetch no more of this reply, and have it deleted where it lies."""
+        with self._lock:
             first = asked not in self.too_large
             self.too_large[asked] = most
         if first:
             self._client.ConfirmMessageReceived(  # which deletes a message and its objects
-                ConfirmMessageReceivedRequest(node=self._node, run_id=request.run_id, message_object_id=reply)
+                ConfirmMessageReceivedRequest(node=self._node, run_id=run_id, message_object_id=reply)
             )
-        return PullObjectResponse(object_found=False)
 
 
 def of(grid: Grid) -> Sizes | None:

@@ -21,6 +21,7 @@ from fedlora import codec, wire
 from fedlora.adapter import CORE, AdapterState, LoraFactors
 from fedlora.clients import held_folds
 from fedlora.clients.client_app import app as client_app
+from fedlora.data import kept_back, most_kept_back
 from fedlora.errors import RunError, WireError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 from fedlora.results import folder_of
@@ -451,6 +452,33 @@ def test_bad_evaluations_are_left_out_of_the_means(tmp_path, tiny_llama, fresh_p
     assert set(entry["client-test"]["clients"]) == {"0", "1", "3"}
     assert "client 2: metric 'loss' is nan" in entry["client-test"]["failures"]["2"]
     assert np.isfinite(entry["client-test"]["mean"]["loss"])
+
+
+def test_an_evaluation_counts_for_no_more_rows_than_the_client_can_have(tmp_path, tiny_llama, fresh_process):
+    """Its number of training rows is known from the start, and the run says which share of its rows it tests on."""
+    keys = {"evaluate__clients": True, "data__client_test_fraction": 0.3, "federation__max_share": 0.0}
+    config = tiny(tmp_path, tiny_llama, federation__rounds=1, **keys)
+    local.run(config)
+    [entry] = json.loads((folder_of(config) / "result.json").read_text())["rounds"]
+    assert set(entry["client-test"]["clients"]) == set("0123")
+    honest = entry["client-test"]["clients"]["2"]["num-examples"]
+    other = tiny(tmp_path, tiny_llama, federation__rounds=1, run__id="two", **keys)
+    local.run(other, client_app=one_bad(set_head(**{"num-examples": 1000}), "evaluate"))
+    [entry] = json.loads((folder_of(other) / "result.json").read_text())["rounds"]
+    assert set(entry["client-test"]["clients"]) == set("013")
+    assert (
+        f"client 2 sent num-examples 1000, expected an integer from 0 to {honest}"
+        in (entry["client-test"]["failures"]["2"])
+    )
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.1, 0.3, 0.5, 0.9])
+def test_the_most_test_rows_are_those_that_a_client_could_have(fraction):
+    for rows in range(1, 200):
+        kept = kept_back(rows, fraction)
+        bound = most_kept_back(rows - kept, fraction)
+        possible = [kept_back(n, fraction) for n in range(1, 5000) if n - kept_back(n, fraction) == rows - kept]
+        assert kept <= bound == max(possible)
 
 
 @pytest.mark.parametrize(

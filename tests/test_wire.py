@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
@@ -210,6 +211,27 @@ def test_a_header_cannot_ask_for_more_memory_than_was_sent():
     header = b'{"layers.0.q_proj|A":{"dtype":"F32","shape":[9999999,99999],"data_offsets":[0,3999995600004]}}'
     repack(record, len(header).to_bytes(8, "little") + header + bytes(96))
     with pytest.raises(WireError, match="malformed"):
+        wire.decode_update(record, 7, SENT, BASE)
+
+
+def test_a_header_of_many_empty_tensors_is_refused_before_it_is_read(monkeypatch):
+    """Each entry is several objects in Python, many times as large as its text."""
+    record = wire.encode_update(update(), BASE)
+    with tensors_of(record) as arrays:
+        arrays |= {f"x{i}": np.zeros((0,), dtype=np.float32) for i in range(20_000)}
+    monkeypatch.setattr(safetensors.numpy, "load", lambda data: pytest.fail("it was read"))
+    with pytest.raises(
+        WireError, match=r"client 7: the header of 'adapter' is 1\d{6} bytes, and 5 tensors need no more"
+    ):
+        wire.decode_update(record, 7, SENT, BASE)
+
+
+def test_values_beyond_what_was_asked_for_are_refused_before_they_are_copied(monkeypatch):
+    record = wire.encode_update(update(), BASE)
+    with tensors_of(record) as arrays:
+        arrays["layers.0.q_proj|A"] = np.zeros((4, 60_000), dtype=np.float32)
+    monkeypatch.setattr(safetensors.numpy, "load", lambda data: pytest.fail("it was read"))
+    with pytest.raises(WireError, match=r"client 7: the tensors of 'adapter' hold 96\d{4} bytes, expected at most \d+"):
         wire.decode_update(record, 7, SENT, BASE)
 
 

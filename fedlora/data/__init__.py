@@ -14,7 +14,7 @@ from fedlora.data.classes import class_names
 from fedlora.data.examples import Example
 from fedlora.data.forms import encode, form_of, usable_rows
 from fedlora.data.lazy import LazyExamples
-from fedlora.data.partition import Split, client_split, joined, kept_back, split_rows
+from fedlora.data.partition import Split, client_split, joined, kept_back, most_kept_back, split_rows
 from fedlora.data.sources import PACKAGED, load_rows
 from fedlora.data.stats import ClientStatistics, client_statistics
 
@@ -34,6 +34,7 @@ __all__ = [
     "form_of",
     "kept_back",
     "load_rows",
+    "most_kept_back",
     "prepare",
     "split_rows",
     "usable_rows",

@@ -163,6 +163,12 @@ def kept_back(rows: int, fraction: float) -> int:
     return min(max(1, round(rows * fraction)), rows - 1) if fraction else 0
 
 
+def most_kept_back(left: int, fraction: float) -> int:
+    """The largest `kept_back` of a client to whom so many rows are left for training."""
+    most = int((left * fraction + 0.5) / (1 - fraction)) + 1
+    return next((kept for kept in range(most, 0, -1) if kept_back(left + kept, fraction) == kept), 0)
+
+
 def key_column(columns: Sequence[str], data: DataConfig) -> str:
     """The column whose values make natural clients, or are spread by dirichlet.
 

@@ -176,8 +176,8 @@ def _read_hub(config: DataConfig) -> Dataset:
 @contextmanager
 def _hub_or_cache(name: str) -> Iterator[None]:
     """Within the block, a hub that cannot be reached is not asked again and again: what was fetched before is used."""
-    import datasets
     import httpx
+    from datasets import config as settings
     from datasets.exceptions import DatasetsError
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
@@ -192,8 +192,8 @@ def _hub_or_cache(name: str) -> Iterator[None]:
     if reachable:
         yield
         return
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    before = constants.HF_HUB_OFFLINE, settings.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = settings.HF_HUB_OFFLINE = True
     try:
         yield
     except (DatasetsError, OSError, ValueError) as error:
@@ -202,4 +202,4 @@ def _hub_or_cache(name: str) -> Iterator[None]:
             "to look for it there; check the network, or give a file"
         ) from error
     finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE, settings.HF_HUB_OFFLINE = before

@@ -120,7 +120,7 @@ def spectrum(name: str, lines: Mapping[str, Sequence[float]], styles: Mapping[st
 
 def _ranks(
     clients: Sequence[Mapping[str, Any]], view: View, cells: Sequence[Mapping[str, Any]]
-) -> tuple[list[Mapping[str, Any]], str]:
+) -> tuple[Sequence[Mapping[str, Any]], str]:
     """The clients with the ranks that most strategies train them at, and a sentence on the strategies that differ."""
     found: dict[tuple[Any, ...], list[str]] = {}
     for row in view.strategies:

@@ -6,16 +6,22 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedlora import wire
 from fedlora.clients import envelope, resident, worker
 from fedlora.clients.client_app import app as client_app
+from fedlora.clients.vigil import Over, Vigil
 from fedlora.config import Config
 from fedlora.errors import ConfigError
 from fedlora.events import listen
@@ -63,7 +69,14 @@ def pid(socket: Path) -> int:
     return int(socket.with_name("worker.pid").read_text())
 
 
-def ask(config: Config, node_config: dict, kind: str = "train", seen: list | None = None, on_step=None) -> Message:
+def ask(
+    config: Config,
+    node_config: dict,
+    kind: str = "train",
+    seen: list | None = None,
+    on_step=None,
+    ttl: float | None = None,
+) -> Message:
     """One message's answer; what the worker tells goes to `seen`."""
 
     def tell(event, facts):
@@ -81,7 +94,7 @@ def ask(config: Config, node_config: dict, kind: str = "train", seen: list | Non
         client = wire.decode_info(answer.content, fingerprint, "node")
         content = wire.encode_broadcast(Broadcast(round=1, adapter=rounds.start(config, [client])), fingerprint)
     with listen(tell):
-        [answer] = grid.send_and_receive([Message(content, 2, kind, group_id="1")])
+        [answer] = grid.send_and_receive([Message(content, 2, kind, ttl=ttl, group_id="1")])
     return answer
 
 
@@ -170,6 +183,102 @@ def test_a_killed_worker_is_started_again_once(tmp_path, tiny_llama, socket):
     assert factors(answer) == factors(ask(config, {"partition-id": 0, "state": str(tmp_path)}))
     assert [kind for kind, _ in seen].count("worker-start") == 1  # another had come with the hello
     assert pid(socket) != killed[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_stopped_worker_is_noticed_and_replaced(tmp_path, tiny_llama, socket, monkeypatch):
+    """SIGSTOP, as a debugger or a machine without memory does it: it stays there, and says nothing for good."""
+    monkeypatch.setattr(resident, "_HEALTH_SECONDS", 2.0)
+    monkeypatch.setattr(resident, "_LOOK_SECONDS", 1.0)
+    config = tiny(tmp_path, tiny_llama, train__steps=200)
+    node_config = settings(socket, tmp_path)
+    stopped: list[int] = []
+
+    def stop_once(facts):
+        if not stopped:
+            stopped.append(pid(socket))
+            os.kill(stopped[0], signal.SIGSTOP)
+
+    seen: list = []
+    began = time.monotonic()
+    answer = ask(config, node_config, seen=seen, on_step=stop_once)
+    assert factors(answer) == factors(ask(config, {"partition-id": 0, "state": str(tmp_path)}))
+    assert pid(socket) != stopped[0]
+    assert not psutil.pid_exists(stopped[0]) or psutil.Process(stopped[0]).status() == psutil.STATUS_ZOMBIE
+    assert time.monotonic() - began < 120
+    # between two messages, too
+    os.kill(pid(socket), signal.SIGSTOP)
+    assert not ask(config, node_config, "query").has_error()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_worker_stops_when_the_messages_lifetime_is_over(tmp_path, tiny_llama, socket):
+    config = tiny(tmp_path, tiny_llama, train__steps=100_000)
+    began = time.monotonic()
+    answer = ask(config, settings(socket, tmp_path), ttl=5.0)
+    assert "train was left: it was not done within the 5 s that its message lives" in answer.error.reason
+    assert "federation.round-timeout" in answer.error.reason
+    assert not ask(tiny(tmp_path, tiny_llama), settings(socket, tmp_path)).has_error(), "it is free for the next"
+    alone = ask(config, {"partition-id": 0, "state": str(tmp_path)}, ttl=5.0)
+    assert alone.error.reason == answer.error.reason, "without a worker too"
+    assert time.monotonic() - began < 120
+
+
+@pytest.fixture
+def hanging(tmp_path_factory):
+    """A worker whose main thread hangs: it is well when asked, and sends the frames given, and then no more."""
+    path = tmp_path_factory.mktemp("h") / "worker.sock"
+    frames: list[bytes] = []
+    let_go = threading.Event()
+
+    def handle(request, context):
+        yield from frames
+        let_go.wait(60)
+
+    server = grpc.server(ThreadPoolExecutor(max_workers=4))
+    method = grpc.unary_stream_rpc_method_handler(handle)
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(envelope.SERVICE, {envelope.METHOD: method})])
+    service = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(service, server)
+    server.add_insecure_port(f"unix:{path}")
+    server.start()
+    service.set(envelope.SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    yield path, frames
+    let_go.set()
+    server.stop(grace=None).wait()
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_worker_that_hangs_while_it_is_well_is_killed(hanging, begins, monkeypatch):
+    path, frames = hanging
+    monkeypatch.setattr(resident, "_QUEUE_SECONDS", 1.0)
+    if begins:
+        frames += [envelope.pack_event(envelope.BEGUN, {}), envelope.pack_event("client-step", {"step": 1})]
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "worker"])
+    try:
+        path.with_name("worker.pid").write_text(str(child.pid))
+        says = (
+            r"no step for 1 s \(node config: worker-stall\)" if begins else "did not begin with the message within 1 s"
+        )
+        with pytest.raises(resident._PastHope, match=says):
+            resident._call(path, b"", Vigil(60.0), 1.0)
+        child.wait(timeout=10)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_worker_that_is_silent_as_it_loads_its_model_is_waited_for(hanging):
+    path, frames = hanging
+    frames.append(envelope.pack_event(envelope.BEGUN, {}))
+    vigil = Vigil(2.0)
+    watching = threading.Thread(target=vigil.keep, args=(None,))
+    watching.start()
+    with pytest.raises(Over, match="within the 2 s that its message lives"):
+        resident._call(path, b"", vigil, 0.5)
+    watching.join()
 
 
 @pytest.mark.slow

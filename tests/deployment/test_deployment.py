@@ -9,8 +9,10 @@ import subprocess
 import tempfile
 import threading
 import time
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -98,7 +100,9 @@ def clock():
     ("there", "says"),
     [
         (-3600, "clock is 3[56]\\d\\d s ahead of that of the server"),
-        (-10, r"clock is \d+ s ahead of"),
+        (-10, r"clock is [\d.]+ s ahead of"),
+        (-5.4, r"clock is 5\.[34] s ahead of"),
+        (305.6, r"clock is 30[56] s behind that of"),
         (400, r"clock is [34]\d\d s behind that of the server"),
         (-10 * 365 * 86400, r"clock is 36\d\d days ahead of"),
     ],
@@ -107,17 +111,67 @@ def test_a_clock_that_is_off_is_named_before_flowers_node_starts(tmp_path, monke
     address, ahead = clock
     ahead[0] = there
     monkeypatch.setattr(deployment, "_Programs", lambda *_: pytest.fail("Flower's node was started"))
-    with pytest.raises(RunError, match=f"{says}.*more than 5 s ahead or 300 s behind; set the clock"):
+    with pytest.raises(RunError, match=f"{says}.*more than 5 s ahead or 305 s behind; set the clock"):
         deployment.join(address, None, None, node_config={}, state=tmp_path / "state", insecure=True)
 
 
-@pytest.mark.parametrize("there", [0, 3, -3, 200])
+@pytest.mark.parametrize("there", [0, 3, -3, 200, -4.6, 304.4])
 def test_clocks_may_differ_a_little(clock, there):
     address, ahead = clock
     ahead[0] = there
     off = deployment.check_server(address, None)
     assert abs(off + there) <= 2.0
-    deployment.check_clock(off, address)
+    deployment.check_clock(deployment._exactly(off, address, None), address)
+
+
+def test_a_node_whose_signature_is_refused_says_so(tmp_path, monkeypatch, clock):
+    """All that Flower's node says is that it finished."""
+
+    class Programs:
+        log = tmp_path / "node.log"
+
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def start(self, command, more=None):
+            return SimpleNamespace(poll=lambda: 0)
+
+        def wait(self, meanwhile=None):
+            return "flower-supernode", "INFO: Finished server process [42]"
+
+    monkeypatch.setattr(deployment, "_Programs", Programs)
+    with pytest.raises(RunError, match="does not take any more what this node signs: its key is no longer registered"):
+        deployment.join(clock[0], None, None, node_config={}, state=tmp_path / "state", insecure=True)
+
+
+def test_an_expired_certificate_is_named_at_once(tmp_path, monkeypatch):
+    certificates.make(tmp_path / "old", nodes=["north"], days=0)
+    old = tmp_path / "old"
+    says = r"old/ca\.crt: the certificate expired on \d{4}-.* UTC, and this machine's clock says .*; make new ones"
+    with pytest.raises(ConfigError, match=says):
+        deployment.serve(old, host="127.0.0.1", port=9092, state=tmp_path / "state")
+    with pytest.raises(ConfigError, match=says):
+        deployment.join("127.0.0.1:9", old / "ca.crt", old / "north", node_config={}, state=tmp_path / "state")
+    with pytest.raises(ConfigError, match=says), deployment._connection("127.0.0.1:9", old / "ca.crt", insecure=False):
+        pass
+    assert not (tmp_path / "state").exists()
+    certificates.make(tmp_path / "new", nodes=["north"])
+    deployment.check_dates(tmp_path / "new" / "server.pem")
+
+    class Early(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2001, 1, 1, tzinfo=tz)
+
+    monkeypatch.setattr(deployment, "datetime", Early)
+    with pytest.raises(ConfigError, match=r"server\.pem: the certificate is not valid before 20.*set the clock"):
+        deployment.check_dates(tmp_path / "new" / "server.pem")
 
 
 def test_a_server_that_tells_no_time_is_taken():

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
@@ -15,6 +15,9 @@ from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedlora.clients import held_folds
+from fedlora.clients.client_app import app as client_app
+from fedlora.errors import RunError
+from fedlora.events import listen
 from fedlora.results import folder_of
 from fedlora.simulations import local
 from fedlora.strategies import mailbox, roster
@@ -179,21 +182,86 @@ def test_where_enough_have_answered_nobody_waits_for_the_absent(monkeypatch):
     assert time.monotonic() - began < 5
 
 
-def test_nobody_waits_for_one_that_hangs_once_enough_have_answered():
-    """The first question may take a download: the deadline is long, and holds while answers are lacking."""
+class Hanging(local.LocalGrid):
+    """The first node is connected, and never says who it is."""
 
-    class Hanging(Scripted):
-        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-            nodes = {
-                known: self._waiting[known].metadata.dst_node_id for known in message_ids if known in self._waiting
-            }
-            return super().pull_messages([known for known, node in nodes.items() if node == 3])
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        others = [one for one in message_ids if one in self._waiting and self._waiting[one].metadata.dst_node_id != 2]
+        return super().pull_messages(others)
 
-    for wanted, longest in ((False, 5.0), (True, 30.0)):
-        began = time.monotonic()
-        answers, _ = ask_both(Hanging([]), timeout=1.0, enough_after=0.2, wanted=lambda wanted=wanted: wanted)
-        assert sorted(answers) == [(2, False), (3, True)]
-        assert (0.2 if not wanted else 1.0) <= time.monotonic() - began < longest
+
+def test_a_node_that_hangs_is_waited_for_no_longer_than_the_wait_timeout(
+    tmp_path, tiny_llama, fresh_process, monkeypatch
+):
+    monkeypatch.setattr(local, "LocalGrid", Hanging)
+    config = tiny(tmp_path, tiny_llama, federation__rounds=1, federation__wait_timeout=2.0)
+    began = time.monotonic()
+    local.run(config)
+    result = json.loads((folder_of(config) / "result.json").read_text())
+    assert [set(entry["clients"]) for entry in result["rounds"]] == [set("123")]
+    strict = tiny(tmp_path, tiny_llama, federation__wait_timeout=2.0, federation__min_clients=4, run__id="strict")
+    with pytest.raises(RunError, match=r"3 of 4 clients connected within 2 s \(connected, and without .* node 2;"):
+        local.run(strict)
+    assert time.monotonic() - began < 60
+
+
+class Late(local.LocalGrid):
+    """The last node connects after the first round."""
+
+    def get_node_ids(self) -> Iterable[int]:
+        nodes = list(super().get_node_ids())
+        trained = self.__dict__.get("trained", False)
+        return nodes if trained else nodes[:-1]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(super().pull_messages(message_ids))
+        self.__dict__["trained"] = self.__dict__.get("trained") or any(
+            reply.metadata.message_type == "train" for reply in replies
+        )
+        return replies
+
+
+@pytest.mark.parametrize("name", ["flora", "fedsa", "hetlora", "lora-fair", "fedex", "flexlora"])
+def test_a_client_that_comes_later_takes_part_from_the_next_round(
+    tmp_path, tiny_llama, fresh_process, monkeypatch, name
+):
+    """With every fold that it lacks: what it learns is what it would have learned, had it been away for a round."""
+    keys = {"strategy__name": name, "evaluate__server": name != "fedsa", "evaluate__clients": name == "fedsa"}
+    config = tiny(tmp_path, tiny_llama, federation__rounds=3, federation__wait_timeout=0.0, **keys)
+    with monkeypatch.context() as patched:
+        patched.setattr(local, "LocalGrid", Late)
+        local.run(config)
+    result = json.loads((folder_of(config) / "result.json").read_text())
+    assert [sorted(entry["clients"]) for entry in result["rounds"]] == [list("012"), list("0123"), list("0123")]
+    assert [about.get("joined-in-round") for about in result["clients"]] == [None, None, None, 2]
+    held_folds._held.clear()
+
+    class Away(ClientApp):
+        def __call__(self, message: Message, context: Context) -> Message:
+            kind, number = message.metadata.message_type, message.metadata.group_id
+            if kind != "query" and number == "1" and context.node_config["partition-id"] == 3:
+                raise RuntimeError("not there")
+            return client_app(message, context)
+
+    other = tiny(tmp_path, tiny_llama, federation__rounds=3, run__id="away", **keys)
+    local.run(other, client_app=Away())
+    one, two = saved_adapter(folder_of(config)), saved_adapter(folder_of(other))
+    assert one.keys() == two.keys()
+    assert all(one[name].equal(two[name]) for name in one)
+
+
+def test_a_client_that_comes_later_and_cannot_be_served_is_named_and_the_run_goes_on(
+    tmp_path, tiny_llama, fresh_process, monkeypatch
+):
+    monkeypatch.setattr(local, "LocalGrid", Late)
+    ranks = {"lora__ranks": "2,2,2,4", "strategy__name": "fedavg-zeropad"}
+    config = tiny(tmp_path, tiny_llama, federation__rounds=2, federation__wait_timeout=0.0, **ranks)
+    seen: list[str] = []
+    with listen(lambda kind, facts: seen.append(facts["reason"]) if kind == "client-failed" else None):
+        local.run(config)
+    result = json.loads((folder_of(config) / "result.json").read_text())
+    assert [sorted(entry["clients"]) for entry in result["rounds"]] == [list("012"), list("012")]
+    assert any("client 3 on node 5 cannot join the run: " in reason and "rank 4" in reason for reason in seen)
 
 
 class Restarted(local.LocalGrid):

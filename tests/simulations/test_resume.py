@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def result_of(folder: Path) -> dict[str, Any]:
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """The adapter, the server's whole state, and what each client keeps for itself after the last round."""
-    [state] = (folder / "state").iterdir()
+    state = max((folder / "state").iterdir(), key=lambda path: int(path.stem.removeprefix("round-")))
     files = {"adapter": folder / "adapter" / "adapter_model.safetensors", "state": state}
     [run] = (folder / "clients").iterdir() if (folder / "clients").exists() else [folder / "nothing"]
     files |= {str(path.relative_to(run)): path for path in run.rglob("*.safetensors")}
@@ -95,6 +96,11 @@ def assert_same_bits(one: Path, two: Path) -> None:
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
     assert any(bool(tensor.any()) for name, tensor in left.items() if name.startswith(("adapter", "client-")))
+
+
+def assert_differ(one: Path, two: Path) -> None:
+    left, right = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two))
+    assert any(key not in right or not torch.equal(left[key], right[key]) for key in left)
 
 
 def die(config: Config, when: Callable[[str, dict[str, Any]], bool]) -> Path:
@@ -122,9 +128,54 @@ def amid_round(number: int) -> Callable[[str, dict[str, Any]], bool]:
     return when
 
 
-def go_on(folder: Path, *overrides: str) -> dict[str, Any]:
-    local.run(resumed(folder, overrides))
+def go_on(folder: Path, *overrides: str, from_round: int = -1) -> dict[str, Any]:
+    local.run(resumed(folder, overrides, from_round))
     return result_of(folder)
+
+
+@pytest.mark.parametrize("name", ["flora", "lora-fair-int8", "fedsa"])
+def test_a_run_goes_back_to_an_earlier_round_with_all_that_was_kept_then(tmp_path, tiny_llama, name):
+    """Also what clients keep for themselves, and also after a process that died: the same bits from there on."""
+    whole = config_of(tmp_path, tiny_llama, name, run__id="whole")
+    local.run(whole)
+    forget()
+    config = config_of(tmp_path, tiny_llama, name)
+    local.run(config)
+    forget()
+    folder = folder_of(config)
+    assert sorted(path.name for path in (folder / "state").iterdir()) == [
+        f"round-{number}.safetensors" for number in (2, 3, 4)
+    ]
+    with pytest.raises(RunError, match="no state after round 1 is kept; there are those after rounds: 2, 3, 4"):
+        go_on(folder, from_round=1)
+    forget()
+
+    def die_in_round_3(kind: str, facts: dict[str, Any]) -> None:
+        if kind == "client-step" and facts["round"] == 3:
+            raise Killed
+
+    with listen(die_in_round_3), pytest.raises(Killed):
+        go_on(folder, from_round=2)
+    forget()
+    assert [path.name for path in (folder / "state").iterdir()] == ["round-2.safetensors"]
+    assert [entry["round"] for entry in result_of(folder)["rounds"]] == [1, 2]
+    if name != "fedsa":  # what it saves is a part of a model
+        assert_differ(folder, folder_of(whole))
+    result = go_on(folder)  # as any run whose process died, from where it had gone back to
+    assert result["status"] == "completed"
+    assert [entry["round"] for entry in result["rounds"]] == [1, 2, 3, 4]
+    assert_same_bits(folder_of(whole), folder)
+
+
+def test_a_run_goes_back_after_another_learning_went_wrong_and_keeps_as_many_states_as_asked(tmp_path, tiny_llama):
+    config = config_of(tmp_path, tiny_llama, "flora", run__keep=1)
+    local.run(config)
+    folder = folder_of(config)
+    assert [path.name for path in (folder / "state").iterdir()] == ["round-4.safetensors"]
+    with pytest.raises(RunError, match=r"all 4 rounds are complete.*to go back give --from-round"):
+        resumed(folder)
+    with pytest.raises(ConfigError, match=r"run.from-round goes back in a run that is resumed"):
+        parse({"run.from-round": 2})
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RUNS])
@@ -160,13 +211,13 @@ def test_it_may_die_anywhere_and_again(tmp_path, tiny_llama, monkeypatch, name):
     assert result_of(folder)["rounds"] == []
     save = checkpoint.save
 
-    def dies_before(state_folder: Path, state: Any, round: int, run: str) -> None:
+    def dies_before(state_folder: Path, state: Any, round: int, run: str, keep: int) -> None:
         if round == 2:
             raise Killed
-        save(state_folder, state, round, run)
+        save(state_folder, state, round, run, keep)
 
-    def dies_after(state_folder: Path, state: Any, round: int, run: str) -> None:
-        save(state_folder, state, round, run)
+    def dies_after(state_folder: Path, state: Any, round: int, run: str, keep: int) -> None:
+        save(state_folder, state, round, run, keep)
         if round in (3, ROUNDS):
             raise Killed
 
@@ -257,7 +308,7 @@ def test_a_folder_without_a_run_is_one_sentence(tmp_path, tiny_llama):
 
 
 def test_a_checkpoint_that_is_gone_broken_or_foreign_is_one_sentence(tmp_path, tiny_llama):
-    folder = die(config_of(tmp_path, tiny_llama, "flora"), amid_round(4))
+    folder = die(config_of(tmp_path, tiny_llama, "flora", run__keep=1), amid_round(4))
     path = folder / "state" / "round-3.safetensors"
     good = path.read_bytes()
     path.write_bytes(good[: len(good) // 2])
@@ -266,7 +317,7 @@ def test_a_checkpoint_that_is_gone_broken_or_foreign_is_one_sentence(tmp_path, t
     path.unlink()
     with pytest.raises(RunError, match="3 rounds are recorded, and there is no checkpoint in"):
         go_on(folder)
-    other = die(config_of(tmp_path, tiny_llama, "flora", run__id="other"), amid_round(4))
+    other = die(config_of(tmp_path, tiny_llama, "flora", run__id="other", run__keep=1), amid_round(4))
     path.write_bytes((other / "state" / "round-3.safetensors").read_bytes())
     with pytest.raises(RunError, match=r"round-3\.safetensors: the checkpoint of another run"):
         go_on(folder)
@@ -286,8 +337,13 @@ def test_another_base_model_is_refused(tmp_path, tiny_llama):
 def test_two_processes_cannot_be_at_one_run(tmp_path, tiny_llama):
     config = config_of(tmp_path, tiny_llama, "flora")
     record = RunRecord(config)
-    with pytest.raises(RunError, match="another process is still at this run"):
-        local.run(resumed(record.folder))
+    (record.folder / "result.json").write_text(json.dumps(result_of(record.folder) | {"error": "of the time before"}))
+    says = rf"process {os.getpid()} on .* is still at this run; wait for it, or stop it \(kill {os.getpid()}\)"
+    with pytest.raises(RunError, match=says):
+        resumed(record.folder)
+    again = replace(config, run=replace(config.run, resume=True))
+    with pytest.raises(RunError, match=says):
+        local.run(again)
     record.finish("interrupted")
     assert go_on(record.folder)["status"] == "completed"
 
@@ -311,7 +367,7 @@ def test_too_few_clients_fail_the_run_and_it_can_go_on(tmp_path, tiny_llama):
     folder = folder_of(config)
     result = result_of(folder)
     assert result["status"] == "failed"
-    assert [path.name for path in (folder / "state").iterdir()] == ["round-2.safetensors"]
+    assert (folder / "state" / "round-2.safetensors").is_file()
     forget()
     assert go_on(folder)["status"] == "completed"
     assert_same_bits(folder, folder_of(whole))
@@ -337,7 +393,9 @@ def test_a_full_disk_fails_the_run_and_it_can_go_on(tmp_path, tiny_llama, monkey
     result = result_of(folder)
     assert result["status"] == "failed"
     assert "round-3.safetensors" in result["error"]
-    assert [path.name for path in (folder / "state").iterdir()] == ["round-2.safetensors"]
+    assert sorted(path.name for path in (folder / "state").iterdir()) == [
+        f"round-{number}.safetensors" for number in (1, 2)
+    ]
     forget()
     go_on(folder)
     assert_same_bits(folder, folder_of(whole))

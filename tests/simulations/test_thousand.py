@@ -142,9 +142,9 @@ def test_what_clients_keep_lies_on_disk_alone_and_only_of_those_that_were_at_wor
     loaded: list[int] = []
     save, read = own_state.save, own_state.load
 
-    def saving(folder: Path, kind: str, state: AdapterState, round: int) -> None:
+    def saving(folder: Path, kind: str, state: AdapterState, round: int, keep: int) -> None:
         states.append(weakref.ref(state))
-        save(folder, kind, state, round)
+        save(folder, kind, state, round, keep)
 
     def loading(folder: Path, kind: str, round: int) -> AdapterState | None:
         state = read(folder, kind, round)

@@ -159,11 +159,22 @@ def test_middles_are_taken_at_one_scaling() -> None:
     assert_near(got, dense_deltas(first.adapter), 1e-6)
 
 
+@pytest.mark.parametrize("claim", [10, 10**9])
+def test_a_claim_of_examples_does_not_outweigh_a_bounded_norm(claim: int) -> None:
+    """What one client can pull is its distance and its weight, and both are bounded by the others' middle."""
+    everyone = [replace(client, num_examples=10) for client in clients(5)]
+    state, updates = begin(FedAvg(), everyone, 0)
+    loud = [*updates[:4], replace(updates[4], num_examples=claim)]
+    got = outcome(Robust(FedAvg(), bound=2.0), state, loud)
+    most = [*updates[:4], replace(updates[4], num_examples=min(claim, 20))]
+    assert_near(got, outcome(Robust(FedAvg(), bound=2.0), state, most), 1e-12)
+
+
 @pytest.mark.parametrize("name", ["flora", "fedavg", "flexlora", "ffa", "rolora", "fedex"])
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 999), bound=st.sampled_from([1.0, 1.3]))
 def test_norms_are_bounded_by_dense_loops(name: str, seed: int, bound: float) -> None:
-    """What was too far off is at the limit, on its line; the rest is as it came."""
+    """What was too far off is at the limit, on its line, and so are claims of examples; the rest is as it came."""
     strategy = load(name)
     everyone = clients(4, (3, 1, 4, 2) if strategy.unequal_ranks else (3,))
     state, updates = begin(strategy, everyone, seed)
@@ -197,6 +208,8 @@ def test_norms_are_bounded_by_dense_loops(name: str, seed: int, bound: float) ->
             low, high = (middle, high) if short else (low, middle)
         expected.append(scaled_move(update, start_, low))
         assert distance(expected[-1], start_) == pytest.approx(limit, rel=1e-5)
+    claims = sorted(update.num_examples for update in updates)
+    expected = [replace(u, num_examples=min(u.num_examples, int(bound * claims[1]))) for u in expected]
     assert_near(outcome(Robust(strategy, bound=bound), state, updates), outcome(strategy, state, expected), 1e-5)
 
 

@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedlora import wire
-from fedlora.config import parse
+from fedlora import parts, wire
+from fedlora.config import Scalar, parse
 from fedlora.errors import RunError
 from fedlora.exchange import ClientInfo
 from fedlora.simulations import local
 from fedlora.strategies import bindings, roster
 
 BASE = "abc123"
+Claims = Mapping[int, int | list[int]]
 
 
 class Registered(local.LocalGrid):
-    """Nodes with keys, known since some time; each says that it is the client that `claims` names."""
+    """Nodes with keys, known since some time; each says that it is the client, or the clients, that `claims` names."""
 
-    def __init__(self, claims: dict[int, int], keys: dict[int, bytes], since: dict[int, str] | None = None) -> None:
+    def __init__(self, claims: Claims, keys: dict[int, bytes], since: dict[int, str] | None = None) -> None:
         app = ClientApp()
 
         @app.query()
         def describe(message: Message, context: Context) -> Message:
-            info = ClientInfo(client_id=claims[context.node_id], rank=4, num_examples=10)
-            return Message(wire.encode_info(info, BASE), reply_to=message)
+            claim = claims[context.node_id]
+            if isinstance(claim, list):
+                return Message(parts.join({client: told(client) for client in claim}), reply_to=message)
+            return Message(told(claim), reply_to=message)
 
         super().__init__(app, [{} for _ in claims], {}, 1)
         self._about = [
@@ -42,9 +45,16 @@ class Registered(local.LocalGrid):
         return self._about
 
 
-def met(claims: dict[int, int], keys: dict[int, bytes], since: dict[int, str] | None = None) -> dict[int, int]:
+def told(client: int, rank: int = 4) -> RecordDict:
+    return wire.encode_info(ClientInfo(client_id=client, rank=rank, num_examples=10), BASE)
+
+
+def met(
+    claims: Claims, keys: dict[int, bytes], since: dict[int, str] | None = None, **federation: Scalar
+) -> dict[int, int]:
     """Client id -> the node that is that client."""
-    config = parse({"federation.clients": 4, "federation.wait-timeout": 0.0, "lora.rank-pattern": ""})
+    keys_of = {f"federation.{key.replace('_', '-')}": value for key, value in federation.items()}
+    config = parse({"federation.clients": 4, "federation.wait-timeout": 0.0, "lora.rank-pattern": ""} | keys_of)
     return roster.meet(Registered(claims, keys, since), config, BASE).nodes
 
 
@@ -85,6 +95,65 @@ def test_without_a_servers_state_ids_are_free_from_run_to_run():
     assert met({2: 0, 3: 1}, {}) == {0: 2, 1: 3}
     assert met({2: 1, 3: 0}, {}) == {1: 2, 0: 3}
     assert met({2: 0, 3: 0}, {}) == {0: 2}
+
+
+TEN = list(range(10, 20))
+
+
+@pytest.mark.parametrize("hostile", [2, 5])
+def test_a_node_that_says_it_is_ten_clients_does_not_outnumber_the_others(hostile, caplog):
+    """Whoever answers first: of four clients, those of nodes with fewer come first."""
+    honest = [node for node in range(2, 6) if node != hostile]
+    claims: dict[int, int | list[int]] = {hostile: TEN} | {node: client for client, node in enumerate(honest)}
+    found = met(claims, {})
+    assert len(found) == 4
+    assert {client: node for client, node in found.items() if node != hostile} == dict(enumerate(honest))
+    assert "stays out: federation.clients = 4" in caplog.text
+
+
+def test_who_took_part_before_comes_before_who_is_new(server):
+    keys = {2: b"mallory", 3: b"left", 4: b"right"}
+    assert met({2: 99, 3: [0, 1], 4: [2, 3]}, keys, {2: "1", 3: "2", 4: "3"}, clients=5) == {
+        99: 2,
+        0: 3,
+        1: 3,
+        2: 4,
+        3: 4,
+    }
+    # a new key with one client, against known ones with two each
+    keys = {2: b"new", 3: b"left", 4: b"right"}
+    assert met({2: 50, 3: [0, 1], 4: [2, 3]}, keys, {2: "0"}) == {0: 3, 1: 3, 2: 4, 3: 4}
+
+
+def test_the_number_of_a_keys_clients_is_bound_too(server, caplog):
+    assert met({2: [0, 1]}, {2: b"left"}) == {0: 2, 1: 2}
+    assert met({2: [0, 1, 2, 3]}, {2: b"left"}) == {0: 2, 1: 2}
+    assert "node 2 says that it is client 2, and is refused: its key belongs to client 0" in caplog.text
+
+
+def test_a_node_with_more_clients_than_the_run_allows_is_refused(caplog):
+    assert met({2: [0, 1, 2], 3: 3}, {}, max_hosted=2) == {3: 3}
+    assert "node 2 says that it is 3 clients, and is refused: federation.max-hosted = 2" in caplog.text
+    assert met({2: [0, 1], 3: 3}, {}, max_hosted=2) == {0: 2, 1: 2, 3: 3}
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"lora.ranks": "2,1"}, "has rank 4, and the largest of lora.ranks is 2"),
+        ({"lora.ranks": "", "lora.rank": 3}, "has rank 4, and the largest of lora.ranks is 3"),
+        ({"lora.ranks": "8", "federation.max-rank": 2}, "has rank 4, and federation.max-rank = 2"),
+    ],
+)
+def test_a_rank_beyond_the_runs_is_refused_before_the_run(keys, says):
+    config = parse({"federation.wait-timeout": 0.0, **keys})
+    with pytest.raises(RunError, match=f"node 2 {says}"):
+        roster.meet(Registered({2: 0}, {}), config, BASE)
+
+
+def test_a_larger_rank_may_be_allowed():
+    config = parse({"federation.wait-timeout": 0.0, "lora.ranks": "2", "federation.max-rank": 4})
+    assert roster.meet(Registered({2: 0}, {}), config, BASE).infos[0].rank == 4
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"x": "y"}', '{"0": 3}', "{"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import deployment, doctor, superlink_database
+from fedlora import deployment, doctor, superlink_data
 from fedlora.errors import RunError
 
 
@@ -16,7 +16,7 @@ from fedlora.errors import RunError
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The database that Flower's own steps make."""
     path = tmp_path_factory.mktemp("superlink") / "whole.db"
-    superlink_database._finish(path)
+    superlink_data._finish(path)
     return path.read_bytes()
 
 
@@ -34,7 +34,7 @@ def test_nothing_is_wrong_with_a_whole_one_a_new_one_or_none(tmp_path: Path, who
     (tmp_path / "new.db").touch()
     for name in ("whole.db", "new.db", "none.db"):
         before = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else None
-        assert superlink_database.check(tmp_path / name) == ""
+        assert superlink_data.broken(tmp_path / name) == ""
         after = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else None
         assert after == before  # it is looked at, and not changed
 
@@ -48,7 +48,7 @@ def test_nothing_is_wrong_with_a_whole_one_a_new_one_or_none(tmp_path: Path, who
 )
 def test_what_a_killed_start_leaves_is_named_with_what_to_do(tmp_path: Path, whole: bytes, statement: str) -> None:
     path = changed(tmp_path / "superlink.db", whole, statement)
-    fault = superlink_database.check(path)
+    fault = superlink_data.broken(path)
     assert fault.startswith(f"{path}: a SuperLink was killed while it made this database (")
     assert "delete it" in fault
     assert "\n" not in fault
