@@ -23,11 +23,11 @@ def grow(database, megabytes: int) -> None:
     """What a reply does that is stored, and deleted once it was read or refused; in Flower's own journal mode."""
     with closing(sqlite3.connect(database)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("CREATE TABLE IF NOT EXISTS objects (id INTEGER PRIMARY KEY, content BLOB)")
+        connection.execute("CREATE TABLE IF NOT EXISTS uploads (id INTEGER PRIMARY KEY, content BLOB)")
         for _ in range(megabytes):
-            connection.execute("INSERT INTO objects (content) VALUES (zeroblob(?))", (MEGABYTE,))
+            connection.execute("INSERT INTO uploads (content) VALUES (zeroblob(?))", (MEGABYTE,))
         connection.commit()
-        connection.execute("DELETE FROM objects")
+        connection.execute("DELETE FROM uploads")
         connection.commit()
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
