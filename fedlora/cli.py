@@ -21,6 +21,7 @@ from fedlora import __version__, processes
 from fedlora import config as configuration
 from fedlora.cli_adapters import adapters, kept_by_clients
 from fedlora.cli_experiments import experiments
+from fedlora.cli_nodes import members
 from fedlora.errors import ConfigError, DataError, FedLoraError, of_the_disk, suggest
 
 if TYPE_CHECKING:
@@ -248,6 +249,7 @@ def _interruptible(folder: Path, server: str | None) -> Iterator[None]:
 
 app.add_typer(adapters)
 app.add_typer(experiments)
+app.add_typer(members)
 
 
 def _say_version(wanted: bool) -> None:
@@ -275,13 +277,24 @@ def certs(
         list[str] | None, typer.Option(help="IP address of the server; repeat for more. 127.0.0.1 is always one.")
     ] = None,
     nodes: Annotated[str, typer.Option(help="Key pairs: a number, or names such as north,south.")] = "",
+    *,
+    renew: Annotated[
+        bool, typer.Option("--renew", help="A new certificate of the server, by the authority in DIR that nodes know.")
+    ] = False,
 ) -> None:
     """Make a certificate authority, the server's certificate, and key pairs for nodes; nothing is overwritten.
 
-    With --nodes alone, an existing folder gets more key pairs.
+    With --nodes alone, an existing folder gets more key pairs. Better, each node makes its own: fedlora key.
+    With --renew, the server gets a new certificate before the old one ends; restart it then, nodes need nothing.
     """
     from fedlora import certificates
 
+    if renew:
+        if nodes:
+            raise ConfigError("certs: --renew is of the server's certificate alone; add nodes in another command")
+        for path in certificates.renew(folder, server_name or [], ip or []):
+            out.print(str(path), soft_wrap=True)
+        return
     for path in certificates.make(folder, server_name or [], ip or [], certificates.numbered(nodes)):
         out.print(str(path), soft_wrap=True)
 
@@ -304,19 +317,6 @@ def server(
     folder = state or _state_folder("server", str(port))
     with _told_to_stop(insecure):
         deployment.serve(certs, host=host, port=port, state=folder, database=database, insecure=insecure)
-
-
-@app.command()
-def register(
-    keys: Annotated[list[Path], typer.Argument(metavar="KEY.pub...", help="Public keys of nodes.")],
-    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="The server.")] = "127.0.0.1:9092",
-    ca: Authority = None,
-) -> None:
-    """Let a server know its nodes by their public keys."""
-    from fedlora import deployment
-
-    for line in deployment.register(keys, server, ca):
-        out.print(line, soft_wrap=True)
 
 
 @app.command()

@@ -7,6 +7,7 @@ everything else, and without that secret it answers whoever reaches it.
 
 from __future__ import annotations
 
+import base64
 import getpass
 import http.client
 import logging
@@ -18,6 +19,8 @@ import subprocess
 import tempfile
 import threading
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -41,6 +44,7 @@ _NAME = "federation"
 _REFUSED = "[code: 2004]"  # Flower's answer to a key that it does not know, and to one whose node is still online
 _SIGNED_IN_VAIN = "Finished server process"  # all that Flower's node says when the server answers it with 401
 _BEHIND_SECONDS = TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
+_ASK_SECONDS = 10.0  # for the first answer of a server
 _RETRY_SECONDS = 5.0
 _LOOK_SECONDS = 30.0  # between looks at the database's size and room
 _SUPERLINK = "flower-superlink"
@@ -78,6 +82,7 @@ def serve(
     )
     trust = ["--insecure"] if insecure else ["--root-certificates", str(files[0])]
     if not insecure:
+        certificates.check_private(files[2])
         _check_pair(*files[1:])
         for file in files[:2]:
             check_dates(file)
@@ -144,7 +149,8 @@ def join(
     """
     trust = ["--insecure"]
     if not insecure:
-        ca, key = _given(ca, "--ca", "ca.crt"), _given(key, "--key", "the private key of this node")
+        ca, key = given(ca, "--ca", "ca.crt"), given(key, "--key", "the private key of this node")
+        certificates.check_private(key)
         check_dates(ca)
         trust = ["--root-certificates", str(ca), "--auth-supernode-private-key", str(key)]
     else:
@@ -201,28 +207,6 @@ def _who() -> str:
     return f"{user}@{platform.node()}"
 
 
-def register(keys: Sequence[Path], server: str, ca: Path | None) -> list[str]:
-    """Let the server know the public keys of nodes; returns one line about each.
-
-    Raises:
-        ConfigError: a file is missing.
-        RunError: the server cannot be reached or trusted, or refuses a key.
-    """
-    files = [_given(key, "KEY", "the public key of a node, such as certs/node0.pub") for key in keys]
-    lines: list[str] = []
-    with _connection(server, ca, insecure=False) as connection:
-        for file in files:
-            answer = connection.ask("supernode", "register", str(file), _NAME, "--format", "json")
-            problem = flower_programs.reason_of(str(answer.get("error-message", "")))
-            if "already in use" in problem:
-                lines.append(f"{file.name}: registered already")
-            elif answer.get("success"):
-                lines.append(f"{file.name}: registered as node {answer.get('node-id')}")
-            else:
-                raise RunError(f"{file}: the server refuses this key: {problem or answer}")
-    return lines
-
-
 def run(config: Config, server: str, ca: Path | None, insecure: bool = False) -> None:
     """Run a federation on the nodes that are connected to a server.
 
@@ -250,10 +234,7 @@ def check_server(server: str, ca: Path | None) -> float:
     host, port = _split(server)
     context = None if ca is None else trusting(ca)
     try:
-        if context is None:
-            asked = http.client.HTTPConnection(host, port, timeout=10)
-        else:
-            asked = http.client.HTTPSConnection(host, port, timeout=10, context=context)
+        asked = _asking(host, port, context)
         try:
             began = time.time()
             asked.request("GET", "/health")
@@ -280,6 +261,25 @@ def check_server(server: str, ca: Path | None) -> float:
         raise _NotThere(
             f"nobody answers at {server} ({error}); start the server, or check address and firewall"
         ) from None
+
+
+def _asking(host: str, port: int, context: ssl.SSLContext | None) -> http.client.HTTPConnection:
+    """A connection to a server; over TLS as Flower's own, through the proxy of HTTPS_PROXY, but for NO_PROXY."""
+    if context is None:
+        return http.client.HTTPConnection(host, port, timeout=_ASK_SECONDS)
+    proxy = urllib.request.getproxies_environment().get("https")
+    if not proxy or urllib.request.proxy_bypass_environment(f"{host}:{port}"):
+        return http.client.HTTPSConnection(host, port, timeout=_ASK_SECONDS, context=context)
+    there = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    if not there.hostname:
+        raise ConfigError(f"HTTPS_PROXY: {proxy!r} names no host, expected such as http://proxy.example.org:3128")
+    asked = http.client.HTTPSConnection(there.hostname, there.port or 80, timeout=_ASK_SECONDS, context=context)
+    own = (
+        f"{urllib.parse.unquote(there.username)}:{urllib.parse.unquote(there.password or '')}" if there.username else ""
+    )
+    known = {"Proxy-Authorization": f"Basic {base64.b64encode(own.encode()).decode()}"} if own else {}
+    asked.set_tunnel(host, port, known)
+    return asked
 
 
 def _ahead(told: str, began: float, ended: float) -> float:
@@ -415,7 +415,7 @@ class _Programs:
 @contextmanager
 def _connection(server: str, ca: Path | None, insecure: bool) -> Iterator[Connection]:
     """A connection of `flwr` to a server that was just found there."""
-    authority = None if insecure else _given(ca, "--ca", "ca.crt")
+    authority = None if insecure else given(ca, "--ca", "ca.crt")
     if authority:
         check_dates(authority)
     check_server(server, authority)
@@ -529,10 +529,10 @@ def _file(folder: Path | None, name: str) -> Path:
         raise ConfigError(
             "--certs: expected the folder that `fedlora certs` wrote, or --insecure for neither TLS nor keys"
         )
-    return _given(folder / name, "--certs", f"the folder that holds {', '.join(_TLS)}")
+    return given(folder / name, "--certs", f"the folder that holds {', '.join(_TLS)}")
 
 
-def _given(path: Path | None, option: str, what: str) -> Path:
+def given(path: Path | None, option: str, what: str) -> Path:
     """The path, absolute, of a file that exists."""
     if path is None:
         raise ConfigError(f"{option}: expected {what}, or --insecure for neither TLS nor keys")

@@ -24,7 +24,8 @@ class Identity:
     """A node as the SuperLink knows it.
 
     Attributes:
-        key: of its public key, a digest; empty without node authentication.
+        key: the name that its public key was registered under, or else a digest of that key; empty without node
+            authentication. A new key that replaces one takes over its name, and with it its clients.
         registered: when it came to be known, in Flower's own words, which sort by time.
     """
 
@@ -38,7 +39,7 @@ def identities(grid: Grid) -> Mapping[int, Identity]:
         nodes = list(grid.get_nodes())
     except (AttributeError, NotImplementedError):
         return {}
-    return {node.node_id: Identity(_digest(node.public_key), node.registered_at) for node in nodes}
+    return {node.node_id: Identity(node.name or _digest(node.public_key), node.registered_at) for node in nodes}
 
 
 def bind(clients: Mapping[int, str]) -> None:

@@ -1,8 +1,10 @@
 """Certificates and keys: what OpenSSL and Flower accept, never readable for others, never over a file."""
 
 import ipaddress
+import shutil
 import socket
 import ssl
+import subprocess
 import threading
 
 import pytest
@@ -126,3 +128,58 @@ def test_a_number_or_names():
     assert certificates.numbered("3") == ["node0", "node1", "node2"]
     assert certificates.numbered("north, south") == ["north", "south"]
     assert certificates.numbered("") == []
+
+
+def test_a_renewed_certificate_is_trusted_by_nodes_that_know_the_authority(tmp_path):
+    certs = tmp_path / "certs"
+    certificates.make(certs, ["fed.example.org"], ["10.0.0.7"], days=1)
+    before = (certs / "server.pem").read_bytes(), (certs / "server.key").read_bytes()
+    authority = (certs / "ca.crt").read_bytes()
+    assert certificates.renew(certs) == [certs / "server.pem", certs / "server.key"]
+    assert shakes_hands(certs, certs / "ca.crt", "fed.example.org")
+    assert shakes_hands(certs, certs / "ca.crt", "10.0.0.7")
+    after = (certs / "server.pem").read_bytes(), (certs / "server.key").read_bytes()
+    assert not {*before} & {*after}
+    assert ((certs / "server.pem.old").read_bytes(), (certs / "server.key.old").read_bytes()) == before
+    assert (certs / "ca.crt").read_bytes() == authority
+    assert (certs / "server.key").stat().st_mode & 0o777 == 0o600
+    old, new = (x509.load_pem_x509_certificate(each[0]) for each in (before, after))
+    assert (new.not_valid_after_utc - old.not_valid_after_utc).days >= 820
+    certificates.renew(certs, names=["new.example.org"])
+    assert shakes_hands(certs, certs / "ca.crt", "new.example.org")
+    with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
+        shakes_hands(certs, certs / "ca.crt", "fed.example.org")
+
+
+def test_what_cannot_be_renewed_is_one_sentence_and_changes_nothing(tmp_path):
+    certs = tmp_path / "certs"
+    certificates.make(certs)
+    before = {path.name: path.read_bytes() for path in certs.iterdir()}
+    with pytest.raises(ConfigError, match=r"--renew: the authority .* holds until"):
+        certificates.renew(certs, days=4000)
+    certificates.make(tmp_path / "other")
+    (certs / "ca.key").write_bytes((tmp_path / "other" / "ca.key").read_bytes())
+    with pytest.raises(ConfigError, match=r"ca\.key is not the key of ca\.crt"):
+        certificates.renew(certs)
+    (certs / "ca.key").chmod(0o644)
+    with pytest.raises(ConfigError, match=r"a private key that others may read \(mode 0644\).*chmod 600"):
+        certificates.renew(certs)
+    (certs / "ca.key").unlink()
+    with pytest.raises(ConfigError, match=r"--renew: .*ca\.key is not here"):
+        certificates.renew(certs)
+    assert {path.name: path.read_bytes() for path in certs.iterdir()} | {"ca.key": before["ca.key"]} == before
+
+
+def test_a_node_makes_its_own_key(tmp_path):
+    said = certificates.make_key(tmp_path / "keys" / "north")
+    private = load_ssh_private_key((tmp_path / "keys" / "north").read_bytes(), None)
+    public = load_ssh_public_key((tmp_path / "keys" / "north.pub").read_bytes())
+    assert private.public_key() == public
+    assert isinstance(public.curve, ec.SECP384R1)
+    certificates.check_private(tmp_path / "keys" / "north")
+    assert said == certificates.fingerprint(public)
+    if shutil.which("ssh-keygen"):
+        shown = subprocess.run(["ssh-keygen", "-lf", tmp_path / "keys" / "north.pub"], capture_output=True, check=True)
+        assert said == shown.stdout.decode().split()[1]
+    with pytest.raises(ConfigError, match="exists already, and nothing is overwritten"):
+        certificates.make_key(tmp_path / "keys" / "north")

@@ -3,14 +3,16 @@
 import http.client
 import os
 import re
+import select
 import shlex
+import socket
 import ssl
 import subprocess
 import tempfile
 import threading
 import time
 from datetime import datetime
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,6 +72,67 @@ def test_a_server_that_is_not_there_and_one_without_tls(certs):
         deployment.check_server(address, None)
         with pytest.raises(RunError, match=f"cannot listen on 127.0.0.1:{server.server_port}: Address already in use"):
             deployment.serve(certs, host="127.0.0.1", port=server.server_port, state=certs / "state")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def proxy():
+    """A proxy on this machine that tunnels for who knows its password: `(port, the targets that were asked for)`."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_CONNECT(self):
+            asked.append(self.path)
+            if self.headers["Proxy-Authorization"] != "Basic bWU6YSBzZWNyZXQ=":
+                return self.send_error(407)
+            host, port = self.path.rsplit(":", 1)
+            self.send_response_only(200)
+            self.end_headers()
+            with socket.create_connection((host, int(port))) as there:
+                ends = {self.connection: there, there: self.connection}
+                while ready := select.select([*ends], [], [], 5)[0]:
+                    for one in ready:
+                        if not (data := one.recv(65536)):
+                            return None
+                        ends[one].sendall(data)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server.server_port, asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_server_is_reached_through_the_proxy_of_the_environment(certs, proxy, monkeypatch):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+
+    port, asked = proxy
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certs / "server.pem", certs / "server.key")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    address = f"127.0.0.1:{server.server_port}"
+    try:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://me:a%20secret@127.0.0.1:{port}")
+        deployment.check_server(address, certs / "ca.crt")
+        assert asked == [address]
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        deployment.check_server(address, certs / "ca.crt")
+        assert asked == [address]
+        monkeypatch.delenv("NO_PROXY")
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
+        with pytest.raises(RunError, match=r"nobody answers at .*407"):
+            deployment.check_server(address, certs / "ca.crt")
     finally:
         server.shutdown()
         thread.join()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from flwr.app import Context, Message, RecordDict
@@ -25,6 +25,8 @@ Claims = Mapping[int, int | list[int]]
 class Registered(local.LocalGrid):
     """Nodes with keys, known since some time; each says that it is the client, or the clients, that `claims` names."""
 
+    names: ClassVar[dict[bytes, str]] = {}  # that keys were registered under
+
     def __init__(self, claims: Claims, keys: dict[int, bytes], since: dict[int, str] | None = None) -> None:
         app = ClientApp()
 
@@ -37,7 +39,12 @@ class Registered(local.LocalGrid):
 
         super().__init__(app, [{} for _ in claims], {}, 1)
         self._about = [
-            SimpleNamespace(node_id=node, public_key=keys.get(node, b""), registered_at=(since or {}).get(node, ""))
+            SimpleNamespace(
+                node_id=node,
+                name=self.names.get(keys.get(node, b""), ""),
+                public_key=keys.get(node, b""),
+                registered_at=(since or {}).get(node, ""),
+            )
             for node in claims
         ]
 
@@ -75,6 +82,15 @@ def test_an_id_belongs_to_the_key_that_used_it_first(server, caplog):
     assert str(server) in caplog.text
     # the same key comes back under another node id
     assert met({2: 1, 3: 0}, {2: b"beta", 3: b"alpha"}) == {1: 2, 0: 3}
+
+
+def test_a_key_that_replaces_one_has_its_name_and_its_client(server, monkeypatch):
+    monkeypatch.setattr(Registered, "names", {b"alpha": "north", b"beta": "south", b"gamma": "north"})
+    assert met({2: 0, 3: 1}, {2: b"alpha", 3: b"beta"}) == {0: 2, 1: 3}
+    assert json.loads(server.read_text()) == {"0": "north", "1": "south"}
+    assert met({4: 0, 3: 1}, {4: b"gamma", 3: b"beta"}) == {0: 4, 1: 3}
+    with pytest.raises(RunError, match="0 of 4 clients connected"):
+        met({4: 1}, {4: b"gamma"})
 
 
 def test_a_key_that_has_an_id_gets_no_other(server, caplog):
