@@ -21,14 +21,19 @@ from fedlora.errors import ConfigError
 
 CA, CA_KEY, SERVER, SERVER_KEY = "ca.crt", "ca.key", "server.pem", "server.key"
 _LOCAL_NAMES, _LOCAL_IPS = ("localhost",), ("127.0.0.1",)
-_AUTHORITY_DAYS = 3650  # it signs several certificates of the server, one after another
 _CLOCK_SKEW = timedelta(hours=1)  # a machine whose clock runs a little behind accepts a fresh certificate too
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 _TAKEN = {Path(name).stem for name in (CA, SERVER)}
 
 
 def make(
-    folder: Path, names: Sequence[str] = (), ips: Sequence[str] = (), nodes: Sequence[str] = (), days: int = 825
+    folder: Path,
+    names: Sequence[str] = (),
+    ips: Sequence[str] = (),
+    nodes: Sequence[str] = (),
+    *,
+    days: int = 825,
+    authority_days: int = 3650,
 ) -> list[Path]:
     """Write what a federation needs to talk over TLS and to know its nodes; returns the files, in this order.
 
@@ -41,8 +46,8 @@ def make(
         names: DNS names under which nodes reach the server; `localhost` is always among them.
         ips: addresses under which nodes reach the server; `127.0.0.1` is always among them.
         nodes: names of the key pairs.
-        days: how long the server's certificate holds. 825 is the longest that Apple's TLS accepts; the authority's
-            holds ten years.
+        days: how long the server's certificate holds. 825 is the longest that Apple's TLS accepts.
+        authority_days: how long the authority's does: it signs several of the server's, one after another.
 
     Raises:
         ConfigError: a file exists already, or a name or an address is none.
@@ -62,7 +67,7 @@ def make(
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not known:
-            _write_authority_and_server(folder, sans, timedelta(days=days))
+            _write_authority_and_server(folder, sans, timedelta(days=days), timedelta(days=authority_days))
         for node in nodes:
             _write_node(folder, node)
     except OSError as error:
@@ -158,11 +163,13 @@ def numbered(nodes: str) -> list[str]:
     return [name.strip() for name in nodes.split(",") if name.strip()]
 
 
-def _write_authority_and_server(folder: Path, sans: Iterable[x509.GeneralName], lifetime: timedelta) -> None:
+def _write_authority_and_server(
+    folder: Path, sans: Iterable[x509.GeneralName], lifetime: timedelta, authority_lifetime: timedelta
+) -> None:
     key, server_key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
     authority = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "FedLoRA federation authority")])
     ca = (
-        _certificate(authority, authority, key, max(lifetime, timedelta(days=_AUTHORITY_DAYS)))
+        _certificate(authority, authority, key, authority_lifetime)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(signs_certificates=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)

@@ -54,6 +54,10 @@ Authority = Annotated[
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Neither TLS nor node authentication: for tests on one machine.")
 ]
+Metrics = Annotated[
+    int | None,
+    typer.Option(min=1, max=65535, help="Answer Prometheus at http://127.0.0.1:PORT/metrics; needs fedlora[metrics]."),
+]
 State = Annotated[
     Path | None, typer.Option(help="Folder for logs and state; default: in the user's own, by port or key.")
 ]
@@ -309,6 +313,7 @@ def server(
     database: Annotated[
         Path | None, typer.Option(help="Registered keys and runs; default: superlink.db in the state folder.")
     ] = None,
+    metrics_port: Metrics = None,
     insecure: Insecure = False,
 ) -> None:
     """Start a federation's server, which waits for nodes and runs; Ctrl-C stops it."""
@@ -316,7 +321,15 @@ def server(
 
     folder = state or _state_folder("server", str(port))
     with _told_to_stop(insecure):
-        deployment.serve(certs, host=host, port=port, state=folder, database=database, insecure=insecure)
+        deployment.serve(
+            certs,
+            host=host,
+            port=port,
+            state=folder,
+            database=database,
+            insecure=insecure,
+            metrics_port=metrics_port,
+        )
 
 
 @app.command()
@@ -340,6 +353,11 @@ def node(
     worker: Annotated[
         bool, typer.Option(help="Hold the base model in one resident process, instead of loading it for each message.")
     ] = True,
+    trusted_entities: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Take only apps that Flower's hub signed for these keys: not fedlora run's."),
+    ] = None,
+    metrics_port: Metrics = None,
     insecure: Insecure = False,
     check: Annotated[
         bool, typer.Option("--check", help="Look at this node's config and rows, without a server, and end.")
@@ -389,7 +407,17 @@ def node(
         return
     folder = state or _state_folder("node", key.stem if key else str(partition_ids or partition_id or 0))
     with _told_to_stop(insecure):
-        deployment.join(server, ca, key, node_config=settings, state=folder, worker=worker, insecure=insecure)
+        deployment.join(
+            server,
+            ca,
+            key,
+            node_config=settings,
+            state=folder,
+            worker=worker,
+            insecure=insecure,
+            trusted_entities=trusted_entities,
+            metrics_port=metrics_port,
+        )
 
 
 @app.command()

@@ -22,7 +22,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -32,7 +32,7 @@ from cryptography import x509
 from filelock import FileLock, Timeout
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 
-from fedlora import certificates, flower_programs, processes, superlink_data
+from fedlora import certificates, flower_programs, metrics, processes, superlink_data
 from fedlora.config import Config, Scalar
 from fedlora.errors import ConfigError, DataError, RunError
 from fedlora.flower_programs import Connection
@@ -58,7 +58,14 @@ _log = logging.getLogger("fedlora")
 
 
 def serve(
-    certs: Path | None, *, host: str, port: int, state: Path, database: Path | None = None, insecure: bool = False
+    certs: Path | None,
+    *,
+    host: str,
+    port: int,
+    state: Path,
+    database: Path | None = None,
+    insecure: bool = False,
+    metrics_port: int | None = None,
 ) -> None:
     """Run a federation's server until it is told to stop (Ctrl-C, SIGTERM), which raises KeyboardInterrupt.
 
@@ -69,6 +76,7 @@ def serve(
         state: folder for logs, the database and Flower's own files.
         database: registered keys and runs; `superlink.db` in `state` when left out.
         insecure: neither TLS nor node authentication.
+        metrics_port: of this machine, where Prometheus asks for /metrics; None for none.
 
     Raises:
         ConfigError: a file is missing, or `state` is in use.
@@ -88,9 +96,12 @@ def serve(
             check_dates(file)
     _check_port(host, port)
     near = f"{_ANYWHERE.get(host, host)}:{port}"
-    with _own_folder(state) as home, processes.stopped_by_signals(), _Programs(home, "server") as programs:
+    with _own_folder(state) as home, processes.stopped_by_signals(), ExitStack() as stack:
+        programs = stack.enter_context(_Programs(home, "server"))
         database = (database or home / "superlink.db").expanduser().resolve()
         superlink_data.prepare(database)
+        watched = metrics.of_server(database, files[1] if files else None)
+        stack.enter_context(metrics.served(metrics_port, home / "audit.jsonl", watched))
         secret = _secret(home)
         command = [_SUPERLINK, *tls, "--host", host, "--port", str(port)]
         command += ["--database", str(database)]
@@ -125,6 +136,8 @@ def join(
     state: Path,
     worker: bool = True,
     insecure: bool = False,
+    trusted_entities: Path | None = None,
+    metrics_port: int | None = None,
     patience: float = 90.0,
 ) -> None:
     """Run one node until it is told to stop (Ctrl-C, SIGTERM), which raises KeyboardInterrupt.
@@ -139,6 +152,9 @@ def join(
         state: folder for logs, Flower's own files, and what this client keeps between rounds.
         worker: messages are answered by one resident process that holds the base model; else each loads it anew.
         insecure: neither TLS nor node authentication.
+        trusted_entities: a YAML file of the Ed25519 keys whose signature an app must bear; Flower's hub signs apps,
+            and a run that `fedlora run` hands in bears none. None for any app.
+        metrics_port: of this machine, where Prometheus asks for /metrics; None for none.
         patience: seconds to try again while the server refuses the key. A node that was killed stays online for
             the server for up to a minute.
 
@@ -155,8 +171,13 @@ def join(
         trust = ["--root-certificates", str(ca), "--auth-supernode-private-key", str(key)]
     else:
         ca = None
+    if trusted_entities is not None:
+        file = given(trusted_entities, "--trusted-entities", "a YAML file of key ids and Ed25519 public keys")
+        trust += ["--trusted-entities", str(file)]
     _split(server)
-    with _own_folder(state) as home, processes.stopped_by_signals(), _worker(worker) as of_worker:
+    with _own_folder(state) as home, processes.stopped_by_signals(), ExitStack() as stack:
+        of_worker = stack.enter_context(_worker(worker))
+        stack.enter_context(metrics.served(metrics_port, home / "events.jsonl", metrics.of_node(home)))
         settings = home / "node.toml"
         asks = {"server": server} | ({"ca": str(ca), "key": str(key)} if ca and key else {})  # whether a run goes on
         known = {**node_config, "state": str(home), **of_worker, **asks}
@@ -334,9 +355,11 @@ def check_dates(certificate: Path) -> None:
         what = f"is not valid before {found.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
     else:
         return
+    renewed = f"renew it: fedlora certs {certificate.parent} --renew"
+    fix = renewed if certificate.name == certificates.SERVER else "make new ones in a new folder (fedlora certs)"
     raise ConfigError(
-        f"{certificate}: the certificate {what}, and this machine's clock says {now:%Y-%m-%d %H:%M} UTC; make new ones "
-        "in a new folder (fedlora certs), or set the clock if it is wrong"
+        f"{certificate}: the certificate {what}, and this machine's clock says {now:%Y-%m-%d %H:%M} UTC; {fix}, "
+        "or set the clock if it is wrong"
     )
 
 

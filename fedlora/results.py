@@ -100,7 +100,7 @@ class RunRecord:
 
     def _make_folder(self) -> None:
         try:
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir(parents=True, mode=0o700)  # an adapter can tell rows
         except FileExistsError:
             raise RunError(
                 f"{self.folder} exists already; choose another run.name or run.id, or go on with that run: "

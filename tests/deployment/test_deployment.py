@@ -5,12 +5,15 @@ import os
 import re
 import select
 import shlex
+import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import tempfile
 import threading
 import time
+import tomllib
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +22,7 @@ from types import SimpleNamespace
 import click
 import pytest
 import typer
+import yaml
 
 from fedlora import certificates, cli, deployment, flower_programs, processes
 from fedlora.errors import ConfigError, DataError, RunError
@@ -214,7 +218,7 @@ def test_a_node_whose_signature_is_refused_says_so(tmp_path, monkeypatch, clock)
 
 
 def test_an_expired_certificate_is_named_at_once(tmp_path, monkeypatch):
-    certificates.make(tmp_path / "old", nodes=["north"], days=0)
+    certificates.make(tmp_path / "old", nodes=["north"], days=0, authority_days=0)
     old = tmp_path / "old"
     says = r"old/ca\.crt: the certificate expired on \d{4}-.* UTC, and this machine's clock says .*; make new ones"
     with pytest.raises(ConfigError, match=says):
@@ -292,7 +296,7 @@ def commands(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "path", [ROOT / "docs" / "deployment.md", *sorted(EXAMPLES.iterdir())], ids=lambda path: path.name
+    "path", [ROOT / "docs" / "deployment.md", *sorted(EXAMPLES.glob("*.s*"))], ids=lambda path: path.name
 )
 def test_every_command_shown_has_the_options_it_uses(path):
     found = commands(path.read_text(encoding="utf-8"))
@@ -303,6 +307,41 @@ def test_every_command_shown_has_the_options_it_uses(path):
         name, *rest = shlex.split(line)[1:]
         known = {option for parameter in group.commands[name].params for option in parameter.opts}
         assert {word for word in rest if re.match(r"--?[a-z]", word)} <= known, line
+
+
+def test_the_containers_commands_have_the_options_they_use():
+    services = yaml.safe_load((EXAMPLES / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    group = typer.main.get_command(cli.app)
+    for service in services.values():
+        name, *rest = service["command"]
+        known = {option for parameter in group.commands[name].params for option in parameter.opts}
+        assert {word for word in rest if re.match(r"--?[a-z]", word)} <= known, name
+    assert {services[name]["command"][0] for name in services} == {"certs", "server", "register", "node", "run"}
+
+
+def test_the_image_is_made_of_what_is_there():
+    text = (EXAMPLES / "Dockerfile").read_text(encoding="utf-8")
+    sources = [word for line in re.findall(r"^COPY (.+)$", text, re.M) for word in line.split()[:-1]]
+    assert all((ROOT / source).exists() for source in sources)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    packaged = {name.split(".")[1] if "." in name else name for name in project["tool"]["setuptools"]["packages"]}
+    assert packaged - {"data", "models"} <= {*sources}
+    assert "metrics" in project["project"]["optional-dependencies"]
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd's own check is not installed")
+@pytest.mark.parametrize("name", ["fedlora-server.service", "fedlora-node@.service"])
+def test_systemd_takes_the_units_and_finds_them_hardened(tmp_path, name):
+    unit = tmp_path / name
+    here = Path(sys.executable).with_name("fedlora")
+    unit.write_text((EXAMPLES / name).read_text(encoding="utf-8").replace("/opt/fedlora/bin/fedlora", str(here)))
+    checked = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, check=False
+    )
+    assert (checked.returncode, checked.stderr) == (0, "")
+    found = ["systemd-analyze", "security", "--offline=true", "--threshold=20", unit]  # tenths; 0 is the best
+    rated = subprocess.run(found, capture_output=True, text=True, check=False)
+    assert rated.returncode == 0, rated.stdout
 
 
 def test_the_slurm_script_is_a_script():

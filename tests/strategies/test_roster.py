@@ -88,9 +88,9 @@ def test_a_key_that_replaces_one_has_its_name_and_its_client(server, monkeypatch
     monkeypatch.setattr(Registered, "names", {b"alpha": "north", b"beta": "south", b"gamma": "north"})
     assert met({2: 0, 3: 1}, {2: b"alpha", 3: b"beta"}) == {0: 2, 1: 3}
     assert json.loads(server.read_text()) == {"0": "north", "1": "south"}
-    assert met({4: 0, 3: 1}, {4: b"gamma", 3: b"beta"}) == {0: 4, 1: 3}
+    assert met({2: 1, 3: 0}, {2: b"beta", 3: b"gamma"}) == {1: 2, 0: 3}
     with pytest.raises(RunError, match="0 of 4 clients connected"):
-        met({4: 1}, {4: b"gamma"})
+        met({2: 1}, {2: b"gamma"})
 
 
 def test_a_key_that_has_an_id_gets_no_other(server, caplog):
