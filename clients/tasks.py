@@ -23,7 +23,7 @@ from fedlora import peft_io, wire
 from fedlora.adapter import AdapterState, not_finite, only
 from fedlora.assets import cache_dir
 from fedlora.config import Config, Scalar
-from fedlora.data import LazyExamples, class_names, client_split, kept_back, prepare
+from fedlora.data import LazyExamples, class_names, client_split, form_of, kept_back, prepare
 from fedlora.errors import ConfigError, DataError, DivergedError, FedLoraError
 from fedlora.evaluate import evaluate as evaluate_model
 from fedlora.events import emit
@@ -329,6 +329,7 @@ def _client_id(context: Context) -> int:
 def _info(config: Config, context: Context) -> ClientInfo:
     client_id = _client_id(context)
     rank = node.rank(config, context.node_config, client_id)
+    form_of(prepare(config).rows.column_names, config.data, config.model.task)  # a column that is missing is said first
     rows = _train_rows(config, client_id, node.own_data(context.node_config))
     node.check_steps(config.train, context.node_config, trainer.steps_per_round(config.train, rows))
     return ClientInfo(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,22 @@ def test_names_that_differ_between_nodes_are_refused_before_training(tmp_path: P
         r"data\.label-names of the run to one list for all",
     ):
         run_nodes(federation(tmp_path, tiny_llama, run__id="two", federation__lost_clients="fail"), files)
+
+
+def test_a_file_without_the_column_is_refused_alone(
+    tmp_path: Path, tiny_llama: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("fedlora"), "propagate", True)
+    files = [hospital(tmp_path / f"h{number}.jsonl", ["a", "b", "c"]) for number in range(3)]
+    files[1].write_text('{"text": "secret", "class": "a"}\n' * 6, encoding="utf-8")
+    for at_once in ("1", "3"):
+        config = federation(tmp_path, tiny_llama, train__clients_at_once=at_once, run__id=f"by-{at_once}")
+        result = run_nodes(config, files)
+        assert set(result["rounds"][0]["clients"]) == {"0", "2"}
+    assert (
+        "h1.jsonl: no column 'label', which data.form = 'label' needs; the columns are 'text', 'class'" in caplog.text
+    )
+    assert "secret" not in caplog.text
 
 
 def test_a_list_of_names_makes_them_agree(tmp_path: Path, tiny_llama: Path) -> None:
