@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from flwr.app import Context, RecordDict
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedlora import export
 from fedlora.clients import together
@@ -145,6 +145,25 @@ def test_names_travel_into_the_result_the_card_and_every_export(tmp_path: Path, 
             tiny_bert, config=AutoConfig.from_pretrained(tmp_path / "adapter")
         )
     assert PeftModel.from_pretrained(base, str(tmp_path / "adapter")).config.id2label[2] == "unclear"
+
+
+def test_a_models_own_head_has_the_classes_in_the_rows_order(tmp_path: Path, tiny_bert: Path) -> None:
+    with quiet():
+        own = AutoModelForSequenceClassification.from_pretrained(
+            tiny_bert, id2label={0: "Yes", 1: "No"}, label2id={"Yes": 0, "No": 1}
+        )
+        own.save_pretrained(tmp_path / "own")
+        AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "own")
+    source = hospital(tmp_path / "all.jsonl", ["yes", "no"], rows=60)
+    keys: dict[str, Any] = {"data__source": str(source), "data__partition": "iid", "model__labels": 2}
+    keys["lora__target_modules"] = "query,value"
+    with pytest.raises(
+        ConfigError, match=r"order \(Yes, No\), the rows in that of \(no, yes\); set data\.label-names = 'yes, no'"
+    ):
+        run_locally(federation(tmp_path, tmp_path / "own", **keys))
+    for more in ({"data__label_names": "yes, no"}, {"model__head": "fresh"}):
+        _, result = run_locally(federation(tmp_path, tmp_path / "own", **keys, **more, run__id="-".join(more)))
+        assert result["status"] == "completed"
 
 
 def test_as_many_names_as_classes_are_asked_for_before_the_run(tmp_path: Path, tiny_llama: Path) -> None:
