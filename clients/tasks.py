@@ -24,6 +24,7 @@ from fedlora.adapter import AdapterState, not_finite, only
 from fedlora.assets import cache_dir
 from fedlora.config import Config, Scalar
 from fedlora.data import LazyExamples, class_names, client_split, form_of, kept_back, prepare
+from fedlora.data.checked import warn_of_lengths
 from fedlora.errors import ConfigError, DataError, DivergedError, FedLoraError
 from fedlora.evaluate import evaluate as evaluate_model
 from fedlora.events import emit
@@ -378,6 +379,8 @@ def _examples(config: Config, client_id: int, own_data: str) -> tuple[LazyExampl
     rows = prepare(config).client(0 if own_data else client_id)
     seed = trainer.hash_seed(config.run.seed, client_id)
     found = [LazyExamples(part, tokenizer, config) for part in client_split(rows, _test_fraction(config), seed)]
+    if own_data:  # which nobody but this node has seen
+        warn_of_lengths(rows, tokenizer, config)
     for examples in found:
         if examples and examples.left_out:
             _log.warning("client %d: %s", client_id, examples.left_out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _MANY = 0.05  # of the rows, when more are cut than these it is a warning
 _MEASURED = 2000
+_ENOUGH = 256  # whose lengths stand for all, where nobody asked
+_log = logging.getLogger("fedlora")
 _CUTS = {
     "turns": "lose earlier turns",
     "system": "lose earlier turns and their system prompt",
@@ -120,6 +123,13 @@ def too_long(found: Checked, config: Config) -> str:
         f"{found.cut_share:.0%} of the rows are longer than data.max-length = {config.data.max_length} tokens and are "
         f"cut; data.max-length = {found.most} would hold 95 % of them whole"
     )
+
+
+def warn_of_lengths(rows: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+    """Log `too_long`, by some of the rows, evenly spaced."""
+    some = rows.select(range(0, len(rows), max(1, len(rows) // _ENOUGH)))
+    if said := too_long(check_rows(some, tokenizer, config), config):
+        _log.warning("%s", said)
 
 
 def lines(found: Checked, config: Config) -> list[str]:
