@@ -23,7 +23,8 @@ from fedlora import peft_io, wire
 from fedlora.adapter import AdapterState, not_finite, only
 from fedlora.assets import cache_dir
 from fedlora.config import Config, Scalar
-from fedlora.data import LazyExamples, class_names, client_split, kept_back, prepare
+from fedlora.data import LazyExamples, class_names, client_split, form_of, kept_back, prepare
+from fedlora.data.checked import warn_of_lengths
 from fedlora.errors import ConfigError, DataError, DivergedError, FedLoraError
 from fedlora.evaluate import evaluate as evaluate_model
 from fedlora.events import emit
@@ -336,6 +337,7 @@ def _client_id(context: Context) -> int:
 def _info(config: Config, context: Context) -> ClientInfo:
     client_id = _client_id(context)
     rank = node.rank(config, context.node_config, client_id)
+    form_of(prepare(config).rows.column_names, config.data, config.model.task)  # a column that is missing is said first
     rows = _train_rows(config, client_id, node.own_data(context.node_config))
     node.check_steps(config.train, context.node_config, trainer.steps_per_round(config.train, rows))
     return ClientInfo(
@@ -384,6 +386,8 @@ def _examples(config: Config, client_id: int, own_data: str) -> tuple[LazyExampl
     rows = prepare(config).client(0 if own_data else client_id)
     seed = trainer.hash_seed(config.run.seed, client_id)
     found = [LazyExamples(part, tokenizer, config) for part in client_split(rows, _test_fraction(config), seed)]
+    if own_data:  # which nobody but this node has seen
+        warn_of_lengths(rows, tokenizer, config)
     for examples in found:
         if examples and examples.left_out:
             _log.warning("client %d: %s", client_id, examples.left_out)

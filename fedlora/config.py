@@ -128,7 +128,7 @@ class DataConfig:
         "for baselines: which parts of the rows each client has; '0+1+2+3 of 4' gives one client what four would have, "
         "'2 of 4' what the third would; empty: one part each",
     )
-    max_length: int = option(128, "tokens per example; longer ones are cut", low=4)
+    max_length: int = option(128, "tokens per example; longer ones are cut, and fedlora data says how many", low=4)
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,7 @@ class Shapes:
         head: the values that these have in the base, where training begins with them.
         words: what the head begins with, and why; empty without a head.
         longest: the most tokens that the base has positions for; None without an end.
+        classes: what the base calls them, in the order of its own head; nothing where training begins with another.
     """
 
     lora: Mapping[str, tuple[int, int]]
@@ -188,6 +189,7 @@ class Shapes:
     head: Mapping[str, Tensor] = field(default_factory=dict)
     words: str = ""
     longest: int | None = None
+    classes: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, str]:
         """What is chosen for the user: the adapted modules, and the head's start."""
@@ -213,6 +215,7 @@ def shapes(model: ModelConfig, lora: LoraConfig) -> Shapes:
         head=head,
         words=words,
         longest=longest(bare),
+        classes=tuple((bare.config.id2label or {}).values()) if head else (),
     )
 
 

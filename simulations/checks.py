@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
 from fedlora import peft_io
 from fedlora.config import Config, LoraConfig, ModelConfig, client_rank
 from fedlora.data import encode, form_of, prepare, usable_rows
-from fedlora.data.checked import check_rows, too_long
+from fedlora.data.checked import warn_of_lengths
 from fedlora.errors import ConfigError, DataError, FedLoraError
 from fedlora.models import base_fingerprint, pick_device, tokenizer_of
 from fedlora.results import check_changes, folder_of, stored
@@ -20,11 +18,6 @@ from fedlora.results import check_changes, folder_of, stored
 from ..clients.optimizers import check as check_optimizer
 from .grid import Grid
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-_MEASURED = 256  # rows whose lengths stand for all
-_log = logging.getLogger("fedlora")
 _ASKED = 8  # clients whose first row stands for all rows
 
 
@@ -41,7 +34,7 @@ def check(config: Config) -> None:
     check_ranks(config, base)
     split = prepare(config)
     form_of(split.rows.column_names, config.data, config.model.task)
-    _warn_of_lengths(split.rows, tokenizer, config)
+    warn_of_lengths(split.rows, tokenizer, config)
     faults: list[DataError] = []
     asked = split.parts[:_ASKED]
     for part in asked:
@@ -53,13 +46,6 @@ def check(config: Config) -> None:
             faults.append(error)
     if len(faults) == len(asked):
         raise faults[0]
-
-
-def _warn_of_lengths(rows: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
-    """Say where many rows are cut; by some of them, evenly spaced."""
-    some = rows.select(range(0, len(rows), max(1, len(rows) // _MEASURED)))
-    if said := too_long(check_rows(some, tokenizer, config), config):
-        _log.warning("%s", said)
 
 
 def check_ranks(config: Config, base: peft_io.Shapes) -> None:

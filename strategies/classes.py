@@ -31,6 +31,23 @@ def disagreeing(infos: Mapping[int, ClientInfo], own: Sequence[str] | None) -> d
     }
 
 
+def out_of_order(head: Sequence[str], rows: Sequence[str]) -> str:
+    """Why a run cannot begin with a model's own head that has the rows' classes in another order; empty otherwise.
+
+    Args:
+        head: what the model calls the classes of its head.
+        rows: what the rows call theirs.
+    """
+    mine, theirs = ([name.casefold() for name in names] for names in (head, rows))
+    if mine == theirs or sorted(mine) != sorted(theirs):
+        return ""
+    return (
+        f"model.head = 'keep': the model's own head has the classes in the order {_shown(head)}, the rows in that of "
+        f"{_shown(rows)}; set data.label-names = {', '.join(rows[theirs.index(name)] for name in mine)!r}, or "
+        "model.head = 'fresh'"
+    )
+
+
 def _shown(names: Sequence[str]) -> str:
     if not names:
         return "by numbers"

@@ -17,7 +17,7 @@ from fedlora import peft_io
 from fedlora.adapter import AdapterState, initial
 from fedlora.config import Config, clients_per_round
 from fedlora.data import Example, class_names, encode, prepare
-from fedlora.errors import FedLoraError, RunError, StrategyError
+from fedlora.errors import ConfigError, FedLoraError, RunError, StrategyError
 from fedlora.evaluate import evaluate
 from fedlora.events import emit
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
@@ -27,6 +27,7 @@ from fedlora.results import RunRecord
 
 from . import checkpoint, guard, returned
 from .base import ServerState, Strategy
+from .classes import out_of_order
 from .collect import TrainRound, evaluate_on_clients
 from .diagnostics import Diagnosis, diagnose
 from .folds import Folds
@@ -72,6 +73,8 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
     roster = meeting.roster
     clients = list(roster.infos.values())
     strategy.check(clients)
+    if said := out_of_order(base.classes, clients[0].class_names):
+        raise ConfigError(said)
     record.start(clients, fingerprint, base.facts(), clients[0].class_names)
     first = 0 if strategy.statistics else 1
     state, done = saved or (checkpoint.plain(strategy.init(start(config, clients, base))), first - 1)

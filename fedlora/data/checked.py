@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MANY = 0.05  # of the rows, when more are cut than these it is a warning
-_MEASURED = 5000
+_MEASURED = 2000
+_ENOUGH = 256  # whose lengths stand for all, where nobody asked
+_log = logging.getLogger("fedlora")
 _CUTS = {
     "turns": "lose earlier turns",
     "system": "lose earlier turns and their system prompt",
@@ -39,6 +42,7 @@ class Checked:
         left_out: a sentence on the rows that have nothing to predict; empty without any.
         classes: rows of each class, by name where it has one, and those of the model that no row has; empty but for
             classification.
+        names: what the rows call the classes; nothing where they have numbers alone.
         usable: how many of the rows can be examples.
         measured: of how many of these the tokens were counted.
         median, most, longest: tokens of the middle row, of the shortest 95 % of the rows at most, and of the longest.
@@ -49,6 +53,7 @@ class Checked:
     faults: tuple[str, ...]
     left_out: str
     classes: Mapping[str, int]
+    names: tuple[str, ...] = ()
     usable: int = 0
     measured: int = 0
     median: int = 0
@@ -80,10 +85,12 @@ def check_rows(
     usable = [at for at in range(len(rows)) if at not in idle and at not in wrong]
     faults: list[str] = []
     classes: dict[str, int] = {}
+    names: tuple[str, ...] = ()
     if task == "classification":
         try:
             check_classes(rows.select(usable), data, config.model.labels)
-            classes = _classes(rows.select(usable), config)
+            names = class_names(rows, data, config.model.labels)
+            classes = _classes(rows.select(usable), names, config)
         except DataError as error:
             faults.append(str(error).removeprefix(f"{data.source}: "))
     lengths = np.zeros(0, dtype=np.int64)
@@ -99,6 +106,7 @@ def check_rows(
         faults=(*_grouped(rows, wrong, data), *faults),
         left_out=left_out(rows, idle, data).removeprefix(f"{data.source}: ") if idle else "",
         classes=classes,
+        names=names,
         usable=len(usable) - len(wrong.keys() & {*usable}),
     )
     if not len(lengths):
@@ -117,11 +125,23 @@ def too_long(found: Checked, config: Config) -> str:
     )
 
 
+def warn_of_lengths(rows: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+    """Log `too_long`, by some of the rows, evenly spaced."""
+    some = rows.select(range(0, len(rows), max(1, len(rows) // _ENOUGH)))
+    if said := too_long(check_rows(some, tokenizer, config), config):
+        _log.warning("%s", said)
+
+
 def lines(found: Checked, config: Config) -> list[str]:
     """What was found, for people: a line for each thing but the faults."""
     said = [f"rows: {found.left_out}"] if found.left_out else []
     if found.classes:
         said.append("classes: " + ", ".join(f"{name} ({count})" for name, count in found.classes.items()))
+    if found.names and not config.data.label_names:
+        said.append(
+            f"classes are numbered by the alphabet; data.label-names = {', '.join(found.names)!r} numbers them so in "
+            "every file"
+        )
     if not found.measured:
         return said
     of = "" if found.measured == found.usable else f" of {found.measured} rows that were measured"
@@ -146,9 +166,9 @@ def _grouped(rows: Dataset, wrong: Mapping[int, str], data: DataConfig) -> list[
     return [f"{places(rows, at, data)}: {why}" for why, at in kinds.items()]
 
 
-def _classes(rows: Dataset, config: Config) -> dict[str, int]:
+def _classes(rows: Dataset, names: Sequence[str], config: Config) -> dict[str, int]:
     """How many rows each class of the model has."""
-    names = class_names(rows, config.data, config.model.labels)
-    counts = Counter(int(cell) for cell in rows.select_columns([config.data.label_column])[:][config.data.label_column])
+    column = config.data.label_column
+    counts = Counter(int(cell) for cell in rows.select_columns([column])[:][column])
     called = [names[place] if place < len(names) else str(place) for place in range(config.model.labels)]
     return {name: counts.get(place, 0) for place, name in enumerate(called)}

@@ -31,9 +31,13 @@ def numbered(rows: Dataset, data: DataConfig) -> Dataset:
         return rows
     cells: list[Any] = rows.with_format("arrow")[:][data.label_column].to_pylist()
     if isinstance(feature, ClassLabel):
-        if not names or list(names) == feature.names:
+        none = [cell is None or cell < 0 for cell in cells]  # sets of the hub have -1 for a row without a class
+        if (not names or list(names) == feature.names) and all(
+            cell is None for cell, no in zip(cells, none, strict=True) if no
+        ):
             return rows
-        cells = [None if cell is None else feature.names[cell] for cell in cells]
+        cells = [None if no else feature.names[cell] for cell, no in zip(cells, none, strict=True)]
+        names = names or tuple(feature.names)
     if all(cell is None or isinstance(cell, str) for cell in cells):
         words = [cell.strip() or None if cell else None for cell in cells]
         found = {word for word in words if word is not None}

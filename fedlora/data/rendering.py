@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ROLES = ("system", "user", "assistant", "tool", "developer")
+# What a template's own expressions may raise of a row that it was not made for.
+_OF_A_TEMPLATE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 _SHOWN, _LONGEST = 12, 160  # roles, and characters of the template's own words
 
 
@@ -74,7 +76,7 @@ def spans(chat: Conversation, render: Template) -> tuple[str, list[tuple[int, in
             if text.startswith(upto) and upto.startswith(head):
                 end = _turn_end(upto, render.tokenizer)
                 found += [(len(head), end)] if end > len(head) else []
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, *_OF_A_TEMPLATE) as error:
         roles = ", ".join(m["role"] if m["role"] in _ROLES else "(another)" for m in messages[:_SHOWN])
         raise RowError(f"the tokenizer's chat template refuses the roles {roles}: {str(error)[:_LONGEST]}") from None
     if not found:

@@ -207,6 +207,14 @@ def test_a_node_answers_with_its_own_file_and_model_alone(tmp_path, tiny_llama):
         assert f"(node config: {next(iter(limit))})" in said
 
 
+def test_a_node_whose_rows_are_long_says_so_in_its_log(tmp_path, tiny_llama, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("fedlora"), "propagate", True)
+    own = write_rows(tmp_path / "own.jsonl", people=1, rows=21)
+    config = tiny(tmp_path, tiny_llama, federation__clients=1, data__max_length=32)
+    assert not ask(config, {"data": str(own), "model": str(tiny_llama)}, "train").has_error()
+    assert "81% of the rows are longer than data.max-length = 32 tokens and are cut; " in caplog.text
+
+
 def test_what_is_wrong_with_a_nodes_rows_stays_on_the_node(tmp_path, tiny_llama, caplog):
     """The server learns that there is an error, and the log where: neither quotes a row."""
     own = tmp_path / "own.jsonl"

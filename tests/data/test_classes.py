@@ -65,6 +65,15 @@ def test_a_sets_own_names_follow_the_list() -> None:
     assert numbered(rows, DataConfig(source="s", label_names="pos,neg"))["label"][:] == [0, 1]
 
 
+@pytest.mark.parametrize("names", ["", "neg,pos"])
+def test_a_row_of_a_hub_set_without_a_class_has_none(names: str) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
+    rows = Dataset.from_dict({"text": ["x", "y"], "label": [1, -1]}, features=features)
+    found = numbered(rows, DataConfig(source="s", label_names=names))
+    assert found["label"][:] == [1, None]
+    assert found.features["label"].names == ["neg", "pos"]
+
+
 @pytest.mark.parametrize("text", ["a", "a,,b", "a,b,a", ","])
 def test_a_list_of_names_that_is_none(text: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.label-names: got .*, expected two or more different names"):

@@ -294,6 +294,15 @@ def test_a_template_that_refuses_the_roles_is_named(byte_level: Any) -> None:
         encode(pairs(("a", "b")), wrap(byte_level, picky), data, CAUSAL)
 
 
+def test_a_template_that_fails_on_a_row_is_named_with_it(byte_level: Any) -> None:
+    tokenizer = wrap(byte_level, "{{ 1 // (messages[0]['content'] | length - 6) }}" + CHATML)
+    with pytest.raises(
+        DataError, match=r"mine\.jsonl: row 2: .* refuses the roles user, assistant: integer div"
+    ) as said:
+        encode(pairs(("a", "b"), ("secret", "b")), tokenizer, DATA, CAUSAL)
+    assert "secret" not in str(said.value)
+
+
 def test_a_template_that_does_not_continue_the_prompt_is_refused(byte_level: Any) -> None:
     odd = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>'")
     with pytest.raises(DataError, match=r"nothing to learn: .* <think> .*data\.form = 'text'"):

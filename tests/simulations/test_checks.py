@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from fedlora import wire
-from fedlora.display import RunDisplay
+from fedlora.display import RunDisplay, cut_line
 from fedlora.errors import DataError, FedLoraError, ModelError, RunError
 from fedlora.events import emit, listen
 from fedlora.results import folder_of
@@ -97,6 +97,30 @@ def test_one_clients_mistake_is_its_own(tmp_path: Path, tiny_llama: Path) -> Non
     _, result = run_locally(tiny(tmp_path, tiny_llama, **keys, **more))
     assert set(result["rounds"][0]["clients"]) == {"0"}
     assert "'label' holds classes outside 0 to 1 in lines" in result["rounds"][0]["failures"]["1"]
+
+
+def test_many_long_rows_are_told_of_before_the_run_and_after_it(
+    tmp_path: Path, tiny_llama: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("fedlora"), "propagate", True)
+    keys = {"federation__clients": 2, "federation__rounds": 1, "data__partition": "iid", "strategy__name": "fedavg"}
+    found = [{"text": "ash " * (20 if number % 4 == 0 else 2)} for number in range(40)]
+    keys["data__source"] = rows(tmp_path / "texts.jsonl", *found)
+    folder, result = run_locally(tiny(tmp_path, tiny_llama, **keys, lora__ranks="2", train__steps=9))
+    warned = (
+        "25% of the rows are longer than data.max-length = 64 tokens and are cut; data.max-length = 81 would hold 95"
+    )
+    assert caplog.text.count(warned) == 1
+    shares = [answer["train-cut"] for answer in result["rounds"][0]["clients"].values()]
+    assert all(0.1 < share < 0.5 for share in shares)
+    assert result["rounds"][0]["train-cut"] == pytest.approx(sum(shares) / 2)
+    assert f"{sum(shares) / 2:.1%} of the rows that clients trained on are longer than data.max-length = 64" in (
+        cut_line(folder)
+    )
+    caplog.clear()
+    more = {"run__id": "two", "data__max_length": 81, "train__steps": 1}
+    folder, _ = run_locally(tiny(tmp_path, tiny_llama, **keys, lora__ranks="2", **more))
+    assert "are longer than" not in caplog.text + cut_line(folder)
 
 
 def closed() -> ClientApp:

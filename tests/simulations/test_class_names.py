@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import Context, RecordDict
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedlora import export
 from fedlora.clients import together
@@ -62,6 +63,22 @@ def test_names_that_differ_between_nodes_are_refused_before_training(tmp_path: P
         r"data\.label-names of the run to one list for all",
     ):
         run_nodes(federation(tmp_path, tiny_llama, run__id="two", federation__lost_clients="fail"), files)
+
+
+def test_a_file_without_the_column_is_refused_alone(
+    tmp_path: Path, tiny_llama: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("fedlora"), "propagate", True)
+    files = [hospital(tmp_path / f"h{number}.jsonl", ["a", "b", "c"]) for number in range(3)]
+    files[1].write_text('{"text": "secret", "class": "a"}\n' * 6, encoding="utf-8")
+    for at_once in ("1", "3"):
+        config = federation(tmp_path, tiny_llama, train__clients_at_once=at_once, run__id=f"by-{at_once}")
+        result = run_nodes(config, files)
+        assert set(result["rounds"][0]["clients"]) == {"0", "2"}
+    assert (
+        "h1.jsonl: no column 'label', which data.form = 'label' needs; the columns are 'text', 'class'" in caplog.text
+    )
+    assert "secret" not in caplog.text
 
 
 def test_a_list_of_names_makes_them_agree(tmp_path: Path, tiny_llama: Path) -> None:
@@ -128,6 +145,25 @@ def test_names_travel_into_the_result_the_card_and_every_export(tmp_path: Path, 
             tiny_bert, config=AutoConfig.from_pretrained(tmp_path / "adapter")
         )
     assert PeftModel.from_pretrained(base, str(tmp_path / "adapter")).config.id2label[2] == "unclear"
+
+
+def test_a_models_own_head_has_the_classes_in_the_rows_order(tmp_path: Path, tiny_bert: Path) -> None:
+    with quiet():
+        own = AutoModelForSequenceClassification.from_pretrained(
+            tiny_bert, id2label={0: "Yes", 1: "No"}, label2id={"Yes": 0, "No": 1}
+        )
+        own.save_pretrained(tmp_path / "own")
+        AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "own")
+    source = hospital(tmp_path / "all.jsonl", ["yes", "no"], rows=60)
+    keys: dict[str, Any] = {"data__source": str(source), "data__partition": "iid", "model__labels": 2}
+    keys["lora__target_modules"] = "query,value"
+    with pytest.raises(
+        ConfigError, match=r"order \(Yes, No\), the rows in that of \(no, yes\); set data\.label-names = 'yes, no'"
+    ):
+        run_locally(federation(tmp_path, tmp_path / "own", **keys))
+    for more in ({"data__label_names": "yes, no"}, {"model__head": "fresh"}):
+        _, result = run_locally(federation(tmp_path, tmp_path / "own", **keys, **more, run__id="-".join(more)))
+        assert result["status"] == "completed"
 
 
 def test_as_many_names_as_classes_are_asked_for_before_the_run(tmp_path: Path, tiny_llama: Path) -> None:
