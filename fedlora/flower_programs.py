@@ -238,8 +238,8 @@ def _follow(run_id: int, config: Config, connection: Connection, before: dict[st
                 return status
             if runs:
                 answered = asked
-            elif ended and data["status"] == "completed":
-                return "finished:completed"
+            elif ended and asked - answered > _ASK_SECONDS:  # the record has the last word
+                return f"finished:{data['status']}"
             elif asked - answered > _LOST_SECONDS:
                 said = reason_of(str(answer.get("error-message") or "no answer"))
                 raise RunError(
