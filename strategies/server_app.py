@@ -63,7 +63,8 @@ def main(grid: Grid, context: Context) -> None:
         record.finish("failed", str(error))
         raise
     except (KeyboardInterrupt, SystemExit, RunNotRunningException):  # the others are how Flower stops a run
-        record.finish("interrupted")
+        full = link.full()  # with which a SuperLink dies, or forgets its runs
+        record.finish("failed" if full else "interrupted", full or None)
         raise
     except BaseException as error:
         said = link.reason(error)
