@@ -14,8 +14,8 @@ from flwr.app import Message
 
 _ASK_SECONDS = 5.0  # between questions to the server whether the run goes on
 _LOOK_SECONDS = 0.5
-# Flower's answers to a node that asks for a run which has ended, or which it may not know.
-_ENDED = (2007, 2008)
+# Flower's answers to a node that asks for a run: it has ended; it is not known, or not for this node.
+_ENDED, _UNKNOWN = 2007, 2008
 _log = logging.getLogger("fedlora")
 
 
@@ -109,7 +109,7 @@ class Runs:
             self._client.GetRun(GetRunRequest(node=Node(node_id=self._node_id), run_id=self._run_id))
         except httpx.HTTPStatusError as error:
             said = FlowerError.from_json(error.response.text)
-            return said is not None and int(said.code) in _ENDED
+            return said is not None and (said.code == _ENDED or (said.code == _UNKNOWN and not self._registered))
         except (httpx.HTTPError, OSError, ValueError) as error:
             _log.debug("the server was not asked whether the run goes on: %s", error)
         return False

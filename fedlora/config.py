@@ -133,7 +133,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class FederationConfig:
-    clients: int = option(4, "number of clients in a simulation", low=1)
+    clients: int = option(4, "clients of the run: all of a simulation's, and the most that take part on nodes", low=1)
     rounds: int = option(3, "communication rounds", low=1)
     fraction: float = option(1.0, "share of the clients sampled each round", low=1e-6, high=1.0)
     min_clients: int = option(1, "a round with fewer good answers fails the run", low=1)

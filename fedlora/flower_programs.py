@@ -238,8 +238,8 @@ def _follow(run_id: int, config: Config, connection: Connection, before: dict[st
                 return status
             if runs:
                 answered = asked
-            elif ended and data["status"] == "completed":
-                return "finished:completed"
+            elif ended and asked - answered > _ASK_SECONDS:  # the record has the last word
+                return f"finished:{data['status']}"
             elif asked - answered > _LOST_SECONDS:
                 said = reason_of(str(answer.get("error-message") or "no answer"))
                 raise RunError(
@@ -288,6 +288,9 @@ def _reason(config: Config, run_id: int, connection: Connection, log: Path | Non
     data = _result(config)
     if "error" in data and data != before:
         return str(data["error"])
+    if data.get("status") == "interrupted" and data != before:
+        where = folder_of(config)
+        return f"its server stopped it, or ended itself; go on with: fedlora run --resume {where} --server …"
     shown = connection.run("log", str(run_id), connection.name, "--show")
     last = last_line(shown.stdout) or (last_line(log.read_text(errors="replace")) if log else "no reason was logged")
     if data.get("status") == "running":

@@ -37,6 +37,8 @@ _MAY_CHANGE = frozenset(
         "federation.min-clients",
         "federation.round-timeout",
         "federation.wait-timeout",
+        "federation.max-rank",
+        "federation.max-hosted",
         "run.keep",
         "run.threads",
         "model.device",

@@ -19,6 +19,7 @@ from fedlora import rotation
 from fedlora.config import Config
 from fedlora.events import emit, listen
 from fedlora.journal import Journal
+from fedlora.results import RunRecord
 
 # The file that `fedlora server` names for its runs.
 VARIABLE = "FEDLORA_AUDIT"
@@ -28,8 +29,8 @@ _KEPT = frozenset(
 
 
 @contextmanager
-def kept(config: Config, run_id: int) -> Iterator[None]:
-    """Around a run, where its server keeps such a log."""
+def kept(config: Config, run_id: int, record: RunRecord) -> Iterator[None]:
+    """Around a run, where its server keeps such a log; its last line is what the record ends with."""
     path = os.environ.get(VARIABLE)
     if not path:
         yield
@@ -50,7 +51,10 @@ def kept(config: Config, run_id: int) -> Iterator[None]:
             config_sha256=hashlib.sha256(text.encode()).hexdigest(),
             resumed=config.run.resume,
         )
-        yield
+        try:
+            yield
+        finally:
+            emit("run-ended", status=record.data["status"], reason=record.data.get("error", ""))
 
 
 def digest(content: RecordDict) -> str:

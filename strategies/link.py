@@ -39,13 +39,19 @@ def end_soon(grid: Grid) -> None:
     threading.Thread(target=end, daemon=True).start()
 
 
+def full() -> str:
+    """That the disk of the SuperLink's database is full; empty where it is not, or is not known."""
+    database = os.environ.get(DATABASE)
+    said = superlink_data.full(Path(database)) if database else ""
+    return f"{said}, and resume the run" if said else ""
+
+
 def reason(error: BaseException) -> str:
     """What went wrong at the SuperLink, in words; empty for an error that is not its."""
     if not isinstance(error, httpx.HTTPError):
         return ""
-    database = os.environ.get(DATABASE)
-    if database and (said := superlink_data.full(Path(database))):
-        return f"{said}, and resume the run"
+    if said := full():
+        return said
     if isinstance(error, httpx.HTTPStatusError):
         code = error.response.status_code
         return f"Flower's SuperLink failed with HTTP status {code}; server.log in the server's state folder says why"

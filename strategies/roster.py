@@ -218,21 +218,18 @@ class Meeting:
             self._mailbox.post(node, partial(wire.encode_hello, self._fingerprint))
 
     def _hear(self) -> bool:
-        """Take in the answers that have come; whether there were any."""
+        """Take in the answers that have come; whether there were any but that a node is not there."""
         heard = False
         most = self._config.federation.max_hosted
         for node, reply in self._mailbox.arrived():
-            heard = True
             answers = _introductions(node, reply)
             if most and len(answers) > most:
-                self._deny(
-                    node,
-                    f"node {node} says that it is {len(answers)} clients, and is refused: "
-                    f"federation.max-hosted = {most}",
-                )
-                continue
-            for client, answer in answers.items():
-                self._enter(node, client, answer)
+                many = f"node {node} says that it is {len(answers)} clients"
+                self._deny(node, f"{many}, and is refused: federation.max-hosted = {most}")
+            else:
+                for client, answer in answers.items():
+                    self._enter(node, client, answer)
+            heard |= node in self._asked
         return heard
 
     def _enter(self, node: int, client: int | None, answer: Answer) -> None:

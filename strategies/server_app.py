@@ -14,9 +14,10 @@ from rich.console import Console
 
 from fedlora import config as configuration
 from fedlora import journal
+from fedlora.config import Config
 from fedlora.display import ConsoleLog, RunDisplay
 from fedlora.errors import FedLoraError, RunError
-from fedlora.events import emit, heard, listen
+from fedlora.events import heard, listen
 from fedlora.results import RunRecord
 
 from . import audit, link, rounds
@@ -51,19 +52,20 @@ def main(grid: Grid, context: Context) -> None:
         torch.set_num_threads(config.run.threads)
     link.bound(grid)
     record = RunRecord(config)
+    with audit.kept(config, context.run_id, record):
+        _run(grid, config, context.run_id, record)
+
+
+def _run(grid: Grid, config: Config, run_id: int, record: RunRecord) -> None:
     try:
-        with _narrated(), journal.kept(record.folder / journal.NAME), audit.kept(config, context.run_id):
-            try:
-                rounds.run(grid, config, record, context.run_id)
-            except BaseException as error:
-                emit("run-ended", status="not completed", reason=f"{type(error).__name__}: {error}")
-                raise
-            emit("run-ended", status="completed")
+        with _narrated(), journal.kept(record.folder / journal.NAME):
+            rounds.run(grid, config, record, run_id)
     except FedLoraError as error:
         record.finish("failed", str(error))
         raise
     except (KeyboardInterrupt, SystemExit, RunNotRunningException):  # the others are how Flower stops a run
-        record.finish("interrupted")
+        full = link.full()  # with which a SuperLink dies, or forgets its runs
+        record.finish("failed" if full else "interrupted", full or None)
         raise
     except BaseException as error:
         said = link.reason(error)

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "configs": set(),
 }
 NOT_METHODS = {"diagnostics", "__init__", "base", "folds", "means", "registry", "collect", "rounds", "server_app"}
-NOT_METHODS |= {"checkpoint", "mailbox", "answers", "bindings", "guard", "returned", "roster", "sizes"}
+NOT_METHODS |= {"checkpoint", "mailbox", "answers", "bindings", "guard", "returned", "roster", "sizes", "audit", "link"}
 HEAVY = {"peft", "transformers", "bitsandbytes", "flwr", "datasets"}
 
 

@@ -205,6 +205,31 @@ def test_a_node_that_hangs_is_waited_for_no_longer_than_the_wait_timeout(
     assert time.monotonic() - began < 60
 
 
+class Dead(local.LocalGrid):
+    """The first node died, Flower still lists it, and says at once that it is not there, however often it is asked."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(super().pull_messages(message_ids))
+        for place, reply in enumerate(replies):
+            if reply.metadata.src_node_id == 2:
+                replies[place] = Message(GONE, reply_to=reply)
+                replies[place].metadata.__dict__["_reply_to_message_id"] = reply.metadata.reply_to_message_id
+        return replies
+
+
+def test_a_node_that_stays_dead_is_waited_for_no_longer_either(tmp_path, tiny_llama, fresh_process, monkeypatch):
+    monkeypatch.setattr(local, "LocalGrid", Dead)
+    config = tiny(tmp_path, tiny_llama, federation__rounds=1, federation__wait_timeout=2.0)
+    began = time.monotonic()
+    local.run(config)
+    result = json.loads((folder_of(config) / "result.json").read_text())
+    assert [set(entry["clients"]) for entry in result["rounds"]] == [set("123")]
+    strict = tiny(tmp_path, tiny_llama, federation__wait_timeout=2.0, federation__min_clients=4, run__id="strict")
+    with pytest.raises(RunError, match=r"3 of 4 clients connected within 2 s \(the first that did not: node 2 failed"):
+        local.run(strict)
+    assert time.monotonic() - began < 60
+
+
 class Late(local.LocalGrid):
     """The last node connects after the first round."""
 

@@ -49,7 +49,7 @@ def test_a_servers_log_says_who_did_what(tmp_path, tiny_llama, fresh_process, mo
     other = tiny(tmp_path, tiny_llama, run__id="two", federation__min_clients=4, federation__rounds=1)
     with pytest.raises(RunError):
         local.run(other, client_app=answer)
-    assert journal.read(path)[-1]["status"] == "not completed"
+    assert journal.read(path)[-1]["status"] == "failed"
     assert "not today" in journal.read(path)[-1]["reason"]
     assert len({line["run"] for line in journal.read(path)}) == 2
     assert (folder_of(other) / "result.json").is_file()
