@@ -34,8 +34,8 @@ def write(path: Path, content: str | bytes) -> DataConfig:
         ("a.tsv", "text\tlabel\n" + TABLE.format("\t")),
         ("a.TSV", "\ufefftext\tlabel\r\n" + TABLE.format("\t").replace("1\n", "1\r\n")),
         ("a.csv", ("text,label\n" + TABLE.format(",")).encode("utf-16")),
-        ("a.csv.gz", gzip.compress(("text,label\n" + TABLE.format(",")).encode())),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())),
+        ("a.csv.gz", gzip.compress(("text,label\n" + TABLE.format(",")).encode(), mtime=0)),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
         ("a.jsonl", LINES.encode("utf-16")),
         ("a.json", json.dumps(ROWS, indent=1, ensure_ascii=False).encode("utf-16")),
         ("a.jsonl", json.dumps(ROWS)),
@@ -48,7 +48,7 @@ def test_files_are_read_however_they_were_saved(tmp_path: Path, name: str, conte
 def test_packed_parquet(tmp_path: Path) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(ROWS), sink)
-    packed = gzip.compress(sink.getvalue().to_pybytes())
+    packed = gzip.compress(sink.getvalue().to_pybytes(), mtime=0)
     assert load_rows(write(tmp_path / "a.parquet.gz", packed)).to_list() == ROWS
 
 
@@ -60,7 +60,7 @@ def test_packed_parquet(tmp_path: Path) -> None:
         ("a.csv", "text,label\nSmith,1\n".encode("utf-16-le"), r"holds zero bytes, as UTF-16 .*save the file as UTF-8"),
         ("a.csv", "text,label\nSmith,1\n".encode("utf-16")[:-1], r"byte 38 is not UTF-16; save the file as UTF-8"),
         ("a.csv.gz", b"text,label\nSmith,1\n", r"is not whole gzip data"),
-        ("a.csv.gz", gzip.compress(b"text,label\nSmith,1\n" * 99)[:-9], r"is not whole gzip data"),
+        ("a.csv.gz", gzip.compress(b"text,label\nSmith,1\n" * 99, mtime=0)[:-9], r"is not whole gzip data"),
         ("a.csv", "text,label,text\nSmith,1,x\n", r"column 'text' is there twice \(columns 1, 3\); rename all but one"),
         ("a.csv", "text,label\nSmith, John,1\n", r"line 2 has 3 cells, the header 2, with a comma between them"),
         ("a.csv", 'text;label\n"Smith\n\nx";1\nSmith\n', r"line 5 has 1 cells, the header 2, with a semicolon"),
