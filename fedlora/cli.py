@@ -486,6 +486,9 @@ def data(
     show: Annotated[
         int, typer.Option("--show", min=0, metavar="N", help="Print the first N rows as the model sees them.")
     ] = 0,
+    every_client: Annotated[
+        bool, typer.Option("--every-client", help="A line for each client, however many; else a line for each rank.")
+    ] = False,
 ) -> None:
     """Check the rows before a run, and show how they are dealt to the clients, without training.
 
@@ -501,20 +504,17 @@ def data(
     settings = _load(config, overrides)
     quiet()
     from fedlora.data import client_statistics, prepare
+    from fedlora.display import data_table
 
     split = prepare(settings)
-    table = Table(title=f"{settings.data.source}, {settings.data.partition}; {len(split.heldout)} held-out rows")
-    for title in ("client", "rank", "rows", "mean characters", "labels"):
-        table.add_column(title, justify="left" if title == "labels" else "right")
-    for row in client_statistics(split, settings.data, settings.model.task):
-        table.add_row(
-            f"{row.client_id}" + (f" ({row.name})" if row.name else ""),
-            str(configuration.client_rank(settings.lora, row.client_id)),
-            str(row.rows),
-            f"{row.mean_characters:.0f}",
-            "  ".join(f"{name}: {count}" for name, count in row.labels.items()),
+    out.print(
+        data_table(
+            client_statistics(split, settings.data, settings.model.task),
+            settings,
+            len(split.heldout),
+            every=every_client,
         )
-    out.print(table)
+    )
     from fedlora.models import at_hand, tokenizer_of
 
     here = at_hand(settings.model.name)

@@ -7,8 +7,9 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -18,10 +19,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from fedlora.config import client_rank
 from fedlora.model_card import cut_share
 
 if TYPE_CHECKING:  # they import heavy libraries, and every command this file
+    from fedlora.config import Config
     from fedlora.data.shown import Shown
+    from fedlora.data.stats import ClientStatistics
     from fedlora.status import RunStatus
 
 _QUIET_SECONDS = 10.0  # after which a run says where it stands
@@ -233,6 +237,45 @@ def status_table(run: RunStatus) -> Table:
             escape(client.note),
         )
     return table
+
+
+def data_table(clients: Sequence[ClientStatistics], config: Config, heldout: int, *, every: bool = False) -> Table:
+    """Who gets which rows: a line for each client; of very many, for those of each rank, unless `every` is set."""
+    table = Table(title=f"{config.data.source}, {config.data.partition}; {heldout} held-out rows")
+    if every or len(clients) <= _MOST_CLIENTS:
+        for title in ("client", "rank", "rows", "mean characters", "labels"):
+            table.add_column(title, justify="left" if title == "labels" else "right")
+        for one in clients:
+            name = f" ({one.name})" if one.name else ""
+            rank = client_rank(config.lora, one.client_id)
+            table.add_row(
+                f"{one.client_id}{name}", str(rank), str(one.rows), f"{one.mean_characters:.0f}", _counts(one.labels)
+            )
+        return table
+    table.caption = f"{len(clients)} clients; --every-client lists each"
+    for title in ("rank", "clients", "rows", "of one, least", "median", "most", "mean characters", "labels"):
+        table.add_column(title, justify="left" if title == "labels" else "right")
+    for rank in sorted({client_rank(config.lora, one.client_id) for one in clients}, reverse=True):
+        group = [one for one in clients if client_rank(config.lora, one.client_id) == rank]
+        rows = [one.rows for one in group]
+        characters = sum(one.mean_characters * one.rows for one in group) / max(1, sum(rows))
+        labels = sum((Counter(one.labels) for one in group), Counter[str]())
+        told = (
+            rank,
+            len(group),
+            sum(rows),
+            min(rows),
+            f"{median(rows):g}",
+            max(rows),
+            f"{characters:.0f}",
+            _counts(labels),
+        )
+        table.add_row(*map(str, told))
+    return table
+
+
+def _counts(labels: Mapping[str, int]) -> str:
+    return escape("  ".join(f"{name}: {count}" for name, count in labels.items()))
 
 
 def example_text(example: Shown) -> Text:

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from fedlora.config import DataConfig
+from fedlora.config import DataConfig, parse
 from fedlora.data import ClientStatistics, client_statistics, split_rows
+from fedlora.display import data_table
 from fedlora.errors import DataError
 
 DATA = DataConfig(source="mine.jsonl", heldout_fraction=0.0)
@@ -48,3 +49,20 @@ def test_missing_column() -> None:
     split = split_rows(Dataset.from_dict({"words": ["a"]}), data, 1, 0)
     with pytest.raises(DataError, match="no column 'text'"):
         client_statistics(split, data, "classification")
+
+
+def test_very_many_clients_are_a_line_for_each_rank() -> None:
+    config = parse({"lora.ranks": "8,4", "federation.clients": 100})
+    clients = [ClientStatistics(i, f"person {i}", 10 + i, 100.0, {"good": i % 2, "bad": 1}) for i in range(100)]
+    few, many = data_table(clients[:40], config, 5), data_table(clients, config, 5)
+    assert few.row_count == 40
+    assert many.caption == "100 clients; --every-client lists each"
+    columns = {column.header: [*column.cells] for column in many.columns}
+    assert columns["rank"] == ["8", "4"]
+    assert columns["clients"] == ["50", "50"]
+    assert columns["rows"] == ["2950", "3000"]  # 10, 12 … 108 and 11, 13 … 109
+    assert columns["of one, least"] == ["10", "11"]
+    assert columns["median"] == ["59", "60"]
+    assert columns["most"] == ["108", "109"]
+    assert columns["labels"] == ["good: 0  bad: 50", "good: 50  bad: 50"]
+    assert data_table(clients, config, 5, every=True).row_count == 100
