@@ -132,7 +132,7 @@ def drawn(shapes: peft_io.Shapes) -> AdapterState:
         )
         for name, (d_out, d_in) in shapes.lora.items()
     }
-    return AdapterState(lora=lora, dense=fresh_head(shapes.dense, g))
+    return AdapterState(lora=lora, dense=fresh_head(shapes.dense, 1))
 
 
 def logits(model: Any, examples: LazyExamples, pad: int) -> Tensor:

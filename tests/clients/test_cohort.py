@@ -51,7 +51,7 @@ def random_adapter(bench: peft_io.Workbench, lora: LoraConfig, rank: int, seed: 
         name: LoraFactors(A=f.A, B=torch.randn(f.B.shape, generator=g) * 0.1, scaling=f.scaling)
         for name, f in start.lora.items()
     }
-    dense = fresh_head(shapes.dense, g)
+    dense = fresh_head(shapes.dense, seed)
     if core:
         dense |= {name + CORE: torch.randn(rank, rank, generator=g) * 0.1 for name in factors}
     return AdapterState(lora=factors, dense=dense)
