@@ -240,6 +240,11 @@ def _follow(run_id: int, config: Config, connection: Connection, before: dict[st
                 answered = asked
             elif ended and asked - answered > _ASK_SECONDS:  # the record has the last word
                 return f"finished:{data['status']}"
+            elif data and asked - answered > _ASK_SECONDS and not is_taken(folder_of(config)):
+                raise RunError(
+                    f"the server at {connection.address} does not answer, and the run's process has ended with it; "
+                    f"when it is back, go on with: fedlora run --resume {folder_of(config)} --server …"
+                )
             elif asked - answered > _LOST_SECONDS:
                 said = reason_of(str(answer.get("error-message") or "no answer"))
                 raise RunError(

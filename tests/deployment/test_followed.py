@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from fedlora import flower_programs
 from fedlora.config import parse
@@ -80,6 +81,16 @@ def test_the_record_has_the_last_word_where_the_server_is_gone(tmp_path):
         followed(tmp_path, lambda times: GONE)
     record(tmp_path, status="completed")
     followed(tmp_path, lambda times: GONE)
+
+
+def test_a_run_whose_process_died_with_its_server_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(flower_programs, "_LOST_SECONDS", 60.0)
+    folder = record(tmp_path, status="running")
+    with pytest.raises(RunError, match=r"does not answer, and the run's process has ended with it.*--resume .*n/one"):
+        followed(tmp_path, lambda times: GONE)
+    monkeypatch.setattr(flower_programs, "_LOST_SECONDS", 0.5)
+    with FileLock(folder / ".lock"), pytest.raises(RunError, match="has not answered for"):
+        followed(tmp_path, lambda times: GONE)
 
 
 def test_the_error_of_the_time_before_is_not_that_of_a_run_that_is_resumed(tmp_path):
