@@ -60,3 +60,9 @@ def test_the_table_of_rounds_fits_a_terminal_of_80_columns(tmp_path):
     assert all(
         word in shown for word in ("4.9137", "4.2657", "0.2395", "4.5199", "16.7", "83.2", "< 1e-7", "0.75", "14.8")
     )
+
+
+def test_a_runs_folder_is_its_owners_alone(tmp_path):
+    record = results.RunRecord(parse({"run.dir": str(tmp_path / "runs"), "run.id": "one"}))
+    assert record.folder.stat().st_mode & 0o777 == 0o700
+    record.finish("completed")

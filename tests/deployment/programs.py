@@ -14,9 +14,23 @@ from pathlib import Path
 
 import psutil
 
+from fedlora.config import Scalar
+from fedlora.flower_programs import config_table
 from fedlora.processes import free_port
+from fedlora.results import folder_of
+from tests.federation import tiny
 
 Site = tuple[Path, dict[str, str]]
+
+
+def write_run(site: Site, model: Path, run_id: str, **keys: Scalar) -> Path:
+    """`<run_id>.toml` of a run of one client for one round, rows of the tiny set; returns the run's folder to be."""
+    folder = site[0]
+    one = {"federation__clients": 1, "federation__rounds": 1, "federation__wait_timeout": 120.0, "lora__ranks": "2"}
+    own = {"evaluate__server": False, "data__partition": "iid", "run__dir": str(folder / "runs"), "run__id": run_id}
+    config = tiny(folder, model, **{**one, **own, **keys})
+    (folder / f"{run_id}.toml").write_text(config_table(config), encoding="utf-8")
+    return folder_of(config)
 
 
 def make_site(tmp_path: Path) -> Site:

@@ -43,6 +43,29 @@ def test_an_address_is_host_and_port(server, certs):
         deployment.check_server(server, certs / "ca.crt")
 
 
+def test_the_file_of_trusted_entities_goes_to_flowers_node(tmp_path, certs, monkeypatch):
+    asked: list[list[str]] = []
+
+    def program(self, command, more=None):
+        asked.append([*command])
+        raise RunError("enough")
+
+    monkeypatch.setattr(deployment._Programs, "start", program)
+    monkeypatch.setattr(deployment, "_wait_for", lambda *_: 0.0)
+    trusted, ca, key = tmp_path / "trusted.yaml", certs / "ca.crt", certs / "north"
+
+    def join():
+        deployment.join("127.0.0.1:9", ca, key, node_config={}, state=tmp_path / "state", trusted_entities=trusted)
+
+    with pytest.raises(ConfigError, match=r"--trusted-entities .*trusted\.yaml: no such file"):
+        join()
+    trusted.write_text("fpk_1: ssh-ed25519 AAAA\n")
+    with pytest.raises(RunError, match="enough"):
+        join()
+    place = asked[0].index("--trusted-entities")
+    assert asked[0][place + 1] == str(trusted)
+
+
 def test_a_missing_file_is_named(tmp_path, certs):
     (certs / "server.pem").unlink()
     with pytest.raises(ConfigError, match=r"--certs .*server\.pem: no such file"):

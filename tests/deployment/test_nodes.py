@@ -8,12 +8,9 @@ from urllib.request import urlopen
 
 import pytest
 
-from fedlora.flower_programs import config_table
 from fedlora.processes import free_port
-from fedlora.results import folder_of
-from tests.deployment.programs import begun, called, kept_running, make_site
+from tests.deployment.programs import begun, called, kept_running, make_site, write_run
 from tests.deployment.test_deployment import EXAMPLES
-from tests.federation import tiny
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,25 +26,12 @@ def test_nodes_behind_a_proxy_train_and_cannot_control(tmp_path, tiny_llama):
     environment["PROXY"] = f"127.0.0.1:{port}"
     text = (EXAMPLES / "nginx.conf").read_text(encoding="utf-8")
     (folder / "nginx.conf").write_text(text.replace("listen 9093", f"listen {port}").replace(":9092;", f":{near};"))
-    config = tiny(
-        tmp_path,
-        tiny_llama,
-        strategy__name="flora",
-        lora__ranks="2",
-        federation__clients=1,
-        federation__rounds=1,
-        federation__wait_timeout=120.0,
-        evaluate__server=False,
-        data__partition="iid",
-        run__dir=str(tmp_path / "runs"),
-        run__id="one",
-    )
 
     def play(number: str) -> dict:
-        (folder / "run.toml").write_text(config_table(config).replace('"one"', f'"{number}"'), encoding="utf-8")
-        done = called("fedlora run run.toml --server $SERVER --ca certs/ca.crt", site)
+        run = write_run(site, tiny_llama, number)
+        done = called(f"fedlora run {number}.toml --server $SERVER --ca certs/ca.crt", site)
         assert done.returncode == 0, done.stderr + done.stdout
-        return json.loads((folder_of(config).with_name(number) / "result.json").read_text())
+        return json.loads((run / "result.json").read_text())
 
     def nodes() -> str:
         shown = called("fedlora nodes --server $SERVER --ca certs/ca.crt", site)
@@ -78,7 +62,7 @@ def test_nodes_behind_a_proxy_train_and_cannot_control(tmp_path, tiny_llama):
                 refused = called(f"fedlora {command} --server $PROXY --ca certs/ca.crt", site)
                 assert refused.returncode == 1
                 assert "refuses this (403 Forbidden); a proxy before it may keep this to" in refused.stderr
-            refused = called("fedlora run run.toml --server $PROXY --ca certs/ca.crt", site)
+            refused = called("fedlora run first.toml --server $PROXY --ca certs/ca.crt", site)
             assert refused.returncode == 1
             assert "403" in refused.stderr
 

@@ -11,11 +11,10 @@ from contextlib import ExitStack
 import psutil
 import pytest
 
-from fedlora.flower_programs import config_table
-from fedlora.results import folder_of, is_taken
-from tests.deployment.programs import begun, called, kept_running, make_site, words
+from fedlora.results import is_taken
+from tests.deployment.programs import begun, called, kept_running, make_site, words, write_run
 from tests.deployment.test_faults import events, kill, until, worker_of
-from tests.federation import hears_ctrl_c, tiny
+from tests.federation import hears_ctrl_c
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -23,24 +22,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 def test_a_stop_reaches_the_nodes_and_a_worker_that_hangs_is_replaced(tmp_path, tiny_llama):
     site = make_site(tmp_path)
     folder, environment = site
-
-    def write(name: str, **keys):
-        config = tiny(
-            tmp_path,
-            tiny_llama,
-            strategy__name="flora",
-            lora__ranks="2",
-            federation__clients=1,
-            federation__rounds=1,
-            federation__wait_timeout=90.0,
-            evaluate__server=False,
-            data__partition="iid",
-            run__dir=str(tmp_path / "runs"),
-            run__id=name,
-            **keys,
-        )
-        (folder / f"{name}.toml").write_text(config_table(config), encoding="utf-8")
-        return folder_of(config)
 
     def start(name: str) -> subprocess.Popen:
         command = words(f"fedlora run {name}.toml --server $SERVER --ca certs/ca.crt", environment)
@@ -68,7 +49,7 @@ def test_a_stop_reaches_the_nodes_and_a_worker_that_hangs_is_replaced(tmp_path, 
         stack.enter_context(kept_running(joins, site, "node: started for the server"))
 
         # Ctrl-C: the run is interrupted, its lock is free, and the node stops at work
-        run = write("stopped", **long)
+        run = write_run(site, tiny_llama, "stopped", **long)
         running = start("stopped")
         until(lambda: events(state, "client-step"), "the node trains")
         running.send_signal(signal.SIGINT)
@@ -80,7 +61,7 @@ def test_a_stop_reaches_the_nodes_and_a_worker_that_hangs_is_replaced(tmp_path, 
         assert time.monotonic() - began < 60
 
         # the next run is not in its way; its worker stops for good in the middle of it, and is replaced
-        run = write("hung", train__steps=400)
+        run = write_run(site, tiny_llama, "hung", train__steps=400)
         running = start("hung")
         until(lambda: events(state, "client-start", round=1)[1:], "the node trains again")
         hung = worker_of(state)
@@ -90,7 +71,7 @@ def test_a_stop_reaches_the_nodes_and_a_worker_that_hangs_is_replaced(tmp_path, 
         assert list(json.loads((run / "result.json").read_text())["rounds"][0]["clients"]) == ["0"]
 
         # kill -9 of the server: the command ends, and says so
-        run = write("left", **long)
+        run = write_run(site, tiny_llama, "left", **long)
         running = start("left")
         until(lambda: len(events(state, "client-start", round=1)) > 3, "the node trains once more")
         resumed = called(f"fedlora run --resume {run} --server $SERVER --ca certs/ca.crt", site)
