@@ -259,7 +259,9 @@ def data_table(clients: Sequence[ClientStatistics], config: Config, heldout: int
         group = [one for one in clients if client_rank(config.lora, one.client_id) == rank]
         rows = [one.rows for one in group]
         characters = sum(one.mean_characters * one.rows for one in group) / max(1, sum(rows))
-        labels = sum((Counter(one.labels) for one in group), Counter[str]())
+        labels = Counter[str]()
+        for one in group:
+            labels.update(one.labels)
         told = (
             rank,
             len(group),

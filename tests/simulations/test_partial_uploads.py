@@ -167,7 +167,7 @@ def test_with_factors_on_the_clients_only_they_evaluate(tmp_path, tiny_llama, ca
     assert losses[2] < losses[1] < losses[0]
     assert all("heldout" not in entry and entry["aggregation-error"] is None for entry in result["rounds"])
     kept = sorted(path.relative_to(folder / "clients").parts[1:] for path in folder.rglob("personal-*.safetensors"))
-    assert kept == [(f"client-{i}", f"personal-{round}.safetensors") for i in range(4) for round in (2, 3)]
+    assert kept == [(f"client-{i}", f"personal-{round}.safetensors") for i in range(4) for round in (1, 2, 3)]
 
 
 def test_fedsa_is_refused_where_nobody_evaluates(tmp_path, tiny_llama):

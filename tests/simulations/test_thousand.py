@@ -160,7 +160,7 @@ def test_what_clients_keep_lies_on_disk_alone_and_only_of_those_that_were_at_wor
 
     monkeypatch.setattr(own_state, "save", saving)
     monkeypatch.setattr(own_state, "load", loading)
-    config = many(tmp_path, tiny_llama, 12, lora__ranks="2", federation__rounds=5, **KEEPING[kind])
+    config = many(tmp_path, tiny_llama, 12, lora__ranks="2", federation__rounds=5, run__keep=1, **KEEPING[kind])
     with listen(at_end):
         folder, result = run_locally(config)
 
