@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +23,7 @@ import psutil
 
 _STOP_SECONDS = 10.0
 _PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}  # of GCC's and Intel's OpenMP
+_AGAIN_SECONDS = 0.05
 _LOST_SECONDS = 30.0  # what was told to stop so long ago did not hear it
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -65,9 +68,10 @@ def stopped_by_signals() -> Iterator[Told]:
     """SIGTERM and a closed terminal stop what is within the block in order, as Ctrl-C does: by KeyboardInterrupt.
 
     A second signal does not disturb that, unless it comes much later, when the first was lost. Signals that this
-    process was started to ignore, as by nohup, stay ignored, but for SIGTERM.
+    process was started to ignore, as by nohup, stay ignored, but for SIGTERM. Python drops what is raised within a
+    finalizer or a callback of the garbage collector: a signal that came just then is sent once more.
     """
-    told, last = Told(), 0.0
+    told, last, dropped = Told(), 0.0, sys.unraisablehook
 
     def tell(number: int, _: object) -> None:
         nonlocal last
@@ -75,12 +79,22 @@ def stopped_by_signals() -> Iterator[Told]:
             told.number, last = number, time.monotonic()
             raise KeyboardInterrupt
 
+    def again(what: sys.UnraisableHookArgs) -> None:
+        nonlocal last
+        if what.exc_type is not KeyboardInterrupt or not told.number:
+            dropped(what)
+            return
+        last = -math.inf
+        threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), told.number)).start()
+
     wanted = [number for name in ("SIGINT", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
     wanted = [signal.SIGTERM, *(number for number in wanted if signal.getsignal(number) != signal.SIG_IGN)]
     before = {number: signal.signal(number, tell) for number in wanted}
+    sys.unraisablehook = again
     try:
         yield told
     finally:
+        sys.unraisablehook = dropped
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -38,6 +39,20 @@ def test_processes_that_compute_at_once_share_one_pools_threads(monkeypatch: pyt
     assert os.environ["OMP_NUM_THREADS"] == "2"
     processes.share_cores(8)
     assert os.environ["OMP_NUM_THREADS"] == "2"  # as set before
+
+
+def test_a_signal_that_a_finalizer_swallows_is_heard_all_the_same() -> None:
+    class Ends:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    before = sys.unraisablehook
+    with processes.stopped_by_signals() as told:
+        Ends()  # Python drops what is raised within it
+        assert told.number == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(10)
+    assert sys.unraisablehook is before
 
 
 def test_a_second_signal_disturbs_nothing_unless_the_first_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
