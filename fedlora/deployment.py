@@ -289,7 +289,7 @@ def _asking(host: str, port: int, context: ssl.SSLContext | None) -> http.client
     if context is None:
         return http.client.HTTPConnection(host, port, timeout=_ASK_SECONDS)
     proxy = urllib.request.getproxies_environment().get("https")
-    if not proxy or urllib.request.proxy_bypass_environment(f"{host}:{port}"):
+    if not proxy or urllib.request.proxy_bypass(f"{host}:{port}"):
         return http.client.HTTPSConnection(host, port, timeout=_ASK_SECONDS, context=context)
     there = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
     if not there.hostname:
