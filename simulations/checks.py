@@ -71,7 +71,7 @@ def check_scenarios(grid: Grid, devices: Sequence[str] = ()) -> None:
         FedLoraError: the first one's, where none of them could be run.
     """
     for device in devices:
-        pick_device(device)
+        pick_device(device, "--slots")
     first = {cell.scenario: cell.configs[0] for cell in reversed(grid.cells)}
     faults: list[FedLoraError] = []
     for scenario in grid.scenarios:

@@ -9,8 +9,12 @@ from fedlora.errors import ModelError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, key: str = "model.device") -> torch.device:
     """The device of this name; auto is the first of cuda, mps and cpu that is there.
+
+    Args:
+        name: such as auto, cpu or cuda:1.
+        key: what named it, for errors.
 
     Raises:
         ModelError: there is no such device here.
@@ -21,14 +25,14 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ModelError(f"model.device = {name!r} is no device, expected auto, cpu, cuda, cuda:1 or mps") from None
+        raise ModelError(f"{key} = {name!r} is no device, expected auto, cpu, cuda, cuda:1 or mps") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ModelError(
-            f"model.device = {name!r}, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
+            f"{key} = {name!r}, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
             "use auto or cpu, or install torch for CUDA and check the driver"
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ModelError(f"model.device = {name!r}, but there is no such device here; use auto or cpu")
+        raise ModelError(f"{key} = {name!r}, but there is no such device here; use auto or cpu")
     return device
 
 

@@ -186,7 +186,7 @@ def test_a_comparison_on_a_device_that_is_not_here_is_refused_before_its_first_c
 
     monkeypatch.setattr(checks, "check", cell)
     grid = SimpleNamespace(cells=[], scenarios={})
-    with pytest.raises(ModelError, match=r"'cuda:99', but torch .* sees \d+ CUDA devices"):
+    with pytest.raises(ModelError, match=r"^--slots = 'cuda:99', but torch .* sees \d+ CUDA devices"):
         checks.check_scenarios(grid, ["cpu", "cuda:99"])
 
 
