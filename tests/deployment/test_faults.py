@@ -25,7 +25,7 @@ from fedlora.simulations import local
 from tests.deployment.programs import begun, called, kept_running, make_site, words
 from tests.federation import tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(1800)]
 NODES = ("north", "south", "west")
 ROUNDS = 7
 

@@ -18,7 +18,7 @@ from tests.federation import write_rows
 from tests.simulations.test_cohorts import apart
 from tests.simulations.test_local import saved_adapter
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 GUIDE = Path(__file__).resolve().parent.parent.parent / "docs" / "deployment.md"
 HOSTED = {"left": [0, 1, 2, 3], "right": [4, 5, 6, 7]}
 
