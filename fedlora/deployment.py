@@ -121,7 +121,7 @@ def serve(
             ended, reason = programs.wait(lambda: superlink_data.look_after(database))
             quick = quick + 1 if time.monotonic() - began < _QUICK_SECONDS else 0
             if ended != _SUPERLINK or quick == _MOST_QUICK:
-                raise RunError(f"Flower's server ended: {ended}: {reason}")
+                raise RunError(f"Flower's server ended: {ended}: {superlink_data.full(database) or reason}")
             # Runs and messages are in its database; ServerApps, which are processes of the SuperExec, go on.
             _log.warning("server: Flower's SuperLink ended (%s); starting it again", reason)
             flower_programs.wait_until_healthy(programs.start(command), url, programs.log, context)
