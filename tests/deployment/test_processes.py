@@ -111,7 +111,7 @@ def test_what_goes_wrong_is_one_sentence(site):
         plain = "--server $SERVER --insecure"
         refused(f"fedlora run quickstart {plain}", site, "does not speak plain HTTP")
         refused("fedlora register certs/ca.crt --server $SERVER --ca certs/ca.crt", site, "holds no public key")
-        for answer in ("registered as node", "registered already"):
+        for answer in ("registered as north, node", "registered already, as north"):
             done = called("fedlora register certs/north.pub --server $SERVER --ca certs/ca.crt", site)
             assert answer in done.stdout, done.stderr
         impatient = (
