@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from fedlora.config import Config, Scalar
 from fedlora.data import kept_back, prepare
-from fedlora.data.checked import check_rows, lines, refusal
+from fedlora.data.checked import told
 from fedlora.errors import DataError
 from fedlora.models import at_hand, tokenizer_of
 
@@ -28,6 +28,7 @@ def check(config: Config, settings: Mapping[str, Scalar]) -> list[str]:
     config = node.ruled(config, settings)
     own, said = node.own_data(settings), []
     clients = node.hosted(settings) or (int(settings.get("partition-id", 0)),)
+    tokenizer = tokenizer_of(config.model) if at_hand(config.model.name) else None
     for client in clients:
         rows = prepare(config).client(0 if own else client)
         kept = kept_back(len(rows), config.data.client_test_fraction) if config.evaluate.clients else 0
@@ -35,11 +36,8 @@ def check(config: Config, settings: Mapping[str, Scalar]) -> list[str]:
         node.check_steps(config.train, settings, steps)
         rank = node.rank(config, settings, client)
         said.append(f"client {client}: rank {rank}, {len(rows) - kept} training rows, {steps} steps in a round")
-        here = at_hand(config.model.name)
-        found = check_rows(rows, tokenizer_of(config.model) if here else None, config)
-        said += [f"  {line}" for line in lines(found, config)]
-        if not here:
-            said.append(f"  tokens: not counted, since model.name = {config.model.name} is not on this machine yet")
-        if fault := refusal(found, config):
+        found, fault = told(rows, tokenizer, config)
+        said += [f"  {line}" for line in found]
+        if fault:
             raise DataError(fault)
     return said

@@ -61,9 +61,7 @@ def make(
         )
     wanted = [] if known else [CA, CA_KEY, SERVER, SERVER_KEY]
     wanted += [name for node in nodes for name in (node, f"{node}.pub")]
-    for name in wanted:
-        if os.path.lexists(folder / name):
-            raise ConfigError(f"{folder / name} exists already, and nothing is overwritten; choose another name")
+    _check_free(folder / name for name in wanted)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not known:
@@ -131,9 +129,7 @@ def make_key(path: Path) -> str:
         ConfigError: a file exists already, or cannot be written.
     """
     _check_names([path.name])
-    for file in (path, path.with_name(f"{path.name}.pub")):
-        if os.path.lexists(file):
-            raise ConfigError(f"{file} exists already, and nothing is overwritten; choose another name")
+    _check_free((path, path.with_name(f"{path.name}.pub")))
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         return fingerprint(_write_node(path.parent, path.name))
@@ -261,6 +257,12 @@ def _write(path: Path, content: bytes, mode: int) -> None:
     """Never over an existing file, and never readable for others first."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(content)
+
+
+def _check_free(files: Iterable[Path]) -> None:
+    for file in files:
+        if os.path.lexists(file):
+            raise ConfigError(f"{file} exists already, and nothing is overwritten; choose another name")
 
 
 def _check_names(nodes: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from fedlora import __version__, processes
 from fedlora import config as configuration
 from fedlora.cli_adapters import adapters, kept_by_clients
 from fedlora.cli_experiments import experiments
-from fedlora.cli_nodes import members
+from fedlora.cli_nodes import Authority, members
 from fedlora.errors import ConfigError, DataError, FedLoraError, of_the_disk, suggest
 
 if TYPE_CHECKING:
@@ -47,9 +47,6 @@ Overrides = Annotated[
 ]
 Preset = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a preset such as quickstart.")
-]
-Authority = Annotated[
-    Path | None, typer.Option("--ca", help="Certificate of the authority behind the server: ca.crt of fedlora certs.")
 ]
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Neither TLS nor node authentication: for tests on one machine.")
@@ -293,13 +290,14 @@ def certs(
     """
     from fedlora import certificates
 
-    if renew:
-        if nodes:
-            raise ConfigError("certs: --renew is of the server's certificate alone; add nodes in another command")
-        for path in certificates.renew(folder, server_name or [], ip or []):
-            out.print(str(path), soft_wrap=True)
-        return
-    for path in certificates.make(folder, server_name or [], ip or [], certificates.numbered(nodes)):
+    if renew and nodes:
+        raise ConfigError("certs: --renew is of the server's certificate alone; add nodes in another command")
+    names, ips = server_name or [], ip or []
+    for path in (
+        certificates.renew(folder, names, ips)
+        if renew
+        else certificates.make(folder, names, ips, certificates.numbered(nodes))
+    ):
         out.print(str(path), soft_wrap=True)
 
 
@@ -466,16 +464,14 @@ def _tell_of_rows(rows: Dataset, settings: configuration.Config, *, here: bool) 
     Raises:
         DataError: some of them cannot be used.
     """
-    from fedlora.data.checked import check_rows, lines, refusal
+    from fedlora.data.checked import told
     from fedlora.models import tokenizer_of
 
-    found = check_rows(rows, tokenizer_of(settings.model) if here else None, settings)
-    for line in lines(found, settings):
+    found, fault = told(rows, tokenizer_of(settings.model) if here else None, settings)
+    for line in found:
         out.print(line, soft_wrap=True, markup=False)
-    if not here:
-        out.print(f"tokens: not counted, since model.name = {settings.model.name} is not on this machine yet")
-    if said := refusal(found, settings):
-        raise DataError(said)
+    if fault:
+        raise DataError(fault)
 
 
 @app.command()

@@ -252,11 +252,13 @@ def data_table(clients: Sequence[ClientStatistics], config: Config, heldout: int
                 f"{one.client_id}{name}", str(rank), str(one.rows), f"{one.mean_characters:.0f}", _counts(one.labels)
             )
         return table
+    by_rank: dict[int, list[ClientStatistics]] = {}
+    for one in clients:
+        by_rank.setdefault(client_rank(config.lora, one.client_id), []).append(one)
     table.caption = f"{len(clients)} clients; --every-client lists each"
     for title in ("rank", "clients", "rows", "of one, least", "median", "most", "mean characters", "labels"):
         table.add_column(title, justify="left" if title == "labels" else "right")
-    for rank in sorted({client_rank(config.lora, one.client_id) for one in clients}, reverse=True):
-        group = [one for one in clients if client_rank(config.lora, one.client_id) == rank]
+    for rank, group in sorted(by_rank.items(), reverse=True):
         rows = [one.rows for one in group]
         characters = sum(one.mean_characters * one.rows for one in group) / max(1, sum(rows))
         labels = Counter[str]()

@@ -40,7 +40,7 @@ def prepare(database: Path) -> None:
                 link.execute(f"PRAGMA auto_vacuum = {_FULL}")
                 link.execute("VACUUM")  # which is when a database takes it on
     except (sqlite3.Error, OSError) as error:
-        hint = f"; {full(database)}" if full(database) else ""
+        hint = f"; {said}" if (said := full(database)) else ""
         raise RunError(f"{database}: the SuperLink's database cannot be used: {error}{hint}") from None
     if known and (fault := broken(database)):
         raise RunError(fault)

@@ -31,7 +31,7 @@ def check(config: Config) -> None:
         check_changes(stored(folder_of(config)), config)
     check_optimizer(config.train, pick_device(config.model.device))
     tokenizer, base = _looked_at(config.model, config.lora)
-    check_ranks(config, base)
+    _check_widths(config, base)
     split = prepare(config)
     form_of(split.rows.column_names, config.data, config.model.task)
     warn_of_lengths(split.rows, tokenizer, config)
@@ -48,7 +48,7 @@ def check(config: Config) -> None:
         raise faults[0]
 
 
-def check_ranks(config: Config, base: peft_io.Shapes) -> None:
+def _check_widths(config: Config, base: peft_io.Shapes) -> None:
     """Raises ConfigError for a client's rank above what any layer of the base can use, its smaller width."""
     widest = max(min(shape) for shape in base.lora.values())
     for client in range(config.federation.clients):

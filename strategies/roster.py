@@ -75,13 +75,6 @@ class Roster:
         return {client: found[client] for client in clients}
 
 
-def meet(grid: Grid, config: Config, fingerprint: str, classes: Sequence[str] | None = None) -> Roster:
-    """The roster of a `Meeting` that has just begun; see `Meeting.begin`."""
-    meeting = Meeting(grid, config, fingerprint, classes)
-    meeting.begin()
-    return meeting.roster
-
-
 @dataclass(frozen=True)
 class _Offer:
     """A client that a node says it is, or is one of."""

@@ -154,9 +154,16 @@ def lines(found: Checked, config: Config) -> list[str]:
     return [*said, *filter(None, [too_long(found, config)])]
 
 
-def refusal(found: Checked, config: Config) -> str:
-    """What is said of rows that a run cannot use; empty where there are none."""
-    return f"{config.data.source}: {'; '.join(found.faults)}" if found.faults else ""
+def told(rows: Dataset, tokenizer: PreTrainedTokenizerBase | None, config: Config) -> tuple[list[str], str]:
+    """`check_rows` for people: a line for each thing, and what is said of rows that a run cannot use, if there are any.
+
+    Without a tokenizer, it is said that no tokens were counted.
+    """
+    found = check_rows(rows, tokenizer, config)
+    said = lines(found, config)
+    if tokenizer is None:
+        said.append(f"tokens: not counted, since model.name = {config.model.name} is not on this machine yet")
+    return said, f"{config.data.source}: {'; '.join(found.faults)}" if found.faults else ""
 
 
 def _grouped(rows: Dataset, wrong: Mapping[int, str], data: DataConfig) -> list[str]:

@@ -270,12 +270,13 @@ def _fast(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 def _encode_classes(
     columns: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, data: DataConfig
 ) -> list[Example]:
+    examples = []
     whole = tokenizer(columns[data.text_column], verbose=False)["input_ids"]
-    kept = tokenizer(columns[data.text_column], truncation=True, max_length=data.max_length)["input_ids"]
-    return [
-        Example(ids, int(label), len(all_ids), "end" if len(ids) < len(all_ids) else "")
-        for ids, all_ids, label in zip(kept, whole, columns[data.label_column], strict=True)
-    ]
+    for words, ids, label in zip(columns[data.text_column], whole, columns[data.label_column], strict=True):
+        fits = len(ids) <= data.max_length
+        kept = ids if fits else tokenizer(words, truncation=True, max_length=data.max_length)["input_ids"]
+        examples.append(Example(kept, int(label), len(ids), "" if fits else "end"))
+    return examples
 
 
 def _encode_texts(column: list[str], tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[Example]:

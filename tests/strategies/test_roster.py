@@ -12,7 +12,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedlora import parts, wire
-from fedlora.config import Scalar, parse
+from fedlora.config import Config, Scalar, parse
 from fedlora.errors import RunError
 from fedlora.exchange import ClientInfo
 from fedlora.simulations import local
@@ -56,13 +56,20 @@ def told(client: int, rank: int = 4) -> RecordDict:
     return wire.encode_info(ClientInfo(client_id=client, rank=rank, num_examples=10), BASE)
 
 
+def meet(grid: Registered, config: Config) -> roster.Roster:
+    """Who takes part, once the meeting has begun."""
+    meeting = roster.Meeting(grid, config, BASE)
+    meeting.begin()
+    return meeting.roster
+
+
 def met(
     claims: Claims, keys: dict[int, bytes], since: dict[int, str] | None = None, **federation: Scalar
 ) -> dict[int, int]:
     """Client id -> the node that is that client."""
     keys_of = {f"federation.{key.replace('_', '-')}": value for key, value in federation.items()}
     config = parse({"federation.clients": 4, "federation.wait-timeout": 0.0, "lora.rank-pattern": ""} | keys_of)
-    return roster.meet(Registered(claims, keys, since), config, BASE).nodes
+    return meet(Registered(claims, keys, since), config).nodes
 
 
 @pytest.fixture
@@ -164,12 +171,12 @@ def test_a_node_with_more_clients_than_the_run_allows_is_refused(caplog):
 def test_a_rank_beyond_the_runs_is_refused_before_the_run(keys, says):
     config = parse({"federation.wait-timeout": 0.0, **keys})
     with pytest.raises(RunError, match=f"node 2 {says}"):
-        roster.meet(Registered({2: 0}, {}), config, BASE)
+        meet(Registered({2: 0}, {}), config)
 
 
 def test_a_larger_rank_may_be_allowed():
     config = parse({"federation.wait-timeout": 0.0, "lora.ranks": "2", "federation.max-rank": 4})
-    assert roster.meet(Registered({2: 0}, {}), config, BASE).infos[0].rank == 4
+    assert meet(Registered({2: 0}, {}), config).infos[0].rank == 4
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"x": "y"}', '{"0": 3}', "{"])
