@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.engine import ROOT, write
-from fedlora.adapter import AdapterState, LoraFactors, initial
+from fedlora.adapters import AdapterState, LoraFactors, initial
 from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies import load
 from fedlora.strategies.base import ServerState, Strategy

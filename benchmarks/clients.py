@@ -83,7 +83,7 @@ def _small_llama(folder: Path) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from fedlora.models.folders import resolve
+    from fedlora.models.base.folders import resolve
 
     place = folder / "llama-15m"
     if not place.exists():
@@ -104,13 +104,13 @@ def _small_llama(folder: Path) -> Path:
 
 def engine(setting: str, at_once: str, device: str, *, clients: int = CLIENTS, steps: int = STEPS) -> dict[str, float]:
     """Seconds of the round, messages and aggregation included."""
-    from fedlora import peft_io
-    from fedlora.results import folder_of
-    from fedlora.simulations import local
+    from fedlora.models import adapted
+    from fedlora.results.record import folder_of
+    from fedlora.simulations.engines import local
 
     with tempfile.TemporaryDirectory() as scratch:
         config = config_of(setting, Path(scratch), at_once, device, clients=clients, steps=steps)
-        peft_io.workbench(config.model, config.lora)
+        adapted.workbench(config.model, config.lora)
         local.run(config)
         [entry] = json.loads((folder_of(config) / "result.json").read_text())["rounds"]
     trained = sum(client["train-seconds"] for client in entry["clients"].values())
@@ -126,8 +126,8 @@ def plain(setting: str, device: str, steps: int) -> dict[str, float]:
 
 def ray(setting: str) -> dict[str, float]:
     """Seconds that the server waited for its clients, those of the whole command, and all processes' memory."""
-    from fedlora.results import folder_of
-    from fedlora.simulations import flower
+    from fedlora.results.record import folder_of
+    from fedlora.simulations.engines import flower
 
     peak = _Peak()
     with tempfile.TemporaryDirectory() as scratch, peak:

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from benchmarks.engine import write
-from fedlora import processes
+from fedlora.common import processes
 from tests.tiny import save_llama
 
 _SIZES = {

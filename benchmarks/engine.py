@@ -45,12 +45,12 @@ def settings(options: argparse.Namespace):
 
 def engine(options: argparse.Namespace) -> dict[str, float]:
     """Seconds of all rounds, and the share of them in which no client trained."""
-    from fedlora import peft_io
-    from fedlora.results import folder_of
-    from fedlora.simulations import local
+    from fedlora.models import adapted
+    from fedlora.results.record import folder_of
+    from fedlora.simulations.engines import local
 
     config = settings(options)
-    peft_io.workbench(config.model, config.lora)
+    adapted.workbench(config.model, config.lora)
     local.run(config)
     result = json.loads((folder_of(config) / "result.json").read_text())
     wall = sum(entry["seconds"]["round"] for entry in result["rounds"])
@@ -68,7 +68,7 @@ def plain_peft(config: Config) -> float:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from fedlora.clients.trainer import hash_seed
+    from fedlora.clients.training.trainer import hash_seed
     from fedlora.config import client_rank
     from fedlora.data import LazyExamples, batch_at, collate, prepare
     from fedlora.models import load_base
@@ -157,8 +157,8 @@ def main() -> None:
 
 def write(name: str, data: dict[str, Any]) -> None:
     """Keep a benchmark's numbers with the versions they were taken on."""
-    from fedlora.durable import write_json
-    from fedlora.results import code_version, versions
+    from fedlora.common.files import write_json
+    from fedlora.results.record import code_version, versions
 
     folder = ROOT / "benchmarks" / "results"
     folder.mkdir(exist_ok=True)

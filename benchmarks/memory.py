@@ -31,18 +31,18 @@ def one(quantization: str, steps: int) -> dict[str, Any]:
 
     import torch
 
-    from fedlora import peft_io
-    from fedlora.clients import trainer
+    from fedlora.clients.training import trainer
     from fedlora.config import load
     from fedlora.data import Example
     from fedlora.exchange import ClientInfo
-    from fedlora.results import peak_memory_bytes
-    from fedlora.strategies import rounds
+    from fedlora.models import adapted
+    from fedlora.results.record import peak_memory_bytes
+    from fedlora.strategies.schedules import synchronous
 
     config = load(ROOT / "configs" / "quickstart.toml", [f"model.quantization={quantization}"])
     imported = peak_memory_bytes()["process"]
     began = time.perf_counter()
-    bench = peft_io.workbench(config.model, config.lora)
+    bench = adapted.workbench(config.model, config.lora)
     seconds = time.perf_counter() - began
     loaded = peak_memory_bytes()["process"]
     generator = torch.Generator().manual_seed(0)
@@ -50,8 +50,8 @@ def one(quantization: str, steps: int) -> dict[str, Any]:
     for _ in range(8):
         ids = torch.randint(5, 40_000, (64,), generator=generator).tolist()
         examples.append(Example(ids, list(ids)))
-    start = rounds.start(config, [ClientInfo(client_id=0, rank=8)])
-    parameters = peft_io.install(bench, start, {"A", "B"})
+    start = synchronous.start(config, [ClientInfo(client_id=0, rank=8)])
+    parameters = adapted.install(bench, start, {"A", "B"})
     plan = replace(config.train, steps=steps, batch_size=2)
     result = trainer.train(bench.model, parameters, examples, plan, pad_id=bench.base.pad_id, round=1, rounds=1, seed=0)
     return {
@@ -75,7 +75,7 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fedlora.assets import cache_dir
+    from fedlora.common.assets import cache_dir
     from fedlora.models import resolve
 
     resolve("smollm2-135m-instruct")

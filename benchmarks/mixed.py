@@ -22,8 +22,8 @@ def measure(adapters: int, rows: list[int], repeats: int) -> Iterator[tuple[int,
 
     from fedlora.config import load
     from fedlora.data import Example
-    from fedlora.mixed import BASE, one_by_one, predict_many
     from fedlora.models import load_base
+    from fedlora.trained.mixed import BASE, one_by_one, predict_many
 
     config = load(ROOT / "configs" / "quickstart.toml", ["model.quantization=nf4"])
     base = load_base(config.model)

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine import ROOT, write
-from fedlora import journal, processes
+from fedlora.common import processes
+from fedlora.results import journal
 
 
 def measure(options: argparse.Namespace, worker: bool) -> dict[str, Any]:

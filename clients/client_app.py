@@ -14,10 +14,11 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from fedlora import journal, rotation
-from fedlora.events import emit, heard, listen
+from fedlora.common import rotation
+from fedlora.common.events import emit, heard, listen
+from fedlora.results import journal
 
-from . import vigil
+from .answering import vigil
 
 app = ClientApp()
 
@@ -56,10 +57,10 @@ def _worked_out(task: str, message: Message, context: Context, watch: vigil.Vigi
     socket = context.node_config.get("worker")
     try:
         if socket:
-            from .resident import ask
+            from .worker.caller import ask
 
             return ask(str(socket), task, message.content, context, watch)
-        from .tasks import answer as here
+        from .answering.single import answer as here
 
         with listen(watch.check):
             return here(task, message.content, context)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from fedlora.errors import ConfigError, suggest
+from fedlora.common.errors import ConfigError, suggest
 
 Scalar = bool | int | float | str
 MOST_RANK = 4096

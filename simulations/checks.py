@@ -7,16 +7,15 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from fedlora import peft_io
+from fedlora.common.errors import ConfigError, DataError, FedLoraError
 from fedlora.config import Config, LoraConfig, ModelConfig, client_rank
 from fedlora.data import encode, form_of, prepare, usable_rows
 from fedlora.data.checked import warn_of_lengths
-from fedlora.errors import ConfigError, DataError, FedLoraError
-from fedlora.models import base_fingerprint, pick_device, tokenizer_of
-from fedlora.results import check_changes, folder_of, stored
+from fedlora.models import adapted, base_fingerprint, pick_device, tokenizer_of
+from fedlora.results.record import check_changes, folder_of, stored
 
-from ..clients.optimizers import check as check_optimizer
-from .grid import Grid
+from ..clients.optimizers.standard import check as check_optimizer
+from .comparison.grid import Grid
 
 _ASKED = 8  # clients whose first row stands for all rows
 
@@ -48,7 +47,7 @@ def check(config: Config) -> None:
         raise faults[0]
 
 
-def _check_widths(config: Config, base: peft_io.Shapes) -> None:
+def _check_widths(config: Config, base: adapted.Shapes) -> None:
     """Raises ConfigError for a client's rank above what any layer of the base can use, its smaller width."""
     widest = max(min(shape) for shape in base.lora.values())
     for client in range(config.federation.clients):
@@ -84,8 +83,8 @@ def check_scenarios(grid: Grid, devices: Sequence[str] = ()) -> None:
 
 
 @functools.lru_cache(maxsize=2)
-def _looked_at(model: ModelConfig, lora: LoraConfig) -> tuple[PreTrainedTokenizerBase, peft_io.Shapes]:
+def _looked_at(model: ModelConfig, lora: LoraConfig) -> tuple[PreTrainedTokenizerBase, adapted.Shapes]:
     """The base's tokenizer and shapes, once the base is there and has the modules that are to be adapted."""
     base_fingerprint(model)
-    base = peft_io.shapes(model, lora)
+    base = adapted.shapes(model, lora)
     return tokenizer_of(model), base

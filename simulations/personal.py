@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedlora.adapter import AdapterState, concatenate
+from fedlora.adapters import AdapterState, concatenate
 from fedlora.exchange import ClientInfo
 
-from ..clients import own_state
+from ..clients.node import own_state
 from ..strategies.base import ServerState, Strategy
 
 _AFTER = 1_000_000  # a round after every round

@@ -9,11 +9,10 @@ from typing import ClassVar
 
 import torch
 
-from fedlora.adapter import CORE, AdapterState, LoraFactors, first_ranks, pad, without_cores
-from fedlora.errors import StrategyError
+from fedlora.adapters import CORE, AdapterState, LoraFactors, first_ranks, pad, without_cores
+from fedlora.adapters.folds import Folds, concatenate
+from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
-
-from .folds import Folds, concatenate
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from importlib import import_module
 from inspect import isabstract
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
+from fedlora.common.errors import StrategyError, suggest
 from fedlora.config import client_rank, rank_pattern
-from fedlora.errors import StrategyError, suggest
 
 if TYPE_CHECKING:
     from fedlora.config import Config
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 Option = bool | int | float | str
 
 NAMES: dict[str, str] = {
-    "fedavg": "fedlora.strategies.fedavg:FedAvg",
-    "flora": "fedlora.strategies.flora:Flora",
-    "lora-fair": "fedlora.strategies.lora_fair:LoraFair",
-    "fedavg-zeropad": "fedlora.strategies.fedavg_zeropad:FedAvgZeropad",
-    "rblora": "fedlora.strategies.rblora:RbLora",
-    "hetlora": "fedlora.strategies.hetlora:HetLora",
-    "flexlora": "fedlora.strategies.flexlora:FlexLora",
-    "fedex": "fedlora.strategies.fedex:FedEx",
-    "florist": "fedlora.strategies.florist:Florist",
-    "ffa": "fedlora.strategies.ffa:Ffa",
-    "rolora": "fedlora.strategies.rolora:RoLora",
-    "fedsvd": "fedlora.strategies.fedsvd:FedSvd",
-    "fedsa": "fedlora.strategies.fedsa:FedSa",
-    "fedsb": "fedlora.strategies.fedsb:FedSb",
+    "fedavg": "fedlora.strategies.methods.fedavg:FedAvg",
+    "flora": "fedlora.strategies.methods.flora:Flora",
+    "lora-fair": "fedlora.strategies.methods.lora_fair:LoraFair",
+    "fedavg-zeropad": "fedlora.strategies.methods.fedavg_zeropad:FedAvgZeropad",
+    "rblora": "fedlora.strategies.methods.rblora:RbLora",
+    "hetlora": "fedlora.strategies.methods.hetlora:HetLora",
+    "flexlora": "fedlora.strategies.methods.flexlora:FlexLora",
+    "fedex": "fedlora.strategies.methods.fedex:FedEx",
+    "florist": "fedlora.strategies.methods.florist:Florist",
+    "ffa": "fedlora.strategies.methods.ffa:Ffa",
+    "rolora": "fedlora.strategies.methods.rolora:RoLora",
+    "fedsvd": "fedlora.strategies.methods.fedsvd:FedSvd",
+    "fedsa": "fedlora.strategies.methods.fedsa:FedSa",
+    "fedsb": "fedlora.strategies.methods.fedsb:FedSb",
 }
 
 
@@ -115,7 +115,7 @@ def configured(config: Config) -> Strategy:
     strategy = load(config.strategy.name, **(options | parse_options(config.strategy.options)))
     chosen: Any = config.strategy  # its choices are the wrappers' Literals
     if chosen.server_optimizer != "none":
-        from .server_optimizer import ServerOptimizer
+        from .wrappers.server_optimizer import ServerOptimizer
 
         strategy = ServerOptimizer(
             strategy,
@@ -126,7 +126,7 @@ def configured(config: Config) -> Strategy:
             tau=chosen.server_tau,
         )
     if chosen.restart_every:
-        from .restart import Restart
+        from .wrappers.restart import Restart
 
         strategy = Restart(
             strategy,
@@ -136,7 +136,7 @@ def configured(config: Config) -> Strategy:
             compact=config.anchor.base_update == "anchor",
         )
     if chosen.robust != "none":
-        from .robust import Robust
+        from .wrappers.robust import Robust
 
         strategy = Robust(
             strategy,

@@ -13,14 +13,15 @@ from flwr.supercore.run import RunNotRunningException
 from rich.console import Console
 
 from fedlora import config as configuration
-from fedlora import journal
+from fedlora.common.errors import FedLoraError, RunError
+from fedlora.common.events import heard, listen
 from fedlora.config import Config
-from fedlora.display import ConsoleLog, RunDisplay
-from fedlora.errors import FedLoraError, RunError
-from fedlora.events import heard, listen
-from fedlora.results import RunRecord
+from fedlora.results import journal
+from fedlora.results.display import ConsoleLog, RunDisplay
+from fedlora.results.record import RunRecord
 
-from . import audit, link, rounds
+from .schedules import synchronous
+from .server import audit, link
 
 app = ServerApp()
 
@@ -59,7 +60,7 @@ def main(grid: Grid, context: Context) -> None:
 def _run(grid: Grid, config: Config, run_id: int, record: RunRecord) -> None:
     try:
         with _narrated(), journal.kept(record.folder / journal.NAME):
-            rounds.run(grid, config, record, run_id)
+            synchronous.run(grid, config, record, run_id)
     except FedLoraError as error:
         record.finish("failed", str(error))
         raise

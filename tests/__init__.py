@@ -2,7 +2,7 @@
 
 import os
 
-from fedlora import processes
+from fedlora.common import processes
 
 processes.share_cores(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 os.environ.pop("COLUMNS", None)  # tests set a width of their own, which one set before would outrank

@@ -13,9 +13,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from fedlora import peft_io
-from fedlora.clients import held_folds
-from fedlora.models.read import quiet
+from fedlora.clients.node import held_folds
+from fedlora.models import adapted
+from fedlora.models.base.read import quiet
 from tests.tiny import save_bert, save_llama
 
 
@@ -63,5 +63,5 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fresh_process() -> Iterator[None]:
     """What this process holds of a base and its folds is let go of at the end, as when it ends."""
     yield
-    peft_io.forget()
+    adapted.forget()
     held_folds._held.clear()

@@ -14,10 +14,10 @@ import numpy as np
 import safetensors.numpy
 from flwr.app import Array, RecordDict
 
-from fedlora import wire
 from fedlora.config import Config, Scalar, parse
-from fedlora.results import folder_of
-from fedlora.simulations import local
+from fedlora.exchange import wire
+from fedlora.results.record import folder_of
+from fedlora.simulations.engines import local
 
 WORDS = ["ash", "birch", "cedar", "elm", "fir", "hazel", "larch", "maple", "oak", "pine", "rowan", "willow"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from fedlora import config as configuration
+from fedlora.common.errors import ConfigError
 from fedlora.config import Config, load, parse, parse_overrides
-from fedlora.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import peft_io
 from fedlora.config import load
-from fedlora.results import folder_of
-from fedlora.simulations import local
+from fedlora.models import adapted
+from fedlora.results.record import folder_of
+from fedlora.simulations.engines import local
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def run(preset: str, tmp_path: Path, *overrides: str):
     config = load(ROOT / "configs" / f"{preset}.toml", [f"run.dir={tmp_path}", "run.id=one", *overrides])
     local.run(config)
-    peft_io.forget()
+    adapted.forget()
     return json.loads((folder_of(config) / "result.json").read_text())
 
 

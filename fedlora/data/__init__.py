@@ -9,14 +9,15 @@ from dataclasses import replace
 from functools import lru_cache
 
 from fedlora.config import Config, DataConfig, client_parts
-from fedlora.data.batches import batch_at, collate, eval_batches
-from fedlora.data.classes import class_names
-from fedlora.data.examples import Example
-from fedlora.data.forms import encode, form_of, usable_rows
-from fedlora.data.lazy import LazyExamples
-from fedlora.data.partition import Split, client_split, joined, kept_back, most_kept_back, split_rows
-from fedlora.data.sources import PACKAGED, load_rows
-from fedlora.data.stats import ClientStatistics, client_statistics
+
+from .batches import batch_at, collate, eval_batches
+from .classes import class_names
+from .examples import Example
+from .forms import encode, form_of, usable_rows
+from .lazy import LazyExamples
+from .partition import Split, client_split, joined, kept_back, most_kept_back, split_rows
+from .sources import PACKAGED, load_rows
+from .stats import ClientStatistics, client_statistics
 
 __all__ = [
     "PACKAGED",

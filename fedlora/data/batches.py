@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedlora.data.examples import IGNORED, Example
+from .examples import IGNORED, Example
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedlora.data.conversations import Conversation, RowError
-from fedlora.data.examples import IGNORED, Example
-from fedlora.data.rendering import Template, spans
+from .conversations import Conversation, RowError
+from .examples import IGNORED, Example
+from .rendering import Template, spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

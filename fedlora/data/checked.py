@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedlora.common.errors import DataError
 from fedlora.config import Config, DataConfig
-from fedlora.data.classes import check_classes, class_names
-from fedlora.data.forms import encode_each, left_out, looked_at
-from fedlora.data.places import places
-from fedlora.errors import DataError
+
+from .classes import check_classes, class_names
+from .forms import encode_each, left_out, looked_at
+from .places import places
 
 if TYPE_CHECKING:
     from datasets import Dataset

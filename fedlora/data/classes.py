@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedlora.common.errors import DataError
 from fedlora.config import LONGEST_CLASS, DataConfig, label_names
-from fedlora.data.conversations import described
-from fedlora.data.places import places
-from fedlora.errors import DataError
+
+from .conversations import described
+from .places import places
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from fedlora.common.errors import DataError
 from fedlora.config import DataConfig
-from fedlora.errors import DataError
 
 Message = Mapping[str, Any]
 

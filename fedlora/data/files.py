@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from fedlora.errors import DataError
+from fedlora.common.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa

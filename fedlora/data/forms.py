@@ -6,14 +6,15 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fedlora.common.errors import DataError
 from fedlora.config import DataConfig
-from fedlora.data.chats import encode_chat
-from fedlora.data.classes import check_classes
-from fedlora.data.conversations import RowError, conversation, text
-from fedlora.data.examples import Example
-from fedlora.data.places import places
-from fedlora.data.rendering import Template
-from fedlora.errors import DataError
+
+from .chats import encode_chat
+from .classes import check_classes
+from .conversations import RowError, conversation, text
+from .examples import Example
+from .places import places
+from .rendering import Template
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, overload
 
 from fedlora.config import Config
-from fedlora.data.classes import check_classes
-from fedlora.data.examples import Example
-from fedlora.data.forms import encode_usable, left_out, nothing_to_predict, usable_of
+
+from .classes import check_classes
+from .examples import Example
+from .forms import encode_usable, left_out, nothing_to_predict, usable_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedlora.common.errors import DataError
 from fedlora.config import DataConfig, ints
-from fedlora.data.places import places
-from fedlora.data.sources import PACKAGED
-from fedlora.errors import DataError
+
+from .places import places
+from .sources import PACKAGED
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora.config import DataConfig
-from fedlora.data import files
+
+from . import files
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedlora.common.errors import DataError, suggest
 from fedlora.config import DataConfig
-from fedlora.data.conversations import Conversation, Message, RowError, tool_name
-from fedlora.errors import DataError, suggest
+
+from .conversations import Conversation, Message, RowError, tool_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

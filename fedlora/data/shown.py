@@ -7,9 +7,10 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from fedlora.config import Config
-from fedlora.data.classes import check_classes
-from fedlora.data.examples import IGNORED
-from fedlora.data.forms import encode_usable, usable_rows
+
+from .classes import check_classes
+from .examples import IGNORED
+from .forms import encode_usable, usable_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -12,13 +12,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from fedlora.assets import fetch
+from fedlora.common.assets import fetch
+from fedlora.common.errors import DataError, suggest
 from fedlora.config import DataConfig
-from fedlora.data import files
-from fedlora.data.classes import numbered
-from fedlora.data.conversations import TEXT_COLUMNS
-from fedlora.data.places import kept
-from fedlora.errors import DataError, suggest
+
+from . import files
+from .classes import numbered
+from .conversations import TEXT_COLUMNS
+from .places import kept
 
 if TYPE_CHECKING:
     from datasets import Dataset

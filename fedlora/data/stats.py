@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from fedlora.config import DataConfig
-from fedlora.data.conversations import conversation, text
-from fedlora.data.forms import each, form_of
-from fedlora.data.partition import Split
+
+from .conversations import conversation, text
+from .forms import each, form_of
+from .partition import Split
 
 
 @dataclass(frozen=True)

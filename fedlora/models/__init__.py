@@ -1,11 +1,11 @@
 """Base models: found by name, told apart by content, quantized once, loaded once per process."""
 
-from .devices import pick_device, pick_dtype
-from .fingerprint import fingerprint
-from .folders import at_hand, resolve
-from .head import fresh as fresh_head
-from .limits import check_length, longest
-from .load import (
+from fedlora.models.base.devices import pick_device, pick_dtype
+from fedlora.models.base.fingerprint import fingerprint
+from fedlora.models.base.folders import at_hand, resolve
+from fedlora.models.base.head import fresh as fresh_head
+from fedlora.models.base.limits import check_length, longest
+from fedlora.models.base.load import (
     BaseModel,
     base_fingerprint,
     first_head,
@@ -15,8 +15,8 @@ from .load import (
     meta_model,
     tokenizer_of,
 )
-from .targets import find_targets, summary
-from .tied import tied_with, untie
+from fedlora.models.base.targets import find_targets, summary
+from fedlora.models.base.tied import tied_with, untie
 
 __all__ = [
     "BaseModel",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from fedlora.errors import RunError
-from fedlora.runs import run_folder
+from fedlora.common.errors import RunError
+from fedlora.results.runs import run_folder
 
 
 def write(folder: Path, out: Path | None = None, say: Callable[[str], None] = lambda text: None) -> Path:

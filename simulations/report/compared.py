@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..ranking import rank
-from . import costs, curves, facts, outcomes, shapes, tables
-from .drawing import Picture
+from ..comparison.ranking import rank
+from . import facts, tables
+from .figures import costs, curves, outcomes, shapes
+from .figures.drawing import Picture
+from .figures.series import is_personal
+from .figures.style import styles
 from .page import Page, Section
 from .read import Comparison
-from .series import is_personal
-from .style import styles
 from .view import View, slugs, view
 
 Say = Callable[[str], None]

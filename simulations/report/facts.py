@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..ranking import Cell, Ranking, lower_is_better
+from ..comparison.ranking import Cell, Ranking, lower_is_better
 from .read import Comparison, distinct, flat
 from .tables import Table
 

@@ -11,8 +11,8 @@ from markupsafe import Markup, escape
 
 from fedlora import __version__
 
-from . import drawing
-from .drawing import Picture
+from .figures import drawing
+from .figures.drawing import Picture
 from .tables import Table
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlora.errors import RunError
+from fedlora.common.errors import RunError
 
-from ..ranking import Cell
+from ..comparison.ranking import Cell
 
 SCHEMA = 1
 _CELL_KEYS = frozenset({"scenario", "label", "role", "lr", "seed", "status"})

@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedlora.display import share
+from fedlora.results.display import share
 
-from . import facts, run_figures
+from . import facts
+from .figures import one_run
+from .figures.one_run import heldout, own
+from .figures.series import Entry
+from .figures.style import styles
 from .page import Page, Section
 from .read import flat
-from .run_figures import heldout, own
-from .series import Entry
-from .style import styles
 from .tables import Table
 
 
@@ -24,11 +25,11 @@ def page(run: Mapping[str, Any], folder: Path) -> Page:
     style = styles([name])[name]
     rounds = run["rounds"]
     made = {
-        "metrics": run_figures.metrics(run, style),
-        **{words: run_figures.lines(run, style, kind) for words, kind in run_figures.KINDS.items()},
-        "the clients' training losses": run_figures.clients(run),
-        "cost": run_figures.cost(rounds),
-        "the adapter's spectrum": run_figures.spectrum(folder, name, style),
+        "metrics": one_run.metrics(run, style),
+        **{words: one_run.lines(run, style, kind) for words, kind in one_run.KINDS.items()},
+        "the clients' training losses": one_run.clients(run),
+        "cost": one_run.cost(rounds),
+        "the adapter's spectrum": one_run.spectrum(folder, name, style),
     }
     lacking = [words for words, found in made.items() if not found]
     absent = [f"Not shown, for want of numbers in this run: {', '.join(lacking)}."] if lacking else []

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from ..ranking import Ranking, Row, lower_is_better
-from .series import client_metric, client_scores, entries, is_personal
+from ..comparison.ranking import Ranking, Row, lower_is_better
+from .figures.series import client_metric, client_scores, entries, is_personal
 
 _COSTLESS = frozenset({"base", "local", "centralised"})
 

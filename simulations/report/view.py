@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..ranking import Ranking, Row
-from .drawing import slug
-from .series import the_run
-from .style import Style
+from ..comparison.ranking import Ranking, Row
+from .figures.drawing import slug
+from .figures.series import the_run
+from .figures.style import Style
 
 
 @dataclass(frozen=True)

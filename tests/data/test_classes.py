@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
+from fedlora.common.errors import ConfigError, DataError
 from fedlora.config import Config, DataConfig, parse
 from fedlora.data import class_names, load_rows, split_rows
 from fedlora.data.classes import numbered
-from fedlora.errors import ConfigError, DataError
 
 
 def written(folder: Path, labels: list[Any], names: str = "") -> DataConfig:

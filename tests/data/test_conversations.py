@@ -10,12 +10,11 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from fedlora.common.errors import DataError
 from fedlora.config import DataConfig
 from fedlora.data import encode
 from fedlora.data.conversations import conversation
-from fedlora.errors import DataError
-
-from .conftest import CHATML, wrap
+from tests.data.conftest import CHATML, wrap
 
 DATA = DataConfig(source="mine.jsonl", max_length=4096)
 TOOLS = "{% if tools %}{{ '<|im_start|>tools\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"

@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fedlora.config import DataConfig
 from fedlora.data import Example, encode
-
-from .conftest import CHATML
+from tests.data.conftest import CHATML
 
 DATA = DataConfig(source="mine.jsonl", max_length=4096)
 PLAIN = CHATML.replace("{% if loop.first and m['role'] != 'system' %}", "{% if false %}")
@@ -60,7 +59,7 @@ def test_the_default_system_prompt_of_a_template_stays(chatml: PreTrainedTokeniz
 
 
 def test_a_system_prompt_goes_before_the_question_does(byte_level: object) -> None:
-    from .conftest import wrap
+    from tests.data.conftest import wrap
 
     tokenizer = wrap(byte_level, PLAIN)  # pyright: ignore[reportArgumentType]
     found = example([SYSTEM, *FIRST, *LAST], tokenizer, long(LAST, tokenizer))

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fedlora.common.errors import DataError
 from fedlora.config import DataConfig
 from fedlora.data import load_rows
 from fedlora.data.places import places
-from fedlora.errors import DataError
 
 ROWS = [{"text": "fièvre; oui, élevée", "label": 1}, {"text": "non\nrien", "label": 0}]
 TABLE = '"fièvre; oui, élevée"{0}1\n\n"non\nrien"{0}0\n'

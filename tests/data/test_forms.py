@@ -12,11 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from fedlora.common.errors import DataError
 from fedlora.config import DataConfig
 from fedlora.data import Example, encode, form_of, usable_rows
-from fedlora.errors import DataError
-
-from .conftest import CHATML, wrap
+from tests.data.conftest import CHATML, wrap
 
 DATA = DataConfig(source="mine.jsonl", max_length=4096)
 CAUSAL = "causal-lm"
@@ -387,7 +386,7 @@ def test_long_words_that_the_vocabulary_lacks_are_one_token() -> None:
 def test_smollm2() -> None:
     from transformers import AutoTokenizer
 
-    from fedlora.models.folders import resolve
+    from fedlora.models.base.folders import resolve
 
     tokenizer = AutoTokenizer.from_pretrained(resolve("smollm2-135m-instruct"))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id

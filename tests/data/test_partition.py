@@ -17,9 +17,9 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedlora.common.errors import DataError
 from fedlora.config import Config, DataConfig, FederationConfig, client_parts
 from fedlora.data import Split, client_split, joined, prepare, split_rows
-from fedlora.errors import DataError
 
 DATA = DataConfig(source="mine.jsonl", partition="iid", heldout_max=0)
 

@@ -17,9 +17,9 @@ import pytest
 import yaml
 from datasets.exceptions import DatasetNotFoundError
 
+from fedlora.common.errors import DataError
 from fedlora.config import DataConfig
 from fedlora.data import load_rows, sources, split_rows
-from fedlora.errors import DataError
 
 ROWS = [{"prompt": "a", "response": "b\nc", "who": "x"}, {"prompt": "ü", "response": "", "who": "y"}]
 

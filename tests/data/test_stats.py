@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
+from fedlora.common.errors import DataError
 from fedlora.config import DataConfig, parse
 from fedlora.data import ClientStatistics, client_statistics, split_rows
-from fedlora.display import data_table
-from fedlora.errors import DataError
+from fedlora.results.display import data_table
 
 DATA = DataConfig(source="mine.jsonl", heldout_fraction=0.0)
 

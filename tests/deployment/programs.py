@@ -14,10 +14,10 @@ from pathlib import Path
 
 import psutil
 
+from fedlora.common.processes import free_port
 from fedlora.config import Scalar
-from fedlora.flower_programs import config_table
-from fedlora.processes import free_port
-from fedlora.results import folder_of
+from fedlora.deployment.flower_programs import config_table
+from fedlora.results.record import folder_of
 from tests.federation import tiny
 
 Site = tuple[Path, dict[str, str]]

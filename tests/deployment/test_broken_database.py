@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import deployment, doctor, superlink_data
-from fedlora.errors import RunError
+from fedlora.cli import doctor
+from fedlora.common.errors import RunError
+from fedlora.deployment import superlink_data, watched
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +61,11 @@ def test_a_server_refuses_it_before_flower_starts(
     def start(*_: object, **__: object) -> None:
         raise AssertionError("started")
 
-    monkeypatch.setattr(deployment.processes, "start", start)
+    monkeypatch.setattr(watched.processes, "start", start)
     path = changed(tmp_path / "superlink.db", whole, "DELETE FROM alembic_version")
     with pytest.raises(RunError, match="a SuperLink was killed while it made this database"):
-        deployment.serve(
-            None, host="127.0.0.1", port=deployment.free_port(), state=tmp_path / "state", database=path, insecure=True
+        watched.serve(
+            None, host="127.0.0.1", port=watched.free_port(), state=tmp_path / "state", database=path, insecure=True
         )
 
 

@@ -12,8 +12,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from fedlora import certificates
-from fedlora.errors import ConfigError
+from fedlora.common.errors import ConfigError
+from fedlora.deployment import certificates
 
 
 def test_the_server_certificate_names_what_was_asked_for(tmp_path):

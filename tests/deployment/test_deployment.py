@@ -24,8 +24,10 @@ import pytest
 import typer
 import yaml
 
-from fedlora import certificates, cli, deployment, flower_programs, processes
-from fedlora.errors import ConfigError, DataError, RunError
+from fedlora.cli import main
+from fedlora.common import processes
+from fedlora.common.errors import ConfigError, DataError, RunError
+from fedlora.deployment import certificates, flower_programs, watched
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = ROOT / "docs" / "examples"
@@ -40,7 +42,7 @@ def certs(tmp_path):
 @pytest.mark.parametrize("server", ["fed.example.org", "http://fed:9092", "fed:", ":9092", "fed:99999"])
 def test_an_address_is_host_and_port(server, certs):
     with pytest.raises(ConfigError, match="expected HOST:PORT"):
-        deployment.check_server(server, certs / "ca.crt")
+        watched.check_server(server, certs / "ca.crt")
 
 
 def test_the_file_of_trusted_entities_goes_to_flowers_node(tmp_path, certs, monkeypatch):
@@ -50,12 +52,12 @@ def test_the_file_of_trusted_entities_goes_to_flowers_node(tmp_path, certs, monk
         asked.append([*command])
         raise RunError("enough")
 
-    monkeypatch.setattr(deployment._Programs, "start", program)
-    monkeypatch.setattr(deployment, "_wait_for", lambda *_: 0.0)
+    monkeypatch.setattr(watched._Programs, "start", program)
+    monkeypatch.setattr(watched, "_wait_for", lambda *_: 0.0)
     trusted, ca, key = tmp_path / "trusted.yaml", certs / "ca.crt", certs / "north"
 
     def join():
-        deployment.join("127.0.0.1:9", ca, key, node_config={}, state=tmp_path / "state", trusted_entities=trusted)
+        watched.join("127.0.0.1:9", ca, key, node_config={}, state=tmp_path / "state", trusted_entities=trusted)
 
     with pytest.raises(ConfigError, match=r"--trusted-entities .*trusted\.yaml: no such file"):
         join()
@@ -69,36 +71,36 @@ def test_the_file_of_trusted_entities_goes_to_flowers_node(tmp_path, certs, monk
 def test_a_missing_file_is_named(tmp_path, certs):
     (certs / "server.pem").unlink()
     with pytest.raises(ConfigError, match=r"--certs .*server\.pem: no such file"):
-        deployment.serve(certs, host="127.0.0.1", port=9092, state=tmp_path / "state")
+        watched.serve(certs, host="127.0.0.1", port=9092, state=tmp_path / "state")
     with pytest.raises(ConfigError, match="--certs: expected the folder"):
-        deployment.serve(None, host="127.0.0.1", port=9092, state=tmp_path / "state")
+        watched.serve(None, host="127.0.0.1", port=9092, state=tmp_path / "state")
     for ca, key, says in [
         (None, certs / "north", r"--ca: expected ca\.crt, or --insecure"),
         (certs / "ca.crt", None, "--key: expected"),
         (certs / "ca.crt", certs / "nobody", "--key .*nobody: no such file"),
     ]:
         with pytest.raises(ConfigError, match=says):
-            deployment.join("127.0.0.1:9092", ca, key, node_config={}, state=tmp_path / "state")
+            watched.join("127.0.0.1:9092", ca, key, node_config={}, state=tmp_path / "state")
     with pytest.raises(DataError, match=r"--data .*rows\.jsonl: no such file"):
-        deployment.data_file(tmp_path / "rows.jsonl")
+        watched.data_file(tmp_path / "rows.jsonl")
     assert not (tmp_path / "state").exists()
 
 
 def test_a_server_that_is_not_there_and_one_without_tls(certs):
     with pytest.raises(RunError, match="nobody answers at"):
-        deployment.check_server(f"127.0.0.1:{processes.free_port()}", certs / "ca.crt")
+        watched.check_server(f"127.0.0.1:{processes.free_port()}", certs / "ca.crt")
     server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
         address = f"127.0.0.1:{server.server_port}"
         with pytest.raises(RunError, match="does not speak TLS"):
-            deployment.check_server(address, certs / "ca.crt")
+            watched.check_server(address, certs / "ca.crt")
         with pytest.raises(ConfigError, match="holds no certificate in PEM format"):
-            deployment.check_server(address, certs / "north")
-        deployment.check_server(address, None)
+            watched.check_server(address, certs / "north")
+        watched.check_server(address, None)
         with pytest.raises(RunError, match=f"cannot listen on 127.0.0.1:{server.server_port}: Address already in use"):
-            deployment.serve(certs, host="127.0.0.1", port=server.server_port, state=certs / "state")
+            watched.serve(certs, host="127.0.0.1", port=server.server_port, state=certs / "state")
     finally:
         server.shutdown()
         thread.join()
@@ -151,15 +153,15 @@ def test_a_server_is_reached_through_the_proxy_of_the_environment(certs, proxy, 
     address = f"127.0.0.1:{server.server_port}"
     try:
         monkeypatch.setenv("HTTPS_PROXY", f"http://me:a%20secret@127.0.0.1:{port}")
-        deployment.check_server(address, certs / "ca.crt")
+        watched.check_server(address, certs / "ca.crt")
         assert asked == [address]
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        deployment.check_server(address, certs / "ca.crt")
+        watched.check_server(address, certs / "ca.crt")
         assert asked == [address]
         monkeypatch.delenv("NO_PROXY")
         monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
         with pytest.raises(RunError, match=r"nobody answers at .*407"):
-            deployment.check_server(address, certs / "ca.crt")
+            watched.check_server(address, certs / "ca.crt")
     finally:
         server.shutdown()
         thread.join()
@@ -200,18 +202,18 @@ def clock():
 def test_a_clock_that_is_off_is_named_before_flowers_node_starts(tmp_path, monkeypatch, clock, there, says):
     address, ahead = clock
     ahead[0] = there
-    monkeypatch.setattr(deployment, "_Programs", lambda *_: pytest.fail("Flower's node was started"))
+    monkeypatch.setattr(watched, "_Programs", lambda *_: pytest.fail("Flower's node was started"))
     with pytest.raises(RunError, match=f"{says}.*more than 5 s ahead or 305 s behind; set the clock"):
-        deployment.join(address, None, None, node_config={}, state=tmp_path / "state", insecure=True)
+        watched.join(address, None, None, node_config={}, state=tmp_path / "state", insecure=True)
 
 
 @pytest.mark.parametrize("there", [0, 3, -3, 200, -4.6, 304.4])
 def test_clocks_may_differ_a_little(clock, there):
     address, ahead = clock
     ahead[0] = there
-    off = deployment.check_server(address, None)
+    off = watched.check_server(address, None)
     assert abs(off + there) <= 2.0
-    deployment.check_clock(deployment._exactly(off, address, None), address)
+    watched.check_clock(watched._exactly(off, address, None), address)
 
 
 def test_a_node_whose_signature_is_refused_says_so(tmp_path, monkeypatch, clock):
@@ -235,9 +237,9 @@ def test_a_node_whose_signature_is_refused_says_so(tmp_path, monkeypatch, clock)
         def wait(self, meanwhile=None):
             return "flower-supernode", "INFO: Finished server process [42]"
 
-    monkeypatch.setattr(deployment, "_Programs", Programs)
+    monkeypatch.setattr(watched, "_Programs", Programs)
     with pytest.raises(RunError, match="does not take any more what this node signs: its key is no longer registered"):
-        deployment.join(clock[0], None, None, node_config={}, state=tmp_path / "state", insecure=True)
+        watched.join(clock[0], None, None, node_config={}, state=tmp_path / "state", insecure=True)
 
 
 def test_an_expired_certificate_is_named_at_once(tmp_path, monkeypatch):
@@ -245,27 +247,27 @@ def test_an_expired_certificate_is_named_at_once(tmp_path, monkeypatch):
     old = tmp_path / "old"
     says = r"old/ca\.crt: the certificate expired on \d{4}-.* UTC, and this machine's clock says .*; make new ones"
     with pytest.raises(ConfigError, match=says):
-        deployment.serve(old, host="127.0.0.1", port=9092, state=tmp_path / "state")
+        watched.serve(old, host="127.0.0.1", port=9092, state=tmp_path / "state")
     with pytest.raises(ConfigError, match=says):
-        deployment.join("127.0.0.1:9", old / "ca.crt", old / "north", node_config={}, state=tmp_path / "state")
-    with pytest.raises(ConfigError, match=says), deployment._connection("127.0.0.1:9", old / "ca.crt", insecure=False):
+        watched.join("127.0.0.1:9", old / "ca.crt", old / "north", node_config={}, state=tmp_path / "state")
+    with pytest.raises(ConfigError, match=says), watched._connection("127.0.0.1:9", old / "ca.crt", insecure=False):
         pass
     assert not (tmp_path / "state").exists()
     certificates.make(tmp_path / "new", nodes=["north"])
-    deployment.check_dates(tmp_path / "new" / "server.pem")
+    watched.check_dates(tmp_path / "new" / "server.pem")
 
     class Early(datetime):
         @classmethod
         def now(cls, tz=None):
             return datetime(2001, 1, 1, tzinfo=tz)
 
-    monkeypatch.setattr(deployment, "datetime", Early)
+    monkeypatch.setattr(watched, "datetime", Early)
     with pytest.raises(ConfigError, match=r"server\.pem: the certificate is not valid before 20.*set the clock"):
-        deployment.check_dates(tmp_path / "new" / "server.pem")
+        watched.check_dates(tmp_path / "new" / "server.pem")
 
 
 def test_a_server_that_tells_no_time_is_taken():
-    assert deployment._ahead("", 0.0, 1.0) == deployment._ahead("soon", 0.0, 1.0) == 0.0
+    assert watched._ahead("", 0.0, 1.0) == watched._ahead("soon", 0.0, 1.0) == 0.0
 
 
 def test_a_certificate_of_another_time_asks_for_the_clock(certs, monkeypatch):
@@ -279,7 +281,7 @@ def test_a_certificate_of_another_time_asks_for_the_clock(certs, monkeypatch):
     with pytest.raises(
         RunError, match=r"is not yet valid; this machine's clock says \d{4}-.* UTC: set it if it is wrong"
     ):
-        deployment.check_server("127.0.0.1:1", certs / "ca.crt")
+        watched.check_server("127.0.0.1:1", certs / "ca.crt")
 
 
 def test_what_flower_says_is_found_in_its_log():
@@ -300,13 +302,13 @@ def test_a_workers_socket_has_a_path_that_the_system_takes(tmp_path, monkeypatch
     far = tmp_path / ("x" * 90)
     far.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(far))
-    with deployment._worker(True) as settings:
+    with watched._worker(True) as settings:
         socket = Path(str(settings["worker"]))
         assert len(str(socket)) < 100
         assert socket.parent.stat().st_mode & 0o777 == 0o700
         assert settings["node-pid"] == os.getpid()
     assert not socket.parent.exists()
-    with deployment._worker(False) as settings:
+    with watched._worker(False) as settings:
         assert settings == {}
 
 
@@ -324,7 +326,7 @@ def commands(text: str) -> list[str]:
 def test_every_command_shown_has_the_options_it_uses(path):
     found = commands(path.read_text(encoding="utf-8"))
     assert found
-    group = typer.main.get_command(cli.app)
+    group = typer.main.get_command(main.app)
     assert isinstance(group, click.Group) or hasattr(group, "commands")
     for line in found:
         name, *rest = shlex.split(line)[1:]
@@ -334,7 +336,7 @@ def test_every_command_shown_has_the_options_it_uses(path):
 
 def test_the_containers_commands_have_the_options_they_use():
     services = yaml.safe_load((EXAMPLES / "compose.yaml").read_text(encoding="utf-8"))["services"]
-    group = typer.main.get_command(cli.app)
+    group = typer.main.get_command(main.app)
     for service in services.values():
         name, *rest = service["command"]
         known = {option for parameter in group.commands[name].params for option in parameter.opts}
@@ -347,8 +349,8 @@ def test_the_image_is_made_of_what_is_there():
     sources = [word for line in re.findall(r"^COPY (.+)$", text, re.M) for word in line.split()[:-1]]
     assert all((ROOT / source).exists() for source in sources)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    packaged = {name.split(".")[1] if "." in name else name for name in project["tool"]["setuptools"]["packages"]}
-    assert packaged - {"data", "models"} <= {*sources}
+    folders = project["tool"]["setuptools"]["package-dir"].values()
+    assert {"fedlora", *(folder.split("/")[0] for folder in folders)} <= {*sources}
     assert "metrics" in project["project"]["optional-dependencies"]
 
 

@@ -17,11 +17,11 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from safetensors.torch import load_file
 
-from fedlora import journal
 from fedlora.clients.client_app import app as client_app
-from fedlora.flower_programs import config_table
-from fedlora.results import folder_of
-from fedlora.simulations import local
+from fedlora.deployment.flower_programs import config_table
+from fedlora.results import journal
+from fedlora.results.record import folder_of
+from fedlora.simulations.engines import local
 from tests.deployment.programs import begun, called, kept_running, make_site, words
 from tests.federation import tiny
 

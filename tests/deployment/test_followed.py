@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from fedlora import flower_programs
+from fedlora.common.errors import RunError
 from fedlora.config import parse
-from fedlora.errors import RunError
-from fedlora.flower_programs import Connection
-from fedlora.results import folder_of
+from fedlora.deployment import flower_programs
+from fedlora.deployment.flower_programs import Connection
+from fedlora.results.record import folder_of
 
 GONE = {"error-message": "Connection refused"}
 

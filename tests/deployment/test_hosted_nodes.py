@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from fedlora import config as configuration
-from fedlora import journal
-from fedlora.flower_programs import config_table
-from fedlora.results import folder_of
-from fedlora.simulations import local
+from fedlora.deployment.flower_programs import config_table
+from fedlora.results import journal
+from fedlora.results.record import folder_of
+from fedlora.simulations.engines import local
 from tests.deployment.programs import called, kept_running, make_site
 from tests.federation import write_rows
-from tests.simulations.test_cohorts import apart
-from tests.simulations.test_local import saved_adapter
+from tests.simulations.engines.test_cohorts import apart
+from tests.simulations.engines.test_local import saved_adapter
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 GUIDE = Path(__file__).resolve().parent.parent.parent / "docs" / "deployment.md"

@@ -8,7 +8,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from fedlora.processes import free_port
+from fedlora.common.processes import free_port
 from tests.deployment.programs import begun, called, kept_running, make_site, write_run
 from tests.deployment.test_deployment import EXAMPLES
 

@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 from fedlora import config as configuration
-from fedlora.flower_programs import config_table
-from fedlora.processes import free_port
+from fedlora.common.processes import free_port
+from fedlora.deployment.flower_programs import config_table
 from tests.deployment.programs import called, kept_running, make_site
 from tests.federation import tiny, write_rows
 

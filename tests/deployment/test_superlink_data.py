@@ -12,9 +12,9 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
 
-from fedlora import superlink_data
-from fedlora.errors import RunError
-from fedlora.strategies import link
+from fedlora.common.errors import RunError
+from fedlora.deployment import superlink_data
+from fedlora.strategies.server import link
 
 MEGABYTE = 1 << 20
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedlora.adapter import AdapterState, LoraFactors, delta, initial
+from fedlora.adapters import AdapterState, LoraFactors, delta, initial
+from fedlora.adapters.folds import concatenate
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
-from fedlora.strategies.folds import concatenate
 
 # d_out != d_in both ways, a square one as small as the ranks, and one that any stack outgrows
 SHAPES = {"layers.0.q": (6, 9), "layers.0.v": (8, 5), "layers.1.q": (4, 4), "layers.1.v": (3, 2)}

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import torch
 from hypothesis import strategies as st
 
-from fedlora.adapter import AdapterState, LoraFactors
+from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.exchange import ClientUpdate
-
-from .dense import Part
+from tests.naive.dense import Part
 
 
 @st.composite

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dense import Part, ideal, product
-from .fedavg_zeropad import Module as Zeropad
+from tests.naive.dense import Part, ideal, product
+from tests.naive.fedavg_zeropad import Module as Zeropad
 
 
 class Module:

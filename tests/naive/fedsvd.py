@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from . import ffa
-from .dense import Part, product
+from tests.naive import ffa
+from tests.naive.dense import Part, product
 
 
 class Module(ffa.Module):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dense import Part, ideal
-from .flexlora import best
+from tests.naive.dense import Part, ideal
+from tests.naive.flexlora import best
 
 
 def smallest_rank(matrix: Tensor, tau: float) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dense import Part, product
+from tests.naive.dense import Part, product
 
 
 def weights(parts: Sequence[Part]) -> list[float]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import ffa
-from .dense import Part, mean, shares
+from tests.naive import ffa
+from tests.naive.dense import Part, mean, shares
 
 
 class Module(ffa.Module):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedlora.clients import cohort
+from fedlora.clients.training import cohort
 
 
 @pytest.fixture

@@ -16,15 +16,16 @@ from flwr.clientapp import ClientApp
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from fedlora import wire
-from fedlora.display import RunDisplay, cut_line
-from fedlora.errors import DataError, FedLoraError, ModelError, RunError
-from fedlora.events import emit, listen
-from fedlora.results import folder_of
-from fedlora.simulations import checks, flower, local
+from fedlora.common.errors import DataError, FedLoraError, ModelError, RunError
+from fedlora.common.events import emit, listen
+from fedlora.exchange import wire
+from fedlora.results.display import RunDisplay, cut_line
+from fedlora.results.record import folder_of
+from fedlora.simulations import checks
+from fedlora.simulations.engines import flower, local
 from fedlora.strategies import server_app
 from tests.federation import run_locally, tiny
-from tests.simulations.test_local import crashing
+from tests.simulations.engines.test_local import crashing
 from tests.tiny import CHAT_TEMPLATE, save_llama
 
 

@@ -12,15 +12,15 @@ from flwr.app import Context, RecordDict
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from fedlora import export
-from fedlora.clients import together
+from fedlora.clients.answering import together
 from fedlora.clients.client_app import app as client_app
+from fedlora.common.errors import ConfigError, RunError
 from fedlora.config import Config
-from fedlora.errors import ConfigError, RunError
-from fedlora.models.read import quiet
-from fedlora.results import folder_of
-from fedlora.simulations import local
+from fedlora.models.base.read import quiet
+from fedlora.results.record import folder_of
+from fedlora.simulations.engines import local
 from fedlora.strategies.server_app import app as server_app
+from fedlora.trained import export
 from tests.federation import run_locally, tiny
 
 

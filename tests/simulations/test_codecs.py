@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedlora import codec, wire
-from fedlora.adapter import AdapterState, LoraFactors
-from fedlora.clients import coding, own_state
-from fedlora.errors import WireError
-from fedlora.exchange import Broadcast, ClientUpdate
+from fedlora.adapters import AdapterState, LoraFactors
+from fedlora.clients.answering import uploads
+from fedlora.clients.node import own_state
+from fedlora.common.errors import WireError
+from fedlora.exchange import Broadcast, ClientUpdate, codec, wire
 from tests.federation import METRICS, run_locally, tiny
 
 BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
@@ -42,7 +42,7 @@ def decode(adapter: AdapterState, broadcast: Broadcast, dtype: str) -> tuple[Ada
 def test_the_server_reads_the_start_plus_the_rounded_change(tmp_path, dtype, upload):
     broadcast = sent(upload)
     trained = codec.sum_of(broadcast.adapter, state(1, size=0.01))
-    to_send, error = coding.coded(trained, broadcast, dtype, tmp_path)
+    to_send, error = uploads.coded(trained, broadcast, dtype, tmp_path)
     got, _ = decode(to_send, broadcast, dtype)
     expected = codec.sum_of(codec.through(to_send, dtype), broadcast.adapter)
     for name, factors in expected.lora.items():
@@ -58,7 +58,7 @@ def test_the_server_reads_the_start_plus_the_rounded_change(tmp_path, dtype, upl
 
 def test_fp32_sends_the_bits_that_were_trained(tmp_path):
     trained = state(1)
-    to_send, error = coding.coded(trained, sent(), "fp32", tmp_path)
+    to_send, error = uploads.coded(trained, sent(), "fp32", tmp_path)
     got, _ = decode(to_send, sent(), "fp32")
     assert error == 0.0
     assert all(
@@ -70,7 +70,7 @@ def test_fp32_sends_the_bits_that_were_trained(tmp_path):
 def test_bytes_fall_with_the_bits(tmp_path):
     big = AdapterState(lora={"m": LoraFactors(torch.randn(64, 512), torch.randn(512, 64), 1.0)})
     broadcast = Broadcast(round=1, adapter=codec.combine(lambda _, x: 0 * x, big))
-    sizes = {dtype: decode(coding.coded(big, broadcast, dtype, tmp_path)[0], broadcast, dtype)[1] for dtype in BITS}
+    sizes = {dtype: decode(uploads.coded(big, broadcast, dtype, tmp_path)[0], broadcast, dtype)[1] for dtype in BITS}
     for dtype, bits in BITS.items():
         headers_and_scales = 4 * 128 + 2 * 64 * 4
         assert sizes[dtype] == pytest.approx(sizes["fp32"] * bits / 32, abs=headers_and_scales)
@@ -79,35 +79,35 @@ def test_bytes_fall_with_the_bits(tmp_path):
 def test_what_is_left_out_comes_with_the_next_reply(tmp_path):
     broadcast = sent()
     trained = codec.sum_of(broadcast.adapter, state(1, size=0.01))
-    first, _ = coding.coded(trained, broadcast, "int4", tmp_path)
+    first, _ = uploads.coded(trained, broadcast, "int4", tmp_path)
     left = own_state.load(tmp_path, "left-out", round=2)
     assert left is not None
     torch.testing.assert_close(left.lora["m0"].A, (codec.difference(first, codec.through(first, "int4"))).lora["m0"].A)
-    second, _ = coding.coded(trained, sent(round=2), "int4", tmp_path)
+    second, _ = uploads.coded(trained, sent(round=2), "int4", tmp_path)
     torch.testing.assert_close(second.lora["m0"].B, first.lora["m0"].B + left.lora["m0"].B)
 
 
 def test_nothing_is_carried_over_a_restart_or_a_change_of_rank(tmp_path):
     trained = state(1)
-    coding.coded(trained, sent(steady=False), "int4", tmp_path)
+    uploads.coded(trained, sent(steady=False), "int4", tmp_path)
     assert own_state.load(tmp_path, "left-out", round=2) is None
-    coding.coded(trained, sent(), "int4", tmp_path)
+    uploads.coded(trained, sent(), "int4", tmp_path)
     smaller = AdapterState(
         lora={n: LoraFactors(f.A[:2], f.B[:, :2], f.scaling) for n, f in trained.lora.items()}, dense=trained.dense
     )
     start = AdapterState(
         lora={n: LoraFactors(0 * f.A, 0 * f.B, f.scaling) for n, f in smaller.lora.items()}, dense=trained.dense
     )
-    to_send, _ = coding.coded(smaller, Broadcast(round=2, adapter=start, steady=True), "int4", tmp_path)
+    to_send, _ = uploads.coded(smaller, Broadcast(round=2, adapter=start, steady=True), "int4", tmp_path)
     torch.testing.assert_close(to_send.lora["m0"].A, smaller.lora["m0"].A)
 
 
 def test_a_factor_that_is_not_sent_this_round_keeps_what_it_left_out(tmp_path):
     """RoLoRA sends B and A in turn."""
     trained = codec.sum_of(state(0), state(1, size=0.01))
-    coding.coded(trained, sent("B"), "int4", tmp_path)
+    uploads.coded(trained, sent("B"), "int4", tmp_path)
     before = own_state.load(tmp_path, "left-out", round=2)
-    coding.coded(trained, sent("A", round=2), "int4", tmp_path)
+    uploads.coded(trained, sent("A", round=2), "int4", tmp_path)
     after = own_state.load(tmp_path, "left-out", round=3)
     assert before is not None
     assert after is not None

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fedlora.errors import StrategyError
+from fedlora.common.errors import StrategyError
 from fedlora.strategies import load
 from fedlora.strategies.registry import NAMES
 from tests.federation import run_locally, tiny

@@ -11,13 +11,12 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedlora import parts, wire
-from fedlora.adapter import AdapterState, LoraFactors
+from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.clients.client_app import app as client_app
-from fedlora.errors import WireError
-from fedlora.exchange import Broadcast, ClientUpdate
-from fedlora.results import folder_of
-from fedlora.simulations import local
+from fedlora.common.errors import WireError
+from fedlora.exchange import Broadcast, ClientUpdate, parts, wire
+from fedlora.results.record import folder_of
+from fedlora.simulations.engines import local
 from tests.federation import METRICS, tensors_of, tiny
 
 pytestmark = pytest.mark.usefixtures("fresh_process")

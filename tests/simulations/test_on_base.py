@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertForMaskedLM, BertForSequenceClassification
 
-from fedlora.cli import main
-from fedlora.errors import ConfigError, ModelError
-from fedlora.export import read_adapter
-from fedlora.flower_programs import config_table
-from fedlora.models.read import quiet
-from fedlora.results import folder_of
-from fedlora.simulations import local
+from fedlora.cli.main import main
+from fedlora.common.errors import ConfigError, ModelError
+from fedlora.deployment.flower_programs import config_table
+from fedlora.models.base.read import quiet
+from fedlora.results.record import folder_of
+from fedlora.simulations.engines import local
+from fedlora.trained.export import read_adapter
 from tests.federation import run_locally, tiny, write_labels
 from tests.tiny import save_gpt2
 

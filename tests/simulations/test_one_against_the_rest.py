@@ -13,13 +13,13 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from fedlora import wire
 from fedlora.clients.client_app import app as client_app
-from fedlora.errors import FedLoraError, RunError, StrategyError
-from fedlora.results import folder_of
-from fedlora.simulations import local
+from fedlora.common.errors import FedLoraError, RunError, StrategyError
+from fedlora.exchange import wire
+from fedlora.results.record import folder_of
+from fedlora.simulations.engines import local
 from fedlora.strategies.base import Strategy
-from fedlora.strategies.fedavg_zeropad import FedAvgZeropad
+from fedlora.strategies.methods.fedavg_zeropad import FedAvgZeropad
 from tests.federation import tensors_of, tiny
 
 pytestmark = pytest.mark.usefixtures("fresh_process")

@@ -12,19 +12,19 @@ import torch
 from flwr.app import Message, RecordDict
 from peft import PeftModel
 
-from fedlora import peft_io, wire
-from fedlora.adapter import AdapterState, LoraFactors, delta
-from fedlora.clients import held_folds, own_state
+from fedlora.adapters import AdapterState, LoraFactors, delta
 from fedlora.clients.client_app import app as client_app
+from fedlora.clients.node import held_folds, own_state
+from fedlora.common.errors import StrategyError
+from fedlora.common.events import listen
 from fedlora.config import Config
 from fedlora.data import encode, prepare
-from fedlora.errors import StrategyError
-from fedlora.evaluate import evaluate
-from fedlora.events import listen
-from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
-from fedlora.models import base_fingerprint, load_base
-from fedlora.simulations import local
-from fedlora.strategies import load, rounds
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, wire
+from fedlora.models import adapted, base_fingerprint, load_base
+from fedlora.simulations.engines import local
+from fedlora.strategies import load
+from fedlora.strategies.schedules import synchronous
+from fedlora.tasks.predict import evaluate
 from tests.federation import run_locally, tiny, write_labels
 
 SHAPES = [(32, 32), (16, 32), (32, 64)] * 2  # q, v and down of two layers, [d_out, d_in]
@@ -33,7 +33,7 @@ SHAPES = [(32, 32), (16, 32), (32, 64)] * 2  # q, v and down of two layers, [d_o
 @pytest.fixture(autouse=True)
 def _fresh_process():
     yield
-    peft_io.forget()
+    adapted.forget()
     held_folds._held.clear()
 
 
@@ -106,17 +106,17 @@ def test_the_start_is_the_svd_of_the_gradient_by_the_full_weights(tmp_path, tiny
         train__lr=0.0,
     )
     states = []
-    aggregate = rounds._aggregate
+    aggregate = synchronous._aggregate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounds, "_aggregate", lambda *args: states.append(aggregate(*args)) or states[-1])
+        patch.setattr(synchronous, "_aggregate", lambda *args: states.append(aggregate(*args)) or states[-1])
         run_locally(config)
     learned = load("fedsb").global_adapter(states[0])
     after = load("fedsb").global_adapter(states[1])
 
-    from fedlora.clients.tasks import _examples
-    from fedlora.clients.trainer import hash_seed
+    from fedlora.clients.answering.single import _examples
+    from fedlora.clients.training.trainer import hash_seed
     from fedlora.data import batch_at, collate
-    from fedlora.losses import token_loss
+    from fedlora.tasks.losses import token_loss
 
     base = load_base(config.model)
     for name in learned.lora:
@@ -189,7 +189,7 @@ class Node:
         self.restart()
 
     def restart(self) -> None:
-        peft_io.forget()
+        adapted.forget()
         held_folds._held.clear()
         node: dict[str, Any] = {"partition-id": self._partition, "state": str(self._folder)}
         self._grid = local.LocalGrid(client_app, [node], self._config.to_flat(), run_id=7)
@@ -221,7 +221,7 @@ class Node:
 
 def reference_loss(config: Config, partition: int, adapter: AdapterState, own: AdapterState) -> float:
     """The client's test rows under base + s B_own A, added to the weights."""
-    from fedlora.clients.tasks import _examples
+    from fedlora.clients.answering.single import _examples
 
     base = load_base(config.model)
     for name, f in adapter.lora.items():
@@ -235,7 +235,7 @@ def test_each_client_goes_on_from_its_own_b_also_in_a_fresh_process(tmp_path, ti
     strategy = load("fedsa")
     infos = [ClientInfo(client_id=i, rank=rank, num_examples=8) for i, rank in enumerate((4, 2))]
     nodes = [Node(config, i, tmp_path / "state") for i in range(2)]
-    state = strategy.init(rounds.start(config, infos))
+    state = strategy.init(synchronous.start(config, infos))
     for round in (1, 2):
         sent = [strategy.broadcast(state, info, round) for info in infos]
         before = [node.own() for node in nodes] if round > 1 else None
@@ -267,7 +267,7 @@ def test_a_kept_factor_of_another_rank_is_refused_with_what_to_do(tmp_path, tiny
     config = fedsa(tmp_path, tiny_llama)
     strategy, info = load("fedsa"), ClientInfo(client_id=0, rank=4)
     node = Node(config, 0, tmp_path / "state")
-    start = strategy.init(rounds.start(config, [info]))
+    start = strategy.init(synchronous.start(config, [info]))
     node.train(strategy.broadcast(start, info, 1))
     smaller = strategy.broadcast(start, ClientInfo(client_id=0, rank=2), 2)
     answer = node.ask("evaluate", smaller)

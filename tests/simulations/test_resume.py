@@ -18,18 +18,18 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from safetensors.torch import load_file
 
-from fedlora import peft_io
-from fedlora.clients import held_folds
 from fedlora.clients.client_app import app as client_app
+from fedlora.clients.node import held_folds
+from fedlora.common.errors import ConfigError, RunError
+from fedlora.common.events import listen
 from fedlora.config import Config, Scalar, parse, parse_overrides
-from fedlora.errors import ConfigError, RunError
-from fedlora.events import listen
-from fedlora.flower_programs import config_table
-from fedlora.results import RunRecord, folder_of, resumed
-from fedlora.simulations import local
-from fedlora.strategies import checkpoint
+from fedlora.deployment.flower_programs import config_table
+from fedlora.models import adapted
+from fedlora.results.record import RunRecord, folder_of, resumed
+from fedlora.simulations.engines import local
+from fedlora.strategies.server import saved_state
 from tests.federation import tiny
-from tests.simulations.test_local import other_base
+from tests.simulations.engines.test_local import other_base
 
 ROUNDS = 4
 EQUAL = {"lora.ranks": "2"}
@@ -69,7 +69,7 @@ def _fresh_process():
 
 def forget() -> None:
     """As a new process begins: nothing is held."""
-    peft_io.forget()
+    adapted.forget()
     held_folds._held.clear()
 
 
@@ -209,7 +209,7 @@ def test_it_may_die_anywhere_and_again(tmp_path, tiny_llama, monkeypatch, name):
     forget()
     folder = die(parse({"run.id": "broken"}, whole), amid_round(1))
     assert result_of(folder)["rounds"] == []
-    save = checkpoint.save
+    save = saved_state.save
 
     def dies_before(state_folder: Path, state: Any, round: int, run: str, keep: int) -> None:
         if round == 2:
@@ -223,12 +223,12 @@ def test_it_may_die_anywhere_and_again(tmp_path, tiny_llama, monkeypatch, name):
 
     for dies, done in ((dies_before, 1), (dies_after, 3), (dies_after, ROUNDS)):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "save", dies)
+            patch.setattr(saved_state, "save", dies)
             with pytest.raises(Killed):
                 local.run(resumed(folder))
         forget()
         key = result_of(folder)["key"]
-        saved = checkpoint.load(folder / "state", key)
+        saved = saved_state.load(folder / "state", key)
         assert saved is not None
         assert saved[1] == done
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"")  # was not on the disk yet
@@ -379,7 +379,7 @@ def test_a_full_disk_fails_the_run_and_it_can_go_on(tmp_path, tiny_llama, monkey
     forget()
     config = parse({"run.id": "broken"}, whole)
     folder = folder_of(config)
-    write = checkpoint.save_file
+    write = saved_state.save_file
 
     def full(tensors: Any, path: Path, metadata: Any) -> None:
         if "round-3" in path.name:
@@ -387,7 +387,7 @@ def test_a_full_disk_fails_the_run_and_it_can_go_on(tmp_path, tiny_llama, monkey
         write(tensors, path, metadata=metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(saved_state, "save_file", full)
         with pytest.raises(RunError, match=r"state/round-3\.safetensors: .*No space left on device; make room"):
             local.run(config)
     result = result_of(folder)
@@ -402,7 +402,7 @@ def test_a_full_disk_fails_the_run_and_it_can_go_on(tmp_path, tiny_llama, monkey
 
 
 def test_a_record_that_cannot_be_written_names_the_file_and_not_the_record_of_that(tmp_path, tiny_llama, monkeypatch):
-    from fedlora import results
+    from fedlora.results import record as results
 
     config = config_of(tmp_path, tiny_llama, "flora")
     write = results.write_json
@@ -504,7 +504,7 @@ def test_a_process_that_is_killed_in_a_round_is_resumed_to_the_same_bits(tmp_pat
 
 @pytest.mark.slow
 def test_flowers_engine_goes_on_too(tmp_path, tiny_llama):
-    from fedlora.simulations import flower
+    from fedlora.simulations.engines import flower
 
     whole = config_of(tmp_path, tiny_llama, "flora", run__id="whole")
     local.run(whole)

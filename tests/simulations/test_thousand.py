@@ -15,13 +15,14 @@ from datasets import Dataset
 
 from fedlora import config as configuration
 from fedlora import data
-from fedlora.adapter import AdapterState
-from fedlora.clients import own_state, tasks
+from fedlora.adapters import AdapterState
+from fedlora.clients.answering import single
+from fedlora.clients.node import own_state
+from fedlora.common.events import listen
 from fedlora.config import Config, Scalar, load
 from fedlora.data import Split, lazy
-from fedlora.events import listen
-from fedlora.results import folder_of
-from fedlora.simulations import local
+from fedlora.results.record import folder_of
+from fedlora.simulations.engines import local
 from tests.federation import run_locally, tiny, write_rows
 
 PRESET = Path(__file__).resolve().parents[2] / "configs" / "thousand.toml"
@@ -31,7 +32,7 @@ SAMPLED = 4
 @pytest.fixture(autouse=True)
 def _fresh_process(fresh_process):
     yield
-    tasks._examples.cache_clear()
+    single._examples.cache_clear()
 
 
 def many(folder: Path, model: Path, clients: int, **keys: Scalar) -> Config:
@@ -118,7 +119,7 @@ def footprint() -> tuple[int, int]:
 def test_what_is_held_does_not_depend_on_the_number_of_clients(tmp_path, tiny_llama):
     held: dict[int, list[tuple[int, int]]] = {}
     for clients in (12, 600):
-        tasks._examples.cache_clear()
+        single._examples.cache_clear()
         data._prepare.cache_clear()
         seen = held.setdefault(clients, [])
         config = many(tmp_path / str(clients), tiny_llama, clients, lora__ranks="2", federation__rounds=1)

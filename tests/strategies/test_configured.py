@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
+from fedlora.common.errors import ConfigError, StrategyError
 from fedlora.config import Scalar, parse
-from fedlora.errors import ConfigError, StrategyError
 from fedlora.exchange import ClientInfo
-from fedlora.strategies.fedavg import FedAvg
-from fedlora.strategies.flexlora import FlexLora
-from fedlora.strategies.flora import Flora
+from fedlora.strategies.methods.fedavg import FedAvg
+from fedlora.strategies.methods.flexlora import FlexLora
+from fedlora.strategies.methods.flora import Flora
 from fedlora.strategies.registry import configured
-from fedlora.strategies.restart import Restart
-from fedlora.strategies.robust import Robust
-from fedlora.strategies.server_optimizer import ServerOptimizer
+from fedlora.strategies.wrappers.restart import Restart
+from fedlora.strategies.wrappers.robust import Robust
+from fedlora.strategies.wrappers.server_optimizer import ServerOptimizer
 from tests.federation import run_locally, tiny
 
 

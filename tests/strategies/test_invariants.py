@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlora.adapter import AdapterState, LoraFactors
-from fedlora.errors import StrategyError
+from fedlora.adapters import AdapterState, LoraFactors
+from fedlora.common.errors import StrategyError
 from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies import load
 from fedlora.strategies.base import ServerState, Strategy
 from fedlora.strategies.registry import NAMES
-from fedlora.strategies.restart import Restart
-from fedlora.strategies.robust import Robust
-from fedlora.strategies.server_optimizer import ServerOptimizer
+from fedlora.strategies.wrappers.restart import Restart
+from fedlora.strategies.wrappers.robust import Robust
+from fedlora.strategies.wrappers.server_optimizer import ServerOptimizer
 from tests.naive import dense as naive
 from tests.naive.clients import SHAPES, HeldBase, dense_deltas, start, train, whole
 

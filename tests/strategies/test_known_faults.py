@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlora.adapter import AdapterState, LoraFactors
+from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies import load
 from fedlora.strategies.registry import NAMES

@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 
-from fedlora.errors import StrategyError
+from fedlora.common.errors import StrategyError
 from fedlora.strategies import load
 from fedlora.strategies.base import Strategy
-from fedlora.strategies.fedavg import FedAvg
-from fedlora.strategies.flora import Flora
-from fedlora.strategies.lora_fair import LoraFair
+from fedlora.strategies.methods.fedavg import FedAvg
+from fedlora.strategies.methods.flora import Flora
+from fedlora.strategies.methods.lora_fair import LoraFair
 from fedlora.strategies.registry import NAMES, parse_options, unequal_rank_names
 
 OWN = """
 from dataclasses import dataclass
 from typing import ClassVar
 from fedlora.strategies.base import Strategy
-from fedlora.strategies.fedavg import FedAvg
+from fedlora.strategies.methods.fedavg import FedAvg
 
 @dataclass(frozen=True)
 class Mine(FedAvg):

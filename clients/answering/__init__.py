@@ -1,0 +1,1 @@
+"""A node's answers to the server's messages."""

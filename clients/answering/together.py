@@ -1,0 +1,149 @@
+"""Training messages of several clients in one process, answered by one computation where the model allows it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+
+import psutil
+import torch
+from flwr.app import Context, Error, RecordDict
+
+from fedlora.adapters import AdapterState
+from fedlora.common.errors import FedLoraError
+from fedlora.config import clients_at_once
+from fedlora.models import adapted
+from fedlora.models.stacked import NotStackable
+
+from ..node import memory
+from ..training import cohort
+from . import single
+from .single import Work
+
+# More tokens than these in one batch gain nothing: the machine is busy. Measured on a CPU with a 4-bit base.
+_ENOUGH_TOKENS = {"cpu": 512, "cuda": 16384}
+_SHARE_OF_FREE = 0.5
+_LOOKED_AT = 8  # examples whose length stands for a client's
+_ELEMENTWISE = ("adamw", "sgd")  # bitsandbytes' optimizers share scales between neighbours, which a stack moves
+Folds = tuple[AdapterState, ...]
+_log = logging.getLogger("fedlora")
+
+
+def how_many(context: Context) -> int:
+    """The clients to be trained at once, as `train.clients-at-once` says.
+
+    auto takes as many as keep the machine busy, by the length of this client's examples, and as half of the free
+    memory affords. A client that cannot be read counts alone: the answer to its message says why.
+    """
+    try:
+        config = single.config_of(context)
+        if clients_at_once(config.train):
+            return clients_at_once(config.train)
+        bench = adapted.workbench(config.model, config.lora)
+        examples = single.training_examples(config, context)
+        tokens = config.train.batch_size * max(len(example.input_ids) for example in examples[:_LOOKED_AT])
+    except Exception:
+        return 1
+    device = bench.base.device
+    enough = _ENOUGH_TOKENS.get(device.type, _ENOUGH_TOKENS["cuda"]) // tokens
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return max(1, min(enough, int(_SHARE_OF_FREE * free / (tokens * bytes_per_token(bench)))))
+
+
+def bytes_per_token(bench: adapted.Workbench) -> int:
+    """What training keeps of one token until the backward pass, roughly: of every layer, and of the output."""
+    config = bench.base.model.config.get_text_config(decoder=True)
+    layers, hidden = getattr(config, "num_hidden_layers", 12), getattr(config, "hidden_size", 768)
+    wide = getattr(config, "intermediate_size", None) or 4 * hidden
+    outputs = config.vocab_size if bench.config.task == "causal-lm" else 0
+    return bench.base.compute_dtype.itemsize * layers * (16 * hidden + 6 * wide) + 4 * 4 * outputs
+
+
+def train(requests: Sequence[tuple[RecordDict, Context]]) -> list[RecordDict | Error]:
+    """The answers to several clients' training messages, in their order; each is what `tasks.answer` gives it."""
+    answers: dict[int, RecordDict | Error] = {}
+    groups: dict[tuple[object, ...], dict[int, Work]] = {}
+    beside: dict[tuple[object, ...], Folds] = {}
+    for number, (content, context) in enumerate(requests):
+        try:
+            work = single.begin(content, context)
+            folds = single.folds_beside(work)
+        except Exception as error:
+            answers[number] = single.refusal(error, context.node_config)
+            continue
+        sent = work.broadcast
+        key = (work.config, sent.round, sent.task, sent.trainable, sent.base_version)
+        groups.setdefault(key, {})[number] = work
+        beside[key] = folds
+    for key, group in groups.items():
+        answers |= zip(group, _answers(list(group.values()), beside[key]), strict=True)
+    return [answers[number] for number in range(len(requests))]
+
+
+def _answers(works: Sequence[Work], folds: Folds) -> list[RecordDict | Error]:
+    """Of clients that can be trained as one batch, where the model allows it."""
+    why = _why_not(works[0])
+    if why:
+        _say_once(why)
+    if why or len(works) == 1:
+        return [_alone(work) for work in works]
+    try:
+        return _as_one(works, folds)
+    except NotStackable as error:
+        _say_once(str(error))
+        return [_alone(work) for work in works]
+    except Exception as error:
+        if not memory.ran_out(error):
+            return [single.refusal(error, work.context.node_config) for work in works]
+    half = (len(works) + 1) // 2  # outside the handler, which holds on to what ran out
+    _log.warning("memory ran out with %d clients at once; going on with %d (train.clients-at-once)", len(works), half)
+    return [*_answers(works[:half], folds), *_answers(works[half:], folds)]
+
+
+def _as_one(works: Sequence[Work], folds: Folds) -> list[RecordDict | Error]:
+    one = works[0]
+    adapted.install_anchor(one.bench, folds)
+    ends = cohort.train(
+        one.bench,
+        [cohort.Member(work.start(), work.examples, work.seed) for work in works],
+        one.config.train,
+        trainable=one.broadcast.trainable,
+        round=one.broadcast.round,
+        rounds=one.config.federation.rounds,
+        on_step=lambda member, step, steps, loss: works[member].tell(step, steps, loss),
+        prune=single.pruning(one.config),
+    )
+    answers: list[RecordDict | Error] = []
+    for work, end in zip(works, ends, strict=True):
+        try:
+            if isinstance(end, FedLoraError):
+                raise end
+            answers.append(single.finish(work, *end))
+        except Exception as error:
+            answers.append(single.refusal(error, work.context.node_config))
+    return answers
+
+
+def _alone(work: Work) -> RecordDict | Error:
+    try:
+        return single.train_alone(work)
+    except Exception as error:
+        return single.refusal(error, work.context.node_config)
+
+
+def _why_not(work: Work) -> str:
+    """Why these clients are trained one at a time; empty when nothing speaks against one batch."""
+    config = work.config
+    if work.broadcast.task != "train":
+        return f"the {work.broadcast.task} of round {work.broadcast.round} is taken of each client's own loss"
+    if config.train.optimizer not in _ELEMENTWISE:
+        return f"train.optimizer = {config.train.optimizer!r} does not step each value by itself"
+    if config.model.gradient_checkpointing:
+        return "with model.gradient-checkpointing dropout cannot be drawn per client"
+    return ""
+
+
+@functools.lru_cache(maxsize=64)
+def _say_once(why: str) -> None:
+    _log.info("clients are trained one at a time: %s", why)

@@ -1,0 +1,241 @@
+"""What a node decides for itself: its data, its base model's place, its limits. No server can change them.
+
+A node's config is what `flower-supernode --node-config` was given; the run config comes from the server. Text that
+a server chose may name neither a file nor a folder on the node, unless the node allows it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+
+from fedlora import config as configuration
+from fedlora.common import assets
+from fedlora.common.errors import ConfigError
+from fedlora.config import MOST_RANK, Config, DataConfig, Scalar, TrainConfig
+from fedlora.data import PACKAGED
+
+# Set by whoever starts a simulation, in which server and clients are one user; a run config cannot set it.
+ALLOW_FILES = "FEDLORA_ALLOW_FILES"
+# Node key -> the run's key that it replaces. The server compares fingerprints, so that another model is refused.
+_OF_MODEL = {"device": "model.device", "model": "model.name"}
+_OF_DATA = {
+    "form": "data.form",
+    "prompt-column": "data.prompt-column",
+    "response-column": "data.response-column",
+    "messages-column": "data.messages-column",
+    "text-column": "data.text-column",
+    "label-column": "data.label-column",
+}
+_LIMITS = ("max-rank", "max-steps", "max-length", "max-batch", "max-memory-mb")
+_OTHERS = ("partition-id", "partition-ids", "num-partitions", "data", "rank", "state", "resident", "allow-files")
+_OF_WORKER = ("worker", "worker-idle", "worker-stall", "node-pid", "server", "ca", "key")
+_KNOWN = (*_OF_MODEL, *_OF_DATA, *_LIMITS, *_OTHERS, *_OF_WORKER)
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_IDS = re.compile(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", re.ASCII)
+_MOST_HOSTED = 4096
+
+
+def ruled(config: Config, node: Mapping[str, Scalar]) -> Config:
+    """The run's config as this node takes part in it.
+
+    With a data file of its own, the source, its columns and how rows are dealt are the node's: columns that its
+    config does not name have their default names, whatever the run says. Without one, `data.source` may be a
+    packaged set or a hub id. The same holds for `model.name`.
+
+    Args:
+        config: as the server sent it.
+        node: the node's own config.
+
+    Raises:
+        ConfigError: names the node's key that refuses the run, or that is wrong itself.
+    """
+    _check_names(node)
+    config = _with_own_data(config, node)
+    own = {ours: node[key] for key, ours in _OF_MODEL.items() if key in node}
+    if "model" in node and node["model"] != config.model.name:
+        own["model.revision"] = ""  # it is of the model that the server names
+    config = configuration.parse(own, config, where="node config") if own else config
+    if "model" not in node and not _allows_files(node):
+        _check_public("model.name", config.model.name, _packaged_models(), "model")
+    limit(node, "max-memory-mb")  # held where memory is taken; a wrong one is refused before
+    most_tokens, most_examples = limit(node, "max-length"), limit(node, "max-batch")
+    if most_tokens and config.data.max_length > most_tokens:
+        raise _too_much(f"data.max-length = {config.data.max_length}", "max-length", most_tokens)
+    per_step = config.train.batch_size * config.train.accumulate
+    if most_examples and per_step > most_examples:
+        raise _too_much(f"train.batch-size * train.accumulate = {per_step}", "max-batch", most_examples)
+    if most_examples and config.evaluate.batch_size > most_examples:
+        raise _too_much(f"evaluate.batch-size = {config.evaluate.batch_size}", "max-batch", most_examples)
+    return config
+
+
+def check(node: Mapping[str, Scalar]) -> None:
+    """Whether a node's own config can be one, before it meets a server.
+
+    Raises:
+        ConfigError: names the key that is wrong.
+    """
+    _check_names(node)
+    hosted(node)
+    for key in _LIMITS:
+        limit(node, key)
+    rank(Config(), {key: value for key, value in node.items() if key in ("rank", "max-rank")}, 0)
+    client = node.get("partition-id", 0)
+    if type(client) is not int or client < 0:
+        raise ConfigError(f"node config: partition-id = {client!r}, expected a number from 0")
+    _allows_files(node)
+    if own_data(node) or any(key in node for key in _OF_DATA):
+        _with_own_data(Config(), node)
+    configuration.parse({ours: node[key] for key, ours in _OF_MODEL.items() if key in node}, where="node config")
+
+
+def own_data(node: Mapping[str, Scalar]) -> str:
+    """The node's own data file, where its config names one."""
+    return str(node.get("data", ""))
+
+
+def hosted(node: Mapping[str, Scalar]) -> tuple[int, ...]:
+    """The clients that this node hosts, as `partition-ids` says: "0-3" or "0,2,5"; none where it has no such key.
+
+    Raises:
+        ConfigError: they are no such numbers, or named twice; `partition-id` is there too; or several clients would
+            share one `data` file.
+    """
+    if "partition-ids" not in node:
+        return ()
+    value = node["partition-ids"]
+    if "partition-id" in node:
+        raise ConfigError("node config: partition-id and partition-ids both say which clients are here; keep one")
+    ids: list[int] = []
+    for piece in str(value).split(","):
+        found = _IDS.fullmatch(piece)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
+        if last < first or last - first >= _MOST_HOSTED - len(ids):
+            shown = repr(value) if len(str(value)) <= 80 else f"{str(value)[:77]!r}..."
+            raise ConfigError(
+                f"node config: partition-ids = {shown}, expected numbers of clients, at most {_MOST_HOSTED}, such as "
+                "'0-3' or '0,2,5'"
+            )
+        ids += range(first, last + 1)
+    if len({*ids}) < len(ids):
+        raise ConfigError(f"node config: partition-ids = {value!r} names a client twice")
+    if len(ids) > 1 and own_data(node):
+        raise ConfigError(
+            f"node config: data names the rows of one client, and partition-ids = {value!r} are {len(ids)}; start a "
+            "node for each file, with its own partition-id"
+        )
+    return tuple(ids)
+
+
+def rank(config: Config, node: Mapping[str, Scalar], client_id: int) -> int:
+    """The rank of this node's factors: its own `rank`, or the run's; never more than `max-rank`.
+
+    Raises:
+        ConfigError: `rank` is no positive integer or above `max-rank`, or the run's pattern asks for more.
+    """
+    own, most = node.get("rank"), limit(node, "max-rank")
+    if own is not None and (type(own) is not int or not 1 <= own <= MOST_RANK):
+        raise ConfigError(f"node config: rank = {own!r}, expected a whole number from 1 to {MOST_RANK}")
+    if own and most and own > most:
+        raise ConfigError(f"node config: rank = {own} is above its own max-rank = {most}")
+    for module, wanted in configuration.rank_pattern(config.lora).items():
+        if most and wanted > most:
+            raise _too_much(f"lora.rank-pattern: {module} = {wanted}", "max-rank", most)
+    wanted = own or configuration.client_rank(config.lora, client_id)
+    return min(wanted, most) if most else wanted
+
+
+def check_steps(config: TrainConfig, node: Mapping[str, Scalar], steps: int) -> None:
+    """Raises ConfigError when a round has more steps than the node allows.
+
+    Args:
+        config: names what the steps come from.
+        node: the node's own config.
+        steps: of one round on this node.
+    """
+    most = limit(node, "max-steps")
+    if most and steps > most:
+        asked = f"train.steps = {steps}" if config.steps else f"train.epochs = {config.epochs:g} ({steps} steps here)"
+        raise _too_much(asked, "max-steps", most)
+
+
+def limit(node: Mapping[str, Scalar], key: str) -> int:
+    """One of the node's limits; 0 where it has none."""
+    value = node.get(key, 0)
+    if type(value) is not int or value < 0 or (key in node and value < 1):
+        raise ConfigError(f"node config: {key} = {value!r}, expected a positive integer")
+    return value
+
+
+def _check_names(node: Mapping[str, Scalar]) -> None:
+    """A limit whose name is mistyped would be no limit. Keys that resemble none here are another app's."""
+    for key in node:
+        near = [] if key in _KNOWN else get_close_matches(key.replace("_", "-").lower(), _KNOWN, n=1, cutoff=0.8)
+        if near:
+            raise ConfigError(f"node config: unknown key {key!r}; did you mean {near[0]!r}?")
+
+
+def _with_own_data(config: Config, node: Mapping[str, Scalar]) -> Config:
+    columns = {ours: node[key] for key, ours in _OF_DATA.items() if key in node}
+    path = own_data(node)
+    if not path:
+        if columns:
+            keys = ", ".join(key for key in _OF_DATA if key in node)
+            raise ConfigError(f"node config: {keys} describes a file of the node's own, and data names none")
+        if not _allows_files(node):
+            _check_public("data.source", config.data.source, PACKAGED, "data")
+        return config
+    if not Path(path).is_file():
+        raise ConfigError("node config: data names no file on this node")
+    default = DataConfig()
+    data = replace(
+        config.data,
+        source=path,
+        partition="iid",
+        heldout_fraction=0.0,
+        prompt_column=default.prompt_column,
+        response_column=default.response_column,
+        messages_column=default.messages_column,
+        text_column=default.text_column,
+        label_column=default.label_column,
+    )
+    config = replace(config, data=data, federation=replace(config.federation, clients=1, min_clients=1))
+    return configuration.parse(columns, config, where="node config")
+
+
+def _allows_files(node: Mapping[str, Scalar]) -> bool:
+    own = node.get("allow-files", os.environ.get(ALLOW_FILES) == "1")
+    if type(own) is not bool:
+        raise ConfigError(f"node config: allow-files = {own!r}, expected true or false")
+    return own
+
+
+def _check_public(key: str, name: str, packaged: Mapping[str, object] | frozenset[str], own_key: str) -> None:
+    """Raises ConfigError unless the name is a packaged one or can only be a hub id."""
+    if name in packaged or (_HUB_ID.fullmatch(name) and Path(name).suffix.lower() not in _FILES and not _exists(name)):
+        return
+    shown = repr(name) if len(name) <= 80 else f"{name[:77]!r}..."
+    raise ConfigError(
+        f"{key} = {shown} is no packaged name or hub id, and this node opens no file that a server names; set "
+        f"{own_key} in the node's config, or allow-files = true"
+    )
+
+
+_FILES = frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".gguf"})
+
+
+def _exists(name: str) -> bool:
+    return os.path.lexists(name)
+
+
+def _packaged_models() -> frozenset[str]:
+    return frozenset(name for name, asset in assets.known().items() if asset.kind == "model")
+
+
+def _too_much(asked: str, key: str, most: int) -> ConfigError:
+    return ConfigError(f"the run asks for {asked}, and this node allows {most} (node config: {key})")

@@ -1,0 +1,1 @@
+"""What clients can be asked for before round 1."""

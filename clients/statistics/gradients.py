@@ -1,0 +1,99 @@
+"""The leading directions of the loss's gradient with respect to each adapted weight, without that gradient."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from fedlora.adapters import LoraFactors, first_ranks, leading, lowrank, pad, stack
+from fedlora.config import TrainConfig
+from fedlora.data import Example, batch_at, collate
+from fedlora.tasks.losses import token_loss
+
+from ..training.trainer import TrainResult, count_labels, hash_seed
+
+# Between batches this many times the wanted directions are kept, as in LoRA-GA (https://arxiv.org/abs/2407.05000).
+_SPARE = 4
+
+
+def leading_directions(
+    model: nn.Module,
+    layers: Mapping[str, LoraLayer],
+    ranks: Mapping[str, int],
+    examples: Sequence[Example],
+    config: TrainConfig,
+    *,
+    pad_id: int,
+    seed: int,
+) -> tuple[dict[str, LoraFactors], TrainResult]:
+    """The best approximations, of these ranks, of `G = dL/dW = D' X` for the weight W of every layer.
+
+    D [tokens, d_out] is the loss's gradient by the layer's output, X [tokens, d_in] its input, both seen by hooks:
+    W is not read, so that it may be quantized, and no gradient as large as W is kept. The loss is that of the first
+    optimizer step of round 1: `train.accumulate` batches of `train.batch_size` examples.
+
+    Args:
+        model: gives logits; nothing in it needs a gradient of its own.
+        layers: module name -> layer.
+        ranks: how many directions of each layer.
+        examples: the client's own.
+        config: see `TrainConfig`.
+        pad_id: fills the batches' right side.
+        seed: of this client's order of examples and dropout.
+
+    Returns:
+        Module name -> `B = U sqrt(S)` [d_out, rank], `A = sqrt(S) V'` [rank, d_in], scaling 1, zeros where G has fewer
+        directions; and the loss, with no steps.
+    """
+    began = time.perf_counter()
+    found: dict[str, LoraFactors] = {}
+
+    def add(name: str, D: Tensor, X: Tensor) -> None:
+        alive = D.any(dim=1)  # padding has no gradient
+        parts = [LoraFactors(A=X[alive].float(), B=D[alive].float().T, scaling=1.0)]
+        summed = stack([found[name], *parts] if name in found else parts)
+        keep = _SPARE * ranks[name]
+        if summed.rank:
+            found[name] = leading(lowrank.product_svd(summed.B, summed.A, keep), keep)
+
+    torch.manual_seed(hash_seed(seed, 0))  # dropout
+    model.train()
+    chosen = [batch_at(len(examples), config.batch_size, index, seed) for index in range(config.accumulate)]
+    batches = [collate([examples[i] for i in batch], pad_id) for batch in chosen]
+    labelled = [count_labels(batch["labels"]) for batch in batches]
+    total = 0.0
+    handles = [cast("nn.Module", layer).register_forward_hook(_watch(name, add)) for name, layer in layers.items()]
+    try:
+        for batch, count in zip(batches, labelled, strict=True):
+            loss = token_loss(model, batch) * (count / sum(labelled))
+            loss.backward()
+            total += float(loss.detach())
+    finally:
+        for handle in handles:
+            handle.remove()
+    factors: dict[str, LoraFactors] = {}
+    for name, layer in layers.items():
+        d_out, d_in = cast("tuple[int, int]", (layer.out_features, layer.in_features))
+        some = found.get(name, LoraFactors(A=torch.zeros(0, d_in), B=torch.zeros(d_out, 0), scaling=1.0))
+        whole = pad(first_ranks(some, min(some.rank, ranks[name]), 1.0), ranks[name])
+        factors[name] = LoraFactors(A=whole.A.cpu(), B=whole.B.cpu(), scaling=1.0)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    return factors, TrainResult(total, total, steps=0, tokens=tokens, seconds=time.perf_counter() - began)
+
+
+def _watch(name: str, add: Callable[[str, Tensor, Tensor], None]) -> Callable[..., Tensor]:
+    """A forward hook that hands a layer's inputs and output gradients on, as rows of tokens."""
+
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not output.requires_grad:  # all below is frozen; a copy, since a leaf must not be changed in place
+            output = output.detach().requires_grad_().clone()
+        x = inputs[0].detach().flatten(0, -2)
+        output.register_hook(lambda gradient: add(name, gradient.flatten(0, -2), x))
+        return output
+
+    return hook

@@ -1,0 +1,1 @@
+"""Local training: of one client, and of several as one batch."""

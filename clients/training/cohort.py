@@ -1,0 +1,150 @@
+"""Local training of several clients at once: one batch through the shared base, and to each client its own steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from fedlora.adapters import AdapterState
+from fedlora.common.errors import AdapterError
+from fedlora.config import TrainConfig
+from fedlora.data import Example, collate
+from fedlora.models.adapted import Workbench
+from fedlora.models.dropout import Draws, draws_per_client
+from fedlora.models.stacked import Stack, stacked
+from fedlora.tasks.losses import each_loss
+from fedlora.tasks.predict import Batch
+
+from .trainer import Course, TrainResult, add_tail_penalty, count_labels
+
+
+@dataclass(frozen=True)
+class Member:
+    """Args:
+    adapter: that its training starts from.
+    examples: its own.
+    seed: of its order of examples and dropout.
+    """
+
+    adapter: AdapterState
+    examples: Sequence[Example]
+    seed: int
+
+
+def train(
+    bench: Workbench,
+    members: Sequence[Member],
+    config: TrainConfig,
+    *,
+    trainable: frozenset[str],
+    round: int,
+    rounds: int,
+    on_step: Callable[[int, int, int, float], None] = lambda member, step, steps, loss: None,
+    prune: tuple[float, float] | None = None,
+) -> list[tuple[AdapterState, TrainResult] | AdapterError]:
+    """Train each member for one round, as `trainer.train` trains it alone: the same batches, losses and steps.
+
+    A step takes the next batches of all members that still have steps to go through the model as one. Their losses
+    are added, and each one's gradient reaches its own factors only. What differs from training alone is the order of
+    floating point sums. `seconds` of a result are the member's share of the wall time: by its steps.
+
+    Args:
+        bench: the model, with the anchor in place.
+        members: at least one.
+        config: see `TrainConfig`; goes for all.
+        trainable: of "A", "B" and "R"; heads are trained too.
+        round: 1 for the first.
+        rounds: of the whole run.
+        on_step: called for each member's step with (member, step, steps, loss).
+        prune: HetLoRA's gamma and weight of `add_tail_penalty`.
+
+    Returns:
+        In the order of the members: the trained adapter, or why there is none.
+
+    Raises:
+        NotStackable: this model cannot serve several clients in one batch.
+    """
+    began = time.perf_counter()
+    order = sorted(range(len(members)), key=lambda m: -len(members[m].examples))  # those with most steps first
+    ends: list[AdapterError | None] = [None] * len(order)
+    bench.model.train()
+    own_dropout = draws_per_client(bench.model)
+    with stacked(bench, [members[m].adapter for m in order], trainable) as stack:
+        courses = [
+            Course(
+                seat.parameters,
+                members[m].examples,
+                config,
+                round=round,
+                rounds=rounds,
+                seed=members[m].seed,
+                penalty=_penalty(seat.pairs, prune),
+            )
+            for m, seat in zip(order, stack.seats, strict=True)
+        ]
+        for step in range(courses[0].steps):
+            stack.active = sum(course.steps > step for course in courses)
+            losses = _gradients(bench, stack, courses[: stack.active], step, own_dropout)
+            stack.share_gradients()
+            for place, (course, loss) in enumerate(zip(courses, losses, strict=False)):
+                if ends[place] is not None:
+                    continue
+                try:
+                    with record_function("fedlora/optimizer"):
+                        course.take(step, loss)
+                except AdapterError as error:
+                    ends[place] = error
+                    continue
+                on_step(order[place], step + 1, course.steps, loss)
+            stack.drop_gradients()
+        share = (time.perf_counter() - began) / sum(course.steps for course in courses)
+        done = [
+            end or (stack.read(place), course.result(share * course.steps))
+            for place, (course, end) in enumerate(zip(courses, ends, strict=True))
+        ]
+    return [done[order.index(m)] for m in range(len(members))]
+
+
+def _gradients(bench: Workbench, stack: Stack, courses: Sequence[Course], step: int, own_dropout: bool) -> list[float]:
+    """Each client's loss of a step; the stack gets the gradients."""
+    with record_function("fedlora/data"):
+        parts = zip(*(course.batches(step) for course in courses), strict=True)
+        batches = [collate([e for examples in part for e in examples], bench.base.pad_id) for part in parts]
+        counts = [[count_labels(labels) for labels in batch["labels"].chunk(len(courses))] for batch in batches]
+    totals = [sum(of_client) for of_client in zip(*counts, strict=True)]
+    losses = [0.0] * len(courses)
+    for batch in batches:
+        masks = batch["attention_mask"].chunk(len(courses))
+        for course, mask in zip(courses, masks, strict=True):
+            course.tokens += int(mask.sum())
+        stack.rows = tuple(batch["input_ids"].shape)
+        lengths = [int(mask.sum(dim=1).max()) for mask in masks]
+        draws = Draws([course.draws for course in courses], lengths) if own_dropout else nullcontext()
+        with record_function("fedlora/forward"), draws:
+            each = _losses(bench.model, batch, totals)
+        with record_function("fedlora/backward"):
+            each.sum().backward()
+            losses = [loss + float(more) for loss, more in zip(losses, each.detach(), strict=True)]
+    return losses
+
+
+def _losses(model: nn.Module, batch: Batch, totals: Sequence[int]) -> Tensor:
+    """Each client's share of its step's loss: its summed cross-entropy over its labels in the whole step."""
+    each, rows = each_loss(model, batch)
+    client = rows // (len(batch["labels"]) // len(totals))
+    summed = torch.zeros(len(totals), device=each.device).index_add(0, client, each)
+    return summed / torch.tensor(totals, device=each.device)
+
+
+def _penalty(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]], prune: tuple[float, float] | None):
+    def add() -> None:
+        if prune:
+            add_tail_penalty(pairs, *prune, rank_of_b=0)
+
+    return add

@@ -1,0 +1,261 @@
+"""Local training: one function from a model with an adapter in place to the same model, trained."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from fedlora.adapters import pruned_rank
+from fedlora.common.errors import DivergedError
+from fedlora.config import TrainConfig
+from fedlora.data import Example, batch_at, collate
+from fedlora.models.dropout import Draws, draws_per_client
+from fedlora.tasks.losses import token_loss
+
+from ..optimizers import standard
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Args:
+    loss: mean training loss over the round's steps.
+    last_loss: the last step's.
+    steps: optimizer steps taken.
+    tokens: tokens that went through the model, padding left out.
+    seconds: wall time.
+    """
+
+    loss: float
+    last_loss: float
+    steps: int
+    tokens: int
+    seconds: float
+
+
+def train(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    examples: Sequence[Example],
+    config: TrainConfig,
+    *,
+    pad_id: int,
+    round: int,
+    rounds: int,
+    seed: int,
+    on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+    penalty: Callable[[], None] = lambda: None,
+) -> TrainResult:
+    """Train the given parameters in place for one round.
+
+    The loss is the mean over all labelled tokens (or examples, for classification) of an optimizer step,
+    exactly, however they are spread over `train.accumulate` forward passes. The learning rate follows one
+    schedule across all rounds; batches continue through the client's data from round to round. The
+    optimizer's state starts anew each round, since the server has changed the factors.
+
+    Args:
+        model: gives logits; the adapter is in place.
+        parameters: what is trained.
+        examples: the client's own.
+        config: see `TrainConfig`.
+        pad_id: fills the batches' right side.
+        round: 1 for the first.
+        rounds: of the whole run, for the schedule.
+        seed: of this client's order of examples and dropout.
+        on_step: called after each step with (step, steps, loss).
+        penalty: called before each optimizer step, to add a term's gradient to the parameters'.
+
+    Raises:
+        DivergedError: the loss is not finite.
+    """
+    began = time.perf_counter()
+    course = Course(parameters, examples, config, round=round, rounds=rounds, seed=seed, penalty=penalty)
+    torch.manual_seed(hash_seed(seed, round))  # whatever draws from torch's own generator
+    model.train()
+    own_dropout = draws_per_client(model)
+    try:
+        for step in range(course.steps):
+            total = _gradients(model, course, step, pad_id, own_dropout)
+            with record_function("fedlora/optimizer"):
+                course.take(step, total)
+            on_step(step + 1, course.steps, total)
+    finally:  # gradients of a step that failed would enter the next training's first one
+        for parameter in parameters:
+            parameter.grad = None
+    return course.result(time.perf_counter() - began)
+
+
+def _gradients(model: nn.Module, course: Course, step: int, pad_id: int, own_dropout: bool) -> float:
+    """The loss of a step; the parameters get its gradients."""
+    with record_function("fedlora/data"):
+        batches = [collate(part, pad_id) for part in course.batches(step)]
+        labelled = [count_labels(batch["labels"]) for batch in batches]
+    total = 0.0
+    for batch, count in zip(batches, labelled, strict=True):
+        course.tokens += int(batch["attention_mask"].sum())
+        draws = Draws([course.draws], [batch["input_ids"].shape[1]]) if own_dropout else nullcontext()
+        with record_function("fedlora/forward"), draws:
+            loss = token_loss(model, batch) * (count / sum(labelled))
+        with record_function("fedlora/backward"):
+            loss.backward()
+            total += float(loss.detach())
+    return total
+
+
+class Course:
+    """One client's way through a round, whoever computes its gradients: batches, optimizer, schedule, losses.
+
+    Attributes:
+        steps: optimizer steps of the round.
+        losses: of the steps taken.
+        tokens: that went through the model so far, padding left out; for whoever computes to count.
+        draws: this client's dropout in this round.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        examples: Sequence[Example],
+        config: TrainConfig,
+        *,
+        round: int,
+        rounds: int,
+        seed: int,
+        penalty: Callable[[], None] = lambda: None,
+    ) -> None:
+        """As for `train`."""
+        self.steps = steps_per_round(config, len(examples))
+        self.losses: list[float] = []
+        self.tokens = 0
+        self.draws = torch.Generator(parameters[0].device).manual_seed(hash_seed(seed, round))
+        self._parameters, self._examples, self._config, self._penalty = parameters, examples, config, penalty
+        self._seed, self._round, self._rounds = seed, round, rounds
+        self._optimizer = standard.make(config, parameters)
+        self._start = [p.detach().clone() for p in parameters] if config.prox_mu else []
+
+    def batches(self, step: int) -> list[list[Example]]:
+        """The examples of each forward pass of a step."""
+        size, parts = self._config.batch_size, self._config.accumulate
+        first = self._position(step) * parts
+        walk = [batch_at(len(self._examples), size, first + part, self._seed) for part in range(parts)]
+        return [[self._examples[i] for i in chosen] for chosen in walk]
+
+    def take(self, step: int, loss: float) -> None:
+        """One optimizer step by the gradients that the parameters have, which are then let go.
+
+        Raises:
+            DivergedError: the loss is not finite.
+        """
+        config = self._config
+        if not math.isfinite(loss):
+            raise DivergedError(diverged(loss, step, self._round))
+        if config.prox_mu:
+            add_proximal(self._parameters, self._start, config.prox_mu)
+        self._penalty()
+        if config.clip:
+            torch.nn.utils.clip_grad_norm_(self._parameters, config.clip)
+        for group in self._optimizer.param_groups:
+            group["lr"] = config.lr * lr_factor(config, self._position(step), self._rounds * self.steps)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.losses.append(loss)
+
+    def result(self, seconds: float) -> TrainResult:
+        return TrainResult(
+            loss=sum(self.losses) / len(self.losses),
+            last_loss=self.losses[-1],
+            steps=self.steps,
+            tokens=self.tokens,
+            seconds=seconds,
+        )
+
+    def _position(self, step: int) -> int:
+        """The step's number in the whole run."""
+        return (self._round - 1) * self.steps + step
+
+
+def diverged(loss: float, step: int, round: int) -> str:
+    """Where training left the finite numbers; the learning rate is to blame only where the start was sound."""
+    if step:
+        return f"training diverged: loss {loss} at step {step + 1} of round {round}; lower train.lr"
+    return (
+        f"training diverged: loss {loss} at step 1 of round {round}, before anything was trained: the adapter that the "
+        "server sent gives no finite loss here"
+    )
+
+
+def steps_per_round(config: TrainConfig, num_examples: int) -> int:
+    """Optimizer steps of one round: `train.steps`, or as many as `train.epochs` needs."""
+    per_step = config.batch_size * config.accumulate
+    return config.steps or max(1, math.ceil(config.epochs * num_examples / per_step))
+
+
+def examples_of(config: TrainConfig, num_examples: int, round: int, seed: int) -> list[int]:
+    """The places of the examples that a round trains on, each once."""
+    steps, parts = steps_per_round(config, num_examples), config.accumulate
+    batches = range((round - 1) * steps * parts, round * steps * parts)
+    return sorted({at for index in batches for at in batch_at(num_examples, config.batch_size, index, seed)})
+
+
+def lr_factor(config: TrainConfig, step: int, total: int) -> float:
+    """The learning rate at a step of the whole run, as a share of `train.lr`: warm-up, then the schedule.
+
+    Cosine and linear end just above zero: the last step still trains.
+    """
+    warmup = round(config.warmup_fraction * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0 - progress if config.schedule == "linear" else 1.0
+
+
+def add_proximal(parameters: Sequence[nn.Parameter], start: Sequence[Tensor], mu: float) -> None:
+    """Adds the gradient of FedProx's term mu/2 |theta - theta_start|^2 (https://arxiv.org/abs/1812.06127, eq. 2)."""
+    for parameter, origin in zip(parameters, start, strict=True):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - origin, alpha=mu)
+
+
+def add_tail_penalty(
+    factors: Sequence[tuple[nn.Parameter, nn.Parameter]], gamma: float, weight: float, rank_of_b: int = 1
+) -> None:
+    """Adds the gradient of `weight * sum |B tail|_F |A tail|_F`, so that the last ranks fade (HetLoRA's self-pruning).
+
+    Cho et al. 2024, https://arxiv.org/abs/2401.06432, Section 4.
+
+    Args:
+        factors: A [r, d_in] and B [d_out, r] of each module.
+        gamma: the tail begins at row ceil(gamma r), and at the second row at the earliest.
+        weight: of the term.
+        rank_of_b: 0 where the factors hold B' [r, d_out].
+    """
+    for A, B in factors:
+        keep = pruned_rank(A.shape[0], gamma)
+        tail = A.shape[0] - keep
+        a, b = A.detach()[keep:], B.detach().narrow(rank_of_b, keep, tail)
+        size_a, size_b = a.norm(), b.norm()
+        if A.grad is not None and float(size_a) > 0:
+            A.grad[keep:].add_(a * (weight * size_b / size_a))
+        if B.grad is not None and float(size_b) > 0:
+            B.grad.narrow(rank_of_b, keep, tail).add_(b * (weight * size_a / size_b))
+
+
+def count_labels(labels: Tensor) -> int:
+    """What a batch's mean loss is taken over: labelled next tokens, or examples."""
+    return labels.shape[0] if labels.ndim == 1 else int((labels[:, 1:] != -100).sum())
+
+
+def hash_seed(*parts: int) -> int:
+    """One seed from several, the same in every process."""
+    seed = 0
+    for part in parts:
+        seed = (seed * 1_000_003 + part + 1) % (2**63 - 1)
+    return seed

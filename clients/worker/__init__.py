@@ -1,0 +1,1 @@
+"""The node's resident process, and how a ClientApp finds and watches it."""

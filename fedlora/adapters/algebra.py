@@ -1,0 +1,373 @@
+"""LoRA adapters as values, and their algebra. Nothing here forms a d_out x d_in matrix but `delta`.
+
+Notation: an adapted module's update is dW = scaling * B @ A, A: [r, d_in], B: [d_out, r]. Results are fp32,
+or fp64 where the factors are: narrower ones (bf16) are widened before they are scaled or added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedlora.common.errors import AdapterError
+
+from . import lowrank
+
+# Numbers of a batch of equal modules: large enough that Python's loop does not show, small beside a model.
+_AT_ONCE = 1 << 23
+_ROUNDING = torch.finfo(torch.float32).eps / 2
+
+# Ends the names of cores among the dense tensors.
+CORE = ".lora_R"
+
+if TYPE_CHECKING:
+    from fedlora.exchange import ClientUpdate
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFactors:
+    """One module's factors: dW = scaling * B @ A.
+
+    Args:
+        A: down projection, [r, d_in].
+        B: up projection, [d_out, r].
+        scaling: alpha / r, or alpha / sqrt(r) (rsLoRA, https://arxiv.org/abs/2312.03732).
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """Everything that is trained: factors by base-model module name, and tensors trained in full.
+
+    Args:
+        lora: base-model module name -> factors.
+        dense: parameter name -> tensor trained in full (a classification head), averaged by every strategy; and
+            "<module>.lora_R" -> a core R [r, r] between that module's factors: dW = scaling * B @ R @ A.
+    """
+
+    lora: Mapping[str, LoraFactors] = field(default_factory=dict)
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def delta(factors: LoraFactors) -> Tensor:
+    """The dense update `scaling * B @ A`, [d_out, d_in]. For tests and merging into an fp32 base only."""
+    return factors.scaling * (factors.B @ factors.A)
+
+
+def without_cores(adapter: AdapterState) -> AdapterState:
+    """The same updates as A and B alone: a core is multiplied into its A."""
+    lora = {
+        name: LoraFactors(A=wide(adapter.dense[name + CORE]) @ wide(f.A), B=f.B, scaling=f.scaling)
+        if name + CORE in adapter.dense
+        else f
+        for name, f in adapter.lora.items()
+    }
+    return AdapterState(lora=lora, dense={k: v for k, v in adapter.dense.items() if not k.endswith(CORE)})
+
+
+def only(adapter: AdapterState, parts: Collection[str]) -> AdapterState:
+    """The adapter with these of the factors "A" and "B"; the others are empty."""
+    nothing = torch.empty(0, 0)
+    lora = {
+        name: LoraFactors(A=f.A if "A" in parts else nothing, B=f.B if "B" in parts else nothing, scaling=f.scaling)
+        for name, f in adapter.lora.items()
+    }
+    return AdapterState(lora=lora, dense=adapter.dense)
+
+
+def filled(adapter: AdapterState, other: AdapterState) -> AdapterState:
+    """The adapter with the other's factors where its own are empty; modules that the other lacks stay as they are."""
+    lora = dict(adapter.lora)
+    for name, f in adapter.lora.items():
+        rest = other.lora.get(name, f)
+        lora[name] = LoraFactors(A=f.A if f.A.numel() else rest.A, B=f.B if f.B.numel() else rest.B, scaling=f.scaling)
+    return AdapterState(lora=lora, dense=adapter.dense)
+
+
+def not_finite(adapter: AdapterState) -> str:
+    """The name of a first module or tensor that holds a value that is not finite; empty where there is none."""
+    for name, f in adapter.lora.items():
+        if not (torch.isfinite(f.A).all() and torch.isfinite(f.B).all()):
+            return name
+    return next((name for name, tensor in adapter.dense.items() if not torch.isfinite(tensor).all()), "")
+
+
+def norm(factors: LoraFactors) -> float:
+    """Frobenius norm of dW through Gram matrices: |dW|^2 = s^2 tr(B'B AA'), in fp64, O(d r^2)."""
+    return max(inner(factors, factors), 0.0) ** 0.5
+
+
+def inner(left: LoraFactors, right: LoraFactors) -> float:
+    """Frobenius inner product of two updates, s_l s_r tr((B_l'B_r)(A_r A_l')), in fp64, O(d r_l r_r)."""
+    across_out = left.B.double().T @ right.B.double()
+    across_in = left.A.double() @ right.A.double().T
+    return left.scaling * right.scaling * float((across_out * across_in).sum())
+
+
+def initial(
+    shapes: Mapping[str, tuple[int, int]],
+    ranks: Callable[[str], int] | Mapping[str, int],
+    scalings: Callable[[str], float] | Mapping[str, float],
+    generator: torch.Generator,
+) -> AdapterState:
+    """A fresh adapter with dW = 0: A from U(-1/sqrt(d_in), 1/sqrt(d_in)), which is PEFT's kaiming-uniform; B = 0.
+
+    Args:
+        shapes: module name -> (d_out, d_in), as a Linear's weight has it.
+        ranks: the rank of a module by its name.
+        scalings: the scaling of a module by its name.
+        generator: what A is drawn from, in sorted order of the names, so that the mapping's order is of no matter.
+    """
+    rank_of = ranks if callable(ranks) else ranks.__getitem__
+    scaling_of = scalings if callable(scalings) else scalings.__getitem__
+    lora: dict[str, LoraFactors] = {}
+    for name in sorted(shapes):
+        d_out, d_in = shapes[name]
+        A = torch.empty(rank_of(name), d_in, device=generator.device)
+        A.uniform_(-(d_in**-0.5), d_in**-0.5, generator=generator)
+        B = torch.zeros(d_out, rank_of(name), device=generator.device)
+        lora[name] = LoraFactors(A=A, B=B, scaling=scaling_of(name))
+    return AdapterState(lora=lora)
+
+
+def mean(parts: Sequence[LoraFactors], weights: Sequence[float] | None = None) -> LoraFactors:
+    """The weighted means of A and of B (not of the products), as in FedIT (https://arxiv.org/abs/2305.05644).
+
+    Args:
+        parts: factors of equal shapes and scaling.
+        weights: one non-negative weight each, of any sum above zero; equal when left out.
+
+    Raises:
+        AdapterError: shapes or scalings differ, or the weights do not sum to more than zero.
+    """
+    w = [1.0] * len(parts) if weights is None else [float(x) for x in weights]
+    if not w or min(w) < 0 or sum(w) <= 0:
+        raise AdapterError(f"weights must be non-negative with a sum above zero, got {w}")
+    first = parts[0]
+    for part in parts:
+        if part.A.shape != first.A.shape or part.B.shape != first.B.shape or part.scaling != first.scaling:
+            raise AdapterError(
+                f"mean of factors needs equal shapes and scalings, got ranks {[p.rank for p in parts]} and "
+                f"scalings {[p.scaling for p in parts]}; pad them to one rank, or stack them"
+            )
+    total, A, B = 0.0, None, None
+    for part, weight in zip(parts, w, strict=True):
+        if weight:
+            total += weight
+            A, B = running_mean(A, part.A, weight / total), running_mean(B, part.B, weight / total)
+    assert A is not None
+    assert B is not None
+    return LoraFactors(A=A, B=B, scaling=first.scaling)
+
+
+def running_mean(so_far: Tensor | None, tensor: Tensor, share: float) -> Tensor:
+    """`so_far + share * (tensor - so_far)`, in place; a wide copy of `tensor` when nothing came before it.
+
+    In this form one tensor is its own mean, and equal tensors are, to the last bit.
+
+    Args:
+        so_far: the mean until now, overwritten; None at the first tensor.
+        tensor: what comes next, of the same shape.
+        share: its weight over the sum of all weights until now, itself included.
+    """
+    if so_far is None:
+        return wide(tensor).clone()
+    if so_far.shape != tensor.shape:
+        raise AdapterError(f"a mean needs equal shapes, got {list(tensor.shape)} after {list(so_far.shape)}")
+    return so_far.lerp_(tensor.to(so_far), share)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in fp32, or as it is in fp64: sums in bf16 or fp16 would lose the small terms."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def stack(parts: Sequence[LoraFactors], weights: Sequence[float] | None = None) -> LoraFactors:
+    """Factors whose product is exactly `sum_k w_k dW_k`: B = [B_1|...], A = [w_1 s_1 A_1; ...], scaling 1.
+
+    FLoRA (https://arxiv.org/abs/2409.05976), with the scale folded into A. The weights are taken
+    as they are, so that differences are stacks too: `stack([x, y], [1.0, -1.0])`.
+    """
+    w = [1.0] * len(parts) if weights is None else weights
+    return LoraFactors(
+        A=torch.cat([(wk * p.scaling) * wide(p.A) for wk, p in zip(w, parts, strict=True)]),
+        B=torch.cat([wide(p.B) for p in parts], dim=1),
+        scaling=1.0,
+    )
+
+
+def concatenate(parts: Sequence[AdapterState]) -> AdapterState:
+    """The sum of frozen updates as one adapter, by stacking alone: the same parts give the same bits."""
+    names = dict.fromkeys(name for part in parts for name in part.lora)
+    return AdapterState(lora={name: stack([p.lora[name] for p in parts if name in p.lora]) for name in names})
+
+
+def ideal(updates: Iterable[ClientUpdate]) -> dict[str, LoraFactors]:
+    """What exact aggregation gives: `sum_k p_k s_k B_k A_k` by module, as a stack.
+
+    Args:
+        updates: one round's replies with both factors. p_k = n_k / sum(n) over those that have the module.
+    """
+    parts: dict[str, list[LoraFactors]] = {}
+    examples: dict[str, list[int]] = {}
+    for update in updates:
+        for name, factors in update.adapter.lora.items():
+            parts.setdefault(name, []).append(factors)
+            examples.setdefault(name, []).append(update.num_examples)
+    return {name: stack(parts[name], [n / sum(examples[name]) for n in examples[name]]) for name in parts}
+
+
+def relative_error(aggregate: Mapping[str, LoraFactors], ideal: Mapping[str, LoraFactors]) -> float:
+    """`|aggregate - ideal|_F / |ideal|_F`, all modules together; a module that `aggregate` lacks counts as zero.
+
+    The difference is a stack, whose norm comes from QR: a difference of squared norms would drown in
+    rounding below 1e-8.
+
+    Args:
+        aggregate: what the server made of the replies, by module.
+        ideal: what `ideal` gives for the same replies.
+    """
+    difference = reference = 0.0
+    for name, exact in ideal.items():
+        missed = stack([aggregate[name], exact], [1.0, -1.0]) if name in aggregate else exact
+        difference += _core_norm(missed) ** 2
+        reference += _core_norm(exact) ** 2
+    if reference == 0:
+        return 0.0 if difference == 0 else float("inf")
+    return (difference / reference) ** 0.5
+
+
+def _core_norm(factors: LoraFactors) -> float:
+    """|dW|_F as the norm of the core `R_b R_a'` of two QRs, in fp64: accurate where the factors' terms cancel."""
+    r_b = torch.linalg.qr(factors.B.double(), mode="r").R
+    r_a = torch.linalg.qr(factors.A.double().T, mode="r").R
+    return abs(factors.scaling) * float(torch.linalg.norm(r_b @ r_a.T))
+
+
+def svd_each(lora: Mapping[str, LoraFactors], rank: int = 0, whole: bool = False) -> dict[str, lowrank.Svd]:
+    """The thin SVD of every module's dW: `U [d_out, k], S [k], Vh [k, d_in]` in fp64, k = min(R, d_out, d_in).
+
+    Modules of equal shapes go through `lowrank.product_svd` together.
+
+    Args:
+        lora: module name -> factors, of any ranks.
+        rank: the number of leading components to return; 0: all.
+        whole: as for `lowrank.product_svd`; slower, and no component is lost for being small.
+    """
+    alike: dict[tuple[int, int, int], list[str]] = {}
+    for name, f in lora.items():
+        alike.setdefault((f.B.shape[0], f.rank, f.A.shape[1]), []).append(name)
+    found: dict[str, lowrank.Svd] = {}
+    for (d_out, r, d_in), group in alike.items():
+        for names in at_once(group, (d_out + d_in) * r):
+            B = torch.stack([lora[name].B for name in names])
+            A = torch.stack([lora[name].scaling * wide(lora[name].A) for name in names])
+            u, s, vh = lowrank.product_svd(B, A, rank, whole)
+            found |= {name: (u[i], s[i], vh[i]) for i, name in enumerate(names)}
+    return {name: found[name] for name in lora}
+
+
+def at_once(names: Sequence[str], numbers: int) -> Iterator[Sequence[str]]:
+    """Equal modules in groups that are computed together, each of so many numbers in its factors."""
+    size = max(1, _AT_ONCE // max(numbers, 1))
+    for begin in range(0, len(names), size):
+        yield names[begin : begin + size]
+
+
+def qr_svd(factors: LoraFactors) -> lowrank.Svd:
+    """Thin SVD of dW from its factors: `U [d_out, k], S [k], Vh [k, d_in]`, k = min(R, d_out, d_in).
+
+    By QR of B and of A' and the SVD of the R x R core, in fp64: O((d_out + d_in) R^2 + R^3). `svd_each` is faster.
+    """
+    u, s, vh = lowrank.qr(factors.B, factors.scaling * wide(factors.A))
+    dtype = wide(factors.A).dtype
+    return u.to(dtype), s.to(dtype), vh.to(dtype)
+
+
+def leading(svd: lowrank.Svd, rank: int, scaling: float = 1.0, dtype: torch.dtype = torch.float32) -> LoraFactors:
+    """The first `rank` components of an SVD as factors, split evenly: B = U sqrt(S/s), A = sqrt(S/s) Vh.
+
+    Args:
+        svd: as `svd_each` gives it.
+        rank: components to keep; fewer come back where there are fewer.
+        scaling: the receiver's own scaling s, divided out once.
+        dtype: of the factors.
+    """
+    u, s, vh = svd
+    root = (s[:rank] / scaling).sqrt()
+    return LoraFactors(A=(root[:, None] * vh[:rank]).to(dtype), B=(u[:, :rank] * root).to(dtype), scaling=scaling)
+
+
+def truncate(factors: LoraFactors, rank: int, scaling: float = 1.0) -> LoraFactors:
+    """The best approximation of dW of at most this rank; see `leading` for its form.
+
+    Args:
+        factors: of any rank.
+        rank: the rank to keep; fewer rows come back where dW has fewer (see `compress` for the numerical rank).
+        scaling: the receiver's own scaling, divided out once.
+    """
+    return leading(svd_each({"": factors}, rank)[""], rank, scaling, wide(factors.A).dtype)
+
+
+def compress(lora: Mapping[str, LoraFactors], max_rank: int = 0) -> dict[str, LoraFactors]:
+    """The same updates at the smallest rank (at least 1) that keeps them to fp32's rounding, or at `max_rank`.
+
+    What is dropped has a Frobenius norm of at most 2^-24 of the whole update's, the rounding of one fp32 number.
+
+    Args:
+        lora: module name -> factors, of any ranks.
+        max_rank: the largest rank that is kept, whatever is lost by it; 0: no such limit.
+    """
+    small: dict[str, LoraFactors] = {}
+    for name, svd in svd_each(lora, whole=True).items():
+        _, s, _ = svd
+        tails = s.square().flip(0).cumsum(0).flip(0).sqrt()  # of what is lost without component i and those after it
+        rank = max(1, int((tails > _ROUNDING * tails[0]).sum()))
+        small[name] = leading(svd, min(rank, max_rank) if max_rank else rank, dtype=wide(lora[name].A).dtype)
+    return small
+
+
+def pruned_rank(rank: int, gamma: float) -> int:
+    """The rank that HetLoRA's pruning leaves: `ceil(gamma rank)`, at least 1; all of it at a gamma of 0, never.
+
+    The product's rounding in fp64 is no row: 0.55 of 20 is 11.
+    """
+    return max(1, math.ceil(gamma * rank - 1e-9)) if gamma else rank
+
+
+def pad(factors: LoraFactors, rank: int) -> LoraFactors:
+    """The same update at a larger rank: zero rows below A, zero columns right of B."""
+    extra = rank - factors.rank
+    if extra < 0:
+        raise AdapterError(f"cannot pad rank {factors.rank} to {rank}; truncate or slice it instead")
+    return LoraFactors(
+        A=torch.nn.functional.pad(factors.A, (0, 0, 0, extra)),
+        B=torch.nn.functional.pad(factors.B, (0, extra)),
+        scaling=factors.scaling,
+    )
+
+
+def first_ranks(factors: LoraFactors, rank: int, scaling: float) -> LoraFactors:
+    """The first `rank` rows of A and columns of B at the receiver's scaling; the effective scale moves into A.
+
+    Raises:
+        AdapterError: the factors have fewer rows.
+    """
+    if rank > factors.rank:
+        raise AdapterError(f"cannot take {rank} rows of factors of rank {factors.rank}; pad them first")
+    return LoraFactors(
+        A=(factors.scaling / scaling) * wide(factors.A[:rank]), B=wide(factors.B[:, :rank]).clone(), scaling=scaling
+    )

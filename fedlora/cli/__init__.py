@@ -1,0 +1,1 @@
+"""The `fedlora` command: one file for each group of commands."""

@@ -1,0 +1,309 @@
+"""The commands on adapters that were trained: evaluate, export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedlora import config as configuration
+from fedlora.common.errors import AdapterError, ConfigError, StrategyError
+from fedlora.results.runs import adapter_folder
+
+if TYPE_CHECKING:
+    from fedlora.adapters import AdapterState
+    from fedlora.exchange import ClientInfo
+    from fedlora.trained.export import Exported, Source
+
+adapters = typer.Typer()
+out = Console(highlight=False)
+
+# In the order in which they are shown.
+_METRICS = ("loss", "perplexity", "accuracy", "macro-f1", "exact-match", "calibration-error")
+
+
+class NoFactors(AdapterError):
+    """A client has no factors of its own on this machine."""
+
+
+@adapters.command()
+def evaluate(
+    adapter: Annotated[
+        list[Path],
+        typer.Option(help="A run, by its name or folder, or the folder of a PEFT checkpoint; repeat for more."),
+    ],
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="[CONFIG]", help="Model and data; default: those of the first adapter's own run."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-c", "--config", metavar="KEY=VALUE", help="Change one key; repeat for more. All keys: fedlora keys."
+        ),
+    ] = None,
+    *,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file as well.")
+    ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(metavar="TASK,...", help="Tasks of lm-evaluation-harness instead of held-out rows."),
+    ] = None,
+    lm_eval_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder with task files of your own, for --lm-eval.")
+    ] = None,
+    lm_eval_limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Only the first N rows of each task of --lm-eval.")
+    ] = None,
+) -> None:
+    """Evaluate adapters, beside the untouched base, on held-out rows.
+
+    All adapters share one pass over the rows. They must be of one base model.
+
+    Examples:
+
+      fedlora evaluate --adapter quickstart
+
+      fedlora evaluate --adapter a/adapter --adapter b/adapter --json scores.json
+    """
+    from . import main
+
+    if lm_eval is None and (lm_eval_path or lm_eval_limit):
+        raise ConfigError("evaluate: --lm-eval-path and --lm-eval-limit go with --lm-eval TASK; name a task")
+    adapter = [adapter_folder(each) for each in adapter]
+    settings = _settings(adapter, config, overrides)
+    main.quiet()
+    if lm_eval is not None:
+        from fedlora.trained import harness
+
+        tasks = [task.strip() for task in lm_eval.split(",") if task.strip()]
+        rows = harness.scores(adapter, settings, tasks, lm_eval_path, lm_eval_limit)
+        title = f"{settings.model.name} on {lm_eval}"
+        names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    else:
+        from fedlora.trained.evaluate import compare_with_base
+
+        rows = compare_with_base(adapter, settings)
+        title = f"{settings.model.name} on {settings.data.source}, held-out rows"
+        names = [name for name in _METRICS if name in next(iter(rows.values()))]
+    out.print(_table(title, rows, names))
+    if as_json is not None:
+        from fedlora.common.files import write_json
+
+        about = {"config": settings.to_flat(), "adapters": [str(path) for path in adapter], "scores": rows}
+        try:
+            write_json(as_json, about)
+        except OSError as error:
+            raise ConfigError(f"--json {as_json}: cannot be written: {error}") from None
+
+
+@adapters.command()
+def export(
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="A run, by its name or folder, or an adapter's folder.")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="What is written; new, or an empty folder.")],
+    *,
+    rank: Annotated[int | None, typer.Option(min=1, help="The best approximation of at most this rank.")] = None,
+    remove_intruders: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, metavar="LAMBDA", help="Scale intruder dimensions: 0 removes them, 1 changes nothing."
+        ),
+    ] = None,
+    client: Annotated[
+        int | None, typer.Option(min=0, help="This client's own: with its personal factors, or cut to its rank.")
+    ] = None,
+    all_clients: Annotated[
+        bool, typer.Option("--all-clients", help="Every client's own, in OUT/client-<number>/.")
+    ] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the full-precision base with the adapter added to its weights.")
+    ] = False,
+) -> None:
+    """Write an adapter for others to use: a PEFT checkpoint, or a merged model, with a model card.
+
+    Examples:
+
+      fedlora export quickstart my-adapter
+
+      fedlora export runs/quickstart/20260101-120000 small --rank 4
+
+      fedlora export runs/quickstart/20260101-120000 fewer --remove-intruders 0
+
+      fedlora export runs/quickstart/20260101-120000 merged --merge
+
+      fedlora export runs/personal/20260101-120000 clients --all-clients
+    """
+    from . import main
+
+    if all_clients and client is not None:
+        raise ConfigError("export: --client names one client, --all-clients takes all; leave out one")
+    main.quiet()
+    from fedlora.trained import export as exporting
+
+    source = exporting.find(adapter)
+    if all_clients:
+        exporting.check_free(folder)
+        for each in _clients(source):
+            try:
+                one = folder / f"client-{each.client_id}"
+                _say(_one(source, one, rank, each, intruders=remove_intruders, merge=merge))
+            except NoFactors as error:
+                out.print(f"left out: {error}", soft_wrap=True, markup=False)
+        return
+    chosen = None if client is None else _client(source, client)
+    _say(_one(source, folder, rank, chosen, intruders=remove_intruders, merge=merge))
+
+
+def _one(
+    source: Source,
+    folder: Path,
+    rank: int | None,
+    client: ClientInfo | None,
+    *,
+    intruders: float | None,
+    merge: bool,
+) -> Exported:
+    from fedlora.strategies import registry  # pyright: ignore[reportMissingImports]
+    from fedlora.trained import export as exporting
+    from fedlora.trained.model_card import citation
+
+    strategy = registry.resolve(source.config.strategy.name)
+    facts: dict[str, Any] = {"rank": rank} if rank else {}
+    personal = "".join(sorted(strategy.personal))
+    if client is None and personal:
+        raise ConfigError(
+            f"{source.adapter}: with {source.config.strategy.name}, {personal} stays on the clients and there is no "
+            "global adapter; add --client NUMBER or --all-clients"
+        )
+    trained = exporting.read_adapter(source.adapter) if not personal else None
+    if client is not None:
+        facts["client"] = client.client_id
+        if personal:
+            facts["personal"] = personal
+            trained = _personal(source, client)
+
+    assert trained is not None
+
+    def change(state: AdapterState) -> AdapterState:
+        if client is not None and not personal:
+            state = exporting.for_client(state, client)
+        return exporting.at_rank(state, rank) if rank else state
+
+    write = exporting.write_merged if merge else exporting.write_adapter
+    paper = citation(strategy.__doc__ or "")
+    if intruders is None:
+        return write(source, trained, folder, change, facts, paper=paper)
+    exporting.check_free(folder)
+    changed, found = exporting.with_fewer_intruders(source, trained, intruders, change, merge=merge)
+    return write(source, trained, folder, lambda _: changed, {**facts, "intruders": found}, paper=paper)
+
+
+def _personal(source: Source, client: ClientInfo) -> AdapterState:
+    """What the client would start its next round from: the shared factors and its own, with all folds."""
+    from fedlora.clients.node import own_state  # pyright: ignore[reportMissingImports]
+    from fedlora.simulations import personal  # pyright: ignore[reportMissingImports]
+    from fedlora.strategies import registry  # pyright: ignore[reportMissingImports]
+    from fedlora.strategies.server import saved_state  # pyright: ignore[reportMissingImports]
+
+    key = source.result.get("key", "")
+    saved = saved_state.load(source.run / "state", key) if key else None
+    if saved is None:
+        raise AdapterError(f"{source.run}: no state/ here, which holds the shared factors; give the run's own folder")
+    folder = own_state.folder_of(source.run / "clients", key, client.client_id)
+    own = personal.model(registry.configured(source.config), saved[0], client, folder)
+    if own is None:
+        raise NoFactors(
+            f"client {client.client_id}: no factors of its own in {folder}; it never trained, or keeps them on its node"
+        )
+    return own
+
+
+def _clients(source: Source) -> list[ClientInfo]:
+    """The run's clients, as recorded; by the config where nothing is."""
+    from fedlora.exchange import ClientInfo
+
+    lora = source.config.lora
+    ranks = {j: configuration.client_rank(lora, j) for j in range(source.config.federation.clients)}
+    ranks |= {int(one["client-id"]): int(one["rank"]) for one in source.result.get("clients", [])}
+    pattern = configuration.rank_pattern(lora)
+    return [
+        ClientInfo(client_id=j, rank=rank, alpha=lora.alpha, rslora=lora.rslora, rank_pattern=pattern)
+        for j, rank in sorted(ranks.items())
+    ]
+
+
+def _client(source: Source, number: int) -> ClientInfo:
+    known = {client.client_id: client for client in _clients(source)}
+    if number not in known:
+        raise ConfigError(f"--client {number}: this run has the clients {', '.join(map(str, sorted(known)))}")
+    return known[number]
+
+
+def _say(done: Exported) -> None:
+    low, high = done.ranks
+    ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+    error = "" if done.error is None else f", relative error {done.error:.3g} against what was trained"
+    out.print(f"{done.folder}: {ranks}{error}", soft_wrap=True)
+    if done.intruders:
+        before, after = done.intruders["before"], done.intruders["after"]
+        out.print(f"intruder dimensions: {before} before, {after} after", soft_wrap=True)
+
+
+def _settings(adapters: Sequence[Path], config: str | None, overrides: list[str] | None) -> configuration.Config:
+    """Of the model and the data: the named config, or that of the first adapter's run."""
+    from . import main
+
+    for place, adapter in enumerate(adapters):
+        if adapter in adapters[:place]:
+            raise ConfigError(f"--adapter {adapter}: it is named twice; name each once")
+    if config is not None:
+        return main._load(config, overrides)
+    from fedlora.trained.evaluate import described
+
+    trained = described(adapters[0]).get("config")
+    if not trained:
+        raise ConfigError(f"--adapter {adapters[0]}: it does not say what it was trained on; name a CONFIG too")
+    for adapter in adapters:
+        _check_shared(adapter)
+    own = configuration.parse(trained, where=str(adapters[0] / "fedlora.json"))
+    return configuration.parse(configuration.parse_overrides(overrides or []), own, where="-c")
+
+
+def _check_shared(adapter: Path) -> None:
+    """Raises ConfigError for what a run with personal factors shares: alone it answers as the base."""
+    from fedlora.trained.evaluate import described
+
+    about = described(adapter)
+    name = str(about.get("config", {}).get("strategy.name", ""))
+    kept = "" if "export" in about else kept_by_clients(name)
+    if kept:
+        raise ConfigError(
+            f"--adapter {adapter}: with {name}, {kept} stays on the clients, and without it this is the base; export a "
+            f"client's own first: fedlora export {adapter.parent} OUT --client 0"
+        )
+
+
+def kept_by_clients(strategy: str) -> str:
+    """The factors that stay on the clients with the strategy of this name, such as "B"; mostly none."""
+    from fedlora.strategies import registry  # pyright: ignore[reportMissingImports]
+
+    try:
+        return " and ".join(sorted(registry.resolve(strategy).personal))
+    except StrategyError:  # of somebody's own module, which is not here
+        return ""
+
+
+def _table(title: str, rows: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Table:
+    table = Table(title=title)
+    for heading in ("", *names):
+        table.add_column(heading, justify="left" if not heading else "right", overflow="fold")
+    for label, metrics in rows.items():
+        table.add_row(label, *[f"{metrics[name]:.4f}" if name in metrics else "" for name in names])
+    return table

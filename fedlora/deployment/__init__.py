@@ -1,0 +1,1 @@
+"""Flower's own programs, started safely, and who may take part."""

@@ -1,0 +1,5 @@
+"""All that crosses the wire."""
+
+from .messages import Broadcast, ClientInfo, ClientUpdate, matches
+
+__all__ = ["Broadcast", "ClientInfo", "ClientUpdate", "matches"]

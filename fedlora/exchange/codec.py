@@ -1,0 +1,107 @@
+"""Number formats of what clients send: fp32, bf16, fp16, and int8 or int4 with one scale per row.
+
+Coarse formats carry the difference between what a client trained and what it was sent, which both sides know:
+a step of training is small beside the factors, and would drown in their rounding. What a format leaves out of
+one reply is added to the next (error feedback, Seide et al. 2014; Karimireddy et al. 2019,
+https://arxiv.org/abs/1901.09847, Algorithm 2) while the factors keep their meaning from round to round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fedlora.adapters import AdapterState, LoraFactors
+
+FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LARGEST = {"int8": 127, "int4": 7}  # symmetric: -8 and -128 are not used
+FORMATS = (*FLOATS, *LARGEST)
+
+
+def code(rows: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """Integer codes and one scale per row: rows = codes * scale, rounded to nearest.
+
+    Args:
+        rows: [n, width], finite.
+        largest: the largest code; the largest magnitude of each row becomes it.
+
+    Returns:
+        int8 codes [n, width] and fp32 scales [n].
+    """
+    scales = rows.abs().amax(dim=1).float() / largest
+    safe = scales.where(scales > 0, torch.ones_like(scales))
+    return (rows / safe[:, None]).round().clamp(-largest, largest).to(torch.int8), scales
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes of -8 to 7, [n, width], two to a byte: uint8 [n, ceil(width / 2)]."""
+    even = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2)).to(torch.int16) + 8
+    return (even[:, ::2] + 16 * even[:, 1::2]).to(torch.uint8)
+
+
+def unpack(packed: Tensor, width: int) -> Tensor:
+    """What `pack` was given."""
+    wide = packed.to(torch.int16)
+    codes = torch.stack([wide % 16, wide // 16], dim=2).flatten(1) - 8
+    return codes[:, :width].to(torch.int8)
+
+
+def rows_of(tensor: Tensor, name: str) -> Tensor:
+    """The rows that get a scale each: a rank's row of A and column of B, a tensor's first dimension, a whole vector.
+
+    Args:
+        tensor: a factor or a dense tensor.
+        name: "A", "B", or anything else for dense tensors.
+    """
+    if name == "B":
+        return tensor.T
+    return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.flatten(1)
+
+
+def from_rows(rows: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+    """The tensor of these rows."""
+    return rows.T.contiguous() if name == "B" else rows.reshape(shape)
+
+
+def through(state: AdapterState, number_format: str) -> AdapterState:
+    """What the other side reads when this is sent in the number format."""
+    if number_format in FLOATS:
+        return combine(lambda name, x: x.to(FLOATS[number_format]).to(x.dtype), state)
+    largest = LARGEST[number_format]
+
+    def there_and_back(name: str, tensor: Tensor) -> Tensor:
+        codes, scales = code(rows_of(tensor, name), largest)
+        return from_rows(codes * scales[:, None], tuple(tensor.shape), name)
+
+    return combine(there_and_back, state)
+
+
+def difference(left: AdapterState, right: AdapterState) -> AdapterState:
+    """left - right, factor by factor (not of the products); a factor that `left` lacks stays empty."""
+    return combine(lambda name, x, y: x - y, left, right)
+
+
+def sum_of(left: AdapterState, right: AdapterState) -> AdapterState:
+    """left + right, factor by factor (not of the products); a factor that `left` lacks stays empty."""
+    return combine(lambda name, x, y: x + y, left, right)
+
+
+def combine(function: Callable[..., Tensor], *states: AdapterState) -> AdapterState:
+    """`function("A" or "B" or dense name, tensors…)` over all factors and dense tensors of the first state.
+
+    The others have the same names and shapes; empty factors stay as they are. Scalings are the first's.
+    """
+    first = states[0]
+
+    def factor(module: str, part: str) -> Tensor:
+        tensors = [getattr(state.lora[module], part) for state in states]
+        return function(part, *tensors) if tensors[0].numel() else tensors[0]
+
+    lora = {
+        module: LoraFactors(A=factor(module, "A"), B=factor(module, "B"), scaling=f.scaling)
+        for module, f in first.lora.items()
+    }
+    dense = {name: function(name, *(state.dense[name] for state in states)) for name in first.dense}
+    return AdapterState(lora=lora, dense=dense)

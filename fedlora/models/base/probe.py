@@ -1,0 +1,126 @@
+"""First passes of a few tokens through a base: that it runs, is causal and leaves padding out; and where it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from fedlora.common.errors import ModelError
+from fedlora.config import ModelConfig
+
+from .devices import DTYPES
+
+_LENGTH, _PADS = 12, 5
+# What earlier logits may change by when later tokens do, as a share of what later logits change by: none but rounding
+# and int8's outliers in a causal model, a third and more in an encoder.
+_LEAK = 0.03
+# What a row's logits may change by with padding beside it, as a share of their norm: rounding, in bf16 and int8.
+_PADDING = 0.1
+_FAULTS = (ValueError, KeyError, IndexError, AttributeError, TypeError, NotImplementedError, RuntimeError)
+
+
+def uncalled(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> frozenset[str]:
+    """The linear layers that a text does not go through; an expert among them may serve another text.
+
+    Raises:
+        ModelError: the model cannot compute; what it says of a row depends on padding beside it; or, for causal-lm,
+            what it predicts depends on later tokens.
+    """
+    texts = _tokens(model, tokenizer, config)
+    with _watched(model) as called:
+        alone = _logits(model, texts, config)
+    if config.task == "causal-lm":
+        _check_causal(alone, model, config)
+    longer = _with_a_longer_row(model, tokenizer, texts)
+    _check_padding(alone, _logits(model, longer, config)[: len(alone)], model, config)
+    return frozenset(
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and name not in called
+    )
+
+
+def _logits(model: PreTrainedModel, batch: dict[str, Tensor], config: ModelConfig) -> Tensor:
+    try:
+        with torch.no_grad():
+            return model(**batch).logits.float()
+    except _FAULTS as error:
+        if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
+            raise
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
+        raise ModelError(
+            f"{config.name}: a first pass of {batch['input_ids'].shape[1]} tokens fails with model.quantization = "
+            f"{config.quantization!r} in {dtype} ({type(error).__name__}: {str(error).splitlines()[0][:200]}); choose "
+            "another model.quantization or model.compute-dtype, or another model"
+        ) from error
+
+
+def _with_a_longer_row(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The same rows, padded beside a longer one, as in training."""
+    ids = batch["input_ids"]
+    pads = ids.new_full((len(ids), _PADS), int(tokenizer.pad_token_id))  # pyright: ignore[reportArgumentType]
+    more = ids[:1, 1:2] if ids.shape[1] > 1 else ids[:1]  # neither a start nor an end, where there is another token
+    longer = torch.cat([ids[:1, :1], more.repeat(1, _PADS), ids[:1, 1:]], dim=1)
+    wide = torch.cat([torch.cat([ids, pads], dim=1), longer])
+    mask = torch.ones_like(wide)
+    mask[:-1, ids.shape[1] :] = 0
+    return {"input_ids": wide, "attention_mask": mask}
+
+
+def _check_padding(alone: Tensor, padded: Tensor, model: PreTrainedModel, config: ModelConfig) -> None:
+    same = padded if padded.ndim == 2 else padded[:, : alone.shape[1]]
+    change = float((alone - same).norm() / alone.norm().clamp(min=1e-12))
+    if change > _PADDING:
+        raise ModelError(
+            f"{config.name}: what {type(model).__name__} says of a row changes by {change:.0%} with padding beside it, "
+            "so that its loss would depend on the batch; choose another model"
+        )
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """The rows of the input embeddings."""
+    return cast("nn.Embedding", model.get_input_embeddings()).weight.shape[0]
+
+
+def _tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> dict[str, Tensor]:
+    """A text with the tokenizer's own start and end; for causal-lm two rows of tokens with the same first half."""
+    if config.task == "classification":
+        ids = tokenizer(["one text"], return_tensors="pt")["input_ids"].to(model.device)
+    else:
+        ids = torch.randint(vocabulary(model), (2, _LENGTH), generator=torch.Generator().manual_seed(0))
+        ids[1, : _LENGTH // 2] = ids[0, : _LENGTH // 2]
+        ids = ids.to(model.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _check_causal(logits: Tensor, model: PreTrainedModel, config: ModelConfig) -> None:
+    change = (logits[0] - logits[1]).abs()
+    early, late = float(change[: _LENGTH // 2].max()), float(change[_LENGTH // 2 :].max())
+    if early > _LEAK * late:
+        raise ModelError(
+            f"{config.name}: {type(model).__name__} predicts a token from later ones too (with other later tokens, "
+            f"earlier logits change by {early:.2g}), so that its loss would mean nothing for model.task = 'causal-lm'; "
+            "choose a causal model, or model.task = 'classification'"
+        )
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[set[str]]:
+    """The names of the linear layers that are called within the block."""
+    called: set[str] = set()
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,147 @@
+"""Reading weights with transformers: quietly, from safetensors alone, and refusing what does not fit the task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from fedlora.common.errors import ModelError
+from fedlora.config import ModelConfig
+
+_CLASSES = {"causal-lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
+# What transformers raises for a file that is cut off, of another shape, or of another version.
+UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, ImportError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a base model is to be read.
+
+    Args:
+        config: as the user wrote it.
+        folder: the full-precision files.
+        device: where the weights go.
+        dtype: of unquantized weights and of activations.
+        heads: modules whose weights may be missing in `folder`, or of another shape; see `head.py`.
+        unquantized: modules that keep their weights as they are, heads included.
+    """
+
+    config: ModelConfig
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype
+    heads: tuple[str, ...]
+    unquantized: tuple[str, ...]
+
+
+def shapes(config: ModelConfig, folder: Path) -> PreTrainedModel:
+    """The unquantized model on the meta device, from the folder's config.json alone."""
+    try:
+        with quiet(), torch.device("meta"):
+            settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, **_task_options(config))
+            if config.task == "causal-lm" and settings.is_encoder_decoder:
+                raise ModelError(
+                    f"{config.name}: a {settings.model_type} model is an encoder and a decoder, and model.task = "
+                    "'causal-lm' needs a decoder alone; choose another model, or model.task = 'classification'"
+                )
+            return _CLASSES[config.task].from_config(settings, dtype=torch.float32, trust_remote_code=False)
+    except UNREADABLE as error:
+        raise _unreadable(config, error) from error
+
+
+def weights(
+    recipe: Recipe, folder: Path, heads: tuple[str, ...], quantization: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
+    """The model with the weights in `folder`.
+
+    Args:
+        recipe: what is read, and for what.
+        folder: the full-precision files, or a quantized copy of them.
+        heads: modules whose weights, and no others, may be missing; they are fresh then.
+        quantization: quantizes while it reads; None for a quantized copy, which carries its own.
+
+    Raises:
+        ModelError: the folder cannot be read, or lacks weights that the task needs.
+    """
+    config = recipe.config
+    # The key must be absent for a quantized copy: None would be taken for "not quantized".
+    quantize = {"quantization_config": quantization} if quantization else {}
+    try:
+        with quiet(), _same_fresh_values(recipe.device):
+            model, report = _CLASSES[config.task].from_pretrained(
+                folder,
+                dtype=recipe.dtype,
+                device_map={"": recipe.device},
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # checked below
+                **_task_options(config),
+                **quantize,
+            )
+    except UNREADABLE as error:
+        raise _unreadable(config, error) from error
+    head = tuple(f"{name}." for name in heads)
+    wrong = sorted(key for key in report["mismatched_keys"] if not key[0].startswith(head))
+    if wrong:
+        name, got, expected = wrong[0]
+        raise ModelError(
+            f"{config.name}: {len(wrong)} weights in {folder} have other shapes than its config.json says, such as "
+            f"{name}: got {tuple(got)}, expected {tuple(expected)}; use the config.json that belongs to them"
+        )
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith(head))
+    if missing:
+        raise ModelError(
+            f"{config.name}: {folder} lacks {len(missing)} weights that {config.task} needs, such as {missing[0]}; "
+            "choose a model that was trained for it, or another model.task"
+        )
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' load reports and progress bars off the terminal: what matters is checked, and raised."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _same_fresh_values(device: torch.device) -> Iterator[None]:
+    """New heads get the same values in every process, and the caller's random numbers stay as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+def _task_options(config: ModelConfig) -> dict[str, Any]:
+    return {"num_labels": config.labels} if config.task == "classification" else {}
+
+
+def _unreadable(config: ModelConfig, error: Exception) -> ModelError:
+    reason = str(error).strip().split("\n")[0][:300]
+    if "Unrecognized configuration class" in reason:  # followed by the names of all others
+        kind = reason.split("configuration class ")[1].split("'")[1].rsplit(".", 1)[-1].removesuffix("Config")
+        what = "causal language model" if config.task == "causal-lm" else "classifier of texts"
+        reason = f"transformers has no {what} of the kind {kind}; choose another model, or another model.task"
+    return ModelError(f"{config.name} cannot be loaded for model.task = {config.task!r}: {reason}")

@@ -1,0 +1,193 @@
+"""Which modules of a base get LoRA: linear layers by name, all of them, or its attention projections."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fedlora.common.errors import ModelError
+
+# Names of the projections to queries and values, apart or in one layer, in models that PEFT has no entry for.
+_QUERY_VALUE = re.compile(
+    r"(w?[qv]|query|value)(_proj|_lin|_head|_global)?|w?(qkv|query_key_value)(_proj)?|c_attn|q_b_proj|kv_b_proj",
+    re.IGNORECASE,
+)
+# What experts' weights were called one by one: PEFT takes these names for the fused ones.
+_OF_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+_ATTENTION = re.compile("attention|attn", re.IGNORECASE)
+_MIXER = re.compile("mixer|ssm|mamba|timemix", re.IGNORECASE)
+
+
+def find_targets(model: PreTrainedModel, wanted: str, heads: Sequence[str]) -> tuple[str, ...]:
+    """The names of the modules that get LoRA, in the model's order.
+
+    Only linear layers that run on text can be among them; never a head, which is trained in full, and no expert whose
+    weights are fused with the others'.
+
+    Args:
+        model: the base; it may be on the meta device.
+        wanted: `lora.target-modules`. `auto` takes what PEFT's table has for this kind of model, or else the
+            projections to queries and values, or else all linear layers of the attention or state-space blocks.
+            `all-linear` leaves out the output layer.
+        heads: modules that are trained in full.
+
+    Raises:
+        ModelError: nothing fits, or a name fits no linear layer.
+    """
+    linear = _linear(model, heads)
+    output = model.get_output_embeddings()
+    inner = [name for name, module in linear.items() if module is not output]
+    if wanted == "all-linear":
+        chosen = inner
+    elif wanted == "auto":
+        chosen = _auto(model, inner)
+    else:
+        names = [part.strip() for part in wanted.split(",") if part.strip()]
+        chosen = _named(model, linear, names, heads)
+    if not chosen:
+        raise ModelError(
+            f"lora.target-modules = {wanted!r}: no attention projections are found in a {type(model).__name__}; its "
+            f"linear modules are {_leaves(inner) or 'none'}; name some of them, or take all-linear"
+            if inner
+            else f"lora.target-modules = {wanted!r}: a {type(model).__name__} has no linear layers that LoRA can go to"
+        )
+    return tuple(chosen)
+
+
+def summary(targets: Iterable[str]) -> str:
+    """How many modules of each name: "q_proj x30, v_proj x30"."""
+    counts = Counter(name.rsplit(".", 1)[-1] for name in targets)
+    return ", ".join(f"{name} x{count}" for name, count in sorted(counts.items()))
+
+
+def read_directly(model: nn.Module) -> set[str]:
+    """Linear layers whose weights the model reads without calling them: an adapter there would have no effect.
+
+    State-space blocks hand all but their input projection to one kernel, as weights.
+    """
+    blocks = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "conv1d", None), nn.Module) and hasattr(module, "in_proj")
+    }
+    return {
+        f"{block}.{name}"
+        for block, module in blocks.items()
+        for name, child in module.named_children()
+        if isinstance(child, nn.Linear) and not name.startswith("in_proj")
+    }
+
+
+def fused_experts(model: nn.Module) -> list[str]:
+    """Modules that hold the weights of all experts of a layer as one tensor each."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if "expert" in name and any(p.ndim == 3 for p in module.parameters(recurse=False))
+    ]
+
+
+def _taken_for_experts(model: nn.Module) -> set[str]:
+    """Linear layers beside fused experts that PEFT would take for these, by their names."""
+    if not fused_experts(model):
+        return set()
+    return {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in _OF_EXPERTS}
+
+
+def _linear(model: PreTrainedModel, heads: Sequence[str]) -> dict[str, nn.Module]:
+    """Every linear layer that may be a target, by name."""
+    left_out = read_directly(model) | _taken_for_experts(model)
+    sees_text = _text_part(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and name not in left_out
+        and not is_within(name, heads)
+        and sees_text(name)
+    }
+
+
+def _text_part(model: PreTrainedModel) -> Callable[[str], bool]:
+    """Whether a module runs on text: of a model that takes images or sound too, those of the text model alone."""
+    if model.config.get_text_config(decoder=True) is model.config or not _other_inputs(model):
+        return lambda name: True
+    body, output = model.get_decoder(), model.get_output_embeddings()
+    prefix = next(name for name, module in model.named_modules() if module is body)
+    outer = [name for name, module in model.named_modules() if module is output]
+    return lambda name: is_within(name, [prefix]) or name in outer
+
+
+def _other_inputs(model: PreTrainedModel) -> bool:
+    return any(hasattr(model.config, f"{kind}_config") for kind in ("vision", "audio", "image", "speech"))
+
+
+def _auto(model: PreTrainedModel, inner: Sequence[str]) -> list[str]:
+    kind = model.config.get_text_config(decoder=True).model_type
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, [])
+    if isinstance(known, str):
+        by_table = [name for name in inner if re.fullmatch(known, name)]
+    else:
+        by_table = [name for name in inner if is_named(name, known)]
+    classes = {name: type(module).__name__ for name, module in model.named_modules()}
+
+    def inside(name: str, what: re.Pattern[str]) -> bool:
+        parts = name.split(".")
+        return any(what.search(classes[".".join(parts[:end])]) for end in range(1, len(parts)))
+
+    attention = [name for name in inner if inside(name, _ATTENTION)]
+    by_role = [name for name in attention if _QUERY_VALUE.fullmatch(name.rsplit(".", 1)[-1])]
+    return by_table or by_role or attention or [name for name in inner if inside(name, _MIXER)]
+
+
+def _named(
+    model: PreTrainedModel, linear: Mapping[str, nn.Module], names: Sequence[str], heads: Sequence[str]
+) -> list[str]:
+    for name in names:
+        if not any(is_named(module, [name]) for module in linear):
+            raise ModelError(f"lora.target-modules = {name!r}: {_why_not(model, linear, name, heads)}")
+    return [module for module in linear if is_named(module, names)]
+
+
+def _why_not(model: PreTrainedModel, linear: Mapping[str, nn.Module], name: str, heads: Sequence[str]) -> str:
+    """Why a name fits no module that can be a target, and what to do."""
+    found = {module: what for module, what in model.named_modules() if is_named(module, [name])}
+    held = [parameter for parameter, _ in model.named_parameters() if is_named(parameter, [name])]
+    fused, unseen = fused_experts(model), read_directly(model)
+    advice = f"this model's linear modules are {_leaves(linear)}"
+    kind = next((type(what).__name__ for what in found.values()), "")
+    near = get_close_matches(name.rsplit(".", 1)[-1], {leaf.rsplit(".", 1)[-1] for leaf in linear}, n=1, cutoff=0.6)
+    if any(is_within(module, fused) for module in [*found, *held]) or _taken_for_experts(model) & {*found}:
+        why = "the experts' weights are fused, one tensor for all of a layer, and LoRA here is of linear layers alone"
+    elif any(is_within(module, heads) for module in found):
+        why = "it is a part of the head, which is trained in full without being named"
+    elif any(module in unseen for module in found):
+        why = "the model reads these weights without calling the layer, so that LoRA would have no effect"
+    elif any(isinstance(what, nn.Linear | Conv1D) for what in found.values()):
+        why = "it belongs to the part for other inputs than text"
+    elif found:
+        why = f"it is of class {kind}, and LoRA here is of linear layers alone"
+    else:
+        why = "there is no such module" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"{why}; {advice}"
+
+
+def is_named(module: str, names: Iterable[str]) -> bool:
+    """Whether a module's name is one of these, or ends with one after a dot."""
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def is_within(module: str, parents: Iterable[str]) -> bool:
+    """Whether a module is one of these, or a part of one."""
+    return any(module == parent or module.startswith(f"{parent}.") for parent in parents)
+
+
+def _leaves(names: Iterable[str]) -> str:
+    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))

@@ -1,0 +1,234 @@
+"""Many clients' adapters side by side in one PEFT model: one batch through the shared base, a small adapter for each.
+
+The rows of a batch belong to the clients in equal parts, client after client. A's of all clients are one tensor
+[clients, r_max, d_in], B's one [clients, r_max, d_out] (the transposes, so that a rank is a row in both), with zeros
+where a client's rank is smaller. Each client's parameters are views of its own rows of these, and of their gradients:
+an optimizer that is given one client's views does to them just what it does alone, and never sees the zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from fedlora.adapters import CORE, AdapterState, LoraFactors
+from fedlora.common.errors import AdapterError
+from fedlora.tasks.predict import output_layer
+
+from .adapted import ADAPTER, Workbench, fp32_copy, install
+
+
+class NotStackable(AdapterError):
+    """This model cannot serve several clients in one batch; one at a time it can."""
+
+
+@dataclass
+class Seat:
+    """One client's place in the stack.
+
+    Attributes:
+        parameters: what is trained of it, in the order of `peft_io.install`.
+        pairs: its A [r, d_in] and B' [r, d_out] of each module, trained or not.
+    """
+
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    pairs: list[tuple[nn.Parameter, nn.Parameter]] = field(default_factory=list)
+
+
+class _Layer:
+    """One module's factors of all clients."""
+
+    def __init__(self, factors: Sequence[LoraFactors], cores: Sequence[Tensor | None], device: torch.device) -> None:
+        self.ranks = [f.rank for f in factors]
+        self.A = _stacked([f.A for f in factors], device)
+        self.B = _stacked([f.B.T for f in factors], device)
+        self.scalings = [f.scaling for f in factors]  # as they were sent; a tensor would round them to fp32
+        self.scaling = torch.tensor(self.scalings, device=device)[:, None, None]
+        self.cores = None if cores[0] is None else [_own(cast("Tensor", core), device) for core in cores]
+
+    def views(self, seat: int) -> tuple[nn.Parameter, nn.Parameter]:
+        rank = self.ranks[seat]
+        a, b = (nn.Parameter(stack.detach()[seat, :rank]) for stack in (self.A, self.B))
+        return a, b
+
+
+class _Down(nn.Module):
+    """x -> scaling R A x, each client's rows through its own; in the place of PEFT's lora_A."""
+
+    def __init__(self, layer: _Layer, stack: Stack) -> None:
+        super().__init__()
+        self.weight, self._layer, self._stack = layer.A, layer, stack
+
+    def forward(self, x: Tensor) -> Tensor:
+        seats = self._stack.check(x)
+        down = x.reshape(seats, -1, x.shape[-1]) @ _first(self.weight, seats).mT
+        if self._layer.cores is not None:
+            top = self.weight.shape[1]
+            padded = [F.pad(core, (0, top - len(core), 0, top - len(core))) for core in self._layer.cores[:seats]]
+            down = down @ torch.stack(padded).mT
+        return (down * self._layer.scaling[:seats]).reshape(*x.shape[:-1], -1)
+
+
+class _Up(nn.Module):
+    """z -> B z, each client's rows through its own; in the place of PEFT's lora_B."""
+
+    def __init__(self, layer: _Layer, stack: Stack) -> None:
+        super().__init__()
+        self.weight, self._stack = layer.B, stack
+
+    def forward(self, z: Tensor) -> Tensor:
+        seats = self._stack.active
+        return (z.reshape(seats, -1, z.shape[-1]) @ _first(self.weight, seats)).reshape(*z.shape[:-1], -1)
+
+
+class _Heads(nn.Module):
+    """A module that is trained in full, one copy for each client."""
+
+    def __init__(self, module: nn.Module, values: Sequence[Mapping[str, nn.Parameter]], stack: Stack) -> None:
+        super().__init__()
+        self._module, self._values, self._stack = [module], values, stack  # a list: not a submodule of its own
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        own = zip(self._values, x.chunk(self._stack.check(x)), strict=False)
+        return torch.cat([functional_call(self._module[0], dict(v), (part, *args), kwargs) for v, part in own])
+
+
+class Stack:
+    """The adapters of several clients in a model's LoRA layers; made by `stacked`.
+
+    Attributes:
+        seats: one per client, in the order of the adapters.
+        active: how many of them, from the first, the present batch holds.
+        rows: the present batch's number of rows, and its length.
+    """
+
+    def __init__(self, bench: Workbench, adapters: Sequence[AdapterState], trainable: frozenset[str]) -> None:
+        self.active = len(adapters)
+        self.rows: tuple[int, ...] = (0, 0)
+        self.seats = [Seat() for _ in adapters]
+        self._layers: dict[str, _Layer] = {}
+        for name, layer in bench.layers.items():
+            device = cast("Tensor", layer.lora_A[ADAPTER].weight).device
+            mine = _Layer([a.lora[name] for a in adapters], [a.dense.get(name + CORE) for a in adapters], device)
+            self._layers[name] = mine
+            for number, seat in enumerate(self.seats):
+                a, b = mine.views(number)
+                seat.pairs.append((a, b))
+                seat.parameters += [p for p, factor in ((a, "A"), (b, "B")) if factor in trainable]
+                if mine.cores is not None and "R" in trainable:
+                    seat.parameters.append(mine.cores[number])
+            for stack, factor in ((mine.A, "A"), (mine.B, "B")):
+                stack.requires_grad_(factor in trainable)
+            for core in mine.cores or ():
+                core.requires_grad_("R" in trainable)
+        self._dense = [{n: _own(a.dense[n], p.device) for n, p in bench.dense.items()} for a in adapters]
+        for seat, dense in zip(self.seats, self._dense, strict=True):
+            for parameter in dense.values():
+                parameter.requires_grad_(bool(trainable))
+            seat.parameters += dense.values() if trainable else ()
+
+    def check(self, x: Tensor) -> int:
+        """The number of clients whose rows these are."""
+        rows, length = self.rows
+        if x.shape[0] not in (rows, rows * length):
+            raise NotStackable(f"a layer saw {x.shape[0]} rows of a batch of {rows}, which belong to no client")
+        return self.active
+
+    def share_gradients(self) -> None:
+        """Give each active client's views their part of the stacks' gradients."""
+        for place, layer in enumerate(self._layers.values()):
+            for number in range(self.active):
+                rank = layer.ranks[number]
+                for view, stack in zip(self.seats[number].pairs[place], (layer.A, layer.B), strict=True):
+                    view.grad = None if stack.grad is None else stack.grad[number, :rank]
+
+    def drop_gradients(self) -> None:
+        for layer in self._layers.values():
+            layer.A.grad = layer.B.grad = None
+        for seat in self.seats:
+            for parameter in (*seat.parameters, *(view for pair in seat.pairs for view in pair)):
+                parameter.grad = None
+
+    def read(self, seat: int) -> AdapterState:
+        """One client's adapter as it is now, on the CPU in fp32, as a copy."""
+        lora = {
+            name: LoraFactors(
+                A=fp32_copy(layer.A[seat, : layer.ranks[seat]]),
+                B=fp32_copy(layer.B[seat, : layer.ranks[seat]].T).contiguous(),
+                scaling=layer.scalings[seat],
+            )
+            for name, layer in self._layers.items()
+        }
+        cores = {n + CORE: fp32_copy(layer.cores[seat]) for n, layer in self._layers.items() if layer.cores}
+        return AdapterState(lora=lora, dense={n: fp32_copy(p) for n, p in self._dense[seat].items()} | cores)
+
+    def modules(self, name: str) -> tuple[nn.Module, nn.Module]:
+        """What stands in for PEFT's lora_A and lora_B of a module."""
+        return _Down(self._layers[name], self), _Up(self._layers[name], self)
+
+    def heads(self, head: str, module: nn.Module) -> nn.Module:
+        """What stands in for a module that is trained in full."""
+        start = head + "."
+        values = [{n.removeprefix(start): p for n, p in dense.items() if n.startswith(start)} for dense in self._dense]
+        return _Heads(module, values, self)
+
+
+@contextmanager
+def stacked(bench: Workbench, adapters: Sequence[AdapterState], trainable: frozenset[str]) -> Iterator[Stack]:
+    """Several clients' adapters in the model's LoRA layers, until the block ends.
+
+    Args:
+        bench: the model; its anchor, where it has one, serves all.
+        adapters: of the same modules, with a core for all or none, of any ranks.
+        trainable: as in `peft_io.install`.
+
+    Raises:
+        AdapterError: modules or shapes do not fit the model.
+    """
+    if bench.config.task == "causal-lm" and isinstance(output_layer(bench.model), LoraLayer):
+        raise NotStackable("the output layer has an adapter, and sees the labelled tokens alone, not whole rows")
+    active = {name: layer.active_adapters for name, layer in bench.layers.items()}
+    for adapter in adapters:  # the same refusals as one at a time
+        install(bench, adapter, trainable)
+    stack = Stack(bench, adapters, trainable)
+    kept = {name: (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]) for name, layer in bench.layers.items()}
+    inner = bench.model.get_base_model()
+    heads = {head: inner.get_submodule(head) for head in bench.base.heads}
+    try:
+        for name, layer in bench.layers.items():
+            layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = stack.modules(name)
+            layer.scaling[ADAPTER], layer._active_adapter = 1.0, active[name]
+        for head, module in heads.items():
+            inner.set_submodule(head, stack.heads(head, module))
+        yield stack
+    finally:
+        for name, layer in bench.layers.items():
+            layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = kept[name]
+        for head, module in heads.items():
+            inner.set_submodule(head, module)
+
+
+def _stacked(rows: Sequence[Tensor], device: torch.device) -> nn.Parameter:
+    """[clients, r_max, d]: each client's [r, d], then zeros."""
+    top = max(len(part) for part in rows)
+    whole = torch.zeros(len(rows), top, rows[0].shape[1], device=device)
+    for part, place in zip(rows, whole, strict=True):
+        place[: len(part)] = part
+    return nn.Parameter(whole)
+
+
+def _first(stack: Tensor, seats: int) -> Tensor:
+    """The first clients' factors; all of them without a slice, whose gradient would be a copy."""
+    return stack if seats == len(stack) else stack[:seats]
+
+
+def _own(tensor: Tensor, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(tensor.to(device, torch.float32, copy=True))

@@ -1,0 +1,64 @@
+"""Which run a user means: one finds it by its name, its folder, or the folder of its adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedlora.common.errors import AdapterError, RunError, suggest
+
+_RECORD = "result.json"
+
+
+def run_folder(named: Path | str) -> Path:
+    """The folder of a run.
+
+    Args:
+        named: runs/<name>/<time>; runs/<name> for its last run; <name> or <name>/<time> for what is in runs/; or the
+            adapter or the record in a run's folder.
+
+    Raises:
+        RunError: there is no such run.
+    """
+    given = Path(named).expanduser()
+    for path in (given, Path("runs") / given):
+        if found := _in(path.resolve()):
+            return found
+    known = sorted({record.parent.parent.name for record in Path("runs").glob(f"*/*/{_RECORD}")})
+    raise RunError(
+        f"{given}: no run here, {_RECORD} is missing; give the name of a run, its folder runs/<name>/<time>, or its "
+        f"adapter's{suggest(str(given), known) if known else ''}"
+    )
+
+
+def adapter_folder(named: Path | str) -> Path:
+    """The folder of a PEFT checkpoint: itself, or the one of a run that is named as `run_folder` takes it.
+
+    Raises:
+        AdapterError: there is neither, or the run has none.
+    """
+    given = Path(named).expanduser()
+    if _holds_adapter(given):
+        return given.resolve()
+    try:
+        run = run_folder(given)
+    except RunError:
+        raise AdapterError(
+            f"{given}: no adapter here, adapter_config.json is missing; give a run's name, its folder "
+            "runs/<name>/<time>, or the folder of a PEFT checkpoint"
+        ) from None
+    if not _holds_adapter(run / "adapter"):
+        raise AdapterError(f"{run}: no adapter here yet; it is written after the first round")
+    return run / "adapter"
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def _in(path: Path) -> Path | None:
+    """The run whose folder this is, whose adapter or record it is, or which is the last one in it."""
+    for own in (path, path.parent):
+        if (own / _RECORD).is_file() and (own == path or path.name in ("adapter", _RECORD)):
+            return own
+    found = sorted(path.glob(f"*/{_RECORD}"), key=lambda record: record.stat().st_mtime)
+    return found[-1].parent if found else None

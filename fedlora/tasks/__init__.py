@@ -1,0 +1,1 @@
+"""What a model learns to do: its losses, its predictions, its metrics."""

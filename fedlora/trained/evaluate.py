@@ -1,0 +1,117 @@
+"""PEFT checkpoints on held-out rows, beside the base that they were trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors import SafetensorError
+
+from fedlora.common.errors import AdapterError, ModelError
+from fedlora.config import Config
+from fedlora.data import encode, prepare
+from fedlora.models import BaseModel, check_length, load_base, longest
+from fedlora.models.adapted import ties_may_be_adapted
+from fedlora.tasks.scores import scores
+
+from .mixed import BASE, predict_many
+
+
+def compare_with_base(
+    adapters: Sequence[Path], config: Config, on_batch: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, dict[str, float]]:
+    """Metrics of the base as it is and with each adapter, on the run's held-out rows, in one pass.
+
+    Args:
+        adapters: folders of PEFT checkpoints, at least one.
+        config: of the model and the data.
+        on_batch: called after each batch with (rows done, rows), of all adapters and the base together.
+
+    Raises:
+        ModelError: an adapter was trained on another base.
+        AdapterError: a checkpoint does not fit the model.
+    """
+    base = load_base(config.model, seed=config.run.seed)
+    check_length(longest(base.model), config)
+    model = load(base, adapters, config)
+    examples = encode(prepare(config).heldout, base.tokenizer, config.data, config.model.task, config.model.labels)
+    names = [BASE, *map(_name, range(len(adapters)))]
+    found = predict_many(model, names, examples, config.evaluate.batch_size, base.pad_id, on_batch=on_batch)
+    labels = ["untouched base" + (f" with {base.head.partition(':')[0]}" if base.head else ""), *titles(adapters)]
+    return {label: scores(predictions) for label, predictions in zip(labels, found.values(), strict=True)}
+
+
+def load(base: BaseModel, adapters: Sequence[Path], config: Config) -> PeftModel:
+    """The base with these checkpoints as PEFT's adapters "adapter0", "adapter1" ….
+
+    Raises:
+        ModelError: an adapter was trained on another base.
+        AdapterError: a checkpoint does not fit the model.
+    """
+    for adapter in adapters:
+        trained_on = described(adapter).get("base")
+        if trained_on not in (None, base.fingerprint):
+            raise ModelError(
+                f"{adapter} was trained on base {trained_on}, model.name = {config.model.name!r} is {base.fingerprint}"
+            )
+    model: PeftModel | None = None
+    for index, adapter in enumerate(adapters):
+        try:
+            with ties_may_be_adapted():
+                if model is None:
+                    model = PeftModel.from_pretrained(base.model, str(adapter), adapter_name=_name(index))
+                else:
+                    model.load_adapter(str(adapter), adapter_name=_name(index))
+        except (OSError, SafetensorError, TypeError) as error:
+            raise AdapterError(f"{adapter}: the adapter cannot be read: {str(error).splitlines()[0]}") from error
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise AdapterError(f"{adapter} does not fit {config.model.name}: {str(error).splitlines()[0]}") from error
+    assert model is not None
+    return model
+
+
+def described(adapter: Path) -> dict[str, Any]:
+    """What the adapter's fedlora.json says of it; nothing where there is no such file.
+
+    Raises:
+        AdapterError: it is damaged.
+    """
+    path = adapter / "fedlora.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(about, dict) or not isinstance(about.get("config", {}), dict):
+        raise AdapterError(f"{path}: cannot be read: not what a run wrote beside its adapter")
+    return about
+
+
+def titles(adapters: Sequence[Path]) -> list[str]:
+    """What each adapter is called in a table: "with the adapter" if it is alone, else the part of its path that
+    differs from the others'."""
+    if len(adapters) == 1:
+        return ["with the adapter"]
+    parts = [adapter.parts for adapter in adapters]
+    head = _common(parts)
+    tail = _common([part[::-1][: len(part) - head] for part in parts])
+    return [
+        str(Path(*own)) if (own := part[head : len(part) - tail]) else str(path)
+        for part, path in zip(parts, adapters, strict=True)
+    ]
+
+
+def _common(paths: Sequence[Sequence[str]]) -> int:
+    """How many first parts are equal in all."""
+    count = 0
+    for column in zip(*paths, strict=False):
+        if len(set(column)) > 1:
+            break
+        count += 1
+    return count
+
+
+def _name(index: int) -> str:
+    return f"adapter{index}"

@@ -1,0 +1,347 @@
+"""A run's adapter as something to hand on: a PEFT checkpoint of a chosen rank, or a merged model; with a model card."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedlora.adapters import AdapterState, LoraFactors, compress, delta, relative_error, svd_each
+from fedlora.adapters import leading as leading_factors
+from fedlora.common.errors import AdapterError, ModelError
+from fedlora.config import Config, parse
+from fedlora.exchange import ClientInfo
+from fedlora.models import BaseModel, at_hand, load_base, resolve, untie
+from fedlora.models.adapted import forget, install, save_checkpoint, workbench
+from fedlora.models.base.read import quiet
+from fedlora.models.intruders import BaseSpectra, without_intruders
+from fedlora.results.record import stored
+from fedlora.results.runs import adapter_folder
+
+from .model_card import Card, class_names, render
+
+Transformation = Callable[[AdapterState], AdapterState]
+_PREFIX = "base_model.model."
+_log = logging.getLogger("fedlora")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: the adapter of a run, and what is known of that run.
+
+    Attributes:
+        adapter: the folder of its PEFT checkpoint.
+        about: the checkpoint's fedlora.json.
+        config: the run's.
+        result: the run's result.json; empty where the checkpoint was moved away from its run.
+    """
+
+    adapter: Path
+    about: Mapping[str, Any]
+    config: Config
+    result: Mapping[str, Any]
+
+    @property
+    def run(self) -> Path:
+        """The run's folder, where there is one."""
+        return self.adapter.parent
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: where.
+        error: `|exported - trained|_F / |trained|_F` over all modules; None for what kept its rank.
+        ranks: the least and the largest rank over modules.
+        intruders: `lambda`, and how many there were `before` and are `after` over all modules, where it was asked for.
+    """
+
+    folder: Path
+    error: float | None
+    ranks: tuple[int, int]
+    intruders: Mapping[str, float] = field(default_factory=dict)
+
+
+def find(path: Path) -> Source:
+    """The checkpoint of a run, or of another folder that has one.
+
+    Raises:
+        AdapterError: there is none, or it was not written by this product.
+        RunError: the run's record is damaged.
+    """
+    folder = adapter_folder(path)
+    try:
+        about = json.loads((folder / "fedlora.json").read_text(encoding="utf-8"))
+        config = parse(about["config"], where=str(folder / "fedlora.json"))
+    except FileNotFoundError:
+        raise AdapterError(f"{folder}: no fedlora.json, which says what the adapter was trained on") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{folder / 'fedlora.json'}: cannot be read: {error}") from None
+    record = folder.parent / "result.json"
+    result = stored(folder.parent) if folder.name == "adapter" and record.is_file() else {}
+    return Source(folder, about, config, result)
+
+
+def read_adapter(folder: Path) -> AdapterState:
+    """A PEFT checkpoint as factors by base-model module name, and tensors that were trained in full.
+
+    Raises:
+        AdapterError: the files cannot be read, or hold something else than LoRA factors.
+    """
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if not isinstance(settings, dict) or "lora_alpha" not in settings:  # PEFT would take its own default
+            raise ValueError("adapter_config.json is no LoRA adapter's, it lacks lora_alpha")
+        config = cast("PeftLoraConfig", PeftLoraConfig.from_pretrained(str(folder)))
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        raise AdapterError(f"{folder}: the adapter cannot be read: {str(error).splitlines()[0]}") from None
+    named = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    modules = [name.removesuffix(".lora_A.weight") for name in named if name.endswith(".lora_A.weight")]
+    alphas = cast("Mapping[str, float]", config.alpha_pattern)
+    lora: dict[str, LoraFactors] = {}
+    for name in modules:
+        down, up = named.pop(f"{name}.lora_A.weight"), named.pop(f"{name}.lora_B.weight")
+        alpha = alphas.get(name, config.lora_alpha)
+        root = len(down) ** 0.5 if config.use_rslora else len(down)
+        lora[name] = LoraFactors(A=down, B=up, scaling=alpha / root)
+    if not lora:
+        raise AdapterError(f"{folder}: the checkpoint has no LoRA factors")
+    return AdapterState(lora=lora, dense=named)
+
+
+def at_rank(adapter: AdapterState, rank: int) -> AdapterState:
+    """The best approximation of every module's update of at most this rank."""
+    return replace(adapter, lora=compress(adapter.lora, rank))
+
+
+def for_client(adapter: AdapterState, client: ClientInfo) -> AdapterState:
+    """The best approximation at a client's own ranks, module by module."""
+    lora = {name: leading_factors(svd, client.rank_of(name)) for name, svd in svd_each(adapter.lora).items()}
+    return replace(adapter, lora=lora)
+
+
+def with_fewer_intruders(
+    source: Source, trained: AdapterState, lam: float, cut: Transformation, *, merge: bool
+) -> tuple[AdapterState, dict[str, float]]:
+    """The adapter with its intruder dimensions scaled, and then cut; see `fedlora.models.intruders`.
+
+    Args:
+        source: names the base, as it was trained on.
+        trained: an update for every adapted module.
+        lam: 0 takes the intruders out, 1 leaves all as it is.
+        cut: to a lower rank, or nothing.
+        merge: intruders are those of the full-precision base in fp32, with which the adapter is to be merged.
+
+    Returns:
+        The changed adapter; and `lambda`, and the number of intruders over all modules `before` and `after`. Some may
+        be left with lambda = 0: weaker directions become leading ones, and a cut brings back a little of what went.
+
+    Raises:
+        ModelError: the base is not the one that the adapter was trained on.
+        AdapterError: the adapter does not fit the base.
+    """
+    plain = replace(source.config.model, quantization="none", compute_dtype="fp32", device="cpu")
+    bench = workbench(plain if merge else source.config.model, source.config.lora)
+    check_base(source, bench.base)
+    changed = cut(without_intruders(bench, trained, lam))
+    spectra, found = BaseSpectra(bench), {"lambda": lam}
+    for when, state in (("before", trained), ("after", changed)):
+        install(bench, state)
+        found[when] = sum(spectra.counts().values())
+    forget()
+    return changed, found
+
+
+def write_adapter(
+    source: Source,
+    trained: AdapterState,
+    out: Path,
+    change: Transformation,
+    facts: Mapping[str, Any],
+    *,
+    paper: str = "",
+) -> Exported:
+    """A PEFT checkpoint with a model card; whole or not at all.
+
+    Args:
+        source: where the adapter comes from.
+        trained: what is exported before `change`.
+        out: the folder, which must not exist, or be empty.
+        change: of the adapter: a lower rank, for instance.
+        facts: for fedlora.json and the card: what was asked for, by names.
+        paper: the strategy's, for the card.
+
+    Raises:
+        AdapterError: `out` holds something already.
+    """
+    changed = change(trained)
+    error = relative_error(changed.lora, trained.lora)
+    small = compress(changed.lora)
+    ranks = [factors.rank for factors in small.values()]
+    facts = {**facts, "relative-error": error, "ranks": sorted(set(ranks))}
+    with _new_folder(out) as part:
+        save_checkpoint(replace(changed, lora=small), part, source.config.model, {**source.about, "export": facts})
+        if source.config.model.task == "classification" and at_hand(source.config.model.name):
+            _name_classes(part, _base_config(source), source)
+        _write_card(part, Card(source.config, source.about, source.result, facts, paper, out.name))
+    return Exported(out, error, (min(ranks), max(ranks)), facts.get("intruders", {}))
+
+
+def write_merged(
+    source: Source,
+    trained: AdapterState,
+    out: Path,
+    change: Transformation,
+    facts: Mapping[str, Any],
+    *,
+    paper: str = "",
+) -> Exported:
+    """The base in full precision with the adapter added to its weights, as a transformers folder in fp32.
+
+    Raises:
+        ModelError: the base is not the one that the adapter was trained on.
+        AdapterError: `out` holds something already, or the adapter does not fit the base.
+    """
+    config = replace(source.config.model, quantization="none", compute_dtype="fp32", device="cpu")
+    changed = change(trained)
+    error = relative_error(changed.lora, trained.lora)
+    ranks = [factors.rank for factors in compress(changed.lora).values()]
+    facts = {**facts, "relative-error": error, "ranks": sorted(set(ranks)), "merged": True}
+    with _new_folder(out) as part:
+        base = load_base(replace(config, gradient_checkpointing=False))
+        check_base(source, base)
+        untied = merge(base, changed)
+        if untied:
+            facts = {**facts, "untied": untied}
+        with quiet():
+            base.model.save_pretrained(part)
+            base.tokenizer.save_pretrained(part)
+        if source.config.model.task == "classification":
+            _name_classes(part, part / "config.json", source)
+        (part / "fedlora.json").write_text(json.dumps({**source.about, "export": facts}, indent=2) + "\n")
+        _write_card(part, Card(source.config, source.about, source.result, facts, paper, out.name))
+    return Exported(out, error, (min(ranks), max(ranks)), facts.get("intruders", {}))
+
+
+def _write_card(folder: Path, card: Card) -> None:
+    """README.md; with a section on intruder dimensions where they were scaled."""
+    text, found = render(card), card.facts.get("intruders")
+    if found:
+        text += (
+            f"\n## Intruder dimensions\n\nLeading directions of the tuned weights that the base's do not resemble were "
+            f"scaled by {found['lambda']:g}: {found['before']} before, {found['after']} after, over all modules.\n"
+        )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _base_config(source: Source) -> Path:
+    model = source.config.model
+    return resolve(model.name, model.revision, weights=False) / "config.json"
+
+
+def _name_classes(folder: Path, config: Path, source: Source) -> None:
+    """config.json with the number of classes, which transformers leaves to the reader's default, and their names.
+
+    Args:
+        folder: where it is written.
+        config: the model's, which has names of its own where the rows had numbers alone.
+        source: of the run, which knows the names in the rows.
+    """
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    known = settings.get("id2label") or {}
+    own = known if len(known) == source.config.model.labels else {}
+    named = dict(enumerate(class_names(source.about, source.result)))
+    names = {
+        str(number): named.get(number) or ("" if named else own.get(str(number), "")) or f"LABEL_{number}"
+        for number in range(source.config.model.labels)
+    }
+    settings |= {"id2label": names, "label2id": {name: int(number) for number, name in names.items()}}
+    text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def merge(base: BaseModel, adapter: AdapterState) -> list[str]:
+    """Add every module's dW to the weights of an unquantized base, and put the dense tensors in their places.
+
+    Returns:
+        The modules that shared their weight with another one, which stays as it was: each has its own now.
+
+    Raises:
+        AdapterError: a module or a tensor is not the model's.
+    """
+    model, heads = base.model, dict(base.model.named_parameters())
+    as_found = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    model.config.use_cache = True
+    if "rescale_every" in as_found:  # RWKV's own, off in training
+        model.config.rescale_every = as_found["rescale_every"]
+    untied: list[str] = []
+    with torch.no_grad():
+        for name, factors in adapter.lora.items():
+            try:
+                module: nn.Module = model.get_submodule(name)
+            except AttributeError:
+                raise AdapterError(f"{name}: the base has no such module; the adapter is of another model") from None
+            other = untie(model, name)
+            if other:
+                _log.info("%s shares its weight with %s, and gets its own for the merge", name, other)
+                untied.append(name)
+            weight, update = cast("Tensor", module.weight), delta(factors)
+            update = update.T if isinstance(module, Conv1D) else update
+            if update.shape != weight.shape:
+                raise AdapterError(
+                    f"{name}: the adapter's update is {tuple(update.shape)}, the weight {tuple(weight.shape)}"
+                )
+            weight.add_(update.to(weight))
+        for name, tensor in adapter.dense.items():
+            if name not in heads or heads[name].shape != tensor.shape:
+                raise AdapterError(f"{name}: the base has no such tensor of shape {tuple(tensor.shape)}")
+            heads[name].copy_(tensor)
+    return untied
+
+
+def check_base(source: Source, base: BaseModel) -> None:
+    """Raises ModelError when the adapter was trained on another base."""
+    trained_on = source.about.get("base")
+    if trained_on not in (None, base.fingerprint):
+        raise ModelError(
+            f"{source.adapter} was trained on base {trained_on}, model.name = {source.config.model.name!r} is "
+            f"{base.fingerprint}"
+        )
+
+
+def check_free(out: Path) -> None:
+    """Raises AdapterError when `out` is a file, or a folder that is not empty."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise AdapterError(f"{out}: exists already and is not empty; choose another folder, or remove it")
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill beside `out`, which it becomes at the block's end; after an error nothing is left."""
+    check_free(out)
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise

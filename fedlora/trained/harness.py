@@ -1,0 +1,84 @@
+"""Adapters on the tasks of EleutherAI's lm-evaluation-harness, through its own Python API (an optional extra)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedlora.common.errors import ConfigError, suggest
+from fedlora.config import Config
+from fedlora.models import load_base
+
+from .evaluate import load, titles
+
+_INSTALL = "pip install 'fedlora[lm-eval]'"
+
+
+def scores(
+    adapters: Sequence[Path], config: Config, tasks: Sequence[str], path: Path | None = None, limit: int | None = None
+) -> dict[str, dict[str, float]]:
+    """Each task's metrics, as the harness computes them, of the untouched base and of each adapter.
+
+    Args:
+        adapters: folders of PEFT checkpoints of one base model, at least one.
+        config: names the base model, and the batch size.
+        tasks: names that the harness knows, or that files in `path` define.
+        path: a folder with task files of one's own.
+        limit: only the first rows of each task.
+
+    Returns:
+        Label -> "task metric" -> value.
+
+    Raises:
+        ConfigError: the harness is not installed, a task is unknown, or the model is a classifier.
+    """
+    api = _api()
+    if config.model.task != "causal-lm":
+        raise ConfigError("--lm-eval: its tasks need model.task = causal-lm; leave it out for a classifier")
+    manager = api.tasks.TaskManager(include_path=str(path) if path else None)
+    known = set(manager.all_tasks)
+    for task in tasks:
+        if task not in known:
+            hint = suggest(task, known) if len(known) < 20 else "; name the folder of its file with --lm-eval-path"
+            raise ConfigError(f"--lm-eval {task}: the harness knows no such task{hint}")
+    base = load_base(config.model)
+    model = load(base, adapters, config)
+    model.eval()
+    subject = api.models.huggingface.HFLM(
+        pretrained=model, tokenizer=base.tokenizer, batch_size=config.evaluate.batch_size
+    )
+
+    def measured() -> dict[str, float]:
+        found = api.simple_evaluate(model=subject, tasks=list(tasks), task_manager=manager, limit=limit)
+        return flat(found["results"])
+
+    with model.disable_adapter():
+        result = {"untouched base": measured()}
+    for index, title in enumerate(titles(adapters)):
+        model.set_adapter(f"adapter{index}")
+        result[title] = measured()
+    return result
+
+
+def flat(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The harness's results as "task metric" -> value; its standard errors, names and filters' defaults left out."""
+    found: dict[str, float] = {}
+    for task, metrics in results.items():
+        for key, value in metrics.items():
+            metric, _, chosen = key.partition(",")
+            counts = isinstance(value, int | float) and "," in key and not metric.endswith("_stderr")
+            if counts:
+                found[f"{task} {metric}" + ("" if chosen == "none" else f" {chosen}")] = float(value)
+    return found
+
+
+def _api() -> Any:
+    """The harness's package, with the parts that are used here."""
+    try:
+        for part in ("lm_eval.tasks", "lm_eval.models.huggingface"):
+            importlib.import_module(part)
+        return importlib.import_module("lm_eval")
+    except ImportError as error:
+        raise ConfigError(f"--lm-eval needs lm-evaluation-harness ({error}); install it: {_INSTALL}") from None

@@ -1,0 +1,240 @@
+"""The README.md of an exported adapter: how it was trained, what was measured, what it is not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedlora import config as configuration
+from fedlora.common.assets import hub_name, known
+from fedlora.config import Config
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card is made of.
+
+    Attributes:
+        config: the run's.
+        about: fedlora.json of the checkpoint.
+        result: result.json of the run, or nothing.
+        facts: of the export: `rank`, `client`, `ranks`, `relative-error`, `merged`.
+        paper: the strategy's, as its class cites it.
+        name: of the exported folder.
+    """
+
+    config: Config
+    about: Mapping[str, Any]
+    result: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    paper: str
+    name: str
+
+
+def citation(docstring: str) -> str:
+    """The first paper that a strategy's docstring names, with its link; empty when there is none.
+
+    Example:
+        >>> citation('Means. Guo et al. 2024, "Selective Aggregation", https://arxiv.org/abs/2410.01463. More.')
+        'Guo et al. 2024, "Selective Aggregation", https://arxiv.org/abs/2410.01463'
+    """
+    text = " ".join(docstring.split())
+    link = r"https://arxiv\.org/abs/\d+\.\d+"
+    whole = re.search(rf'[A-Z][\w-]+(?: et al\.)? \d{{4}},? "[^"]+",?(?: \(\w+\),?)? {link}', text)
+    short = whole or re.search(link, text)
+    return short.group(0) if short else ""
+
+
+def render(card: Card) -> str:
+    """The card as Markdown with YAML front matter."""
+    parts = [
+        f"---\n{yaml.safe_dump(_front(card), sort_keys=False)}---\n",
+        f"# {card.name}\n",
+        _what(card),
+        "## Training\n",
+        _list(_training(card)),
+        *(["## Metrics\n", _metrics(card)] if card.result.get("rounds") else []),
+        *(["## How it was made\n", _list(_made(card))] if card.result else []),
+        "## Limits\n",
+        _list(_limits(card)),
+    ]
+    return "\n".join(parts)
+
+
+def class_names(about: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the rows of a run call their classes, in the order of their numbers; nothing where they have numbers."""
+    return tuple(about.get("classes") or result.get("classes") or ())
+
+
+def base_name(name: str) -> str:
+    """A base model's id on the hub, or the last part of a local path."""
+    local = name.startswith((".", "/", "~")) or name.endswith(".gguf")
+    return Path(name).name if local else hub_name(name)
+
+
+def _weights(name: str) -> str:
+    """A base model's name, and what its weights are where they are not those of that name on the hub."""
+    asset = known().get(name)
+    words = asset.weights if asset else "dequantized from GGUF" if name.endswith(".gguf") else ""
+    return base_name(name) + (f", {words}" if words else "")
+
+
+def _front(card: Card) -> dict[str, Any]:
+    merged, task = bool(card.facts.get("merged")), card.config.model.task
+    return {
+        "base_model": base_name(card.config.model.name),
+        "library_name": "transformers" if merged else "peft",
+        "pipeline_tag": "text-classification" if task == "classification" else "text-generation",
+        "tags": ["lora", "federated-learning", "fedlora", card.config.strategy.name],
+    }
+
+
+def _what(card: Card) -> str:
+    base, facts = base_name(card.config.model.name), card.facts
+    kind = "The merged weights (fp32) of a LoRA adapter and its base" if facts.get("merged") else "A LoRA adapter for"
+    lines = [f"{kind} {base}, trained by federated learning."]
+    if "client" in facts:
+        own = facts.get("personal")
+        how = f"its own factors {own} beside the shared ones" if own else "the global adapter cut to its rank"
+        lines.append(f"This is the adapter of client {facts['client']}: {how}.")
+    ranks = facts.get("ranks", [])
+    if ranks:
+        spread = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        lines.append(
+            f"Rank: {spread}. Relative error (Frobenius norm, all modules) against what was trained: "
+            f"{facts['relative-error']:.3g}."
+        )
+    if facts.get("untied"):
+        lines.append(f"Shared weights of the base are apart here: {', '.join(facts['untied'])} has its own.")
+    if facts.get("merged"):
+        code = f'from transformers import {_auto(card)}\n\nmodel = {_auto(card)}.from_pretrained("{card.name}")'
+    else:
+        classes = _labels(card) if card.config.model.task == "classification" else ""
+        code = (
+            f"from peft import PeftModel\nfrom transformers import {_auto(card)}\n\n"
+            f'base = {_auto(card)}.from_pretrained("{base}"{classes})\n'
+            f'model = PeftModel.from_pretrained(base, "{card.name}")'
+        )
+    return "\n".join(lines) + f"\n\n```python\n{code}\n```\n"
+
+
+def _labels(card: Card) -> str:
+    """What a classifier's base is to be read with."""
+    names = dict(enumerate(class_names(card.about, card.result)))
+    if len(names) != card.config.model.labels:
+        return f", num_labels={card.config.model.labels}"
+    return f", id2label={names!r}, label2id={ {name: number for number, name in names.items()}!r}"
+
+
+def _auto(card: Card) -> str:
+    classifies = card.config.model.task == "classification"
+    return "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
+
+
+def _training(card: Card) -> list[tuple[str, str]]:
+    config = card.config
+    ranks = sorted({configuration.client_rank(config.lora, j) for j in range(config.federation.clients)})
+    recorded = card.result.get("clients", [])
+    if recorded:
+        ranks = sorted({int(client["rank"]) for client in recorded})
+    rows = sum(int(client["num-examples"]) for client in recorded)
+    source = Path(config.data.source).name if "/" in config.data.source else config.data.source
+    rounds = sum(1 for entry in card.result.get("rounds", []) if entry.get("round", 0) > 0)
+    partition = config.data.partition
+    if partition == "natural":
+        partition += f", by {config.data.partition_by}"
+    elif partition == "dirichlet":
+        partition += f", alpha {config.data.dirichlet_alpha:g}"
+    names = class_names(card.about, card.result)
+    classes = [("Classes", ", ".join(f"{number} {name}" for number, name in enumerate(names)))] if names else []
+    cut = cut_share(card.result)
+    shorter = f"{cut:.1%} of the rows that were trained on are longer and were cut"
+    return [
+        ("Base", f"{_weights(config.model.name)}, fingerprint {card.about.get('base', 'unknown')}"),
+        ("Quantization of the base in training", config.model.quantization),
+        ("Strategy", config.strategy.name + (f" ({card.paper})" if card.paper else "")),
+        ("Strategy options", config.strategy.options or "defaults"),
+        ("Clients", str(len(recorded) or config.federation.clients)),
+        ("Ranks of the clients", ", ".join(map(str, ranks))),
+        ("Target modules", config.lora.target_modules),
+        ("Rounds", f"{rounds or config.federation.rounds}"),
+        ("Data", source + (f", {rows} training rows" if rows else "")),
+        *classes,
+        ("Largest number of tokens", f"{config.data.max_length}" + (f"; {shorter}" if cut else "")),
+        ("Partition", partition),
+        ("Optimizer", f"{config.train.optimizer}, lr {config.train.lr:g}, batch {config.train.batch_size}"),
+        ("Seed", str(config.run.seed)),
+    ]
+
+
+def cut_share(result: Mapping[str, Any]) -> float:
+    """The share of the rows trained on that were longer than `data.max-length`, as the last round has it."""
+    return next((e["train-cut"] for e in reversed(result.get("rounds", [])) if e.get("train-cut") is not None), 0.0)
+
+
+def _metrics(card: Card) -> str:
+    """One row per round: held-out metrics, or else the means of the clients' own test rows; and bytes."""
+    rounds: Sequence[Mapping[str, Any]] = card.result["rounds"]
+    on_clients = not any("heldout" in entry for entry in rounds)
+    rows: list[tuple[int, Mapping[str, Any], Mapping[str, Any]]] = (
+        [(0, card.result["baseline"], {})] if "baseline" in card.result else []
+    )
+    for entry in rounds:
+        found = entry.get("client-test", {}).get("mean", {}) if on_clients else entry.get("heldout", {})
+        rows.append((entry["round"], found, entry))
+    names = list(dict.fromkeys(name for _, metrics, _ in rows for name in metrics))
+    titles = ["round", *names, "up MB", "down MB"]
+    lines = [_row(titles), _row(["---:"] * len(titles))]
+    for number, metrics, entry in rows:
+        traffic = [f"{entry[key] / 1e6:.1f}" if key in entry else "" for key in ("upload-bytes", "download-bytes")]
+        values = [f"{metrics[name]:.4f}" if metrics.get(name) is not None else "" for name in names]
+        lines.append(_row([str(number), *values, *traffic]))
+    where = "Means over the clients' own test rows." if on_clients else "On held-out rows; round 0 is the base alone."
+    changed = card.facts.get("relative-error", 0) > 1e-4 or "client" in card.facts
+    more = " They are the run's, not those of this export, which differs from the run's adapter." if changed else ""
+    return f"{where}{more}\n\n" + "\n".join(lines) + "\n"
+
+
+def _made(card: Card) -> list[tuple[str, str]]:
+    result = card.result
+    code, device = result.get("code", {}), result.get("device", {})
+    commit = code.get("commit") or "an installed package"
+    up, down = (sum(int(e.get(k, 0)) for e in result["rounds"]) for k in ("upload-bytes", "download-bytes"))
+    return [
+        ("Commit", commit + (" with local changes" if code.get("dirty") else "")),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())),
+        ("Device", str(device.get("device", "unknown"))),
+        ("Bytes from the clients", f"{up:,}"),
+        ("Bytes to the clients", f"{down:,}"),
+        ("Status of the run", str(result.get("status", "unknown"))),
+    ]
+
+
+def _limits(card: Card) -> list[tuple[str, str]]:
+    quantization, weights = card.config.model.quantization, _weights(card.config.model.name)
+    limits = [("Scope", "evaluated on rows like those it was trained on, and on nothing else")]
+    if quantization != "none" and card.facts.get("merged"):
+        text = (
+            f"the adapter was trained beside an {quantization} base and is merged into the full-precision one, so that "
+            "its numbers differ from those above"
+        )
+        limits.append(("Precision", text))
+    elif quantization != "none":
+        limits.append(("Precision", f"trained beside an {quantization} base; on another precision its numbers differ"))
+    if weights != base_name(card.config.model.name):
+        limits.append(("Base", f"the weights in training were those of {weights}; beside others the numbers differ"))
+    limits.append(("Privacy", "an adapter can reveal some of the rows it was trained on; nothing here rules that out"))
+    return limits
+
+
+def _list(items: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"- **{name}:** {text}" for name, text in items) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,1 @@
+"""Comparisons of strategies: a grid of runs, their standing, their ranking."""

@@ -1,0 +1,169 @@
+"""One cell of a comparison: its runs, and how what they learned does on rows that nobody trained on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from fedlora.adapters import AdapterState
+from fedlora.adapters.spectra import singular_values
+from fedlora.common.errors import RunError
+from fedlora.config import Config, client_parts, client_rank
+from fedlora.data import client_statistics, encode, prepare, usable_rows
+from fedlora.models import adapted
+from fedlora.results.record import code_version, device_facts, folder_of, versions
+from fedlora.tasks.predict import predict
+from fedlora.tasks.scores import Predictions, scores
+
+from ...clients.node import own_state
+from ...strategies.registry import configured, simulated
+from ...strategies.schedules.synchronous import start
+from ...strategies.server import saved_state
+from .. import personal
+from ..engines import local
+from .grid import PLACES, SCHEMA, Cell
+
+
+def run(cell: Cell, work: Path) -> dict[str, Any]:
+    """Train and score one cell.
+
+    Args:
+        cell: its configs say everything but where to write.
+        work: a folder of its own, emptied first; its runs can be watched there.
+
+    Returns:
+        What the cell's JSON file holds, but for its name in the grid.
+
+    Raises:
+        FedLoraError: a run failed.
+    """
+    began = time.perf_counter()
+    shutil.rmtree(work, ignore_errors=True)
+    records: list[dict[str, Any]] = []
+    learned: list[AdapterState] = []
+    config = cell.configs[0]
+    if cell.label == "base":
+        learned = [start(config, simulated(config))]
+    else:
+        for number, each in enumerate(cell.configs):
+            # a rate at which a client diverges is a result, which the score shows
+            everyone = replace(each.federation, lost_clients="accept")
+            here = replace(each.run, dir=str(work), name="run", id=str(number), resume=False)
+            placed = replace(each, run=here, federation=everyone)
+            local.run(placed)
+            folder = folder_of(placed)
+            records.append(json.loads((folder / "result.json").read_text(encoding="utf-8")))
+            learned += _learned(placed, folder, records[-1]["key"])
+    one = len(learned) == 1 and cell.label != "base"
+    return {
+        "schema": SCHEMA,
+        "status": "completed",
+        "config": cell.keys(),
+        "runs": [_placeless(record) for record in records],
+        "scores": _scores(config, learned),
+        "spectra": singular_values(learned[0]) if one else {},
+        "partition": {"clients": _partition(cell)},
+        "code": code_version(),
+        "versions": versions(),
+        "device": device_facts(config),
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+
+
+def _learned(config: Config, folder: Path, key: str) -> list[AdapterState]:
+    """The global adapter of a finished run; of a strategy with personal factors, each client's own model.
+
+    Raises:
+        RunError: the run left no checkpoint.
+    """
+    strategy, found = configured(config), saved_state.load(folder / "state", key)
+    if found is None:
+        raise RunError(f"{folder / 'state'}: no checkpoint of a finished run")
+    state, _ = found
+    if not strategy.personal:
+        return [strategy.global_adapter(state)]
+    own = {
+        client.client_id: own_state.folder_of(folder / "clients", key, client.client_id) for client in simulated(config)
+    }
+    # A client that was never sampled has what a new one is sent.
+    return [
+        personal.model(strategy, state, client, own[client.client_id]) or strategy.broadcast(state, client, 1).adapter
+        for client in simulated(config)
+    ]
+
+
+def _scores(config: Config, learned: Sequence[AdapterState]) -> dict[str, dict[str, Any]]:
+    """Metrics on validation and test rows: of the one model, or the mean over the clients' own.
+
+    `clients` has each client's model on the rows with that client's key, where the partition is natural.
+    """
+    bench = adapted.workbench(config.model, config.lora)
+    adapted.install_anchor(bench, ())
+    if config.anchor.base_update == "merge":
+        adapted.merge_folds(bench, "scores", ())
+    deal = replace(config.data, parts="")
+    _, clients = client_parts(config.data, config.federation.clients)
+    sets = _held_out(replace(config, data=deal, federation=replace(config.federation, clients=clients)))
+    found: dict[str, dict[str, Any]] = {}
+    for name, (examples, owners) in sets.items():
+        made: list[Predictions] = []
+        for adapter in learned:
+            adapted.install(bench, adapter)
+            made.append(predict(bench.model, examples, config.evaluate.batch_size, bench.base.pad_id))
+        found[name] = {**_mean([scores(each) for each in made]), "examples": len(examples), "clients": {}}
+        for client in range(clients) if len(owners) else ():
+            rows = (owners == client).nonzero()[:, 0]
+            if len(rows):
+                own = made[client % len(made)]
+                found[name]["clients"][str(client)] = {**scores(own, rows), "examples": len(rows)}
+    return found
+
+
+@lru_cache(maxsize=2)
+def _rows(model: Any, lora: Any, data: Any, clients: int, seed: int) -> dict[str, tuple[list[Any], torch.Tensor]]:
+    config = Config(model=model, lora=lora, data=data)
+    config = replace(config, federation=replace(config.federation, clients=clients), run=replace(config.run, seed=seed))
+    split, tokenizer = prepare(config), adapted.workbench(model, lora).base.tokenizer
+    if not len(split.test):
+        raise RunError(f"data.test-fraction = {data.test_fraction} leaves no rows to test on; raise it")
+    found: dict[str, tuple[list[Any], torch.Tensor]] = {}
+    for name, rows, owners in zip(("validation", "test"), (split.heldout, split.test), split.owners, strict=True):
+        usable = usable_rows(rows, tokenizer, data, model.task) if len(owners) else []
+        examples = encode(rows, tokenizer, data, model.task, model.labels)
+        found[name] = (examples, torch.from_numpy(owners[usable]))
+    return found
+
+
+def _held_out(config: Config) -> dict[str, tuple[list[Any], torch.Tensor]]:
+    """Examples and their owners, of validation and of test; encoded once for all cells that share them."""
+    lora = replace(config.lora, ranks="", rank=1)
+    return _rows(config.model, lora, config.data, config.federation.clients, config.run.seed)
+
+
+def _partition(cell: Cell) -> list[dict[str, Any]]:
+    """The clients' rows by class, as the federation of this scenario has them."""
+    found = []
+    for config in cell.configs:
+        for row in client_statistics(prepare(config), config.data, config.model.task):
+            rank = client_rank(config.lora, row.client_id)
+            labels = dict(row.labels)
+            found.append({"client-id": len(found), "name": row.name, "rank": rank, "rows": row.rows, "labels": labels})
+    return found
+
+
+def _mean(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: fmean(each[name] for each in metrics) for name in metrics[0]}
+
+
+def _placeless(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's record without where it was written."""
+    return {**record, "config": {key: value for key, value in record["config"].items() if key not in PLACES}}

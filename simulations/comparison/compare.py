@@ -1,0 +1,277 @@
+"""A grid of runs, several at a time: finished cells stay, failed ones are recorded, the rest go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fedlora.common.errors import ConfigError, FedLoraError, RunError
+from fedlora.common.files import write_json
+from fedlora.common.processes import end_with, share_cores, share_of_cores, stop
+from fedlora.config import parse
+
+from .grid import SCHEMA, Cell, Grid
+
+_LOOK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for one cell at a time.
+
+    Args:
+        device: as `model.device`; "" for each cell's own.
+        threads: of torch.
+    """
+
+    device: str = ""
+    threads: int = 1
+
+
+@dataclass
+class Standing:
+    """Where a comparison stands, for whoever shows it.
+
+    Attributes:
+        done: cells with a result, by their path: their JSON.
+        running: slot -> (cell, when it began, folder of its runs).
+        taken: seconds of the cells that were run since the start.
+        remaining: cells that are still to be run.
+    """
+
+    grid: Grid
+    slots: Sequence[Slot]
+    done: dict[str, dict[str, Any]] = field(default_factory=dict)
+    running: dict[int, tuple[Cell, float, Path]] = field(default_factory=dict)
+    taken: list[float] = field(default_factory=list)
+    remaining: int = 0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """From the mean of the cells so far; None before the first."""
+        return sum(self.taken) / len(self.taken) * self.remaining / len(self.slots) if self.taken else None
+
+
+def slots_of(text: str) -> list[Slot]:
+    """`--slots`: a number of cells at a time, or a device for each, such as "cuda:0,cuda:1".
+
+    Raises:
+        ConfigError: neither.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if len(names) == 1 and names[0].isdigit() and int(names[0]):
+        devices = [""] * int(names[0])
+    elif names and all(re.fullmatch(r"[a-z]+(:\d+)?", name) for name in names):
+        devices = names
+    else:
+        raise ConfigError(f"--slots {text!r}: expected a number from 1, or devices such as cuda:0,cuda:1 or cpu,cpu")
+    threads = share_of_cores(len(devices))
+    return [Slot(device, threads) for device in devices]
+
+
+def run(
+    grid: Grid,
+    folder: Path,
+    slots: Sequence[Slot],
+    *,
+    retry: bool = False,
+    show: Callable[[Standing], None] = lambda standing: None,
+) -> Standing:
+    """Run every cell that has no result yet.
+
+    Args:
+        grid: its cells in the order in which they are run.
+        folder: of the comparison; made when it is missing.
+        slots: each is a process of its own, which keeps the base model from cell to cell.
+        retry: run failed cells again.
+        show: called about once a second.
+
+    Raises:
+        RunError: another process is at this folder, or it holds another comparison's cells, or a damaged file.
+    """
+    share_cores(len(slots))
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"{folder}: another process is at this comparison; wait for it, or stop it") from None
+    try:
+        standing = Standing(grid, slots, done=finished(grid, folder))
+        write_json(folder / "grid.json", {"schema": SCHEMA, **grid.facts()})
+        _run_rest(standing, folder, retry, show)
+        shutil.rmtree(folder / "work", ignore_errors=True)
+        return standing
+    finally:
+        lock.release()
+
+
+def finished(grid: Grid, folder: Path) -> dict[str, dict[str, Any]]:
+    """The cells of this grid that have a result in this folder, by path.
+
+    Raises:
+        RunError: a file cannot be read, is of another version, or was run with another config.
+    """
+    files = {cell: folder / "cells" / f"{cell.path}.json" for cell in grid.cells}
+    return {cell.path: _read(cell, path) for cell, path in files.items() if path.is_file()}
+
+
+def _read(cell: Cell, path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        schema = data["schema"]
+        if schema != SCHEMA:
+            raise RunError(
+                f"{path}: written by another version (schema {schema}, this one reads {SCHEMA}); choose another --out"
+            )
+        if missing := {"scenario", "label", "role", "lr", "seed", "status", "seconds"} - data.keys():
+            raise KeyError(missing.pop())
+        flats = [data["config"], *(run["config"] for run in data["runs"][1:])]
+        asked = [cell.keys(run) for run in range(len(cell.configs))]
+        pairs = [(key, was.get(key), now[key]) for was, now in zip(flats, asked, strict=False) for key in now]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{path}: damaged, {type(error).__name__}: {error}; remove this one file, and its cell is run again"
+        ) from None
+    for key, was, now in pairs:
+        if was != now:
+            raise RunError(
+                f"{path}: this cell was run with {key} = {was!r}, the grid now says {now!r}; choose another --out, or "
+                "change the grid back"
+            )
+    return data
+
+
+def _run_rest(standing: Standing, folder: Path, retry: bool, show: Callable[[Standing], None]) -> None:
+    again = {path for path, data in standing.done.items() if retry and data["status"] == "failed"}
+    for path in again:
+        del standing.done[path]
+    waiting = _shared([cell for cell in standing.grid.cells if cell.path not in standing.done])
+    standing.remaining = sum(map(len, waiting))
+    workers: list[ProcessPoolExecutor | None] = [None] * len(standing.slots)
+    running: dict[Future[dict[str, Any]], tuple[int, list[Cell]]] = {}
+    try:
+        while waiting or running:
+            for number, slot in enumerate(standing.slots):
+                if number not in standing.running and waiting:
+                    cells = waiting.pop(0)
+                    work = folder / "work" / str(number)
+                    future = _submitted(workers, number, folder, _placed(cells[0], slot), work)
+                    running[future] = (number, cells)
+                    standing.running[number] = (cells[0], time.monotonic(), work)
+            show(standing)
+            ended, _ = wait(running, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)
+            for future in ended:
+                number, cells = running.pop(future)
+                result = _result(future, cells[0], time.monotonic() - standing.running.pop(number)[1])
+                if isinstance(future.exception(), BrokenProcessPool):
+                    workers[number] = None
+                for cell in cells:
+                    standing.done[cell.path] = _kept(folder, cell, result)
+                standing.taken.append(result["seconds"])
+                standing.remaining -= len(cells)
+        show(standing)
+    finally:
+        for worker in filter(None, workers):
+            _stop(worker)
+
+
+def _shared(cells: Iterable[Cell]) -> list[list[Cell]]:
+    """Cells that compute the same, such as a baseline that participation does not touch, are run once."""
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        same = (cell.configs, cell.label) if cell.role == "baseline" else (cell.path,)
+        groups.setdefault(same, []).append(cell)
+    return list(groups.values())
+
+
+def _placed(cell: Cell, slot: Slot) -> Cell:
+    keys = {"run.threads": slot.threads} | ({"model.device": slot.device} if slot.device else {})
+    return replace(cell, configs=tuple(parse(keys, config) for config in cell.configs))
+
+
+def _kept(folder: Path, cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
+    """Write one cell's file."""
+    about = {"scenario": cell.scenario, "label": cell.label, "role": cell.role, "lr": cell.lr}
+    data = {"schema": SCHEMA, **about, "seed": cell.configs[0].run.seed, **result}
+    path = folder / "cells" / f"{cell.path}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, data)
+    return data
+
+
+def _result(future: Future[dict[str, Any]], cell: Cell, seconds: float) -> dict[str, Any]:
+    """What the worker made of a cell; why it failed, where it did."""
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        error = "the process that ran it died: out of memory, or killed"
+    except FedLoraError as failure:
+        error = str(failure)
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    return {"status": "failed", "error": error, "config": cell.keys(), "runs": [], "seconds": round(seconds, 3)}
+
+
+def _submitted(
+    workers: list[ProcessPoolExecutor | None], slot: int, folder: Path, cell: Cell, work: Path
+) -> Future[dict[str, Any]]:
+    """The cell, given to the slot's process; to a new one where there is none, or where it died between two cells."""
+    worker = workers[slot] = workers[slot] or _worker(slot, folder)
+    try:
+        return worker.submit(_cell, cell, work)
+    except BrokenProcessPool:
+        worker = workers[slot] = _worker(slot, folder)
+        return worker.submit(_cell, cell, work)
+
+
+def _worker(slot: int, folder: Path) -> ProcessPoolExecutor:
+    given = (os.getpid(), folder / "logs" / f"{slot}.txt")
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin, initargs=given)
+
+
+def _begin(parent: int, log: Path) -> None:
+    """In a worker, before its first cell: it talks to a file, leaves Ctrl-C to its parent, and ends when that does."""
+    end_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+
+
+def _cell(cell: Cell, work: Path) -> dict[str, Any]:
+    """In a worker: one cell."""
+    import torch
+
+    from . import cell as cells
+
+    torch.set_num_threads(cell.configs[0].run.threads or 1)
+    try:
+        return cells.run(cell, work)
+    except Exception:
+        traceback.print_exc()  # into the slot's log; the cell's file has the sentence
+        raise
+
+
+def _stop(worker: ProcessPoolExecutor) -> None:
+    """At once: what its cell has done so far is run again another time."""
+    processes = list((worker._processes or {}).values())  # no public name
+    worker.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        if process.pid:
+            stop(process.pid)

@@ -1,0 +1,306 @@
+"""The in-process engine over several devices: a process for each, which trains and evaluates its share of the clients.
+
+Clients are dealt to the devices in turn, for the whole run: the folds that a process holds stay those of its clients,
+and a client's state on disk has one writer. What a process tells, events and lines of the log, comes through the same
+pipe as its answers, in order, and is told on here while answers are waited for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import connection, get_context, resource_tracker
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Error, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+
+from fedlora.common.errors import ConfigError, RunError
+from fedlora.common.events import emit, listen
+from fedlora.common.processes import call_with_parent, share_cores, share_of_cores
+from fedlora.config import Scalar
+
+from .local import WINDOW, LocalGrid
+
+_STOP_SECONDS = 10.0
+_CUDA = re.compile(r"cuda:([0-9]{1,4})", re.ASCII)
+Requests = Sequence[tuple[RecordDict, Context]]
+_log = logging.getLogger("fedlora")
+
+
+def devices_of(text: str) -> tuple[str, ...]:
+    """`--devices`: names such as "cuda:0,cuda:1" or "cpu,cpu", each a process of its own; auto is every CUDA device.
+
+    Raises:
+        ConfigError: a name is of another form, or of a device that is not here.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if text.strip() == "auto":
+        return tuple(f"cuda:{index}" for index in range(count)) or ("cpu",)
+    found: list[str] = []
+    for name in (piece.strip() for piece in text.split(",")):
+        index = _CUDA.fullmatch(name)
+        if index is None and name != "cpu":
+            raise ConfigError(
+                f"--devices {text!r}: {name!r} is none, expected auto, or cpu and cuda:N, such as cuda:0,cuda:1"
+            )
+        if index and int(index[1]) >= count:
+            raise ConfigError(
+                f"--devices {text!r}: {name} is not here, torch sees {count} CUDA devices; use auto or cpu"
+            )
+        found.append(f"cuda:{int(index[1])}" if index else name)
+    return tuple(found)
+
+
+class Child:
+    """The process of one device: started when it is asked first, and again once it has died.
+
+    Args:
+        device: as `model.device`.
+        threads: of torch.
+        log: a file for what it prints.
+    """
+
+    def __init__(self, device: str, threads: int, log: Path) -> None:
+        self.device = device
+        self._threads, self._log = threads, log
+        self._process: Any = None
+        self._pipe: Any = None
+
+    @property
+    def pipe(self) -> Connection:
+        """What it says comes here."""
+        return self._pipe
+
+    def ask(self, task: str, requests: Requests) -> None:
+        """Give it work; it has none.
+
+        Args:
+            task: "size": how many clients such as this one to train at once; "train" or "evaluate".
+            requests: content and context of each message.
+        """
+        if self._process is None or not self._process.is_alive():
+            self.stop()
+            self._start()
+        with suppress(OSError):  # it died: `hear` says so
+            self.pipe.send((task, requests))
+
+    def hear(self) -> tuple[str, Any]:
+        """The next that it says: ("event", (kind, facts)), ("log", (level, text)), ("size", int) or ("answers", list).
+
+        Raises:
+            RunError: it died.
+        """
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            self._process.join(_STOP_SECONDS)
+            code = self._process.exitcode
+            self.stop()
+            raise RunError(
+                f"the process on {self.device} died with exit code {code}, out of memory or killed; what it printed is "
+                f"in {self._log.parent.name}/{self._log.name} of the run's folder"
+            ) from None
+
+    def stop(self) -> None:
+        """At once; what it is at is lost."""
+        if self._process is None:
+            return
+        if self._process.pid is not None:  # else its start was cut short
+            self._process.terminate()
+            self._process.join(_STOP_SECONDS)
+            if self._process.is_alive():
+                self._process.kill()
+                self._process.join()
+        self._process.close()
+        self.pipe.close()
+        self._process = self._pipe = None
+
+    def _start(self) -> None:
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        context = get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        given = (os.getpid(), f"{__name__}:serve", theirs, self._threads, self._log)
+        self._process = context.Process(target=call_with_parent, args=given, name=f"fedlora {self.device}", daemon=True)
+        with _no_ctrl_c():
+            self._process.start()
+        theirs.close()
+
+
+class DevicesGrid(LocalGrid):
+    """A grid whose clients run in a process for each device; `with` it, none of them outlives the block.
+
+    A process that dies fails the messages that it was at, as a client that crashes does, and is started again for the
+    next. What needs no base model, a client's description, is answered in this process.
+
+    Args:
+        client_app: answers what needs no base model.
+        node_configs: one per client.
+        run_config: what each client's context carries.
+        run_id: of this run.
+        devices: as `model.device`; one may be there several times.
+        logs: folder for what the processes print.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        node_configs: list[dict[str, Scalar]],
+        run_config: dict[str, Scalar],
+        run_id: int,
+        *,
+        devices: Sequence[str],
+        logs: Path,
+    ) -> None:
+        placed = [config | {"device": devices[i % len(devices)]} for i, config in enumerate(node_configs)]
+        super().__init__(client_app, placed, run_config, run_id)
+        self.window = WINDOW * len(devices)
+        share_cores(len(devices))
+        threads = share_of_cores(len(devices))
+        self._children = [Child(name, threads, logs / f"device-{i}.txt") for i, name in enumerate(devices)]
+        self._home = {node: self._children[i % len(devices)] for i, node in enumerate(self.get_node_ids())}
+        self._at: dict[Child, list[Message]] = {}
+        self._sizes: dict[Child, int] = {}
+        self._told: set[str] = set()
+
+    def __enter__(self) -> DevicesGrid:
+        _log.info("clients are spread over %s, a process for each", ", ".join(child.device for child in self._children))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for child in self._children:
+            child.stop()
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Hands these messages to the devices that are free, waits for an answer, and returns all that have come."""
+        asked = list(message_ids)
+        waiting = [self._waiting[known] for known in asked if known in self._waiting]
+        here = [m for m in waiting if m.metadata.message_type not in (MessageType.TRAIN, MessageType.EVALUATE)]
+        if here:
+            return super().pull_messages([message.metadata.message_id for message in here])
+        replies: list[Message] = []
+        while not replies and self._is_open(asked):
+            self._hand_out(asked)
+            replies = [reply for reply in self._heard(asked) if reply.metadata.reply_to_message_id in asked]
+        return replies
+
+    def _is_open(self, asked: Sequence[str]) -> bool:
+        at = {message.metadata.message_id for messages in self._at.values() for message in messages}
+        return any(known in self._waiting or known in at for known in asked)
+
+    def _hand_out(self, asked: Sequence[str]) -> None:
+        for child in self._children:
+            if child in self._at or not (chosen := self._taken(child, asked, 1)):
+                continue
+            self._at[child] = chosen
+            task = "size" if chosen[0].metadata.message_type == MessageType.TRAIN else "evaluate"
+            child.ask(task, self._requests(chosen))
+
+    def _taken(self, child: Child, asked: Sequence[str], most: int, kind: str = "") -> list[Message]:
+        """The first of the messages that wait for this process, of this kind alone where one is given."""
+        waiting = [self._waiting[known] for known in asked if known in self._waiting]
+        taken = [
+            message
+            for message in waiting
+            if self._home[message.metadata.dst_node_id] is child and kind in ("", message.metadata.message_type)
+        ][:most]
+        for message in taken:
+            del self._waiting[message.metadata.message_id]
+        return taken
+
+    def _heard(self, asked: Sequence[str]) -> list[Message]:
+        """What has come from the processes that work, once something has."""
+        replies: list[Message] = []
+        at_work = {child.pipe: child for child in self._at}
+        for pipe in connection.wait(list(at_work)):
+            child = at_work[pipe]  # pyright: ignore[reportArgumentType]
+            what: str
+            said: Any
+            try:
+                what, said = child.hear()
+            except RunError as error:
+                died = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error))
+                what, said = "answers", [died] * len(self._at[child])
+            if what == "event":
+                emit(said[0], **said[1])
+            elif what == "log":
+                self._tell(*said)
+            elif what == "size":
+                self._sizes[child] = said
+                self.window = max(WINDOW * len(self._children), sum(self._sizes.values()))
+                self._at[child] += self._taken(child, asked, said - 1, MessageType.TRAIN)
+                child.ask("train", self._requests(self._at[child]))
+            else:
+                messages = self._at.pop(child)
+                replies += [Message(answer, reply_to=m) for m, answer in zip(messages, said, strict=True)]
+        return replies
+
+    def _tell(self, level: int, text: str) -> None:
+        """A line of a process's log; what each of them would say, no warning, is told once."""
+        if level > logging.INFO or text not in self._told:
+            self._told.add(text)
+            _log.log(level, "%s", text)
+
+    def _requests(self, messages: Iterable[Message]) -> Requests:
+        return [(message.content, self._context(message)) for message in messages]
+
+
+@contextmanager
+def _no_ctrl_c() -> Iterator[None]:
+    """A process that is started within the block never hears Ctrl-C, not even while it imports; this one does after it.
+
+    Windows has no such mask.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # else the first start brings it up, and lifts the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Told(logging.Handler):
+    """In a child: its log is its parent's."""
+
+    def __init__(self, pipe: Connection) -> None:
+        super().__init__()
+        self._pipe = pipe
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._pipe.send(("log", (record.levelno, record.getMessage())))
+
+
+def serve(pipe: Connection, threads: int, log: Path) -> None:
+    """In a child: answers until its parent is gone, leaves Ctrl-C to it, and prints to a file."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    import torch
+
+    from ...clients.answering import single, together
+
+    torch.set_num_threads(threads)
+    _log.setLevel(logging.INFO)
+    _log.addHandler(_Told(pipe))
+    with suppress(EOFError), listen(lambda kind, facts: pipe.send(("event", (kind, facts)))):
+        while True:
+            task, requests = pipe.recv()
+            if task == "size":
+                pipe.send(("size", together.how_many(requests[0][1])))
+            elif len(requests) > 1:
+                pipe.send(("answers", together.train(requests)))
+            else:
+                pipe.send(("answers", [single.answer(task, *request) for request in requests]))

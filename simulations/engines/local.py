@@ -1,0 +1,179 @@
+"""The in-process engine: the same ServerApp and clients in one process, several of them as one batch."""
+
+from __future__ import annotations
+
+import secrets
+import traceback
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+from uuid import uuid4
+
+from flwr.app import Context, Error, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from torch.profiler import record_function
+
+from fedlora.config import Config, Scalar, parse
+from fedlora.models import adapted
+from fedlora.results.record import folder_of, nothing_left, stamp
+
+from ..checks import check
+
+_SERVER = 1  # Flower's own id of the SuperLink
+WINDOW = 16
+
+
+class Cohorts(Protocol):
+    """What trains several clients as one batch: `clients.together`."""
+
+    def how_many(self, context: Context) -> int:
+        """How many clients such as this one to train at once."""
+        ...
+
+    def train(self, requests: Sequence[tuple[RecordDict, Context]]) -> list[RecordDict | Error]:
+        """The answers to their training messages, in order."""
+        ...
+
+
+class LocalGrid(Grid):
+    """A grid whose clients run here, when their replies are pulled.
+
+    Args:
+        client_app: handles every message.
+        node_configs: one per client; `allow-files` is true where they do not say: server and clients are one user.
+        run_config: what each client's context carries.
+        run_id: of this run.
+        cohorts: trains several clients as one batch, in the ClientApp's place.
+
+    Attributes:
+        window: messages that the server should have open at a time; more would wait here, and cost memory.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        node_configs: list[dict[str, Scalar]],
+        run_config: dict[str, Scalar],
+        run_id: int,
+        cohorts: Cohorts | None = None,
+    ) -> None:
+        self._app, self._run_id, self._cohorts = client_app, run_id, cohorts
+        self.window = WINDOW
+        self._contexts = {
+            node: Context(run_id, node, {"allow-files": True, **node_config}, RecordDict(), run_config)
+            for node, node_config in enumerate(node_configs, start=_SERVER + 1)
+        }
+        self._waiting: dict[str, Message] = {}
+        # Message() takes its sender from here; Flower sets it in the processes that it starts itself.
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, _SERVER, 0
+
+    def set_run(self, run: Run) -> None:
+        raise NotImplementedError("a local grid belongs to one run")
+
+    @property
+    def run(self) -> Run:
+        raise NotImplementedError("a local run has no Flower run record")
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        pushed = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid4())
+            self._waiting[message.metadata.message_id] = message
+            pushed.append(message.metadata.message_id)
+        return pushed
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Runs the first of these clients that is still waiting, with others where they train as one; the replies."""
+        waiting = [self._waiting[known] for known in message_ids if known in self._waiting]
+        if not waiting:
+            return []
+        with record_function("fedlora/clients"):
+            return self._answered(waiting)
+
+    def _answered(self, waiting: list[Message]) -> list[Message]:
+        chosen = waiting[:1]
+        if self._cohorts is not None and chosen[0].metadata.message_type == MessageType.TRAIN:
+            of_kind = [message for message in waiting if message.metadata.message_type == MessageType.TRAIN]
+            self.window = max(WINDOW, size := self._cohorts.how_many(self._context(chosen[0])))
+            chosen = of_kind[:size]
+        for message in chosen:
+            del self._waiting[message.metadata.message_id]
+        if self._cohorts is None or len(chosen) == 1:
+            return [self._run_client(message) for message in chosen]
+        answers = self._cohorts.train([(message.content, self._context(message)) for message in chosen])
+        return [Message(answer, reply_to=message) for message, answer in zip(chosen, answers, strict=True)]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return [reply for message_id in self.push_messages(messages) for reply in self.pull_messages([message_id])]
+
+    def _context(self, message: Message) -> Context:
+        return self._contexts[message.metadata.dst_node_id]
+
+    def _run_client(self, message: Message) -> Message:
+        try:
+            return self._app(message, self._context(message))
+        except Exception:  # as in Flower, a client that crashes fails its own message and nothing else
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, traceback.format_exc()), reply_to=message)
+
+
+def run(
+    config: Config,
+    server_app: ServerApp | None = None,
+    client_app: ClientApp | None = None,
+    devices: Sequence[str] = (),
+) -> None:
+    """Run a federation in this process.
+
+    Args:
+        config: the run.
+        server_app: the product's own when left out.
+        client_app: the product's own when left out.
+        devices: clients are spread over these, a process for each; the server is here, on the first. One device needs
+            no other process; none is `model.device`.
+
+    Raises:
+        FedLoraError: the run failed; result.json says why.
+        ValueError: a client app of one's own, which runs in this process alone, and several devices.
+    """
+    if client_app is not None and len(devices) > 1:
+        raise ValueError("run: a client app of one's own runs in this process alone; leave out devices")
+    if server_app is None:
+        from ...strategies.server_app import app as server_app
+    cohorts = None
+    if client_app is None:
+        from ...clients.answering import together as cohorts
+        from ...clients.client_app import app as client_app
+
+    config = stamp(parse({"model.device": devices[0]}, config) if devices else config)
+    check(config)
+    run_config = config.to_flat()
+    run_id = secrets.randbits(62)
+    count = config.federation.clients
+    nodes: list[dict[str, Scalar]] = [
+        {"partition-id": i, "num-partitions": count, "resident": True, "state": str(folder_of(config) / "clients")}
+        for i in range(count)
+    ]
+    grid: AbstractContextManager[LocalGrid]
+    if len(devices) > 1:
+        from .devices import DevicesGrid
+
+        logs = folder_of(config) / "logs"
+        grid = DevicesGrid(client_app, nodes, run_config, run_id, devices=devices, logs=logs)
+    else:
+        if cohorts is not None:  # what a first pass shows of the base is said before the run, and not by each client
+            adapted.workbench(config.model, config.lora)
+        grid = nullcontext(LocalGrid(client_app, nodes, run_config, run_id, cohorts))
+    with nothing_left(config), grid as opened:
+        server_app(opened, Context(run_id, _SERVER, {}, RecordDict(), run_config))

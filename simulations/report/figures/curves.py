@@ -1,0 +1,178 @@
+"""What changes over rounds: the metric against rounds, megabytes and seconds, and the diagnostics by round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, MaxNLocator
+
+from ..view import View, runs
+from .drawing import Picture, axes, legend
+from .series import Entry, Point, intruders, points, score
+from .style import Style
+
+FLOOR = 1e-7
+_ALONG = {
+    "round": ("round", "by round"),
+    "megabytes": ("megabytes sent, up and down (1 MB = 10⁶ bytes)", "by megabytes sent"),
+    "seconds": ("seconds since the first round began", "by seconds"),
+}
+_COLUMNS = ("strategy", "round", "megabytes", "seconds", "mean", "sd", "seeds")
+
+
+def metric_curves(view: View) -> list[Picture]:
+    """The metric by round, by megabytes and by seconds."""
+    lines = {row.label: points(runs(row), lambda entry: score(entry, view.metric)) for row in view.strategies}
+    lines = {label: found for label, found in lines.items() if found}
+    if not lines:
+        return []
+    pictures: list[Picture] = []
+    for along, (unit, words) in _ALONG.items():
+        figure, ax = axes(height=_height(len(lines) + len(view.baselines)))
+        for label, found in lines.items():
+            draw_line(ax, label, found, view.styles[label], along=along)
+        for row in view.baselines:
+            values = [cell["scores"]["validation"][view.metric] for cell in row.choice.cells.values()]
+            style = view.styles[row.label]
+            ax.axhline(
+                sum(values) / len(values), color=style.color, linestyle=style.line, lw=1.1, label=f"{row.label} (final)"
+            )
+        ax.set(xlabel=unit, ylabel=f"{view.metric} on validation rows")
+        if along == "round":
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        legend(figure, ax)
+        pictures.append(
+            Picture(
+                f"metric-{along}-{view.slug}",
+                f"{view.metric.capitalize()} {words}",
+                f"Lines are means over seeds, {view.spread_note}; grey lines without markers are the baselines' "
+                "final models. " + _MEANING[along],
+                figure,
+                _COLUMNS,
+                _rows(lines),
+            )
+        )
+    return pictures
+
+
+_MEANING = {
+    "round": "Round 0 is the model before any training.",
+    "megabytes": "Further left at the same height is cheaper to send.",
+    "seconds": "Seconds are those of this machine, where clients share the hardware.",
+}
+
+
+def diagnostics(view: View) -> list[Picture]:
+    """Aggregation error, effective rank, drift, the cosine of updates and intruder dimensions by round."""
+    kinds: list[tuple[str, str, str, str, Callable[[Entry], float | None]]] = [
+        (
+            "aggregation-error",
+            "Aggregation error by round",
+            "relative error of the aggregate",
+            "How far the server's result is from the exact weighted mean of the clients' updates; values below 10⁻⁷ "
+            "are rounding, and stand on the floor.",
+            lambda entry: entry.get("aggregation-error"),
+        ),
+        (
+            "effective-rank",
+            "Effective rank by round",
+            "effective rank (mean over modules)",
+            "Exponential of the entropy of the mean update's singular values: how many directions it really uses.",
+            lambda entry: entry.get("effective-rank"),
+        ),
+        (
+            "drift",
+            "Drift between clients by round",
+            "drift (0 to 1)",
+            "0 where all clients moved alike, near 1 where what they learned has nothing in common.",
+            lambda entry: entry.get("drift"),
+        ),
+        (
+            "update-cosine",
+            "Cosine between clients' updates by round",
+            "cosine",
+            "1 where clients pull in one direction, 0 where they are at right angles, below 0 where they disagree.",
+            lambda entry: entry.get("update-cosine"),
+        ),
+        (
+            "intruders",
+            "Intruder dimensions by round",
+            "intruder dimensions (mean over modules)",
+            "Leading directions of the tuned weights that no direction of the base resembles.",
+            intruders,
+        ),
+    ]
+    pictures: list[Picture] = []
+    for name, title, unit, reading, value in kinds:
+        lines = {row.label: points(runs(row), value) for row in view.strategies}
+        lines = {label: found for label, found in lines.items() if found}
+        if not lines:
+            continue
+        figure, ax = axes(height=_height(len(lines)))
+        log = name == "aggregation-error"
+        for label, found in lines.items():
+            draw_line(ax, label, found, view.styles[label], floor=FLOOR if log else None)
+        ax.set(xlabel="round", ylabel=unit)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if log:
+            floor_axis(ax)
+        legend(figure, ax)
+        below = [label for label, points in lines.items() if max(point.mean for point in points) < FLOOR]
+        floored = f" Never above the floor: {', '.join(below)}." if log and below else ""
+        words = f"{reading}{floored} Lines are means over seeds, {view.spread_note}."
+        pictures.append(Picture(f"{name}-{view.slug}", title, words, figure, _COLUMNS, _rows(lines)))
+    return pictures
+
+
+def draw_line(
+    ax: Axes, label: str, found: Sequence[Point], style: Style, *, along: str = "round", floor: float | None = None
+) -> None:
+    """Means as a line with markers, and a band of one standard deviation where there are several seeds.
+
+    Args:
+        ax: to draw into.
+        label: for the legend.
+        found: the points, at least one.
+        style: of the label.
+        along: the x axis, an attribute of Point.
+        floor: smaller values are drawn here.
+    """
+    least = float("-inf") if floor is None else floor
+    x = [float(getattr(point, along)) for point in found]
+    y = [max(point.mean, least) for point in found]
+    ax.plot(
+        x,
+        y,
+        **style.plot,
+        markevery=max(1, len(x) // 12),
+        label=label,
+    )
+    if any(point.sd for point in found):
+        low = [max(point.mean - point.sd, least) for point in found]
+        high = [max(point.mean + point.sd, least) for point in found]
+        ax.fill_between(x, low, high, color=style.color, alpha=0.10, linewidth=0)
+
+
+def floor_axis(ax: Axes) -> None:
+    """A logarithmic axis that ends at the floor, and says so."""
+    ax.set_yscale("log")
+    high = max([1.0, *[float(value) for line in ax.lines for value in line.get_ydata()]])  # type: ignore[union-attr]
+    ax.set_ylim(FLOOR * 0.5, high * 1.5)
+    ticks = [FLOOR * 10**power for power in range(8)]
+    ax.yaxis.set_major_locator(FixedLocator(ticks))
+    ax.yaxis.set_minor_locator(FixedLocator([]))
+    ax.set_yticks(ticks, ["≤ 1e-7", *[f"1e{power}" for power in range(-6, 0)], "1"])
+
+
+def _height(lines: int) -> float:
+    """Inches: enough for the axes, and for a legend of so many lines."""
+    return max(3.6, 0.185 * min(lines, 20) + 0.5)
+
+
+def _rows(lines: dict[str, list[Point]]) -> list[tuple[object, ...]]:
+    return [
+        (label, p.round, p.megabytes, p.seconds, p.mean, p.sd if p.n > 1 else "", p.n)
+        for label, found in lines.items()
+        for p in found
+    ]

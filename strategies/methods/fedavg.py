@@ -1,0 +1,115 @@
+"""FedAvg over the factors, as FedIT does it: the means of A and of B, one rank for all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from fedlora.adapters import AdapterState, LoraFactors
+from fedlora.common.errors import StrategyError
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
+
+from ..base import ServerState, Strategy
+from ..registry import unequal_rank_names
+from ..tools.replies import Means, arrivals
+
+
+@dataclass(frozen=True)
+class FedAvg(Strategy):
+    """`A = sum_k p_k A_k`, `B = sum_k p_k B_k`, with p_k = n_k / sum(n).
+
+    Zhang et al. 2023, "Towards Building the Federated GPT: Federated Instruction Tuning" (FedIT),
+    https://arxiv.org/abs/2305.05644, Algorithm 1. The product of the means is not the mean of the products: it
+    misses `sum_k p_k s (B_k - B)(A_k - A)`. Means run as replies arrive, so memory is that of one reply.
+    """
+
+    linear: ClassVar[bool] = True
+    unequal_ranks: ClassVar[bool] = False
+    steady: ClassVar[bool] = True
+
+    def check(self, clients: Sequence[ClientInfo]) -> None:
+        """Raises StrategyError if ranks or effective scalings differ between clients."""
+        if len({(client.rank, tuple(client.rank_pattern.items())) for client in clients}) > 1:
+            ranks = [client.rank for client in clients]
+            raise StrategyError(
+                f"fedavg averages factors and needs one rank, got ranks {_listed(ranks)}; {_fix(ranks)}"
+            )
+        scalings = [_scalings(client) for client in clients]
+        if len(set(scalings)) > 1:
+            raise StrategyError(
+                f"fedavg averages factors and needs one scaling, got {_listed([s[0] for s in scalings])}; "
+                f"set one lora.alpha and lora.rslora for all clients, or use strategy.name = {_others()}"
+            )
+
+    def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
+        """The mean factors.
+
+        Raises:
+            StrategyError: the client's rank is not the server's.
+        """
+        for name, factors in state.adapter.lora.items():
+            _check_rank(name, client.client_id, client.rank_of(name), factors.rank, "has")
+        return super().broadcast(state, client, round)
+
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+        """The means; a module or dense tensor that no reply has stays as it was.
+
+        Raises:
+            StrategyError: a reply has another rank than the server, or another scaling than the replies before it.
+        """
+        means_a, means_b, dense = Means(), Means(), Means()
+        expected: dict[str, tuple[int, float]] = {}
+        for update in arrivals(updates, round):
+            lora = update.adapter.lora
+            sent = {name: (f.rank, f.scaling) for name, f in lora.items()}
+            if sent != expected:
+                for name, (rank, scaling) in sent.items():
+                    held = state.adapter.lora.get(name, lora[name])
+                    first = expected.setdefault(name, (held.rank, scaling))
+                    _check_rank(name, update.client_id, rank, first[0], "sent")
+                    _check_scaling(name, update.client_id, scaling, first[1])
+            means_a.add({name: f.A for name, f in lora.items()}, update)
+            means_b.add({name: f.B for name, f in lora.items()}, update)
+            dense.add(update.adapter.dense, update)
+        lora = {
+            name: LoraFactors(A=a, B=means_b.values[name], scaling=expected[name][1])
+            for name, a in means_a.values.items()
+        }
+        adapter = AdapterState(lora={**state.adapter.lora, **lora}, dense={**state.adapter.dense, **dense.values})
+        return replace(state, adapter=adapter)
+
+
+def _check_rank(module: str, client_id: int, got: int, expected: int, verb: str) -> None:
+    if got != expected:
+        raise StrategyError(
+            f"{module}: client {client_id} {verb} rank {got}, the server's fedavg needs {expected}; {_fix([expected])}"
+        )
+
+
+def _check_scaling(module: str, client_id: int, got: float, expected: float) -> None:
+    if not math.isclose(got, expected, rel_tol=1e-6):
+        raise StrategyError(
+            f"{module}: client {client_id} sent scaling {got:g}, the server's fedavg needs {expected:g}; "
+            f"set one lora.alpha and lora.rslora for all clients, or use strategy.name = {_others()}"
+        )
+
+
+def _scalings(client: ClientInfo) -> tuple[float, ...]:
+    """The scaling at every rank that occurs in this client's modules."""
+    ranks = (client.rank, *client.rank_pattern.values())
+    return tuple(replace(client, rank=rank, rank_pattern={}).scaling_of("") for rank in ranks)
+
+
+def _fix(ranks: Sequence[int]) -> str:
+    return f"set lora.ranks = '' and lora.rank = {max(ranks)}, or use strategy.name = {_others()}"
+
+
+def _others() -> str:
+    *names, last = unequal_rank_names()
+    return f"{', '.join(names)} or {last}"
+
+
+def _listed(values: Sequence[float], most: int = 10) -> str:
+    return ", ".join(f"{value:g}" for value in values[:most]) + (", …" if len(values) > most else "")

@@ -1,0 +1,48 @@
+"""FedSA-LoRA: A is shared, B stays with its client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from fedlora.adapters import AdapterState
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
+
+from ..base import ServerState, Strategy
+from ..tools.replies import Means, RankMeans, arrivals
+from .fedavg_zeropad import at_scaling
+
+
+@dataclass(frozen=True)
+class FedSa(Strategy):
+    """`s A = sum_k p_k s_k A_k`; both factors are trained, A alone is sent, and client k goes on from its own B_k.
+
+    Guo et al. 2024, "Selective Aggregation for Low-Rank Adaptation in Federated Learning",
+    https://arxiv.org/abs/2410.01463. Here ranks may differ: row j of A is the mean over the clients that have it.
+    The server never sees a B: its adapter has B = 0, and only clients can evaluate what they learn.
+    Memory: one reply. Cost: O(K d_in r).
+    """
+
+    linear: ClassVar[bool] = True
+    steady: ClassVar[bool] = True
+    personal: ClassVar[frozenset[str]] = frozenset("B")
+
+    def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
+        """The mean A, with B = 0 for a client that has none of its own yet; only A is sent back."""
+        return replace(super().broadcast(state, client, round), upload=frozenset("A"))
+
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+        """The mean of each row; a row, a module or a dense tensor that no reply has stays as it was."""
+        means, dense = RankMeans(0, zero_pad=False), Means()
+        for update in arrivals(updates, round):
+            server = state.adapter.lora
+            means.add({name: at_scaling(f, server[name].scaling) for name, f in update.adapter.lora.items()}, update)
+            dense.add(update.adapter.dense, update)
+        lora = dict(state.adapter.lora)
+        for name, rows in means.values().items():
+            before = lora[name]
+            lora[name] = replace(before, A=torch.cat([rows, before.A[len(rows) :].to(rows)]))
+        return replace(state, adapter=AdapterState(lora=lora, dense={**state.adapter.dense, **dense.values}))

@@ -1,0 +1,79 @@
+"""FedSVD: FFA-LoRA whose frozen A follows what was learned, as the right singular vectors of B A."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedlora.adapters import AdapterState, LoraFactors, wide
+from fedlora.common.errors import StrategyError
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
+
+from ..base import ServerState, Strategy
+from .ffa import averaged
+
+
+@dataclass(frozen=True)
+class FedSvd(Strategy):
+    """`B = sum_k p_k B_k` on a common A; then, with `s B A = U S V'`, the next rounds have `A = V'` and `B = U S / s`.
+
+    Lee et al. 2025, "FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA",
+    https://arxiv.org/abs/2505.12805. The product stays what it is, so that aggregation is exact. Here ranks may
+    differ, as in `ffa`; a smaller client gets the leading singular directions. Until something is learned, A is
+    the run's seeded one. Where S = 0, rows of A are orthonormal directions of the old A, with zero columns of B,
+    and can still be trained.
+    Memory: one reply. Cost: O(K d_out r), and O(d r^2) more for each decomposition.
+
+    Args:
+        period: rounds from one decomposition to the next; 1 as in the paper.
+    """
+
+    period: int = 1
+
+    def __post_init__(self) -> None:
+        if self.period < 1:
+            raise StrategyError(f"strategy.options: fedsvd's period = {self.period}, expected at least 1")
+
+    def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
+        """A and B; only B is trained and sent back."""
+        return replace(super().broadcast(state, client, round), trainable=frozenset("B"), upload=frozenset("B"))
+
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+        """The mean B on the same A, or every `period` rounds the same product on a new A."""
+        state = averaged(state, updates, round, "B")
+        if round % self.period:
+            return state
+        lora = {name: _turned(factors) if factors.B.any() else factors for name, factors in state.adapter.lora.items()}
+        return replace(state, adapter=AdapterState(lora=lora, dense=state.adapter.dense))
+
+
+def _turned(factors: LoraFactors) -> LoraFactors:
+    """The same update with orthonormal rows of A, at the same rank and scaling; zero rows where r > d_in."""
+    u, s, vh = whole_svd(factors)
+    b = F.pad(u[:, : len(s)] * (s / factors.scaling), (0, factors.rank - len(s)))
+    a = F.pad(vh, (0, 0, 0, factors.rank - len(vh)))
+    dtype = wide(factors.A).dtype
+    return LoraFactors(A=a.to(dtype), B=b.to(dtype), scaling=factors.scaling)
+
+
+def whole_svd(factors: LoraFactors) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of dW in fp64 with orthonormal vectors for S = 0 as well, in the span of B's columns and of A's rows.
+
+    Returns:
+        U [d_out, min(d_out, r)], S [min(d_out, d_in, r)], V' [min(d_in, r), d_in]. The largest entry of each of the
+        first rows of V' is positive, so that results reproduce.
+    """
+    q_b, r_b = torch.linalg.qr(factors.B.double())
+    q_a, r_a = torch.linalg.qr(factors.A.double().T)
+    u, s, vh = torch.linalg.svd(factors.scaling * (r_b @ r_a.T))
+    u, vh = q_b @ u, vh @ q_a.T
+    paired = slice(0, len(s))
+    peak = vh[paired].gather(1, vh[paired].abs().argmax(dim=1, keepdim=True))
+    sign = torch.where(peak < 0, -1.0, 1.0).to(vh)
+    vh[paired] *= sign
+    u[:, paired] *= sign.T
+    return u, s, vh

@@ -1,0 +1,128 @@
+"""FlexLoRA: the SVD of the mean update, redistributed by rank; optionally with a tail that leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from fedlora.adapters import AdapterState, LoraFactors, leading, stack, svd_each
+from fedlora.adapters.folds import Folds
+from fedlora.common.errors import StrategyError
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
+
+from ..base import ServerState, Strategy, regrown
+from ..tools.replies import Parts, gather
+
+# Smaller singular values, relative to the largest, are rounding of the fp32 factors that they come from.
+_KNOWN = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class FlexLora(Strategy):
+    """`U S V' = sum_k p_k s_k B_k A_k`; client j starts from `B = U sqrt(S/s_j)`, `A = sqrt(S/s_j) V'`, cut to r_j.
+
+    Bai et al. 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources"
+    (FlexLoRA), https://arxiv.org/abs/2402.11505. The SVD is that of the stacked factors, and S is split evenly
+    between A and B. Where the mean update has fewer components than the largest rank, the server's earlier rows of A
+    stay, with B = 0: rows that are zero in both would have no gradient and never train.
+
+    With `keep_tail`, which the paper does not have, the components beyond a client's rank go with the broadcast as
+    a frozen anchor, so that all clients train the same model whatever their rank. The server adds
+    `sum_k p_k anchor_k` back before the next SVD, since it knows what it sent: no round loses anything.
+    Memory: the factors of all replies. Cost: O(d R^2 + R^3), R = sum of the r_k; with `keep_tail`, plus those kept.
+
+    Args:
+        keep_tail: see above. Off by default, as in the paper: the download grows by the rank of the tail.
+        max_rank: with `keep_tail`, the number of components kept, but never below the largest rank of the clients;
+            0: min(d_out, d_in), where nothing is lost.
+        compact: False says that clients merge folds into an fp32 base, where no anchor can be taken back.
+    """
+
+    keep_tail: bool = False
+    max_rank: int = 0
+    compact: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_rank < 0:
+            raise StrategyError(
+                f"strategy.options: flexlora's max_rank = {self.max_rank}, expected 0 (no limit) or more"
+            )
+        if self.keep_tail and not self.compact:
+            raise StrategyError(
+                "strategy.options: flexlora's keep_tail sends a new anchor every round, which clients that merge folds "
+                "cannot take back; set anchor.base-update = anchor, or keep_tail = false"
+            )
+
+    def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
+        """The best rank-r_j part, and with `keep_tail` the rest as an anchor that replaces the one before.
+
+        Raises:
+            StrategyError: the client's rank exceeds the largest of the run.
+        """
+        sent = super().broadcast(balanced(state, client), client, round)
+        if not state.folds.version:
+            return sent
+        anchor: dict[str, LoraFactors] = {}
+        for name in state.adapter.lora:
+            every = components(state, name)
+            beyond = every.B.any(dim=0)
+            beyond[: client.rank_of(name)] = False
+            if bool(beyond.any()):
+                anchor[name] = LoraFactors(A=every.A[beyond], B=every.B[:, beyond], scaling=1.0)
+        # Whole whatever the client holds: anchors of one version differ from rank to rank, and clients may share them.
+        return replace(sent, folds=(AdapterState(lora=anchor),) if anchor else (), folds_from=0)
+
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+        """The components of the mean update, strongest first; a module or dense tensor that no reply has stays."""
+        parts, dense = gather(updates, round)
+        stacks = {name: stack(part.factors, part.shares) for name, part in parts.items()}
+        if state.folds.version:
+            stacks = {name: stack([f, anchors(state, name, parts[name])]) for name, f in stacks.items()}
+        lora = dict(state.adapter.lora)
+        tails = {name: f for name, f in state.folds.total().lora.items() if name not in parts}
+        befores = {name: lora.get(name, max(part.factors, key=lambda f: f.rank)) for name, part in parts.items()}
+        largest = max((before.rank for before in befores.values()), default=0)
+        for name, (u, s, vh) in svd_each(stacks, self._kept(largest), whole=self.keep_tail).items():
+            before, dtype = befores[name], stacks[name].A.dtype
+            rank, known = before.rank, int((s > _KNOWN * s[0]).sum())
+            lora[name] = regrown(leading((u, s, vh), min(rank, known), before.scaling, dtype), before)
+            kept = min(known, self._kept(rank) or known)
+            if kept > rank:
+                tails[name] = leading((u[:, rank:], s[rank:], vh[rank:]), kept - rank, dtype=dtype)
+        adapter = AdapterState(lora=lora, dense={**state.adapter.dense, **dense})
+        # One fold, replaced every round, under a version of its own.
+        folds = Folds((AdapterState(lora=tails),), first=state.folds.version + 1) if self.keep_tail else state.folds
+        return replace(state, adapter=adapter, folds=folds)
+
+    def _kept(self, rank: int) -> int:
+        """The most components that are kept of a module whose largest rank this is; 0: all."""
+        if not self.keep_tail:
+            return rank
+        return max(self.max_rank, rank) if self.max_rank else 0
+
+
+def balanced(state: ServerState, client: ClientInfo) -> ServerState:
+    """The same components at this client's scaling, which A and B share evenly; rows with B = 0 stay as they are."""
+    lora: dict[str, LoraFactors] = {}
+    for name, f in state.adapter.lora.items():
+        scaling = client.scaling_of(name)
+        ratio = f.A.new_ones(f.rank)
+        ratio[f.B.any(dim=0)] = (f.scaling / scaling) ** 0.5
+        lora[name] = LoraFactors(A=ratio[:, None] * f.A, B=f.B * ratio, scaling=scaling)
+    return replace(state, adapter=replace(state.adapter, lora=lora))
+
+
+def components(state: ServerState, module: str) -> LoraFactors:
+    """All that the server holds of a module, the adapter's rows first, then the tail; scaling 1."""
+    return stack([state.adapter.lora[module], *(f.lora[module] for f in state.folds.parts if module in f.lora)])
+
+
+def anchors(state: ServerState, module: str, parts: Parts) -> LoraFactors:
+    """`sum_k p_k anchor_k`: each component by the share of the clients whose rank left it out."""
+    every = components(state, module)
+    missing = every.A.new_zeros(every.rank)
+    for factors, share in zip(parts.factors, parts.shares, strict=True):
+        missing[factors.rank :] += share
+    return replace(every, A=missing[:, None] * every.A)

@@ -1,0 +1,76 @@
+"""FLoRIST: the leading singular directions of all replies are folded into the base, and the adapter restarts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from fedlora.adapters import AdapterState, leading, stack, svd_each, wide
+from fedlora.common.errors import StrategyError
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
+
+from ..base import ServerState, Strategy
+from ..tools.replies import gather
+from .flora import restart, unscaled
+
+
+@dataclass(frozen=True)
+class Florist(Strategy):
+    """Folds the best rank-k part of `sum_k p_k s_k B_k A_k`, with the smallest k that keeps a share tau of its energy.
+
+    Ramesh and Dass 2025, "FLoRIST: Singular Value Thresholding for Efficient and Accurate Federated Fine-Tuning of
+    Large Language Models", https://arxiv.org/abs/2506.09199. The energy is the sum of the squared singular values
+    S, and k is chosen by module: `sum_(i<=k) S_i^2 >= tau sum_i S_i^2`. The decomposition is that of the stacks'
+    Gram matrices instead of each stack's own SVD; scales are folded in; fold and restart are those of `flora`.
+    Memory: the factors of all replies. Cost: O(d R^2 + R^3), R = sum of the r_k.
+
+    Args:
+        tau: share of the energy that is kept, in (0, 1]. At 0.99 the fold is within 10 % of the ideal, in norm, at
+            a fraction of the stack's rank; at 1 it is the ideal.
+        seed: of the restarts; a run's round loop sets it to the run's seed.
+        max_rank: the largest rank of the accumulated folds; 0: min(d_out, d_in), where nothing more is lost.
+        compact: False keeps every fold as it came, for clients that merge folds into an fp32 base.
+    """
+
+    tau: float = 0.99
+    seed: int = 0
+    max_rank: int = 0
+    compact: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tau <= 1:
+            raise StrategyError(f"strategy.options: florist's tau = {self.tau}, expected a number above 0, at most 1")
+        if self.max_rank < 0:
+            raise StrategyError(
+                f"strategy.options: florist's max_rank = {self.max_rank}, expected 0 (no limit) or more"
+            )
+
+    def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
+        """The first r_j rows of the round's random A with B = 0, and the folds that this client lacks.
+
+        Raises:
+            StrategyError: the client's rank exceeds the largest of the run.
+        """
+        return super().broadcast(unscaled(state, client), client, round)
+
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+        """The truncated stack as one more fold, and the next round's restart."""
+        parts, dense = gather(updates, round)
+        stacks = {name: stack(part.factors, part.shares) for name, part in parts.items()}
+        fold = {
+            name: leading(svd, energy_rank(svd[1], self.tau), dtype=wide(stacks[name].A).dtype)
+            for name, svd in svd_each(stacks, whole=self.tau == 1).items()
+        }
+        adapter = AdapterState(
+            lora=restart(state.adapter, self.seed, round + 1).lora, dense={**state.adapter.dense, **dense}
+        )
+        folds = state.folds.push(AdapterState(lora=fold), self.max_rank, self.compact)
+        return replace(state, adapter=adapter, folds=folds)
+
+
+def energy_rank(singular_values: Tensor, tau: float) -> int:
+    """The smallest k, at least 1, with `sum_(i<=k) S_i^2 >= tau sum_i S_i^2`; singular values in descending order."""
+    energy = singular_values.square().cumsum(dim=0)
+    return min(int((energy < tau * energy[-1]).sum()) + 1, len(energy))

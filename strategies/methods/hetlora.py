@@ -1,0 +1,120 @@
+"""HetLoRA: zero-padded means, weighted by the norms of the clients' updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedlora.adapters import AdapterState, LoraFactors, first_ranks, norm, pruned_rank
+from fedlora.common.errors import StrategyError
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
+
+from ..base import ServerState, Strategy, regrown
+from ..tools.replies import gather
+from .fedavg_zeropad import padded_mean
+
+_PRUNED = "hetlora.pruned"  # client id -> how often it was pruned
+
+
+@dataclass(frozen=True)
+class HetLora(Strategy):
+    """`A = sum_k w_k pad(s_k A_k)`, `B = sum_k w_k pad(B_k)`, with `w_k = |dW_k|_F / sum_j |dW_j|_F` by module.
+
+    Cho et al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models" (HetLoRA),
+    https://arxiv.org/abs/2401.06432: zero-padding, sparsity-weighted aggregation, truncation and rank self-pruning.
+    The numbers of examples do not count. Differences: norms are those of s_k B_k A_k, from Gram matrices instead of
+    the products; A_k carries the client's scaling.
+
+    Pruning: with `prune_gamma` = g, rows from ceil(g r) on are the tail of a client of rank r. The trainer shrinks
+    `sum |B tail|_F |A tail|_F` over the modules (`lora.prune-weight`); where it ended below what the client was sent,
+    the tail is dropped from the reply, and the client's rank is ceil(g r) from then on, which the next pruning starts
+    from. The decision is made here, on the numbers that the client would use, so that its rank is part of the
+    server's state; the paper's client makes it, and saves one upload of the tail.
+    Memory: the factors of all replies. Cost: O(K d r^2).
+
+    Args:
+        prune_gamma: the share of its rank that a client keeps when it is pruned, below 1; 0: never. A run sets it
+            to `lora.prune-gamma`, which the clients know too.
+    """
+
+    prune_gamma: float = 0.0
+
+    steady: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prune_gamma < 1:
+            raise StrategyError(
+                f"strategy.options: hetlora's prune_gamma = {self.prune_gamma}, expected 0 (never) or a share below 1"
+            )
+
+    def check(self, clients: Sequence[ClientInfo]) -> None:
+        """Raises StrategyError if pruning is asked for, and is rounded away at every client's rank."""
+        super().check(clients)
+        ranks = {rank for client in clients for rank in (client.rank, *client.rank_pattern.values())}
+        if self.prune_gamma and ranks and all(pruned_rank(rank, self.prune_gamma) == rank for rank in ranks):
+            rank = max(ranks)
+            raise StrategyError(
+                f"lora.prune-gamma = {self.prune_gamma} prunes nobody: of rank {rank}, the largest, "
+                f"ceil({self.prune_gamma} * {rank}) = {rank} rows stay; set it to at most "
+                f"{math.floor(1000 * (rank - 1) / rank) / 1000}, or to 0"
+            )
+
+    def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
+        """The padded means, cut to the rank that pruning has left the client.
+
+        Raises:
+            StrategyError: the client's rank exceeds the largest of the run.
+        """
+        for _ in range(_times(state, client.client_id)):
+            pattern = {module: pruned_rank(rank, self.prune_gamma) for module, rank in client.rank_pattern.items()}
+            client = replace(client, rank=pruned_rank(client.rank, self.prune_gamma), rank_pattern=pattern)
+        return super().broadcast(state, client, round)
+
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+        """The padded means, with equal weights where no update moved; what no reply has stays as it was."""
+        times = dict(state.memory.get(_PRUNED, AdapterState()).dense)
+        parts, dense = gather((self._pruned(update, state, times) for update in updates), round)
+        lora = dict(state.adapter.lora)
+        for name, part in parts.items():
+            norms = [norm(factors) for factors in part.factors]
+            weights = [size / sum(norms) for size in norms] if any(norms) else [1 / len(norms)] * len(norms)
+            mean = padded_mean(part.factors, weights)
+            before = lora.get(name, mean)
+            lora[name] = regrown(first_ranks(mean, mean.rank, before.scaling), before)
+        memory = {**state.memory, _PRUNED: AdapterState(dense=times)} if times else state.memory
+        adapter = AdapterState(lora=lora, dense={**state.adapter.dense, **dense})
+        return replace(state, adapter=adapter, memory=memory)
+
+    def _pruned(self, update: ClientUpdate, state: ServerState, times: dict[str, Tensor]) -> ClientUpdate:
+        """The reply without its tail, where that shrank; counts it in `times`."""
+        if not self.prune_gamma:
+            return update
+        keep = {name: pruned_rank(f.rank, self.prune_gamma) for name, f in update.adapter.lora.items()}
+        before = after = 0.0
+        for name, f in update.adapter.lora.items():
+            after += _tail(f, keep[name])
+            before += _tail(first_ranks(state.adapter.lora[name], f.rank, f.scaling), keep[name])
+        if after >= before:
+            return update
+        times[str(update.client_id)] = torch.tensor(_times(state, update.client_id) + 1)
+        lora = {
+            name: LoraFactors(A=f.A[: keep[name]], B=f.B[:, : keep[name]], scaling=f.scaling)
+            for name, f in update.adapter.lora.items()
+        }
+        return replace(update, adapter=replace(update.adapter, lora=lora))
+
+
+def _times(state: ServerState, client_id: int) -> int:
+    """How often a client was pruned."""
+    times = state.memory.get(_PRUNED, AdapterState()).dense.get(str(client_id))
+    return 0 if times is None else int(times)
+
+
+def _tail(factors: LoraFactors, keep: int) -> float:
+    """`|B tail|_F |A tail|_F`, the tail being what lies beyond the first `keep` rows."""
+    return float(factors.B[:, keep:].double().norm() * factors.A[keep:].double().norm())

@@ -1,0 +1,1 @@
+"""Whom to ask, and when to aggregate."""

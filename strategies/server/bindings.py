@@ -1,0 +1,98 @@
+"""Which node's key a client id belongs to: bound when it is first used, and kept in the server's own state."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+from flwr.serverapp import Grid
+
+from fedlora.common.errors import RunError
+from fedlora.common.files import write_json
+
+# The file that `fedlora server` names for its runs; without node authentication there are no keys to bind.
+VARIABLE = "FEDLORA_CLIENT_KEYS"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A node as the SuperLink knows it.
+
+    Attributes:
+        key: the name that its public key was registered under, or else a digest of that key; empty without node
+            authentication. A new key that replaces one takes over its name, and with it its clients.
+        registered: when it came to be known, in Flower's own words, which sort by time.
+    """
+
+    key: str = ""
+    registered: str = ""
+
+
+def identities(grid: Grid) -> Mapping[int, Identity]:
+    """Node id -> who it is; empty for a grid whose nodes have no identities, such as the in-process one's."""
+    try:
+        nodes = list(grid.get_nodes())
+    except (AttributeError, NotImplementedError):
+        return {}
+    return {node.node_id: Identity(node.name or _digest(node.public_key), node.registered_at) for node in nodes}
+
+
+def bind(clients: Mapping[int, str]) -> None:
+    """Keep whose each client id is, where nobody's it was.
+
+    Args:
+        clients: client id -> digest of its node's key; those without one are left out.
+
+    Raises:
+        RunError: the server's file of bindings cannot be read or written.
+    """
+    path = _path()
+    if path is None:
+        return
+    try:
+        with FileLock(f"{path}.lock"):
+            before = known()
+            after = {client: key for client, key in clients.items() if key} | before
+            if after != before:
+                write_json(path, dict(sorted(after.items())))
+    except OSError as error:
+        raise RunError(f"{path}: the keys of clients cannot be written: {error}") from None
+
+
+def where() -> str:
+    """The file, for messages."""
+    return str(_path() or "")
+
+
+def _path() -> Path | None:
+    name = os.environ.get(VARIABLE)
+    return Path(name) if name else None
+
+
+def known() -> dict[int, str]:
+    """Client id -> digest of the key that it is bound to.
+
+    Raises:
+        RunError: the server's file of bindings cannot be read.
+    """
+    path = _path()
+    if path is None or not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not all(
+            name.isdigit() and isinstance(key, str) for name, key in found.items()
+        ):
+            raise ValueError("it is no table of client ids and keys")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: the keys of clients cannot be read: {error}; put a copy back, or remove it") from None
+    return {int(name): key for name, key in found.items()}
+
+
+def _digest(public_key: bytes) -> str:
+    return hashlib.sha256(public_key).hexdigest()[:16] if public_key else ""

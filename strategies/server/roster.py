@@ -1,0 +1,344 @@
+"""Who takes part: the nodes that connect, and the clients that they say they are."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedlora.common.errors import FedLoraError, RunError, WireError
+from fedlora.common.events import emit
+from fedlora.config import Config, largest_rank, rank_pattern
+from fedlora.exchange import ClientInfo, parts, wire
+
+from . import answers as of_client
+from . import bindings
+from .answers import Answer, AwayError
+from .bindings import Identity
+from .classes import disagreeing
+from .mailbox import Mailbox
+
+_HELLO_SECONDS = 600.0  # a first answer may need a download; one that comes later than the run begins counts from then
+_OTHERS_SECONDS = 10.0  # for the others that are connected, once enough have answered
+_LOOK_SECONDS = 0.5
+_log = logging.getLogger("fedlora")
+
+
+@dataclass
+class Roster:
+    """Who takes part: what the server knows of each client, and the node that it lives on.
+
+    Attributes:
+        infos, nodes: by client id.
+        hosts: nodes whose messages have a part for each of several clients.
+        refusals: why others cannot take part.
+    """
+
+    infos: dict[int, ClientInfo]
+    nodes: dict[int, int]
+    hosts: set[int] = field(default_factory=set)
+    refusals: list[str] = field(default_factory=list)
+
+    def by_node(self, chosen: Sequence[int]) -> dict[int, list[int]]:
+        """Node -> those of its clients that are chosen, in their order: they are asked by one message."""
+        found: dict[int, list[int]] = {}
+        for client in chosen:
+            found.setdefault(self.nodes[client], []).append(client)
+        return found
+
+    def message(self, node: int, clients: Sequence[int], encoded: Callable[[int], RecordDict]) -> RecordDict:
+        """What a node is sent for these of its clients; `encoded` makes one client's message."""
+        if node in self.hosts:
+            return parts.join({client: encoded(client) for client in clients})
+        [client] = clients
+        return encoded(client)
+
+    def answers(self, node: int, clients: Sequence[int], reply: Message | None) -> dict[int, Answer]:
+        """What a node answers for these of its clients; one that is malformed as a whole is so for each of them."""
+        answer = of_client.of(reply)
+        if node not in self.hosts or not isinstance(answer, RecordDict):
+            return dict.fromkeys(clients, answer)
+        try:
+            found = parts.split(answer, f"node {node}")
+            if found.keys() != {*clients}:
+                raise WireError(f"node {node} answered for clients {sorted(found)[:5]}, it was asked for {clients[:5]}")
+        except WireError as error:
+            return dict.fromkeys(clients, error)
+        return {client: found[client] for client in clients}
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """A client that a node says it is, or is one of."""
+
+    info: ClientInfo
+    node: int
+    hosted: bool
+
+
+class Meeting:
+    """Nodes that are asked who their clients are: before the run, and those that come later between its rounds.
+
+    No node decides how many clients a run has. There are at most `federation.clients` of them. Where more would take
+    part, those come first whose id their node's key has had before, then those of nodes with fewer clients, then those
+    of nodes that were registered earlier.
+
+    Args:
+        grid: the nodes.
+        config: the run's.
+        fingerprint: of its base.
+        classes: what the server calls them in its own rows; None where it reads none. See `disagreeing`.
+
+    Attributes:
+        roster: who takes part.
+    """
+
+    def __init__(self, grid: Grid, config: Config, fingerprint: str, classes: Sequence[str] | None = None) -> None:
+        self.roster = Roster({}, {})
+        self._classes = classes
+        self._grid, self._config, self._fingerprint = grid, config, fingerprint
+        self._offers: dict[int, _Offer] = {}
+        self._refusals: dict[int, list[str]] = {}  # by node
+        self._away: list[str] = []
+        self._asked: set[int] = set()
+        self._connected: set[int] = set()
+        self._identities: Mapping[int, Identity] = {}
+        self._bound = bindings.known()
+        self._mailbox = Mailbox(grid, "query", "0", max(config.federation.wait_timeout, _HELLO_SECONDS))
+
+    def begin(self) -> None:
+        """Ask each node that connects who its clients are, until all are there or `federation.wait-timeout` is over.
+
+        A node that does not answer, since it died and Flower still lists it, is asked again while it is listed; one
+        that hangs is not waited for beyond that time.
+
+        Raises:
+            RunError: fewer than `federation.min-clients` are there by then, or too many cannot take part.
+        """
+        federation = self._config.federation
+        wanted, least, wait = federation.clients, federation.min_clients, federation.wait_timeout
+        began, enough, told = time.monotonic(), math.inf, False
+        while True:
+            self._ask_newcomers()
+            heard = self._hear()
+            now = time.monotonic()
+            if self._reached >= wanted:
+                enough = min(enough, now)
+                if not self._mailbox.waited_for & self._connected or now - enough > _OTHERS_SECONDS:
+                    break
+            if not heard:
+                if now - began >= wait:
+                    break
+                if not told:
+                    _log.info("waiting up to %.0f s for %d clients (federation.clients)", wait, wanted)
+                told = True
+                time.sleep(min(_LOOK_SECONDS, wait))
+        if self._reached < least:
+            raise RunError(
+                f"{self._reached} of {wanted} clients connected within {wait:.0f} s{self._who_did_not()}, and "
+                f"federation.min-clients = {least}; start more clients or raise federation.wait-timeout"
+            )
+        self._accept(self._choose())
+        for client, reason in disagreeing(self.roster.infos, self._classes).items():
+            del self.roster.infos[client]
+            self._refuse(self.roster.nodes[client], client, reason)
+        if len(self.roster.infos) < least:
+            refusals = self.roster.refusals
+            why = f"; the first said: {refusals[0]}" if refusals else self._who_did_not()
+            raise RunError(
+                f"{len(self.roster.infos)} of {self._reached} clients can take part, and federation.min-clients = "
+                f"{least}{why}"
+            )
+
+    def welcome(self) -> list[int]:
+        """The clients that have come since, or came back on another node: they take part from now on."""
+        self._ask_newcomers()
+        self._hear()
+        roster = self.roster
+        back = [
+            client
+            for client, offer in self._offers.items()
+            if client in roster.nodes and roster.nodes[client] != offer.node
+        ]
+        new = self._choose()[: max(0, self._config.federation.clients - len(roster.infos))]
+        agreed = next(iter(roster.infos.values())).class_names
+        self._accept([*back, *new])
+        others = disagreeing({client: roster.infos[client] for client in (*back, *new)}, agreed)
+        for client, why in others.items():
+            self.turn_away(client, why)
+        return sorted({*back, *new} - others.keys())
+
+    def turn_away(self, client: int, why: str) -> None:
+        """A client that came late cannot take part."""
+        node = self.roster.nodes.pop(client)
+        del self.roster.infos[client]
+        self._offers.pop(client, None)
+        self._refuse(node, client, f"client {client} on node {node} cannot join the run: {why}")
+
+    @property
+    def _reached(self) -> int:
+        """Clients that have answered; refusals of one node count for no more than its even share of the run."""
+        share = math.ceil(self._config.federation.clients / max(1, len(self._connected)))
+        return len(self._offers) + sum(min(len(said), share) for said in self._refusals.values())
+
+    def _who_did_not(self) -> str:
+        silent = sorted(self._mailbox.waited_for & self._connected)
+        if silent:
+            shown = ", ".join(map(str, silent[:3])) + (", …" if len(silent) > 3 else "")
+            return (
+                f" (connected, and without an answer as yet: node {shown}; a first answer may take a download, and a "
+                "node that is at work answers after it)"
+            )
+        return f" (the first that did not: {self._away[0]})" if self._away else ""
+
+    def _ask_newcomers(self) -> None:
+        """Ask those nodes that have not said yet who they are."""
+        self._connected = {*self._grid.get_node_ids()}
+        newcomers = sorted(self._connected - self._asked)
+        if not newcomers:
+            return
+        self._asked |= {*newcomers}
+        self._identities, self._away = bindings.identities(self._grid), []
+        for node in newcomers:
+            self._mailbox.post(node, partial(wire.encode_hello, self._fingerprint))
+
+    def _hear(self) -> bool:
+        """Take in the answers that have come; whether there were any but that a node is not there."""
+        heard = False
+        most = self._config.federation.max_hosted
+        for node, reply in self._mailbox.arrived():
+            answers = _introductions(node, reply)
+            if most and len(answers) > most:
+                many = f"node {node} says that it is {len(answers)} clients"
+                self._deny(node, f"{many}, and is refused: federation.max-hosted = {most}")
+            else:
+                for client, answer in answers.items():
+                    self._enter(node, client, answer)
+            heard |= node in self._asked
+        return heard
+
+    def _enter(self, node: int, client: int | None, answer: Answer) -> None:
+        who = f"node {node}" if client is None else f"client {client} on node {node}"
+        try:
+            content = of_client.content(answer, who)
+            info = _same_run(wire.decode_info(content, self._fingerprint, who), self._config, who)
+            if client not in (None, info.client_id):
+                raise WireError(f"{who} says that it is client {info.client_id}")
+        except AwayError as error:
+            self._asked.discard(node)
+            self._away.append(str(error))
+            return
+        except FedLoraError as error:
+            self._refuse(node, client, str(error))
+            return
+        if self._may_be(node, info.client_id):
+            self._offers[info.client_id] = _Offer(info, node, client is not None)
+
+    def _refuse(self, node: int, client: int | None, reason: str) -> None:
+        self._refusals.setdefault(node, []).append(reason)
+        self.roster.refusals.append(reason)
+        emit("client-failed", client_id=client, node=node, reason=reason, round=0)
+
+    def _choose(self) -> list[int]:
+        """Those who do not take part yet, first those who come first."""
+        of_node = Counter(offer.node for offer in self._offers.values())
+
+        def order(client: int) -> tuple[bool, int, str, int, int]:
+            node = self._offers[client].node
+            known = self._identities.get(node, Identity())
+            return client not in self._bound, of_node[node], known.registered, node, client
+
+        return sorted(self._offers.keys() - self.roster.infos.keys(), key=order)
+
+    def _accept(self, clients: Sequence[int]) -> None:
+        """Enter these into the roster, as far as `federation.clients` goes; their ids are theirs from now on."""
+        roster, most = self.roster, self._config.federation.clients
+        for client in clients:
+            offer = self._offers[client]
+            if client not in roster.infos and len(roster.infos) >= most:
+                del self._offers[client]
+                self._deny(offer.node, f"client {client} on node {offer.node} stays out: federation.clients = {most}")
+                continue
+            roster.infos[client], roster.nodes[client] = offer.info, offer.node
+            if offer.hosted:
+                roster.hosts.add(offer.node)
+            about = {"rank": offer.info.rank, "num_examples": offer.info.num_examples}
+            key = self._identities.get(offer.node, Identity()).key
+            emit("client-met", client_id=client, node=offer.node, key=key, **about)
+        roster.infos = dict(sorted(roster.infos.items()))
+        bindings.bind({client: self._identities.get(node, Identity()).key for client, node in roster.nodes.items()})
+        self._bound = bindings.known()
+
+    def _may_be(self, node: int, client: int) -> bool:
+        """Whether this node is that client: its key is bound to the id, or else it is the first that says so.
+
+        Another that says so is refused and named, and the run goes on: else one node could stop every run.
+        """
+        mine = self._identities.get(node, Identity())
+        owner, own = self._bound.get(client, ""), sorted(one for one, key in self._bound.items() if key == mine.key)
+        if (owner and owner != mine.key) or (own and client not in own):
+            belongs = "the id belongs to another node's key" if owner else f"its key belongs to client {own[0]}"
+            self._not_that(node, client, f"{belongs} since an earlier run; edit {bindings.where()} to change that")
+            return False
+        holder = self._offers[client].node if client in self._offers else self.roster.nodes.get(client)
+        if holder is None or holder == node:
+            return True
+        theirs = self._identities.get(holder, Identity())
+        if not mine.key and holder not in self._connected:  # without keys, a node that is started again is another
+            return True
+        first = (mine.registered, node) < (theirs.registered, holder) and client not in self.roster.infos
+        winner, loser = (node, holder) if first else (holder, node)
+        self._not_that(loser, client, f"node {winner} is that client already; give each node its own partition-id")
+        return first
+
+    def _not_that(self, node: int, client: int, why: str) -> None:
+        self._deny(node, f"node {node} says that it is client {client}, and is refused: {why}")
+
+    @staticmethod
+    def _deny(node: int, reason: str) -> None:
+        _log.warning("%s", reason)
+        emit("client-failed", client_id=None, node=node, reason=reason, round=0)
+
+
+def _introductions(node: int, reply: Message | None) -> dict[int | None, Answer]:
+    """A node's answers to the server's first question: its only client's, under no id, or one for each it hosts."""
+    answer = of_client.of(reply)
+    if not isinstance(answer, RecordDict) or not parts.is_joined(answer):
+        return {None: answer}
+    try:
+        return {**parts.split(answer, f"node {node}")}
+    except WireError as error:
+        return {None: error}
+
+
+def _same_run(info: ClientInfo, config: Config, who: str) -> ClientInfo:
+    """The client's description, if what every client takes from the run's config is what it has.
+
+    Its rank may be its own, up to what the run allows: ranks decide how much is computed and sent. A pattern is regular
+    expressions that the server evaluates, and a scale multiplies all that the client sends.
+
+    Raises:
+        WireError: it has another pattern, alpha or kind of scaling, or a larger rank than the run allows.
+    """
+    lora = config.lora
+    for key, mine, theirs in (
+        ("lora.rank-pattern", rank_pattern(lora), dict(info.rank_pattern)),
+        ("lora.alpha", lora.alpha, str(info.alpha)),
+        ("lora.rslora", lora.rslora, info.rslora),
+    ):
+        if mine != theirs:
+            raise WireError(f"{who} has another {key} than this run, which goes for every client alike")
+    most = largest_rank(config)
+    if info.rank > most:
+        key = f"federation.max-rank = {most}" if config.federation.max_rank else f"the largest of lora.ranks is {most}"
+        raise WireError(
+            f"{who} has rank {info.rank}, and {key}; lower its own rank, or set federation.max-rank = {info.rank}"
+        )
+    return info

@@ -1,0 +1,1 @@
+"""What stands around a strategy and changes one step of it."""

@@ -1,0 +1,87 @@
+"""How far clients moved, and how far apart they are: norms of factored updates, in fp64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedlora.adapters import AdapterState, LoraFactors, inner, relative_error, stack, without_cores
+from fedlora.exchange import ClientUpdate
+
+from ..base import ServerState, completed
+
+# Below this share of |dW_i|^2 + |dW_j|^2, a difference of fp64 Gram entries has lost half of its digits.
+_CANCELLED = 1e-8
+
+
+def squared_distances(updates: Sequence[ClientUpdate], state: ServerState) -> Tensor:
+    """`|dW_i - dW_j|^2` over all modules and dense tensors, [K, K] in fp64.
+
+    `<dW_i, dW_j>` is the sum over block (i, j) of `(B'B) * (A A')`, B and A being the stacks of all clients. Where the
+    difference `<i, i> + <j, j> - 2 <i, j>` cancels, it is computed again by QR. A factor or a module that a client
+    did not send is the server's.
+    """
+    count = len(updates)
+    total = torch.zeros(count, count, dtype=torch.float64)
+    states, server = [completed(update, state) for update in updates], without_cores(state.adapter)
+    for name in dict.fromkeys(name for each in states for name in each.lora):
+        held = [each.lora[name] if name in each.lora else server.lora[name] for each in states]
+        parts = [LoraFactors(A=f.A.double(), B=f.B.double(), scaling=f.scaling) for f in held]
+        every = stack(parts)
+        owner = torch.repeat_interleave(torch.arange(count), torch.tensor([part.rank for part in parts]))
+        mine = torch.nn.functional.one_hot(owner, count).to(every.A)
+        gram = mine.T @ ((every.B.T @ every.B) * (every.A @ every.A.T)) @ mine
+        gram = (gram + gram.T) / 2
+        sizes = gram.diagonal()[:, None] + gram.diagonal()
+        squares = (sizes - 2 * gram).clamp(min=0.0)
+        for i, j in torch.nonzero((squares < _CANCELLED * sizes).triu(1)).tolist():
+            exact = relative_error({"": parts[i]}, {"": parts[j]}) ** 2 * gram[j, j]
+            squares[i, j] = squares[j, i] = exact
+        total += squares.fill_diagonal_(0.0).cpu()
+    for name in dict.fromkeys(name for each in states for name in each.dense):
+        rows = [(each.dense[name] if name in each.dense else server.dense[name]).double() for each in states]
+        flat = torch.stack(rows).flatten(1)
+        total += torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").square().cpu()
+    return total
+
+
+@dataclass(frozen=True)
+class Move:
+    """A client's way from its start, `factors = start + c (end - start)`: the coefficients of its squared length.
+
+    The effective update moves by `c X + c^2 Y`, with `X = s (B dA + dB A)` and `Y = s dB dA`.
+    """
+
+    xx: float
+    xy: float
+    yy: float
+
+    @classmethod
+    def between(cls, start: AdapterState, update: ClientUpdate) -> Move:
+        xx = xy = yy = 0.0
+        for name, end in update.adapter.lora.items():
+            f = start.lora[name]
+            A, B = f.A.double(), f.B.double()
+            dA = end.A.double() - A if end.A.numel() else torch.zeros_like(A)
+            dB = end.B.double() - B if end.B.numel() else torch.zeros_like(B)
+            x = LoraFactors(A=torch.cat([dA, A]), B=torch.cat([B, dB], dim=1), scaling=f.scaling)
+            y = LoraFactors(A=dA, B=dB, scaling=f.scaling)
+            xx, xy, yy = xx + inner(x, x), xy + inner(x, y), yy + inner(y, y)
+        for name, tensor in update.adapter.dense.items():
+            xx += float((tensor.double() - start.dense[name].double()).square().sum())
+        return cls(xx, xy, yy)
+
+    def norm(self, share: float) -> float:
+        square = share**2 * (self.xx + 2 * share * self.xy + share**2 * self.yy)
+        return math.sqrt(max(square, 0.0))
+
+    def share(self, limit: float) -> float:
+        """A point of the way at this distance from its start, which its end exceeds, by bisection."""
+        low, high = 0.0, 1.0
+        while (middle := (low + high) / 2) not in (low, high):
+            low, high = (middle, high) if self.norm(middle) <= limit else (low, middle)
+        return low

@@ -1,0 +1,231 @@
+"""Robust aggregation: poisoned replies are shrunk, outvoted or dropped before the inner strategy sees them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median_low
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedlora.adapters import AdapterState, LoraFactors, wide
+from fedlora.common.errors import StrategyError
+from fedlora.exchange import ClientInfo, ClientUpdate
+
+from ..base import ServerState, completed
+from ..tools.replies import arrivals
+from .distances import Move, squared_distances
+from .wrapper import Wrapper, innermost
+
+
+@dataclass(frozen=True)
+class Robust(Wrapper):
+    """Filters a round's replies. Clients count alike in every rule; the inner strategy weighs what is left by n_k.
+
+    - "norm-bound": a client that moved farther than `bound` times the median of the clients is drawn back to that
+      distance, along the line of its factors from where they started, and its examples count up to `bound` times
+      their median: what pulls is both. The distance is the Frobenius norm of the change
+      of the effective updates, `|s B_k A_k - s B A|`, over all modules and tensors. Sun et al. 2019, "Can You
+      Really Backdoor Federated Learning?", https://arxiv.org/abs/1911.07963, with a bound relative to the others.
+    - "median", "trimmed-mean": of the clients' factors, entry by entry at the server's scaling, as one reply; the mean
+      is over what is left without the largest and the smallest `trim` of the values, rounded up. Yin et al. 2018,
+      "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", https://arxiv.org/abs/1803.01498,
+      Algorithm 1. Ranks within a module must be equal. Entries depend on the factors' basis: (B M, M^-1 A) is the
+      same update, and another median.
+    - "krum", "multi-krum": a client's score is the sum of its squared distances `|dW_i - dW_j|^2` to the nearest
+      K - f - 2 others; the best one is kept, or the best m, whose mean the inner strategy makes. Blanchard et al.
+      2017, "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", https://arxiv.org/abs/1703.02757.
+      Distances are between effective updates, through Gram matrices in fp64, so unequal ranks and refactored
+      copies compare as what they do; it needs K >= 2 f + 3.
+
+    Memory: the factors of all replies. Cost: O(d (sum r_k)^2) for the distances, O(K d r^2) for the norms.
+
+    Args:
+        inner: a strategy without personal factors; for "median" and "trimmed-mean", without statistics.
+        rule: see above.
+        bound: of "norm-bound", at least 1; 2 leaves honest clients alone, which differ in their data.
+        trim: of "trimmed-mean", in [0, 0.5): the share of poisoned clients that it withstands.
+        byzantine: f of the krum rules, the number of poisoned clients that they withstand.
+        keep: m of "multi-krum"; 0: K - f, as in the paper's experiments.
+    """
+
+    rule: Literal["norm-bound", "median", "trimmed-mean", "krum", "multi-krum"] = "norm-bound"
+    bound: float = 2.0
+    trim: float = 0.2
+    byzantine: int = 1
+    keep: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(innermost(self.inner)).__name__
+        if self.inner.personal:
+            raise StrategyError(
+                f"strategy.robust = {self.rule} compares whole updates, and {name} leaves "
+                f"{' and '.join(sorted(self.inner.personal))} on the clients; set strategy.robust = none"
+            )
+        if self._by_entry and self.inner.statistics:
+            raise StrategyError(
+                f"strategy.robust = {self.rule} compares entries, and {name}'s statistics have a basis for each "
+                "client; set strategy.robust = norm-bound, krum or multi-krum"
+            )
+        for option, value, good, expected in (
+            ("bound", self.bound, 1 <= self.bound < float("inf"), "a number of at least 1"),
+            ("trim", self.trim, 0 <= self.trim < 0.5, "0 or more, below 0.5"),
+            ("byzantine", self.byzantine, self.byzantine >= 0, "0 or more"),
+            ("keep", self.keep, self.keep >= 0, "0 (K - f) or more"),
+        ):
+            if not good:
+                raise StrategyError(f"strategy.robust-{option} = {value}, expected {expected}")
+
+    @property
+    def linear(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return False
+
+    @property
+    def unequal_ranks(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.unequal_ranks and not self._by_entry
+
+    @property
+    def _by_entry(self) -> bool:
+        return self.rule in ("median", "trimmed-mean")
+
+    def check(self, clients: Sequence[ClientInfo]) -> None:
+        """Raises StrategyError if the inner strategy or the rule cannot serve these clients, or so few."""
+        super().check(clients)
+        if self._by_entry and len({(c.rank, tuple(c.rank_pattern.items())) for c in clients}) > 1:
+            raise self._unequal("the clients", [client.rank for client in clients])
+        self._enough(len(clients), "the run")
+
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+        """What the inner strategy makes of the replies that the rule lets through.
+
+        Raises:
+            StrategyError: too few replies for the rule, or unequal ranks under a rule of entries.
+        """
+        held = sorted(arrivals(updates, round), key=lambda update: update.client_id)
+        self._enough(len(held), f"round {round}")
+        if self.rule == "norm-bound":
+            held = self._bounded(held, state, round)
+        elif self._by_entry:
+            held = [self._middle(held, state)]
+        else:
+            held = [held[i] for i in self._nearest(squared_distances(held, state))]
+        return self.inner.aggregate(state, held, round)
+
+    def _bounded(self, updates: Sequence[ClientUpdate], state: ServerState, round: int) -> list[ClientUpdate]:
+        """Each reply, or where it would have been on its way at the largest distance allowed."""
+        starts = [self._start(update, state, round) for update in updates]
+        moves = [Move.between(*pair) for pair in zip(starts, updates, strict=True)]
+        limit = self.bound * median_low(move.norm(1.0) for move in moves)
+        most = int(self.bound * median_low(update.num_examples for update in updates))
+        updates = [replace(update, num_examples=min(update.num_examples, most)) for update in updates]
+        return [
+            update if move.norm(1.0) <= limit else _drawn_back(update, start, move.share(limit))
+            for update, start, move in zip(updates, starts, moves, strict=True)
+        ]
+
+    def _start(self, update: ClientUpdate, state: ServerState, round: int) -> AdapterState:
+        """What this client was sent; methods are pure, so asking again gives the same."""
+        client = _AsReplied(
+            client_id=update.client_id,
+            rank=1,
+            num_examples=update.num_examples,
+            known_base_version=state.folds.version,
+            factors={**state.adapter.lora, **completed(update, state).lora},
+        )
+        return self.inner.broadcast(state, client, round).adapter
+
+    def _middle(self, updates: Sequence[ClientUpdate], state: ServerState) -> ClientUpdate:
+        """The median or trimmed mean of all replies, as the reply of one client that stands for them."""
+        lora: dict[str, LoraFactors] = {}
+        for name in dict.fromkeys(name for update in updates for name in update.adapter.lora):
+            parts = [update.adapter.lora[name] for update in updates if name in update.adapter.lora]
+            ranks = [part.A.shape[0] or part.B.shape[-1] for part in parts]
+            if len(set(ranks)) > 1:
+                raise self._unequal(name, ranks)
+            s = state.adapter.lora[name].scaling if name in state.adapter.lora else parts[0].scaling
+            A = self._middle_of([(part.scaling / s) * wide(part.A) for part in parts], name)
+            lora[name] = LoraFactors(A=A, B=self._middle_of([wide(part.B) for part in parts], name), scaling=s)
+        dense: dict[str, Tensor] = {}
+        for name in dict.fromkeys(name for update in updates for name in update.adapter.dense):
+            tensors = [wide(update.adapter.dense[name]) for update in updates if name in update.adapter.dense]
+            dense[name] = self._middle_of(tensors, name)
+        examples = sum(update.num_examples for update in updates)
+        return replace(updates[0], adapter=AdapterState(lora=lora, dense=dense), num_examples=examples, metrics={})
+
+    def _middle_of(self, tensors: Sequence[Tensor], where: str) -> Tensor:
+        """Entry by entry, the mean of the values in the middle."""
+        count = len(tensors)
+        self._enough(count, where)
+        shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+        if len(shapes) > 1:
+            raise StrategyError(
+                f"{where}: clients sent shapes {shapes}, and strategy.robust = {self.rule} compares entries; "
+                "every client must train the same modules of the same base model"
+            )
+        dropped = (count - 1) // 2 if self.rule == "median" else _trimmed(self.trim, count)
+        return torch.stack(list(tensors)).sort(dim=0).values[dropped : count - dropped].mean(dim=0)
+
+    def _nearest(self, distances: Tensor) -> list[int]:
+        """The indices of the clients with the lowest scores, ascending; of equal ones, the lower ids."""
+        count = len(distances)
+        others = distances.masked_fill(torch.eye(count, dtype=torch.bool), float("inf"))
+        scores = others.sort(dim=1).values[:, : count - self.byzantine - 2].sum(dim=1).tolist()
+        wanted = 1 if self.rule == "krum" else self.keep or count - self.byzantine
+        return sorted(sorted(range(count), key=scores.__getitem__)[:wanted])
+
+    def _enough(self, count: int, where: str) -> None:
+        if self.rule == "trimmed-mean" and 2 * _trimmed(self.trim, count) >= count:
+            raise StrategyError(
+                f"{where}: strategy.robust = trimmed-mean with strategy.robust-trim = {self.trim} drops "
+                f"{2 * _trimmed(self.trim, count)} values of {count} clients; sample more clients, or trim less"
+            )
+        if self.rule in ("krum", "multi-krum"):
+            least = max(2 * self.byzantine + 3, self.keep + self.byzantine if self.rule == "multi-krum" else 0)
+            if count < least:
+                raise StrategyError(
+                    f"{where}: strategy.robust = {self.rule} with strategy.robust-byzantine = {self.byzantine}"
+                    f"{f' and strategy.robust-keep = {self.keep}' if self.keep else ''} needs {least} clients, "
+                    f"got {count}; sample more clients, or lower these"
+                )
+
+    def _unequal(self, where: str, ranks: Sequence[int]) -> StrategyError:
+        return StrategyError(
+            f"{where}: strategy.robust = {self.rule} compares factors entry by entry and needs one rank, got ranks "
+            f"{', '.join(map(str, ranks[:10]))}; set strategy.robust = norm-bound, krum or multi-krum"
+        )
+
+
+@dataclass(frozen=True)
+class _AsReplied(ClientInfo):
+    """A client as its reply shows it: the ranks and scalings of its factors, module by module."""
+
+    factors: Mapping[str, LoraFactors] = field(default_factory=dict)
+
+    def rank_of(self, module: str) -> int:
+        return self.factors[module].rank
+
+    def scaling_of(self, module: str) -> float:
+        return self.factors[module].scaling
+
+
+def _drawn_back(update: ClientUpdate, start: AdapterState, share: float) -> ClientUpdate:
+    """The reply with what it sent at `start + share (end - start)`."""
+
+    def point(begin: Tensor, end: Tensor) -> Tensor:
+        return torch.lerp(wide(begin), wide(end), share) if end.numel() else end
+
+    lora = {
+        name: replace(end, A=point(start.lora[name].A, end.A), B=point(start.lora[name].B, end.B))
+        for name, end in update.adapter.lora.items()
+    }
+    dense = {name: point(start.dense[name], end) for name, end in update.adapter.dense.items()}
+    return replace(update, adapter=AdapterState(lora=lora, dense=dense))
+
+
+def _trimmed(trim: float, count: int) -> int:
+    """How many values are dropped at either end; rounded up, so that a few clients are protected as well."""
+    return math.ceil(trim * count - 1e-9)

@@ -1,0 +1,67 @@
+"""A client that missed rounds ends with the bits of one that did not."""
+
+from contextlib import suppress
+
+import pytest
+import torch
+
+from fedlora.adapters import AdapterState, LoraFactors, concatenate
+from fedlora.adapters.folds import Folds
+from fedlora.clients.node.held_folds import StaleBase, bring_up
+from fedlora.exchange import Broadcast
+
+
+def fold(seed: int, rank: int = 3) -> AdapterState:
+    g = torch.Generator().manual_seed(seed)
+    return AdapterState(
+        lora={"q": LoraFactors(torch.randn(rank, 8, generator=g), torch.randn(10, rank, generator=g), 1.0)}
+    )
+
+
+def broadcast(folds: Folds, known: int) -> Broadcast:
+    folds_from, parts = folds.since(known)
+    return Broadcast(round=1, adapter=AdapterState(), base_version=folds.version, folds=parts, folds_from=folds_from)
+
+
+@pytest.mark.parametrize("max_rank", [0, 5])
+def test_late_restarted_and_faithful_clients_hold_the_same_bits(max_rank):
+    """With rank 3 a round, min(d) = 8 and a limit of 5, compaction happens along the way."""
+    folds = Folds()
+    faithful, late, restarted = 1, 2, 3  # run ids, so that the three hold nothing in common
+    known_late = 0
+    for number in range(6):
+        known_faithful = folds.version
+        folds = folds.push(fold(number), max_rank)
+        always = concatenate(bring_up(faithful, broadcast(folds, known_faithful)))
+        if number % 2:
+            sometimes = concatenate(bring_up(late, broadcast(folds, known_late)))
+            known_late = folds.version
+            anew = concatenate(bring_up(restarted + number, broadcast(folds, 0)))
+            for other in (sometimes, anew):
+                assert torch.equal(always.lora["q"].A, other.lora["q"].A)
+                assert torch.equal(always.lora["q"].B, other.lora["q"].B)
+    assert folds.version == 6
+
+
+def test_folds_that_continue_an_unknown_version_are_refused():
+    with pytest.raises(StaleBase, match="base version 3 is not held"):
+        bring_up(99, Broadcast(round=5, adapter=AdapterState(), base_version=4, folds=(fold(0),), folds_from=3))
+
+
+def test_an_untouched_base_needs_nothing():
+    assert bring_up(98, Broadcast(round=1, adapter=AdapterState())) == ()
+
+
+def test_versions_that_no_broadcast_can_continue_are_let_go():
+    """Compacted or replaced: what a client holds does not grow with the rounds."""
+    folds, held = Folds(), []
+    for number in range(12):
+        folds = folds.push(fold(number), 5)
+        held.append(bring_up(97, broadcast(folds, folds.version - 1)))
+    refused = 0
+    for version in range(1, 12):
+        with suppress(StaleBase):
+            bring_up(97, Broadcast(1, AdapterState(), base_version=12, folds=(fold(0),), folds_from=version))
+            continue
+        refused += 1
+    assert refused >= 9

@@ -1,0 +1,224 @@
+"""Local training against a plain loop, and the rules of schedule, accumulation and FedProx."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fedlora.adapters import AdapterState, initial
+from fedlora.clients.optimizers import standard
+from fedlora.clients.training import trainer
+from fedlora.common.errors import AdapterError, ConfigError
+from fedlora.config import LoraConfig, ModelConfig, TrainConfig
+from fedlora.data import Example, batch_at
+from fedlora.models import adapted
+
+LORA = LoraConfig(target_modules="q_proj,down_proj")
+CONFIG = TrainConfig(steps=4, batch_size=2, lr=1e-2, schedule="constant", warmup_fraction=0.0, clip=0.0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_workbench():
+    yield
+    adapted.forget()
+
+
+def examples(count: int = 9, seed: int = 0) -> list[Example]:
+    g = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        length = int(torch.randint(5, 12, (1,), generator=g))
+        ids = torch.randint(5, 200, (length,), generator=g).tolist()
+        made.append(Example(ids, [-100] * 3 + ids[3:]))
+    return made
+
+
+def bench_and_start(folder):
+    config = ModelConfig(name=str(folder), quantization="none", device="cpu")
+    bench = adapted.workbench(config, LORA)
+    shapes = adapted.shapes(config, LORA)
+    start = initial(shapes.lora, lambda name: 3, lambda name: 2.0, torch.Generator().manual_seed(0))
+    return bench, start
+
+
+def train(bench, start, config=CONFIG, trainable=("A", "B"), round=1, rounds=2, data=None, **keywords):
+    parameters = adapted.install(bench, start, trainable)
+    adapted.install_anchor(bench, ())
+    result = trainer.train(
+        bench.model, parameters, data or examples(), config, pad_id=3, round=round, rounds=rounds, seed=5, **keywords
+    )
+    return result, adapted.read(bench)
+
+
+def distance(left: AdapterState, right: AdapterState) -> float:
+    return max(
+        max(float((f.A - right.lora[n].A).norm()), float((f.B - right.lora[n].B).norm())) for n, f in left.lora.items()
+    )
+
+
+def test_it_is_a_plain_adamw_loop(tiny_llama):
+    bench, start = bench_and_start(tiny_llama)
+    result, got = train(bench, start)
+
+    parameters = adapted.install(bench, start, ("A", "B"))
+    optimizer = torch.optim.AdamW(parameters, lr=CONFIG.lr, weight_decay=0.0, foreach=False)
+    data, losses = examples(), []
+    bench.model.train()
+    for step in range(4):
+        sequences = [data[i] for i in batch_at(len(data), 2, step, 5)]
+        total, count = torch.zeros(()), 0
+        for example in sequences:  # one by one: no padding at all
+            ids, labels = torch.tensor([example.input_ids]), torch.tensor(example.labels)
+            logits = bench.model(input_ids=ids).logits[0]
+            for position in range(len(labels) - 1):
+                if labels[position + 1] != -100:
+                    total = total + F.cross_entropy(logits[position], labels[position + 1])
+                    count += 1
+        loss = total / count
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert distance(got, adapted.read(bench)) < 1e-4
+    assert result.loss == pytest.approx(sum(losses) / 4, rel=1e-4)
+    assert result.last_loss == pytest.approx(losses[-1], rel=1e-4)
+    assert result.steps == 4
+    used = [data[i] for step in range(4) for i in batch_at(len(data), 2, step, 5)]
+    assert result.tokens == sum(len(example.input_ids) for example in used)
+
+
+def test_accumulation_is_one_large_batch(tiny_llama):
+    bench, start = bench_and_start(tiny_llama)
+    sgd = replace(CONFIG, optimizer="sgd", steps=3)
+    _, large = train(bench, start, replace(sgd, batch_size=4))
+    _, parts = train(bench, start, replace(sgd, batch_size=2, accumulate=2))
+    assert distance(large, start) > 1e-3
+    assert distance(large, parts) < 1e-5
+
+
+def test_rounds_continue_through_the_data_and_the_schedule(tiny_llama):
+    bench, start = bench_and_start(tiny_llama)
+    sgd = replace(CONFIG, optimizer="sgd", schedule="cosine", warmup_fraction=0.25, steps=3)
+    _, middle = train(bench, start, sgd, round=1, rounds=2)
+    _, two_rounds = train(bench, middle, sgd, round=2, rounds=2)
+    _, at_once = train(bench, start, replace(sgd, steps=6), round=1, rounds=1)
+    assert distance(two_rounds, at_once) < 1e-6
+
+
+def test_the_same_seed_gives_the_same_bits_even_with_dropout(tiny_llama):
+    lora = replace(LORA, dropout=0.3)
+    config = ModelConfig(name=str(tiny_llama), quantization="none", device="cpu")
+    bench = adapted.workbench(config, lora)
+    _, start = bench_and_start(tiny_llama)
+    bench = adapted.workbench(config, lora)
+    (_, one), (_, two) = train(bench, start), train(bench, start)
+    assert distance(one, two) == 0.0
+
+
+def test_a_frozen_factor_stays_as_it_was(tiny_llama):
+    bench, start = bench_and_start(tiny_llama)
+    base = {name: layer.get_base_layer().weight.clone() for name, layer in bench.layers.items()}
+    _, got = train(bench, start, trainable=("B",))
+    for name, factors in got.lora.items():
+        assert torch.equal(factors.A, start.lora[name].A)
+        assert not torch.equal(factors.B, start.lora[name].B)
+        assert torch.equal(bench.layers[name].get_base_layer().weight, base[name])
+
+
+def test_clipping_bounds_the_step(tiny_llama):
+    bench, start = bench_and_start(tiny_llama)
+    sgd = replace(CONFIG, optimizer="sgd", lr=1.0, steps=1, clip=1e-3)
+    _, got = train(bench, start, sgd)
+    moved = sum(
+        float((f.A - start.lora[n].A).norm() ** 2 + (f.B - start.lora[n].B).norm() ** 2) for n, f in got.lora.items()
+    )
+    assert math.sqrt(moved) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_proximal_term_has_fedproxs_gradient():
+    g = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(3, 4, generator=g)) for _ in range(2)]
+    start = [torch.randn(3, 4, generator=g) for _ in range(2)]
+    loss = sum((p**3).sum() for p in parameters)
+    loss.backward()
+    trainer.add_proximal(parameters, start, 0.7)
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+    full = sum((p**3).sum() for p in copies) + 0.35 * sum(
+        ((p - s) ** 2).sum() for p, s in zip(copies, start, strict=True)
+    )
+    full.backward()
+    for ours, reference in zip(parameters, copies, strict=True):
+        torch.testing.assert_close(ours.grad, reference.grad)
+
+
+def test_a_strong_proximal_term_holds_the_client_back(tiny_llama):
+    bench, start = bench_and_start(tiny_llama)
+    sgd = replace(CONFIG, optimizer="sgd", lr=0.05, steps=6)
+    _, free = train(bench, start, sgd)
+    _, held = train(bench, start, replace(sgd, prox_mu=10.0))
+    assert distance(held, start) < 0.7 * distance(free, start)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_the_schedule_warms_up_and_comes_down(schedule):
+    config = TrainConfig(schedule=schedule, warmup_fraction=0.1)
+    factors = [trainer.lr_factor(config, step, 100) for step in range(100)]
+    assert factors[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert max(factors) == pytest.approx(1.0)
+    assert all(f > 0 for f in factors)
+    if schedule != "constant":
+        assert factors[9:] == sorted(factors[9:], reverse=True)
+        assert factors[-1] < 0.02
+
+
+def test_epochs_count_passes_over_the_data():
+    config = TrainConfig(steps=0, epochs=2.0, batch_size=4, accumulate=2)
+    assert trainer.steps_per_round(config, 33) == 9
+    assert trainer.steps_per_round(replace(config, steps=5), 33) == 5
+    assert trainer.steps_per_round(config, 1) == 1
+
+
+def test_divergence_is_an_error_that_says_what_to_do(tiny_llama):
+    bench, start = bench_and_start(tiny_llama)
+    name = next(iter(start.lora))
+    lost = {name: replace(start.lora[name], B=torch.full_like(start.lora[name].B, float("nan")))}
+    with pytest.raises(
+        AdapterError, match=r"loss nan at step 1 of round 1, before anything was trained: the adapter that"
+    ):
+        train(bench, AdapterState(lora={**start.lora, **lost}))
+
+
+def test_progress_is_told_step_by_step(tiny_llama):
+    bench, start = bench_and_start(tiny_llama)
+    seen = []
+    train(bench, start, on_step=lambda step, steps, loss: seen.append((step, steps, loss > 0)))
+    assert seen == [(1, 4, True), (2, 4, True), (3, 4, True), (4, 4, True)]
+
+
+@pytest.mark.parametrize("name", ["adamw-8bit", "paged-adamw", "paged-adamw-8bit"])
+def test_gpu_optimizers_refuse_a_cpu(name):
+    with pytest.raises(ConfigError, match=rf"train.optimizer = '{name}' needs a CUDA GPU, the model is on cpu"):
+        standard.make(TrainConfig(optimizer=name), [torch.nn.Parameter(torch.zeros(2))])
+
+
+def test_the_tail_penalty_is_the_gradient_of_its_term():
+    g = torch.Generator().manual_seed(0)
+    factors = [(torch.randn(r, 6, generator=g), torch.randn(5, r, generator=g)) for r in (4, 3, 1)]
+    mine = [tuple(torch.nn.Parameter(t.clone()) for t in pair) for pair in factors]
+    theirs = [tuple(torch.nn.Parameter(t.clone()) for t in pair) for pair in factors]
+    for pair in mine:
+        for parameter in pair:
+            parameter.grad = torch.zeros_like(parameter)
+    trainer.add_tail_penalty([(a, b) for a, b in mine], 0.5, 0.3)
+    term = sum(0.3 * b[:, k:].norm() * a[k:].norm() for (a, b), k in zip(theirs, (2, 2, 1), strict=True))
+    term.backward()
+    for (a, b), (x, y) in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a.grad, x.grad)
+        torch.testing.assert_close(b.grad, y.grad)
+    zero = [(torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.zeros(3, 2)))]
+    for parameter in zero[0]:
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.add_tail_penalty(zero, 0.5, 1.0)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in zero[0])

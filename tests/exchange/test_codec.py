@@ -1,0 +1,109 @@
+"""Number formats: what comes back, how far it is off, and error feedback."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedlora.adapters import AdapterState, LoraFactors
+from fedlora.exchange import codec
+
+some = settings(max_examples=50, deadline=None)
+
+
+def state(seed: int, rank: int = 3, size: float = 1.0) -> AdapterState:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return size * torch.randn(*shape, generator=generator)
+
+    return AdapterState(
+        lora={"m": LoraFactors(normal(rank, 7), normal(5, rank), 2.0), "n": LoraFactors(normal(1, 4), normal(4, 1), 1)},
+        dense={"head.weight": normal(2, 3), "head.bias": normal(2)},
+    )
+
+
+@some
+@given(rows=st.integers(1, 5), width=st.integers(1, 9), seed=st.integers(0, 99), largest=st.sampled_from([7, 127]))
+def test_codes_are_the_nearest_and_the_error_is_half_a_step(rows: int, width: int, seed: int, largest: int) -> None:
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    codes, scales = codec.code(x, largest)
+    assert codes.dtype == torch.int8
+    assert int(codes.abs().max()) == largest
+    for row in range(rows):
+        step = max(abs(float(v)) for v in x[row]) / largest
+        assert float(scales[row]) == pytest.approx(step, rel=1e-6)
+        for column in range(width):
+            assert abs(float(codes[row, column]) * step - float(x[row, column])) <= 0.5001 * step
+
+
+def test_a_row_of_zeros_stays_zero_and_no_row_spoils_another() -> None:
+    x = torch.tensor([[0.0, 0.0], [1e-6, -1e-6], [1e6, 3.0]])
+    codes, scales = codec.code(x, 127)
+    back = codes * scales[:, None]
+    assert torch.equal(back[0], torch.zeros(2))
+    torch.testing.assert_close(back[1], x[1])
+
+
+@some
+@given(values=st.lists(st.lists(st.integers(-7, 7), min_size=3, max_size=3), min_size=1, max_size=4), cut=st.booleans())
+def test_unpack_reverses_pack(values: list[list[int]], cut: bool) -> None:
+    codes = torch.tensor(values, dtype=torch.int8)[:, : 2 if cut else 3]
+    packed = codec.pack(codes)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (len(values), (codes.shape[1] + 1) // 2)
+    assert torch.equal(codec.unpack(packed, codes.shape[1]), codes)
+
+
+@pytest.mark.parametrize(
+    ("name", "bound"), [("fp32", 0.0), ("fp16", 1e-3), ("bf16", 8e-3), ("int8", 8e-3), ("int4", 0.15)]
+)
+def test_what_is_read_is_near_to_what_was_sent(name: str, bound: float) -> None:
+    sent = state(0)
+    read = codec.through(sent, name)
+    for module, factors in sent.lora.items():
+        assert read.lora[module].scaling == factors.scaling
+        for left, right in ((read.lora[module].A, factors.A), (read.lora[module].B, factors.B)):
+            assert left.shape == right.shape
+            assert float((left - right).norm()) <= bound * float(right.norm())
+    for key, tensor in sent.dense.items():
+        assert read.dense[key].shape == tensor.shape
+        assert float((read.dense[key] - tensor).norm()) <= bound * float(tensor.norm())
+
+
+def test_a_rank_has_a_scale_of_its_own_in_both_factors() -> None:
+    """Row j of A and column j of B: a client with one strong component does not flatten its others."""
+    scale = torch.tensor([1e4, 1.0, 1e-4])
+    f = LoraFactors(scale[:, None] * torch.randn(3, 40), torch.randn(30, 3) * scale, 1.0)
+    read = codec.through(AdapterState(lora={"m": f}), "int8").lora["m"]
+    for j in range(3):
+        assert float((read.A[j] - f.A[j]).norm()) < 0.01 * float(f.A[j].norm())
+        assert float((read.B[:, j] - f.B[:, j]).norm()) < 0.01 * float(f.B[:, j].norm())
+
+
+def test_sum_and_difference_keep_empty_factors_and_scalings() -> None:
+    left, right = state(1), state(2)
+    only_b = AdapterState(lora={"m": LoraFactors(torch.empty(0, 0), left.lora["m"].B, 2.0)}, dense=left.dense)
+    got = codec.sum_of(codec.difference(only_b, right), right)
+    assert got.lora.keys() == {"m"}
+    assert got.lora["m"].A.numel() == 0
+    assert got.lora["m"].scaling == 2.0
+    torch.testing.assert_close(got.lora["m"].B, left.lora["m"].B)
+    torch.testing.assert_close(got.dense["head.bias"], left.dense["head.bias"])
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8", "int4"])
+def test_error_feedback_makes_up_for_what_was_left_out(name: str) -> None:
+    """The sum of what was read stays within one reply's error of the sum of what was meant."""
+    meant, read, left = state(0, size=0.0), state(0, size=0.0), state(0, size=0.0)
+    for round in range(30):
+        step = state(round, size=0.1)
+        meant = codec.sum_of(meant, step)
+        wanted = codec.sum_of(step, left)
+        arrived = codec.through(wanted, name)
+        left, read = codec.difference(wanted, arrived), codec.sum_of(read, arrived)
+    for module, factors in meant.lora.items():
+        torch.testing.assert_close(read.lora[module].A + left.lora[module].A, factors.A, rtol=1e-4, atol=1e-5)
+        assert float((read.lora[module].A - factors.A).norm()) < 0.1 * float(factors.A.norm())

@@ -1,0 +1,83 @@
+"""Losses whose logits are never whole, against those of whole logits."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from fedlora.adapters import initial
+from fedlora.config import LoraConfig, ModelConfig
+from fedlora.data import Example, collate
+from fedlora.models import adapted
+from fedlora.tasks import losses
+from fedlora.tasks.predict import labelled_logits
+
+
+@pytest.fixture
+def trained(tiny_llama):
+    """A model with a rank-3 adapter, and the adapter's parameters."""
+    lora = LoraConfig(target_modules="q_proj,v_proj")
+    bench = adapted.workbench(ModelConfig(name=str(tiny_llama), quantization="none", device="cpu"), lora)
+    g = torch.Generator().manual_seed(0)
+    start = initial(adapted.shapes(bench.config, lora).lora, lambda name: 3, lambda name: 1.0, g)
+    yield bench.model, adapted.install(bench, start, "AB")
+    adapted.forget()
+
+
+def batch(count: int = 5):
+    g = torch.Generator().manual_seed(1)
+    made = []
+    for index in range(count):
+        ids = torch.randint(5, 200, (5 + 2 * index,), generator=g).tolist()
+        made.append(Example(ids, [-100] * index + ids[index:]))
+    return collate(made, 3)
+
+
+def gradients(loss: torch.Tensor, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, parameters))
+
+
+@pytest.mark.parametrize("at_once", [1, 300, 2**23])
+def test_losses_and_gradients_are_those_of_whole_logits(trained, monkeypatch, at_once):
+    model, parameters = trained
+    monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", at_once)
+    assert losses._plain[model]
+    logits, targets, rows = labelled_logits(model, batch())
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    got, same_rows = losses.each_loss(model, batch())
+    assert torch.equal(rows, same_rows)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    weights = torch.linspace(0.1, 2.0, len(got))  # each loss has its own weight in a cohort
+    for one, two in zip(
+        gradients((got * weights).sum(), parameters), gradients((expected * weights).sum(), parameters), strict=True
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    assert float(losses.token_loss(model, batch()).detach()) == pytest.approx(float(expected.detach().mean()), rel=1e-5)
+
+
+def test_without_a_gradient_to_take_it_is_the_same_loss(trained):
+    model, _ = trained
+    with torch.no_grad():
+        one = losses.token_loss(model, batch())
+    assert float(one.detach()) == pytest.approx(float(losses.token_loss(model, batch()).detach()), rel=1e-6)
+
+
+def test_a_model_that_does_more_to_its_logits_is_found_out():
+    torch.manual_seed(0)
+    shape = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
+    config = Gemma2Config(num_attention_heads=4, num_key_value_heads=2, final_logit_softcapping=0.5, **shape)
+    model = Gemma2ForCausalLM(config).requires_grad_(False).eval()
+    losses.look_at(model)
+    assert losses._plain[model] is False
+    expected = float(model(**batch()).loss.detach())
+    assert float(losses.token_loss(model, batch()).detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_model_that_nobody_looked_at_or_whose_output_is_trained_takes_the_whole_logits():
+    model = torch.nn.Linear(2, 2)
+    assert losses._plain.get(model) is None
+    torch.manual_seed(0)
+    config = Gemma2Config(vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=8)
+    trained = Gemma2ForCausalLM(config)
+    losses.look_at(trained)
+    assert trained not in losses._plain
