@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from fedlora.config import Scalar, parse
-from fedlora.results import folder_of, resumed
-from fedlora.simulations import flower, local
+from fedlora.results.record import folder_of, resumed
+from fedlora.simulations.engines import flower, local
 from fedlora.strategies import load
 from fedlora.strategies.registry import NAMES, check_ranks
 from tests.federation import tiny, write_labels
