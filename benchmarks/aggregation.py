@@ -101,7 +101,7 @@ def replies(
             return moved if part in upload else torch.empty(0)
 
         lora = {n: LoraFactors(trained(f.A, "A"), trained(f.B, "B"), f.scaling) for n, f in sent.adapter.lora.items()}
-        dense = {n: tensor + 0.02 for n, tensor in sent.adapter.dense.items()}
+        dense = {n: tensor + 0.02 for n, tensor in sent.adapter.tensors.items()}
         yield ClientUpdate(client.client_id, AdapterState(lora, dense), client.num_examples, sent.base_version)
 
 
@@ -110,7 +110,7 @@ def tensors(updates: Sequence[ClientUpdate]) -> list[Tensor]:
     found: list[Tensor] = []
     for update in updates:
         found += [t for f in update.adapter.lora.values() for t in (f.A, f.B) if t.numel()]
-        found += update.adapter.dense.values()
+        found += update.adapter.tensors.values()
     return found
 
 

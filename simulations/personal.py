@@ -29,4 +29,4 @@ def model(strategy: Strategy, state: ServerState, client: ClientInfo, folder: Pa
         return None
     sent = strategy.broadcast(state, client, _AFTER)
     own = own_state.with_own(sent, folder)
-    return AdapterState(lora=concatenate((*sent.folds, AdapterState(lora=own.lora))).lora, dense=own.dense)
+    return AdapterState(lora=concatenate((*sent.folds, AdapterState(lora=own.lora))).lora, tensors=own.tensors)

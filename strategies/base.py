@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 
-from fedlora.adapters import CORE, AdapterState, LoraFactors, first_ranks, pad, without_cores
+from fedlora.adapters import AdapterState, LoraFactors, first_ranks, pad
 from fedlora.adapters.folds import Folds, concatenate
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
@@ -108,7 +108,7 @@ def sliced(factors: LoraFactors, client: ClientInfo, module: str) -> LoraFactors
 def sliced_adapter(adapter: AdapterState, client: ClientInfo) -> AdapterState:
     """`sliced` for every module, and the dense tensors whole."""
     return AdapterState(
-        lora={name: sliced(factors, client, name) for name, factors in adapter.lora.items()}, dense=adapter.dense
+        lora={name: sliced(factors, client, name) for name, factors in adapter.lora.items()}, tensors=adapter.tensors
     )
 
 
@@ -126,22 +126,27 @@ def regrown(factors: LoraFactors, before: LoraFactors) -> LoraFactors:
 
 
 def completed(update: ClientUpdate, state: ServerState) -> AdapterState:
-    """The factors that a client ended with: one that it did not send is the server's, cut to its rank; cores are in A.
+    """The factors that a client ended with: one that it did not send is the server's, cut to its rank.
 
     Args:
         update: a reply of the round that started from `state`.
         state: not of a strategy with personal factors, which the server does not know.
     """
     lora: dict[str, LoraFactors] = {}
-    for name, factors in update.adapter.lora.items():
-        has_a, has_b = factors.A.numel() > 0, factors.B.numel() > 0
-        if has_a and has_b:
-            lora[name] = factors
+    for name, f in update.adapter.lora.items():
+        if f.A.numel() and f.B.numel():
+            lora[name] = f
             continue
-        trained = factors.A if has_a else factors.B.T if has_b else update.adapter.dense[name + CORE]
-        sent = first_ranks(state.adapter.lora[name], len(trained), factors.scaling)
-        lora[name] = replace(sent, A=factors.A) if has_a else replace(sent, B=factors.B) if has_b else sent
-    return without_cores(AdapterState(lora=lora, dense=update.adapter.dense))
+        sent = {"A": f.A, "B": f.B.T, "R": f.R}
+        rank = next(len(factor) for factor in sent.values() if factor is not None and factor.numel())
+        server = first_ranks(state.adapter.lora[name], rank, f.scaling)
+        lora[name] = LoraFactors(
+            A=f.A if f.A.numel() else server.A,
+            B=f.B if f.B.numel() else server.B,
+            scaling=f.scaling,
+            R=server.R if f.R is None else f.R,
+        )
+    return AdapterState(lora=lora, tensors=update.adapter.tensors)
 
 
 def total(state: ServerState) -> AdapterState:
@@ -152,4 +157,4 @@ def total(state: ServerState) -> AdapterState:
     folded = {name for part in state.folds.parts for name in part.lora}
     current = {name: f for name, f in state.adapter.lora.items() if name not in folded or bool(f.B.any())}
     lora = concatenate((*state.folds.parts, AdapterState(lora=current))).lora
-    return AdapterState(lora=lora, dense=state.adapter.dense)
+    return AdapterState(lora=lora, tensors=state.adapter.tensors)

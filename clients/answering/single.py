@@ -19,7 +19,7 @@ from flwr.app import Context, Error, RecordDict
 from flwr.common.constant import ErrorCode
 
 from fedlora import config as configuration
-from fedlora.adapters import AdapterState, not_finite, only
+from fedlora.adapters import AdapterState, keep_factors, not_finite
 from fedlora.common.assets import cache_dir
 from fedlora.common.errors import ConfigError, DataError, DivergedError, FedLoraError
 from fedlora.common.events import emit
@@ -234,7 +234,7 @@ def _gradient(
         pad_id=bench.base.pad_id,
         seed=trainer.hash_seed(config.run.seed, client_id),
     )
-    return AdapterState(lora=lora, dense=broadcast.adapter.dense), result
+    return AdapterState(lora=lora, tensors=broadcast.adapter.tensors), result
 
 
 def evaluate(content: RecordDict, context: Context) -> RecordDict:
@@ -287,7 +287,7 @@ def folds_beside(work: Work) -> tuple[AdapterState, ...]:
 
 
 def _personal_part(adapter: AdapterState, personal: frozenset[str]) -> AdapterState:
-    return AdapterState(lora=only(adapter, personal).lora)
+    return AdapterState(lora=keep_factors(adapter, personal).lora)
 
 
 def _check_finite(adapter: AdapterState, round: int) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 from torch import Tensor
 from torch.profiler import record_function
 
-from fedlora.adapters import AdapterState, LoraFactors, filled, only, relative_error, without_cores
+from fedlora.adapters import AdapterState, fill_missing, keep_factors, map_tensors, relative_error
+from fedlora.adapters.state import difference, sum_of
 from fedlora.exchange import Broadcast
-from fedlora.exchange.codec import difference, sum_of, through
+from fedlora.exchange.codec import through
 
 from ..node import own_state
 
@@ -39,7 +40,7 @@ def coded(
         return adapter, 0.0
     with record_function("fedlora/codec"):
         start = broadcast.adapter
-        wanted = difference(only(adapter, broadcast.upload), start)
+        wanted = difference(keep_factors(adapter, broadcast.upload), start)
         steady = broadcast.steady and broadcast.task == "train"
         kept = own_state.load(folder, _KIND, broadcast.round) if steady else None
         if kept is not None:
@@ -48,19 +49,17 @@ def coded(
         if steady:
             left = difference(wanted, arrived)
             # factors that are not sent this time keep what they left out before
-            own_state.save(folder, _KIND, left if kept is None else filled(left, kept), broadcast.round, keep=keep)
-        received = filled(sum_of(arrived, start), adapter)  # a factor that is not sent is no coding's fault
-        return wanted, relative_error(without_cores(received).lora, without_cores(adapter).lora)
+            own_state.save(
+                folder, _KIND, left if kept is None else fill_missing(left, kept), broadcast.round, keep=keep
+            )
+        received = fill_missing(sum_of(arrived, start), adapter)  # a factor that is not sent is no coding's fault
+        return wanted, relative_error(received.lora, adapter.lora)
 
 
 def _with_left_out(wanted: AdapterState, kept: AdapterState) -> AdapterState:
     """The sum, where the client still has the rank that it had."""
 
-    def add(tensor: Tensor, left: Tensor | None) -> Tensor:
+    def add(name: str, tensor: Tensor, left: Tensor | None) -> Tensor:
         return tensor + left if left is not None and left.shape == tensor.shape else tensor
 
-    lora = dict(wanted.lora)
-    for name, f in wanted.lora.items():
-        left = kept.lora.get(name)
-        lora[name] = LoraFactors(A=add(f.A, left and left.A), B=add(f.B, left and left.B), scaling=f.scaling)
-    return AdapterState(lora=lora, dense={name: add(t, kept.dense.get(name)) for name, t in wanted.dense.items()})
+    return map_tensors(add, wanted, kept)

@@ -12,11 +12,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fedlora.adapters import AdapterState, LoraFactors
+from fedlora.adapters import AdapterState
+from fedlora.adapters.flat import OWN
 from fedlora.common.errors import ConfigError, DataError
 from fedlora.common.files import replacing
 from fedlora.exchange import Broadcast
@@ -38,16 +38,7 @@ def load(folder: Path, kind: str, round: int) -> AdapterState | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}; remove it to start this client anew") from None
-    lora = {
-        name: LoraFactors(
-            A=tensors.get(f"{name}|A", torch.empty(0, 0)),
-            B=tensors.get(f"{name}|B", torch.empty(0, 0)),
-            scaling=scaling,
-        )
-        for name, scaling in scalings.items()
-    }
-    dense = {key.removeprefix("dense|"): tensor for key, tensor in tensors.items() if key.startswith("dense|")}
-    return AdapterState(lora=lora, dense=dense)
+    return OWN.get(tensors, scalings)
 
 
 def save(folder: Path, kind: str, state: AdapterState, round: int, keep: int = 2) -> None:
@@ -61,11 +52,7 @@ def save(folder: Path, kind: str, state: AdapterState, round: int, keep: int = 2
         round: that made it. Later rounds that are there already were undone, and go.
         keep: so many are there afterwards; one more than states of the server, which may be amid the next round.
     """
-    tensors = {f"dense|{name}": tensor.contiguous() for name, tensor in state.dense.items()}
-    for name, factors in state.lora.items():
-        for part, tensor in (("A", factors.A), ("B", factors.B)):
-            if tensor.numel():
-                tensors[f"{name}|{part}"] = tensor.contiguous()
+    tensors = {name: tensor.contiguous() for name, tensor in OWN.put(state).items()}
     scalings = {name: factors.scaling for name, factors in state.lora.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / f"{kind}-{round}.safetensors") as part:

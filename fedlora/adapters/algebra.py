@@ -7,8 +7,7 @@ or fp64 where the factors are: narrower ones (bf16) are widened before they are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,92 +16,20 @@ from torch import Tensor
 from fedlora.common.errors import AdapterError
 
 from . import lowrank
+from .state import AdapterState, LoraFactors, to_fp32
 
 # Numbers of a batch of equal modules: large enough that Python's loop does not show, small beside a model.
 _AT_ONCE = 1 << 23
 _ROUNDING = torch.finfo(torch.float32).eps / 2
 
-# Ends the names of cores among the dense tensors.
-CORE = ".lora_R"
 
 if TYPE_CHECKING:
     from fedlora.exchange import ClientUpdate
 
 
-@dataclass(frozen=True, slots=True)
-class LoraFactors:
-    """One module's factors: dW = scaling * B @ A.
-
-    Args:
-        A: down projection, [r, d_in].
-        B: up projection, [d_out, r].
-        scaling: alpha / r, or alpha / sqrt(r) (rsLoRA, https://arxiv.org/abs/2312.03732).
-    """
-
-    A: Tensor
-    B: Tensor
-    scaling: float
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[0]
-
-
-@dataclass(frozen=True)
-class AdapterState:
-    """Everything that is trained: factors by base-model module name, and tensors trained in full.
-
-    Args:
-        lora: base-model module name -> factors.
-        dense: parameter name -> tensor trained in full (a classification head), averaged by every strategy; and
-            "<module>.lora_R" -> a core R [r, r] between that module's factors: dW = scaling * B @ R @ A.
-    """
-
-    lora: Mapping[str, LoraFactors] = field(default_factory=dict)
-    dense: Mapping[str, Tensor] = field(default_factory=dict)
-
-
 def delta(factors: LoraFactors) -> Tensor:
     """The dense update `scaling * B @ A`, [d_out, d_in]. For tests and merging into an fp32 base only."""
-    return factors.scaling * (factors.B @ factors.A)
-
-
-def without_cores(adapter: AdapterState) -> AdapterState:
-    """The same updates as A and B alone: a core is multiplied into its A."""
-    lora = {
-        name: LoraFactors(A=wide(adapter.dense[name + CORE]) @ wide(f.A), B=f.B, scaling=f.scaling)
-        if name + CORE in adapter.dense
-        else f
-        for name, f in adapter.lora.items()
-    }
-    return AdapterState(lora=lora, dense={k: v for k, v in adapter.dense.items() if not k.endswith(CORE)})
-
-
-def only(adapter: AdapterState, parts: Collection[str]) -> AdapterState:
-    """The adapter with these of the factors "A" and "B"; the others are empty."""
-    nothing = torch.empty(0, 0)
-    lora = {
-        name: LoraFactors(A=f.A if "A" in parts else nothing, B=f.B if "B" in parts else nothing, scaling=f.scaling)
-        for name, f in adapter.lora.items()
-    }
-    return AdapterState(lora=lora, dense=adapter.dense)
-
-
-def filled(adapter: AdapterState, other: AdapterState) -> AdapterState:
-    """The adapter with the other's factors where its own are empty; modules that the other lacks stay as they are."""
-    lora = dict(adapter.lora)
-    for name, f in adapter.lora.items():
-        rest = other.lora.get(name, f)
-        lora[name] = LoraFactors(A=f.A if f.A.numel() else rest.A, B=f.B if f.B.numel() else rest.B, scaling=f.scaling)
-    return AdapterState(lora=lora, dense=adapter.dense)
-
-
-def not_finite(adapter: AdapterState) -> str:
-    """The name of a first module or tensor that holds a value that is not finite; empty where there is none."""
-    for name, f in adapter.lora.items():
-        if not (torch.isfinite(f.A).all() and torch.isfinite(f.B).all()):
-            return name
-    return next((name for name, tensor in adapter.dense.items() if not torch.isfinite(tensor).all()), "")
+    return factors.scaling * (factors.B @ factors.down)
 
 
 def norm(factors: LoraFactors) -> float:
@@ -113,7 +40,7 @@ def norm(factors: LoraFactors) -> float:
 def inner(left: LoraFactors, right: LoraFactors) -> float:
     """Frobenius inner product of two updates, s_l s_r tr((B_l'B_r)(A_r A_l')), in fp64, O(d r_l r_r)."""
     across_out = left.B.double().T @ right.B.double()
-    across_in = left.A.double() @ right.A.double().T
+    across_in = left.down.double() @ right.down.double().T
     return left.scaling * right.scaling * float((across_out * across_in).sum())
 
 
@@ -184,15 +111,10 @@ def running_mean(so_far: Tensor | None, tensor: Tensor, share: float) -> Tensor:
         share: its weight over the sum of all weights until now, itself included.
     """
     if so_far is None:
-        return wide(tensor).clone()
+        return to_fp32(tensor).clone()
     if so_far.shape != tensor.shape:
         raise AdapterError(f"a mean needs equal shapes, got {list(tensor.shape)} after {list(so_far.shape)}")
     return so_far.lerp_(tensor.to(so_far), share)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in fp32, or as it is in fp64: sums in bf16 or fp16 would lose the small terms."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def stack(parts: Sequence[LoraFactors], weights: Sequence[float] | None = None) -> LoraFactors:
@@ -203,8 +125,8 @@ def stack(parts: Sequence[LoraFactors], weights: Sequence[float] | None = None) 
     """
     w = [1.0] * len(parts) if weights is None else weights
     return LoraFactors(
-        A=torch.cat([(wk * p.scaling) * wide(p.A) for wk, p in zip(w, parts, strict=True)]),
-        B=torch.cat([wide(p.B) for p in parts], dim=1),
+        A=torch.cat([(wk * p.scaling) * to_fp32(p.down) for wk, p in zip(w, parts, strict=True)]),
+        B=torch.cat([to_fp32(p.B) for p in parts], dim=1),
         scaling=1.0,
     )
 
@@ -253,7 +175,7 @@ def relative_error(aggregate: Mapping[str, LoraFactors], ideal: Mapping[str, Lor
 def _core_norm(factors: LoraFactors) -> float:
     """|dW|_F as the norm of the core `R_b R_a'` of two QRs, in fp64: accurate where the factors' terms cancel."""
     r_b = torch.linalg.qr(factors.B.double(), mode="r").R
-    r_a = torch.linalg.qr(factors.A.double().T, mode="r").R
+    r_a = torch.linalg.qr(factors.down.double().T, mode="r").R
     return abs(factors.scaling) * float(torch.linalg.norm(r_b @ r_a.T))
 
 
@@ -274,7 +196,7 @@ def svd_each(lora: Mapping[str, LoraFactors], rank: int = 0, whole: bool = False
     for (d_out, r, d_in), group in alike.items():
         for names in at_once(group, (d_out + d_in) * r):
             B = torch.stack([lora[name].B for name in names])
-            A = torch.stack([lora[name].scaling * wide(lora[name].A) for name in names])
+            A = torch.stack([lora[name].scaling * to_fp32(lora[name].down) for name in names])
             u, s, vh = lowrank.product_svd(B, A, rank, whole)
             found |= {name: (u[i], s[i], vh[i]) for i, name in enumerate(names)}
     return {name: found[name] for name in lora}
@@ -292,8 +214,8 @@ def qr_svd(factors: LoraFactors) -> lowrank.Svd:
 
     By QR of B and of A' and the SVD of the R x R core, in fp64: O((d_out + d_in) R^2 + R^3). `svd_each` is faster.
     """
-    u, s, vh = lowrank.qr(factors.B, factors.scaling * wide(factors.A))
-    dtype = wide(factors.A).dtype
+    u, s, vh = lowrank.qr(factors.B, factors.scaling * to_fp32(factors.down))
+    dtype = to_fp32(factors.A).dtype
     return u.to(dtype), s.to(dtype), vh.to(dtype)
 
 
@@ -319,7 +241,7 @@ def truncate(factors: LoraFactors, rank: int, scaling: float = 1.0) -> LoraFacto
         rank: the rank to keep; fewer rows come back where dW has fewer (see `compress` for the numerical rank).
         scaling: the receiver's own scaling, divided out once.
     """
-    return leading(svd_each({"": factors}, rank)[""], rank, scaling, wide(factors.A).dtype)
+    return leading(svd_each({"": factors}, rank)[""], rank, scaling, to_fp32(factors.A).dtype)
 
 
 def compress(lora: Mapping[str, LoraFactors], max_rank: int = 0) -> dict[str, LoraFactors]:
@@ -336,7 +258,7 @@ def compress(lora: Mapping[str, LoraFactors], max_rank: int = 0) -> dict[str, Lo
         _, s, _ = svd
         tails = s.square().flip(0).cumsum(0).flip(0).sqrt()  # of what is lost without component i and those after it
         rank = max(1, int((tails > _ROUNDING * tails[0]).sum()))
-        small[name] = leading(svd, min(rank, max_rank) if max_rank else rank, dtype=wide(lora[name].A).dtype)
+        small[name] = leading(svd, min(rank, max_rank) if max_rank else rank, dtype=to_fp32(lora[name].A).dtype)
     return small
 
 
@@ -349,7 +271,7 @@ def pruned_rank(rank: int, gamma: float) -> int:
 
 
 def pad(factors: LoraFactors, rank: int) -> LoraFactors:
-    """The same update at a larger rank: zero rows below A, zero columns right of B."""
+    """The same update at a larger rank: zero rows below A, zero columns right of B, both around a core."""
     extra = rank - factors.rank
     if extra < 0:
         raise AdapterError(f"cannot pad rank {factors.rank} to {rank}; truncate or slice it instead")
@@ -357,6 +279,7 @@ def pad(factors: LoraFactors, rank: int) -> LoraFactors:
         A=torch.nn.functional.pad(factors.A, (0, 0, 0, extra)),
         B=torch.nn.functional.pad(factors.B, (0, extra)),
         scaling=factors.scaling,
+        R=None if factors.R is None else torch.nn.functional.pad(factors.R, (0, extra, 0, extra)),
     )
 
 
@@ -369,5 +292,54 @@ def first_ranks(factors: LoraFactors, rank: int, scaling: float) -> LoraFactors:
     if rank > factors.rank:
         raise AdapterError(f"cannot take {rank} rows of factors of rank {factors.rank}; pad them first")
     return LoraFactors(
-        A=(factors.scaling / scaling) * wide(factors.A[:rank]), B=wide(factors.B[:, :rank]).clone(), scaling=scaling
+        A=(factors.scaling / scaling) * to_fp32(factors.A[:rank]),
+        B=to_fp32(factors.B[:, :rank]).clone(),
+        scaling=scaling,
+        R=None if factors.R is None else to_fp32(factors.R[:rank, :rank]).clone(),
     )
+
+
+def singular_values(adapter: AdapterState, most: int = 32) -> dict[str, list[float]]:
+    """Module -> the largest singular values of its dW, descending.
+
+    Args:
+        adapter: of any ranks, with or without cores.
+        most: values to return for each module; there are min(rank, d_out, d_in), or fewer. 0: all.
+
+    Returns:
+        Lists that end where the values fall below 1e-7 of the largest one, which is fp32's rounding; empty where
+        dW = 0.
+    """
+    found: dict[str, list[float]] = {}
+    for name, factors in adapter.lora.items():
+        s = _singular(factors)
+        s = s[(s > 1e-7 * s[:1]) & (s > 0)]
+        found[name] = s[: most or len(s)].tolist()
+    return found
+
+
+def _singular(factors: LoraFactors) -> Tensor:
+    """Through Gram matrices, or the matrix itself where the factors outgrow it; fp64, descending."""
+    b, a = factors.B.double(), factors.down.double()
+    if factors.rank >= min(b.shape[0], a.shape[1]):
+        return torch.linalg.svdvals(delta(LoraFactors(A=a, B=b, scaling=factors.scaling)))
+    return abs(factors.scaling) * lowrank.singular_values(b.mT @ b, a @ a.mT)
+
+
+def whole_svd(factors: LoraFactors) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of dW in fp64 with orthonormal vectors for S = 0 as well, in the span of B's columns and of A's rows.
+
+    Returns:
+        U [d_out, min(d_out, r)], S [min(d_out, d_in, r)], V' [min(d_in, r), d_in]. The largest entry of each of the
+        first rows of V' is positive, so that results reproduce.
+    """
+    q_b, r_b = torch.linalg.qr(factors.B.double())
+    q_a, r_a = torch.linalg.qr(factors.down.double().T)
+    u, s, vh = torch.linalg.svd(factors.scaling * (r_b @ r_a.T))
+    u, vh = q_b @ u, vh @ q_a.T
+    paired = slice(0, len(s))
+    peak = vh[paired].gather(1, vh[paired].abs().argmax(dim=1, keepdim=True))
+    sign = torch.where(peak < 0, -1.0, 1.0).to(vh)
+    vh[paired] *= sign
+    u[:, paired] *= sign.T
+    return u, s, vh

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .algebra import AdapterState, compress, concatenate
+from .algebra import compress, concatenate
+from .state import AdapterState
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ https://arxiv.org/abs/1901.09847, Algorithm 2) while the factors keep their mean
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from fedlora.adapters import AdapterState, LoraFactors
+from fedlora.adapters import AdapterState
+from fedlora.adapters.state import map_tensors
 
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LARGEST = {"int8": 127, "int4": 7}  # symmetric: -8 and -128 are not used
@@ -68,40 +67,11 @@ def from_rows(rows: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
 def through(state: AdapterState, number_format: str) -> AdapterState:
     """What the other side reads when this is sent in the number format."""
     if number_format in FLOATS:
-        return combine(lambda name, x: x.to(FLOATS[number_format]).to(x.dtype), state)
+        return map_tensors(lambda name, x: x.to(FLOATS[number_format]).to(x.dtype), state)
     largest = LARGEST[number_format]
 
     def there_and_back(name: str, tensor: Tensor) -> Tensor:
         codes, scales = code(rows_of(tensor, name), largest)
         return from_rows(codes * scales[:, None], tuple(tensor.shape), name)
 
-    return combine(there_and_back, state)
-
-
-def difference(left: AdapterState, right: AdapterState) -> AdapterState:
-    """left - right, factor by factor (not of the products); a factor that `left` lacks stays empty."""
-    return combine(lambda name, x, y: x - y, left, right)
-
-
-def sum_of(left: AdapterState, right: AdapterState) -> AdapterState:
-    """left + right, factor by factor (not of the products); a factor that `left` lacks stays empty."""
-    return combine(lambda name, x, y: x + y, left, right)
-
-
-def combine(function: Callable[..., Tensor], *states: AdapterState) -> AdapterState:
-    """`function("A" or "B" or dense name, tensors…)` over all factors and dense tensors of the first state.
-
-    The others have the same names and shapes; empty factors stay as they are. Scalings are the first's.
-    """
-    first = states[0]
-
-    def factor(module: str, part: str) -> Tensor:
-        tensors = [getattr(state.lora[module], part) for state in states]
-        return function(part, *tensors) if tensors[0].numel() else tensors[0]
-
-    lora = {
-        module: LoraFactors(A=factor(module, "A"), B=factor(module, "B"), scaling=f.scaling)
-        for module, f in first.lora.items()
-    }
-    dense = {name: function(name, *(state.dense[name] for state in states)) for name in first.dense}
-    return AdapterState(lora=lora, dense=dense)
+    return map_tensors(there_and_back, state)

@@ -13,12 +13,13 @@ from flwr.app import ConfigRecord, Error, RecordDict
 
 from fedlora.common.errors import WireError
 
+from .fields import short
+
 _NAME = re.compile(r"(0|[1-9][0-9]{0,19})/(.+)", re.ASCII | re.DOTALL)
 _ERROR = "error"
 _ERROR_KEYS = frozenset({"code", "reason"})
 _LARGEST_ID = 2**64 - 1  # Flower's node ids
 _LARGEST_CODE = 2**31 - 1
-_SHORT = 120  # characters of a peer's own words in an error
 
 
 def join(parts: Mapping[int, RecordDict | Error]) -> RecordDict:
@@ -61,7 +62,7 @@ def split(record: RecordDict, who: str) -> dict[int, RecordDict | Error]:
     for name, value in record.items():
         match = _NAME.fullmatch(name)
         if match is None or int(match[1]) > _LARGEST_ID:
-            raise WireError(f"{who} sent the record {_short(name)}, expected a client's id before it, such as '0/head'")
+            raise WireError(f"{who} sent the record {short(name)}, expected a client's id before it, such as '0/head'")
         found.setdefault(int(match[1]), RecordDict())[match[2]] = value
     if not found:
         raise WireError(f"{who} sent a message without records, expected a part for each client")
@@ -76,8 +77,3 @@ def _error(part: RecordDict, client: int, who: str) -> Error:
     if type(code) is not int or not 0 <= code <= _LARGEST_CODE or not isinstance(reason, str):
         raise WireError(f"{who} sent a malformed error for client {client}, expected a number and a text")
     return Error(code, reason)
-
-
-def _short(name: str) -> str:
-    shown = repr(name)
-    return shown if len(shown) <= _SHORT else f"{shown[: _SHORT - 3]}..."

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapters import CORE, AdapterState, LoraFactors, compress, concatenate, delta, relative_error
+from fedlora.adapters import AdapterState, LoraFactors, compress, concatenate, delta, relative_error
 from fedlora.common.assets import hub_name
 from fedlora.common.errors import AdapterError, ConfigError, ModelError, suggest
 from fedlora.config import LoraConfig, ModelConfig, rank_pattern
@@ -71,7 +71,7 @@ class Workbench:
 
     Attributes:
         layers: base-model module name -> its LoRA layer.
-        dense: parameter name -> parameter trained in full.
+        tensors: parameter name -> parameter trained in full.
         config: what the base was loaded from.
         merged: (run id, folds) merged into the weights of an unquantized base.
     """
@@ -80,7 +80,7 @@ class Workbench:
     base: BaseModel
     model: PeftModel
     layers: Mapping[str, LoraLayer]
-    dense: Mapping[str, nn.Parameter]
+    tensors: Mapping[str, nn.Parameter]
     merged: tuple[object, tuple[AdapterState, ...]] = field(default=(None, ()))
 
 
@@ -136,7 +136,7 @@ def _build(config: ModelConfig, lora: LoraConfig) -> Workbench:
     dense = _head_parameters(model, base.heads)
     if config.task == "causal-lm":
         look_at(model)
-    return Workbench(config=config, base=base, model=model, layers=layers, dense=dense)
+    return Workbench(config=config, base=base, model=model, layers=layers, tensors=dense)
 
 
 def _inject(model: nn.Module, targets: Sequence[str], dropout: float) -> PeftModel:
@@ -178,7 +178,7 @@ class Shapes:
 
     Attributes:
         lora: module -> (d_out, d_in).
-        dense: shapes of what is trained in full, by name.
+        tensors: shapes of what is trained in full, by name.
         head: the values that these have in the base, where training begins with them.
         words: what the head begins with, and why; empty without a head.
         longest: the most tokens that the base has positions for; None without an end.
@@ -186,7 +186,7 @@ class Shapes:
     """
 
     lora: Mapping[str, tuple[int, int]]
-    dense: Mapping[str, tuple[int, ...]]
+    tensors: Mapping[str, tuple[int, ...]]
     head: Mapping[str, Tensor] = field(default_factory=dict)
     words: str = ""
     longest: int | None = None
@@ -212,7 +212,7 @@ def shapes(model: ModelConfig, lora: LoraConfig) -> Shapes:
     injected = _inject(bare, targets, 0.0)
     return Shapes(
         lora={name: _shape(layer) for name, layer in _lora_layers(injected).items()},
-        dense={name: tuple(p.shape) for name, p in _head_parameters(injected, heads).items()},
+        tensors={name: tuple(p.shape) for name, p in _head_parameters(injected, heads).items()},
         head=head,
         words=words,
         longest=longest(bare),
@@ -242,15 +242,14 @@ def install(bench: Workbench, adapter: AdapterState, trainable: Iterable[str] = 
     """
     trained = frozenset(trainable)
     _same_names("modules", adapter.lora, bench.layers)
-    cores = {name.removesuffix(CORE): core for name, core in adapter.dense.items() if name.endswith(CORE)}
-    _same_names("dense tensors", adapter.dense, [*bench.dense, *(n + CORE for n in cores if n in bench.layers)])
+    _same_names("tensors trained in full", adapter.tensors, bench.tensors)
     parameters: list[nn.Parameter] = []
     for name, layer in bench.layers.items():
         parameters += _set_factors(name, layer, ADAPTER, adapter.lora[name], trained)
-        parameters += _set_core(name, layer, cores.get(name), trained)
+        parameters += _set_core(name, layer, adapter.lora[name].R, trained)
         layer._active_adapter = [ADAPTER]
-    for name, parameter in bench.dense.items():
-        value = adapter.dense[name]
+    for name, parameter in bench.tensors.items():
+        value = adapter.tensors[name]
         if value.shape != parameter.shape:
             raise AdapterError(f"{name}: got shape {tuple(value.shape)}, the model has {tuple(parameter.shape)}")
         with torch.no_grad():
@@ -320,17 +319,16 @@ def _reload_weights(bench: Workbench) -> None:
 
 def read(bench: Workbench) -> AdapterState:
     """The trainable adapter, its cores and the head as they are now, on the CPU in fp32, as copies."""
-    lora = {
-        name: LoraFactors(
-            A=fp32_copy(layer.lora_A[ADAPTER].weight),
+    lora: dict[str, LoraFactors] = {}
+    for name, layer in bench.layers.items():
+        down = cast("_Down", layer.lora_A[ADAPTER])
+        lora[name] = LoraFactors(
+            A=fp32_copy(down.weight),
             B=fp32_copy(layer.lora_B[ADAPTER].weight),
             scaling=float(layer.scaling[ADAPTER]),
+            R=None if down.core is None else fp32_copy(down.core),
         )
-        for name, layer in bench.layers.items()
-    }
-    downs = {name: cast("_Down", layer.lora_A[ADAPTER]) for name, layer in bench.layers.items()}
-    cores = {name + CORE: fp32_copy(down.core) for name, down in downs.items() if down.core is not None}
-    return AdapterState(lora=lora, dense={name: fp32_copy(p) for name, p in bench.dense.items()} | cores)
+    return AdapterState(lora=lora, tensors={name: fp32_copy(p) for name, p in bench.tensors.items()})
 
 
 def fp32_copy(tensor: object) -> Tensor:
@@ -402,7 +400,7 @@ def save_checkpoint(adapter: AdapterState, folder: Path, model: ModelConfig, abo
     small = compress(adapter.lora)
     ranks = {name: factors.rank for name, factors in small.items()}
     top = max(ranks.values())
-    heads = sorted({name.rsplit(".", 1)[0].split(".")[0] for name in adapter.dense})
+    heads = sorted({name.rsplit(".", 1)[0].split(".")[0] for name in adapter.tensors})
     config = PeftLoraConfig(
         r=top,
         lora_alpha=top,
@@ -418,7 +416,7 @@ def save_checkpoint(adapter: AdapterState, folder: Path, model: ModelConfig, abo
     for name, factors in small.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = (factors.A * factors.scaling).contiguous()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = factors.B.contiguous()
-    for name, tensor in adapter.dense.items():
+    for name, tensor in adapter.tensors.items():
         tensors[f"{_PREFIX}{name}"] = tensor.contiguous()
     part, old = folder.with_name(f".{folder.name}-part"), folder.with_name(f".{folder.name}-old")
     for leftover in (part, old):

@@ -17,7 +17,7 @@ from bitsandbytes.nn import Int8Params, Linear8bitLt, Params4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fedlora.adapters import AdapterState, LoraFactors, stack, wide, without_cores
+from fedlora.adapters import AdapterState, LoraFactors, stack, to_fp32
 from fedlora.adapters.lowrank import Svd
 from fedlora.common.errors import AdapterError
 
@@ -62,7 +62,7 @@ def remove(weight: Tensor, delta: LoraFactors, lam: float, k: int = K, epsilon: 
     u, s, vh = _intruders(weight, delta, k, epsilon)
     if not s.numel():
         return delta
-    like, root = wide(delta.A), s.sqrt()
+    like, root = to_fp32(delta.down), s.sqrt()
     found = LoraFactors(A=(root[:, None] * vh).to(like), B=(u * root).to(like), scaling=1.0)
     return stack([delta, found], [1.0, lam - 1.0])
 
@@ -88,9 +88,8 @@ def without_intruders(
             "lora.target-modules that the adapter was trained with"
         )
     merge_folds(bench, None, ())
-    plain = without_cores(adapter)
-    lora = {name: remove(_weight(bench.layers[name]), f, lam, k, epsilon) for name, f in plain.lora.items()}
-    return AdapterState(lora=lora, dense=plain.dense)
+    lora = {name: remove(_weight(bench.layers[name]), f, lam, k, epsilon) for name, f in adapter.lora.items()}
+    return AdapterState(lora=lora, tensors=adapter.tensors)
 
 
 class BaseSpectra:
@@ -107,7 +106,7 @@ class BaseSpectra:
 
     def counts(self, k: int = K, epsilon: float = EPSILON) -> dict[str, int]:
         """Module -> intruders of what is installed: the adapter, and folds merged into the weights; no anchor."""
-        installed = without_cores(read(self._bench)).lora
+        installed = read(self._bench).lora
         return {
             name: count(_weight(layer), installed[name], k, epsilon, self._left[name])
             for name, layer in self._bench.layers.items()
@@ -142,7 +141,7 @@ def _intruders(weight: Tensor, delta: LoraFactors, k: int, epsilon: float, base:
     """The singular triplets of `weight + dW` that are intruders."""
     left = _left(weight) if base is None else base
     w = weight.detach().double()
-    update = delta.B.to(w) @ delta.A.to(w)
+    update = delta.B.to(w) @ delta.down.to(w)
     u, s, vh = leading(w + delta.scaling * update, k)
     cosines = (left.to(w.device, torch.float32).mT @ u.float()).abs()
     found = (cosines.amax(dim=0) < epsilon) & (s > 0)

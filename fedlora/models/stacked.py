@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fedlora.adapters import CORE, AdapterState, LoraFactors
+from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.common.errors import AdapterError
 from fedlora.tasks.predict import output_layer
 
@@ -117,7 +117,7 @@ class Stack:
         self._layers: dict[str, _Layer] = {}
         for name, layer in bench.layers.items():
             device = cast("Tensor", layer.lora_A[ADAPTER].weight).device
-            mine = _Layer([a.lora[name] for a in adapters], [a.dense.get(name + CORE) for a in adapters], device)
+            mine = _Layer([a.lora[name] for a in adapters], [a.lora[name].R for a in adapters], device)
             self._layers[name] = mine
             for number, seat in enumerate(self.seats):
                 a, b = mine.views(number)
@@ -129,7 +129,7 @@ class Stack:
                 stack.requires_grad_(factor in trainable)
             for core in mine.cores or ():
                 core.requires_grad_("R" in trainable)
-        self._dense = [{n: _own(a.dense[n], p.device) for n, p in bench.dense.items()} for a in adapters]
+        self._dense = [{n: _own(a.tensors[n], p.device) for n, p in bench.tensors.items()} for a in adapters]
         for seat, dense in zip(self.seats, self._dense, strict=True):
             for parameter in dense.values():
                 parameter.requires_grad_(bool(trainable))
@@ -164,11 +164,11 @@ class Stack:
                 A=fp32_copy(layer.A[seat, : layer.ranks[seat]]),
                 B=fp32_copy(layer.B[seat, : layer.ranks[seat]].T).contiguous(),
                 scaling=layer.scalings[seat],
+                R=fp32_copy(layer.cores[seat]) if layer.cores else None,
             )
             for name, layer in self._layers.items()
         }
-        cores = {n + CORE: fp32_copy(layer.cores[seat]) for n, layer in self._layers.items() if layer.cores}
-        return AdapterState(lora=lora, dense={n: fp32_copy(p) for n, p in self._dense[seat].items()} | cores)
+        return AdapterState(lora=lora, tensors={n: fp32_copy(p) for n, p in self._dense[seat].items()})
 
     def modules(self, name: str) -> tuple[nn.Module, nn.Module]:
         """What stands in for PEFT's lora_A and lora_B of a module."""

@@ -121,7 +121,7 @@ def read_adapter(folder: Path) -> AdapterState:
         lora[name] = LoraFactors(A=down, B=up, scaling=alpha / root)
     if not lora:
         raise AdapterError(f"{folder}: the checkpoint has no LoRA factors")
-    return AdapterState(lora=lora, dense=named)
+    return AdapterState(lora=lora, tensors=named)
 
 
 def at_rank(adapter: AdapterState, rank: int) -> AdapterState:
@@ -307,7 +307,7 @@ def merge(base: BaseModel, adapter: AdapterState) -> list[str]:
                     f"{name}: the adapter's update is {tuple(update.shape)}, the weight {tuple(weight.shape)}"
                 )
             weight.add_(update.to(weight))
-        for name, tensor in adapter.dense.items():
+        for name, tensor in adapter.tensors.items():
             if name not in heads or heads[name].shape != tensor.shape:
                 raise AdapterError(f"{name}: the base has no such tensor of shape {tuple(tensor.shape)}")
             heads[name].copy_(tensor)

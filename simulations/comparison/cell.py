@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fedlora.adapters import AdapterState
-from fedlora.adapters.spectra import singular_values
+from fedlora.adapters.algebra import singular_values
 from fedlora.common.errors import RunError
 from fedlora.config import Config, client_parts, client_rank
 from fedlora.data import client_statistics, encode, prepare, usable_rows

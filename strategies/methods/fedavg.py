@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from fedlora.adapters import AdapterState, LoraFactors
+from fedlora.adapters.means import Means
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 from ..base import ServerState, Strategy
 from ..registry import unequal_rank_names
-from ..tools.replies import Means, arrivals
+from ..tools.replies import arrivals
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,14 @@ class FedAvg(Strategy):
                     first = expected.setdefault(name, (held.rank, scaling))
                     _check_rank(name, update.client_id, rank, first[0], "sent")
                     _check_scaling(name, update.client_id, scaling, first[1])
-            means_a.add({name: f.A for name, f in lora.items()}, update)
-            means_b.add({name: f.B for name, f in lora.items()}, update)
-            dense.add(update.adapter.dense, update)
+            means_a.add({name: f.A for name, f in lora.items()}, update.num_examples, update.client_id)
+            means_b.add({name: f.B for name, f in lora.items()}, update.num_examples, update.client_id)
+            dense.add(update.adapter.tensors, update.num_examples, update.client_id)
         lora = {
             name: LoraFactors(A=a, B=means_b.values[name], scaling=expected[name][1])
             for name, a in means_a.values.items()
         }
-        adapter = AdapterState(lora={**state.adapter.lora, **lora}, dense={**state.adapter.dense, **dense.values})
+        adapter = AdapterState(lora={**state.adapter.lora, **lora}, tensors={**state.adapter.tensors, **dense.values})
         return replace(state, adapter=adapter)
 
 

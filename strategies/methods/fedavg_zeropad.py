@@ -8,11 +8,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedlora.adapters import AdapterState, LoraFactors, first_ranks, wide
+from fedlora.adapters import AdapterState, LoraFactors, first_ranks, to_fp32
+from fedlora.adapters.means import Means, RankMeans
 from fedlora.exchange import ClientUpdate
 
 from ..base import ServerState, Strategy, regrown
-from ..tools.replies import Means, RankMeans, arrivals
+from ..tools.replies import arrivals
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class FedAvgZeropad(Strategy):
         for name, factors in means.items():
             before = lora.get(name, factors)
             lora[name] = regrown(first_ranks(factors, factors.rank, before.scaling), before)
-        return replace(state, adapter=AdapterState(lora=lora, dense={**state.adapter.dense, **dense}))
+        return replace(state, adapter=AdapterState(lora=lora, tensors={**state.adapter.tensors, **dense}))
 
 
 def effective_means(
@@ -56,9 +57,13 @@ def effective_means(
     scalings: dict[str, float] = {}
     for update in arrivals(updates, round):
         lora = update.adapter.lora
-        means_a.add({name: at_scaling(f, scalings.setdefault(name, f.scaling)) for name, f in lora.items()}, update)
-        means_b.add({name: f.B for name, f in lora.items()}, update)
-        dense.add(update.adapter.dense, update)
+        means_a.add(
+            {name: at_scaling(f, scalings.setdefault(name, f.scaling)) for name, f in lora.items()},
+            update.num_examples,
+            update.client_id,
+        )
+        means_b.add({name: f.B for name, f in lora.items()}, update.num_examples, update.client_id)
+        dense.add(update.adapter.tensors, update.num_examples, update.client_id)
     of_b = means_b.values()
     means = {name: LoraFactors(A=a, B=of_b[name], scaling=scalings[name]) for name, a in means_a.values().items()}
     return means, dense.values
@@ -66,7 +71,7 @@ def effective_means(
 
 def at_scaling(factors: LoraFactors, scaling: float) -> Tensor:
     """A of the same update at another scaling; A itself, uncopied, where it is the same."""
-    return factors.A if factors.scaling == scaling else (factors.scaling / scaling) * wide(factors.A)
+    return factors.A if factors.scaling == scaling else (factors.scaling / scaling) * to_fp32(factors.A)
 
 
 def padded_mean(factors: Sequence[LoraFactors], weights: Sequence[float]) -> LoraFactors:
@@ -77,9 +82,9 @@ def padded_mean(factors: Sequence[LoraFactors], weights: Sequence[float]) -> Lor
         weights: with sum 1.
     """
     first, rank = factors[0], max(f.rank for f in factors)
-    A = wide(first.A).new_zeros(rank, first.A.shape[1])
-    B = wide(first.B).new_zeros(first.B.shape[0], rank)
+    A = to_fp32(first.A).new_zeros(rank, first.A.shape[1])
+    B = to_fp32(first.B).new_zeros(first.B.shape[0], rank)
     for f, weight in zip(factors, weights, strict=True):
-        A[: f.rank].add_(wide(f.A), alpha=weight * f.scaling)
-        B[:, : f.rank].add_(wide(f.B), alpha=weight)
+        A[: f.rank].add_(to_fp32(f.A), alpha=weight * f.scaling)
+        B[:, : f.rank].add_(to_fp32(f.B), alpha=weight)
     return LoraFactors(A=A, B=B, scaling=1.0)

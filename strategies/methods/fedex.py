@@ -51,6 +51,6 @@ class FedEx(Strategy):
             # against the mean as it is held and sent, so that its rounding is in the residual as well
             residuals[name] = stack([*part.factors, held], [*part.shares, -1.0])
             lora[name] = regrown(held, before)
-        adapter = AdapterState(lora=lora, dense={**state.adapter.dense, **dense})
+        adapter = AdapterState(lora=lora, tensors={**state.adapter.tensors, **dense})
         folds = state.folds.push(AdapterState(lora=residuals), self.max_rank, self.compact)
         return replace(state, adapter=adapter, folds=folds)

@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 
 from fedlora.adapters import AdapterState
+from fedlora.adapters.means import Means, RankMeans
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 from ..base import ServerState, Strategy
-from ..tools.replies import Means, RankMeans, arrivals
+from ..tools.replies import arrivals
 from .fedavg_zeropad import at_scaling
 
 
@@ -39,10 +40,14 @@ class FedSa(Strategy):
         means, dense = RankMeans(0, zero_pad=False), Means()
         for update in arrivals(updates, round):
             server = state.adapter.lora
-            means.add({name: at_scaling(f, server[name].scaling) for name, f in update.adapter.lora.items()}, update)
-            dense.add(update.adapter.dense, update)
+            means.add(
+                {name: at_scaling(f, server[name].scaling) for name, f in update.adapter.lora.items()},
+                update.num_examples,
+                update.client_id,
+            )
+            dense.add(update.adapter.tensors, update.num_examples, update.client_id)
         lora = dict(state.adapter.lora)
         for name, rows in means.values().items():
             before = lora[name]
             lora[name] = replace(before, A=torch.cat([rows, before.A[len(rows) :].to(rows)]))
-        return replace(state, adapter=AdapterState(lora=lora, dense={**state.adapter.dense, **dense.values}))
+        return replace(state, adapter=AdapterState(lora=lora, tensors={**state.adapter.tensors, **dense.values}))

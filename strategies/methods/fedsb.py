@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedlora.adapters import CORE, AdapterState, LoraFactors, leading, pad, stack, svd_each, without_cores
+from fedlora.adapters import AdapterState, LoraFactors, leading, pad, stack, svd_each
+from fedlora.adapters.algebra import whole_svd
+from fedlora.adapters.means import Means
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
-from ..base import ServerState, Strategy, total
-from ..tools.replies import Means, arrivals, gather
-from .fedsvd import whole_svd
+from ..base import ServerState, Strategy
+from ..tools.replies import arrivals, gather
 
 
 @dataclass(frozen=True)
@@ -65,34 +66,24 @@ class FedSb(Strategy):
                 steady=False,  # a gradient continues nothing
                 task=self.statistics,
             )
-        blocks = {
-            name + CORE: state.adapter.dense[name + CORE][: f.rank, : f.rank].clone()
-            for name, f in sent.adapter.lora.items()
-            if name + CORE in state.adapter.dense
-        }
-        return replace(
-            sent,
-            adapter=replace(sent.adapter, dense={**sent.adapter.dense, **blocks}),
-            trainable=frozenset("R"),
-            upload=frozenset(),
-        )
+        return replace(sent, trainable=frozenset("R"), upload=frozenset("R"))
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
         """The mean R, smaller blocks filled up with zeros; in round 0 the fixed A and B and the first R."""
         if round == 0:
             return self._started(state, updates)
-        means = Means()
+        cores, tensors = Means(), Means()
         for update in arrivals(updates, round):
-            whole = {
-                name: _filled(tensor, state.adapter.dense[name]) if name.endswith(CORE) else tensor
-                for name, tensor in update.adapter.dense.items()
-            }
-            means.add(whole, update)
-        return replace(state, adapter=replace(state.adapter, dense={**state.adapter.dense, **means.values}))
+            sent = {name: f.R for name, f in update.adapter.lora.items() if f.R is not None}
+            whole = {name: _filled(R, state.adapter.lora[name].rank) for name, R in sent.items()}
+            cores.add(whole, update.num_examples, update.client_id)
+            tensors.add(update.adapter.tensors, update.num_examples, update.client_id)
+        lora = {name: replace(f, R=cores.values.get(name, f.R)) for name, f in state.adapter.lora.items()}
+        return replace(state, adapter=AdapterState(lora=lora, tensors={**state.adapter.tensors, **tensors.values}))
 
     def _started(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
         parts, _ = gather(updates, 0)
-        lora, dense = dict(state.adapter.lora), dict(state.adapter.dense)
+        lora = dict(state.adapter.lora)
         descent = {
             name: replace(stack(parts[name].factors, parts[name].shares), scaling=-1.0)
             if name in parts
@@ -109,13 +100,9 @@ class FedSb(Strategy):
                 A=F.pad(vh, (0, 0, 0, rank - len(vh))).float(),
                 B=F.pad(u, (0, rank - u.shape[1])).float(),
                 scaling=1.0,
+                R=_filled(torch.diag(step * s).float(), rank),
             )
-            dense[name + CORE] = _filled(torch.diag(step * s).float(), torch.empty(rank, rank))
-        return replace(state, adapter=AdapterState(lora=lora, dense=dense))
-
-    def global_adapter(self, state: ServerState) -> AdapterState:
-        """`B` and `A' = R A`, at scaling 1."""
-        return total(replace(state, adapter=without_cores(state.adapter)))
+        return replace(state, adapter=replace(state.adapter, lora=lora))
 
 
 def _nothing(factors: LoraFactors) -> LoraFactors:
@@ -123,7 +110,7 @@ def _nothing(factors: LoraFactors) -> LoraFactors:
     return LoraFactors(A=torch.zeros_like(factors.A), B=torch.zeros_like(factors.B), scaling=1.0)
 
 
-def _filled(block: Tensor, like: Tensor) -> Tensor:
-    """The block in the upper left of zeros, as large as another core."""
-    extra = len(like) - len(block)
+def _filled(block: Tensor, rank: int) -> Tensor:
+    """The block in the upper left of zeros, [rank, rank]."""
+    extra = rank - len(block)
     return F.pad(block, (0, extra, 0, extra))

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
 from torch.nn import functional as F
 
-from fedlora.adapters import AdapterState, LoraFactors, wide
+from fedlora.adapters import AdapterState, LoraFactors, to_fp32
+from fedlora.adapters.algebra import whole_svd
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
@@ -48,7 +47,7 @@ class FedSvd(Strategy):
         if round % self.period:
             return state
         lora = {name: _turned(factors) if factors.B.any() else factors for name, factors in state.adapter.lora.items()}
-        return replace(state, adapter=AdapterState(lora=lora, dense=state.adapter.dense))
+        return replace(state, adapter=AdapterState(lora=lora, tensors=state.adapter.tensors))
 
 
 def _turned(factors: LoraFactors) -> LoraFactors:
@@ -56,24 +55,5 @@ def _turned(factors: LoraFactors) -> LoraFactors:
     u, s, vh = whole_svd(factors)
     b = F.pad(u[:, : len(s)] * (s / factors.scaling), (0, factors.rank - len(s)))
     a = F.pad(vh, (0, 0, 0, factors.rank - len(vh)))
-    dtype = wide(factors.A).dtype
+    dtype = to_fp32(factors.A).dtype
     return LoraFactors(A=a.to(dtype), B=b.to(dtype), scaling=factors.scaling)
-
-
-def whole_svd(factors: LoraFactors) -> tuple[Tensor, Tensor, Tensor]:
-    """The SVD of dW in fp64 with orthonormal vectors for S = 0 as well, in the span of B's columns and of A's rows.
-
-    Returns:
-        U [d_out, min(d_out, r)], S [min(d_out, d_in, r)], V' [min(d_in, r), d_in]. The largest entry of each of the
-        first rows of V' is positive, so that results reproduce.
-    """
-    q_b, r_b = torch.linalg.qr(factors.B.double())
-    q_a, r_a = torch.linalg.qr(factors.A.double().T)
-    u, s, vh = torch.linalg.svd(factors.scaling * (r_b @ r_a.T))
-    u, vh = q_b @ u, vh @ q_a.T
-    paired = slice(0, len(s))
-    peak = vh[paired].gather(1, vh[paired].abs().argmax(dim=1, keepdim=True))
-    sign = torch.where(peak < 0, -1.0, 1.0).to(vh)
-    vh[paired] *= sign
-    u[:, paired] *= sign.T
-    return u, s, vh

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters import AdapterState, LoraFactors
+from fedlora.adapters.means import Means, RankMeans
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 from ..base import ServerState, Strategy
-from ..tools.replies import Means, RankMeans, arrivals
+from ..tools.replies import arrivals
 from .fedavg_zeropad import at_scaling
 
 
@@ -54,12 +55,16 @@ def averaged(state: ServerState, updates: Iterable[ClientUpdate], round: int, fa
     for update in arrivals(updates, round):
         lora, server = update.adapter.lora, state.adapter.lora
         if factor == "A":
-            means.add({name: at_scaling(f, server[name].scaling) for name, f in lora.items()}, update)
+            means.add(
+                {name: at_scaling(f, server[name].scaling) for name, f in lora.items()},
+                update.num_examples,
+                update.client_id,
+            )
         else:
-            means.add({name: f.B for name, f in lora.items()}, update)
-        dense.add(update.adapter.dense, update)
+            means.add({name: f.B for name, f in lora.items()}, update.num_examples, update.client_id)
+        dense.add(update.adapter.tensors, update.num_examples, update.client_id)
     lora = {name: _replaced(state.adapter.lora[name], factor, mean) for name, mean in means.values().items()}
-    adapter = AdapterState(lora={**state.adapter.lora, **lora}, dense={**state.adapter.dense, **dense.values})
+    adapter = AdapterState(lora={**state.adapter.lora, **lora}, tensors={**state.adapter.tensors, **dense.values})
     return replace(state, adapter=adapter)
 
 

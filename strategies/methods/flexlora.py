@@ -91,7 +91,7 @@ class FlexLora(Strategy):
             kept = min(known, self._kept(rank) or known)
             if kept > rank:
                 tails[name] = leading((u[:, rank:], s[rank:], vh[rank:]), kept - rank, dtype=dtype)
-        adapter = AdapterState(lora=lora, dense={**state.adapter.dense, **dense})
+        adapter = AdapterState(lora=lora, tensors={**state.adapter.tensors, **dense})
         # One fold, replaced every round, under a version of its own.
         folds = Folds((AdapterState(lora=tails),), first=state.folds.version + 1) if self.keep_tail else state.folds
         return replace(state, adapter=adapter, folds=folds)

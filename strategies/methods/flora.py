@@ -52,7 +52,7 @@ class Flora(Strategy):
         parts, dense = gather(updates, round)
         fold = AdapterState(lora={name: stack(p.factors, p.shares) for name, p in parts.items()})
         adapter = AdapterState(
-            lora=restart(state.adapter, self.seed, round + 1).lora, dense={**state.adapter.dense, **dense}
+            lora=restart(state.adapter, self.seed, round + 1).lora, tensors={**state.adapter.tensors, **dense}
         )
         return replace(state, adapter=adapter, folds=state.folds.push(fold, self.max_rank, self.compact))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from fedlora.adapters import AdapterState, leading, stack, svd_each, wide
+from fedlora.adapters import AdapterState, leading, stack, svd_each, to_fp32
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
@@ -60,11 +60,11 @@ class Florist(Strategy):
         parts, dense = gather(updates, round)
         stacks = {name: stack(part.factors, part.shares) for name, part in parts.items()}
         fold = {
-            name: leading(svd, energy_rank(svd[1], self.tau), dtype=wide(stacks[name].A).dtype)
+            name: leading(svd, energy_rank(svd[1], self.tau), dtype=to_fp32(stacks[name].A).dtype)
             for name, svd in svd_each(stacks, whole=self.tau == 1).items()
         }
         adapter = AdapterState(
-            lora=restart(state.adapter, self.seed, round + 1).lora, dense={**state.adapter.dense, **dense}
+            lora=restart(state.adapter, self.seed, round + 1).lora, tensors={**state.adapter.tensors, **dense}
         )
         folds = state.folds.push(AdapterState(lora=fold), self.max_rank, self.compact)
         return replace(state, adapter=adapter, folds=folds)

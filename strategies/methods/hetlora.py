@@ -77,7 +77,7 @@ class HetLora(Strategy):
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
         """The padded means, with equal weights where no update moved; what no reply has stays as it was."""
-        times = dict(state.memory.get(_PRUNED, AdapterState()).dense)
+        times = dict(state.memory.get(_PRUNED, AdapterState()).tensors)
         parts, dense = gather((self._pruned(update, state, times) for update in updates), round)
         lora = dict(state.adapter.lora)
         for name, part in parts.items():
@@ -86,8 +86,8 @@ class HetLora(Strategy):
             mean = padded_mean(part.factors, weights)
             before = lora.get(name, mean)
             lora[name] = regrown(first_ranks(mean, mean.rank, before.scaling), before)
-        memory = {**state.memory, _PRUNED: AdapterState(dense=times)} if times else state.memory
-        adapter = AdapterState(lora=lora, dense={**state.adapter.dense, **dense})
+        memory = {**state.memory, _PRUNED: AdapterState(tensors=times)} if times else state.memory
+        adapter = AdapterState(lora=lora, tensors={**state.adapter.tensors, **dense})
         return replace(state, adapter=adapter, memory=memory)
 
     def _pruned(self, update: ClientUpdate, state: ServerState, times: dict[str, Tensor]) -> ClientUpdate:
@@ -111,7 +111,7 @@ class HetLora(Strategy):
 
 def _times(state: ServerState, client_id: int) -> int:
     """How often a client was pruned."""
-    times = state.memory.get(_PRUNED, AdapterState()).dense.get(str(client_id))
+    times = state.memory.get(_PRUNED, AdapterState()).tensors.get(str(client_id))
     return 0 if times is None else int(times)
 
 

@@ -58,7 +58,7 @@ class LoraFair(Strategy):
                     A=(a / before.scaling).to(batch.dtype), B=b.to(batch.dtype), scaling=before.scaling
                 )
                 lora[name] = regrown(refined, before)
-        return replace(state, adapter=AdapterState(lora=lora, dense={**state.adapter.dense, **dense}))
+        return replace(state, adapter=AdapterState(lora=lora, tensors={**state.adapter.tensors, **dense}))
 
     def _refined(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The mean factors with B corrected, [n, r, d_in] and [n, d_out, r], r the largest rank, in fp64."""

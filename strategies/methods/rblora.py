@@ -41,4 +41,4 @@ class RbLora(Strategy):
                 B=torch.cat([new.B, before.B[:, new.rank :].to(new.B)], dim=1),
                 scaling=before.scaling,
             )
-        return replace(state, adapter=AdapterState(lora=lora, dense={**state.adapter.dense, **dense}))
+        return replace(state, adapter=AdapterState(lora=lora, tensors={**state.adapter.tensors, **dense}))

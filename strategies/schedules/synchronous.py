@@ -297,7 +297,7 @@ def start(config: Config, clients: Sequence[ClientInfo], base: adapted.Shapes | 
         {module: client.scaling_of(module) for module, client in largest.items()},
         generator,
     )
-    return AdapterState(lora=factors.lora, dense=dict(found.head) or fresh_head(found.dense, config.run.seed))
+    return AdapterState(lora=factors.lora, tensors=dict(found.head) or fresh_head(found.tensors, config.run.seed))
 
 
 def sample(client_ids: Sequence[int], fraction: float, seed: int, round: int) -> list[int]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlora.adapters import CORE, AdapterState, LoraFactors, without_cores
+from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.adapters.lowrank import singular_values
 from fedlora.exchange import Broadcast, ClientUpdate
 
@@ -156,7 +156,7 @@ def _terms(
     before: ServerState, after: ServerState, updates: Sequence[ClientUpdate], sent: Mapping[int, Broadcast]
 ) -> Iterator[tuple[str, _Terms]]:
     whole = {update.client_id: completed(update, before).lora for update in updates}
-    made = without_cores(after.adapter).lora
+    made = after.adapter.lora
     examples = {update.client_id: update.num_examples for update in updates}
     # Folds that all clients share cancel out; where each holds its own, they are part of what it trained on.
     shared = all(_holds(sent[k], before.folds.parts) for k in whole)
@@ -176,8 +176,8 @@ def _terms(
         ranks = [whole[k][name].A.shape[0] for k in clients]
         anchors = [_of(name, own[k]) for k in clients]
         # With a core between the factors, what a smaller client starts from is no part of the server's terms.
-        cored = name + CORE in before.adapter.dense
-        starts = [[without_cores(sent[k].adapter).lora[name]] for k in clients] if cored else []
+        cored = start.R is not None
+        starts = [[sent[k].adapter.lora[name]] for k in clients] if cored else []
         sums = [
             *[[whole[k][name]] for k in clients],
             [start],
@@ -187,7 +187,7 @@ def _terms(
             *starts,
         ]
         columns = torch.cat([f.B for group in sums for f in group], dim=1)
-        rows = torch.cat([f.A for group in sums for f in group])
+        rows = torch.cat([f.down for group in sums for f in group])
         scales = [_scales(group) for group in sums]
         offsets = [0, *torch.tensor([len(s) for s in scales]).cumsum(0).tolist()]
         count, everything = len(clients), offsets[-1]

@@ -14,7 +14,8 @@ from statistics import median_low
 import torch
 from torch import Tensor
 
-from fedlora.adapters import LoraFactors, filled, norm, stack
+from fedlora.adapters import LoraFactors, fill_missing, norm, stack
+from fedlora.adapters.flat import OWN
 from fedlora.exchange import Broadcast, ClientUpdate
 
 # Of a round after which every client diverged: who moved so much farther than the others may have done it.
@@ -54,19 +55,17 @@ def moved(update: ClientUpdate, sent: Broadcast) -> float:
     where a product leaves the numbers of fp64.
     """
     start, personal = sent.adapter, bool(sent.personal)
-    whole = filled(update.adapter, start)
+    whole = fill_missing(update.adapter, start)
     total = 0.0
     for name, end in update.adapter.lora.items():
         begun = start.lora[name]
-        if not (end.A.numel() or end.B.numel()):
-            continue
         if personal:
             pairs = [(getattr(end, part), getattr(begun, part)) for part in sent.upload]
             total += sum(_square(a.double() - b.double()) for a, b in pairs)
         else:
             pair = [_wide(whole.lora[name]), _wide(begun)]
             total += norm(stack(pair, [1.0, -1.0])) ** 2
-    total += sum(_square(t.double() - start.dense[name].double()) for name, t in update.adapter.dense.items())
+    total += sum(_square(t.double() - start.tensors[name].double()) for name, t in update.adapter.tensors.items())
     return math.sqrt(total) if math.isfinite(total) else math.inf
 
 
@@ -97,7 +96,7 @@ def overflow(update: ClientUpdate, move: float, dtype: str) -> str:
         dtype: `model.compute-dtype`.
     """
     most = _LARGEST.get(dtype, _FP32)
-    tensors = [t for f in update.adapter.lora.values() for t in (f.A, f.B)] + [*update.adapter.dense.values()]
+    tensors = OWN.put(update.adapter).values()
     largest = max((float(t.abs().max()) for t in tensors if t.numel()), default=0.0)
     if largest <= most and move <= most:
         return ""
@@ -117,7 +116,7 @@ def suspect(moves: Mapping[int, float]) -> int | None:
 
 
 def _wide(factors: LoraFactors) -> LoraFactors:
-    return LoraFactors(A=factors.A.double(), B=factors.B.double(), scaling=factors.scaling)
+    return LoraFactors(A=factors.down.double(), B=factors.B.double(), scaling=factors.scaling)
 
 
 def _square(tensor: Tensor) -> float:

@@ -6,23 +6,23 @@ Those of the last few rounds are kept, to go back to.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedlora.adapters import AdapterState, LoraFactors
+from fedlora.adapters import AdapterState, map_tensors
+from fedlora.adapters.flat import OWN
 from fedlora.adapters.folds import Folds
 from fedlora.common.errors import RunError
 from fedlora.common.files import replacing
 
 from ..base import ServerState
 
-SCHEMA = 1
+SCHEMA = 2
 _FILES = "round-*.safetensors"
 
 
@@ -94,16 +94,15 @@ def load(folder: Path, run: str, after: int = -1) -> tuple[ServerState, int] | N
             if about["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {about['schema']}, this version reads {SCHEMA}")
 
-            def tensor(name: str) -> Tensor:
-                return file.get_tensor(name).clone()  # out of the file's map, whose tensors begin anywhere
-
+            # out of the file's map, whose tensors begin anywhere
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
             state = ServerState(
-                adapter=_get(tensor, "adapter", about["adapter"]),
+                adapter=_get(tensors, "adapter", about["adapter"]),
                 folds=Folds(
-                    tuple(_get(tensor, f"fold-{index}", part) for index, part in enumerate(about["folds"])),
+                    tuple(_get(tensors, f"fold-{index}", part) for index, part in enumerate(about["folds"])),
                     first=int(about["first-fold"]),
                 ),
-                memory={name: _get(tensor, f"memory-{name}", part) for name, part in about["memory"].items()},
+                memory={name: _get(tensors, f"memory-{name}", part) for name, part in about["memory"].items()},
             )
             owner, round = str(about["run"]), int(about["round"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -134,30 +133,22 @@ def plain(state: ServerState) -> ServerState:
 
 
 def _plain(adapter: AdapterState) -> AdapterState:
-    def own(tensor: Tensor) -> Tensor:
+    def own(name: str, tensor: Tensor) -> Tensor:
         alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
         return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
 
-    return AdapterState(
-        lora={name: LoraFactors(A=own(f.A), B=own(f.B), scaling=f.scaling) for name, f in adapter.lora.items()},
-        dense={name: own(tensor) for name, tensor in adapter.dense.items()},
-    )
+    return map_tensors(own, adapter)
 
 
-def _put(tensors: dict[str, Tensor], where: str, adapter: AdapterState) -> dict[str, Any]:
-    """Adds one adapter's tensors; returns the rest of it."""
-    for name, factors in adapter.lora.items():
-        tensors[f"{where}|{name}|A"], tensors[f"{where}|{name}|B"] = factors.A, factors.B
-    tensors |= {f"{where}|{name}": tensor for name, tensor in adapter.dense.items()}
-    return {"scalings": {name: f.scaling for name, f in adapter.lora.items()}, "dense": list(adapter.dense)}
+def _put(tensors: dict[str, Tensor], where: str, adapter: AdapterState) -> dict[str, float]:
+    """Adds one adapter's tensors; returns its scalings."""
+    tensors |= {f"{where}|{name}": tensor for name, tensor in OWN.put(adapter).items()}
+    return {name: factors.scaling for name, factors in adapter.lora.items()}
 
 
-def _get(tensor: Callable[[str], Tensor], where: str, about: Mapping[str, Any]) -> AdapterState:
-    lora = {
-        name: LoraFactors(A=tensor(f"{where}|{name}|A"), B=tensor(f"{where}|{name}|B"), scaling=float(scaling))
-        for name, scaling in about["scalings"].items()
-    }
-    return AdapterState(lora=lora, dense={name: tensor(f"{where}|{name}") for name in about["dense"]})
+def _get(tensors: Mapping[str, Tensor], where: str, scalings: Mapping[str, float]) -> AdapterState:
+    start = f"{where}|"
+    return OWN.get({k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}, scalings)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,147 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedlora.adapters import LoraFactors, at_once, wide
+from fedlora.adapters import LoraFactors, at_once, to_fp32
+from fedlora.adapters.means import Means
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import ClientUpdate
-
-
-class Means:
-    """Weighted means of tensors by name, each over the clients that sent it; memory for one tensor per name.
-
-    They run as `mean + share (tensor - mean)`: one tensor is its own mean, and equal tensors are, to the last bit.
-
-    Attributes:
-        values: the means.
-        weights: the sum of examples behind each.
-    """
-
-    def __init__(self) -> None:
-        self.values: dict[str, Tensor] = {}
-        self.weights: dict[str, float] = {}
-        # What every reply so far had, by name and shape; empty where they differed.
-        self._shapes: list[tuple[str, torch.Size]] = []
-
-    def add(self, tensors: Mapping[str, Tensor], update: ClientUpdate) -> None:
-        """Counts these tensors of an update, weighted by the client's examples.
-
-        All tensors move in one call, so that it takes little more than reading them.
-
-        Raises:
-            StrategyError: a shape differs from the earlier ones'; nothing is ever broadcast.
-        """
-        steps: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-        if self._shapes and [(name, t.shape) for name, t in tensors.items()] == self._shapes:  # as most replies are
-            steps[self._share([*tensors], update)] = [*self.values.values()], [*tensors.values()]
-        else:
-            self._shapes = []
-            for name, tensor in tensors.items():
-                so_far = self.values.get(name)
-                if so_far is None:
-                    self.values[name], self.weights[name] = wide(tensor).clone(), update.num_examples
-                    continue
-                if so_far.shape != tensor.shape:
-                    raise StrategyError(
-                        f"{name}: client {update.client_id} sent shape {list(tensor.shape)}, others sent "
-                        f"{list(so_far.shape)}; every client must train the same modules of the same base model"
-                    )
-                means, arrived = steps.setdefault(self._share([name], update), ([], []))
-                means.append(so_far)
-                arrived.append(tensor)
-            if len(set(self.weights.values())) == 1:
-                self._shapes = [(name, t.shape) for name, t in self.values.items()]
-        for share, (means, arrived) in steps.items():
-            same = all(t.dtype == m.dtype and t.device == m.device for t, m in zip(arrived, means, strict=True))
-            torch._foreach_lerp_(
-                means, arrived if same else [t.to(m) for t, m in zip(arrived, means, strict=True)], share
-            )
-
-    def _share(self, names: Sequence[str], update: ClientUpdate) -> float:
-        """This update's part in these means, which have one weight, itself included."""
-        weight = self.weights[names[0]] + update.num_examples
-        self.weights |= dict.fromkeys(names, weight)
-        return update.num_examples / weight
-
-
-class RankMeans:
-    """Weighted means of factors of unequal ranks, row by row: memory for one tensor per name and rank.
-
-    Args:
-        axis: that of the rank: 0 for A [r, d_in], 1 for B [d_out, r].
-        zero_pad: True fills smaller ranks up with zeros, so that every client counts in every row; False takes
-            each row's mean over the clients that have it.
-    """
-
-    def __init__(self, axis: int, zero_pad: bool) -> None:
-        self._axis, self._zero_pad = axis, zero_pad
-        # Clients of one rank are averaged by themselves: whole tensors, which is faster than parts of a larger one.
-        self._of_rank: dict[int, Means] = {}
-
-    def add(self, factors: Mapping[str, Tensor], update: ClientUpdate) -> None:
-        """Counts one factor of each module, weighted by the client's examples.
-
-        Raises:
-            StrategyError: the other dimension differs from the earlier ones'.
-        """
-        by_rank: dict[int, dict[str, Tensor]] = {}
-        for name, factor in factors.items():
-            by_rank.setdefault(factor.shape[self._axis], {})[name] = factor
-        for rank, alike in by_rank.items():
-            self._of_rank.setdefault(rank, Means()).add(alike, update)
-
-    def values(self) -> dict[str, Tensor]:
-        """The means, at the largest rank that came.
-
-        Raises:
-            StrategyError: clients of different ranks sent factors of different lengths.
-        """
-        groups: dict[str, list[tuple[int, Tensor, float]]] = {}
-        for rank in sorted(self._of_rank, reverse=True):
-            for name, mean in self._of_rank[rank].values.items():
-                groups.setdefault(name, []).append((rank, mean, self._of_rank[rank].weights[name]))
-        found: dict[str, Tensor] = {}
-        steps: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-        for name, group in groups.items():
-            first = found[name] = group[0][1]
-            if len(group) > 1:
-                found[name] = torch.zeros_like(first)
-                self._combine(name, group, found[name], steps)
-        for share, (totals, means) in steps.items():
-            torch._foreach_add_(totals, means, alpha=share)
-        return found
-
-    def _combine(
-        self,
-        name: str,
-        group: list[tuple[int, Tensor, float]],
-        total: Tensor,
-        steps: dict[float, tuple[list[Tensor], list[Tensor]]],
-    ) -> None:
-        """Adds to the steps what makes `total` the mean of these ranks' means: (rank, mean, weight), falling ranks."""
-        axis, every = self._axis, sum(weight for _, _, weight in group)
-        for _, mean, _ in group:
-            if mean.shape[1 - axis] != total.shape[1 - axis]:
-                raise StrategyError(
-                    f"{name}: clients sent factors of shapes {list(total.shape)} and {list(mean.shape)}; every client "
-                    "must train the same modules of the same base model"
-                )
-        # rows from one rank to the next larger one are those of the clients with the larger ranks
-        ends = [0, *(rank for rank, _, _ in reversed(group))] if not self._zero_pad else [0, group[0][0]]
-        for begin, end in itertools.pairwise(ends):
-            having = every if self._zero_pad else sum(weight for rank, _, weight in group if rank >= end)
-            for rank, mean, weight in group:
-                count = min(rank, end) - begin
-                if count > 0:
-                    totals, means = steps.setdefault(weight / having, ([], []))
-                    totals.append(total.narrow(axis, begin, count))
-                    means.append(mean.narrow(axis, begin, count))
 
 
 @dataclass(frozen=True)
@@ -189,7 +58,7 @@ def gather(updates: Iterable[ClientUpdate], round: int) -> tuple[dict[str, Parts
     for update in arrivals(updates, round):
         for name, factors in update.adapter.lora.items():
             kept.setdefault(name, []).append((update.client_id, update.num_examples, factors))
-        dense.add(update.adapter.dense, update)
+        dense.add(update.adapter.tensors, update.num_examples, update.client_id)
     parts: dict[str, Parts] = {}
     for name, entries in kept.items():
         entries.sort(key=lambda entry: entry[0])
@@ -233,7 +102,7 @@ def alike(parts: Mapping[str, Parts]) -> Iterator[Batch]:
         for names in at_once(group, sum(f.A.numel() + f.B.numel() for f in first.factors)):
             A = torch.stack([_weighted_rows(parts[name]) for name in names])
             B = torch.stack([torch.cat([f.B.double() for f in parts[name].factors], dim=1) for name in names])
-            yield Batch(names, A, B, rows.to(A.device), shares.to(A.device), wide(first.factors[0].A).dtype)
+            yield Batch(names, A, B, rows.to(A.device), shares.to(A.device), to_fp32(first.factors[0].A).dtype)
 
 
 def _weighted_rows(parts: Parts) -> Tensor:

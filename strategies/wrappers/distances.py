@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlora.adapters import AdapterState, LoraFactors, inner, relative_error, stack, without_cores
+from fedlora.adapters import AdapterState, LoraFactors, inner, relative_error, stack
 from fedlora.exchange import ClientUpdate
 
 from ..base import ServerState, completed
@@ -27,10 +27,10 @@ def squared_distances(updates: Sequence[ClientUpdate], state: ServerState) -> Te
     """
     count = len(updates)
     total = torch.zeros(count, count, dtype=torch.float64)
-    states, server = [completed(update, state) for update in updates], without_cores(state.adapter)
+    states, server = [completed(update, state) for update in updates], state.adapter
     for name in dict.fromkeys(name for each in states for name in each.lora):
         held = [each.lora[name] if name in each.lora else server.lora[name] for each in states]
-        parts = [LoraFactors(A=f.A.double(), B=f.B.double(), scaling=f.scaling) for f in held]
+        parts = [LoraFactors(A=f.down.double(), B=f.B.double(), scaling=f.scaling) for f in held]
         every = stack(parts)
         owner = torch.repeat_interleave(torch.arange(count), torch.tensor([part.rank for part in parts]))
         mine = torch.nn.functional.one_hot(owner, count).to(every.A)
@@ -42,8 +42,8 @@ def squared_distances(updates: Sequence[ClientUpdate], state: ServerState) -> Te
             exact = relative_error({"": parts[i]}, {"": parts[j]}) ** 2 * gram[j, j]
             squares[i, j] = squares[j, i] = exact
         total += squares.fill_diagonal_(0.0).cpu()
-    for name in dict.fromkeys(name for each in states for name in each.dense):
-        rows = [(each.dense[name] if name in each.dense else server.dense[name]).double() for each in states]
+    for name in dict.fromkeys(name for each in states for name in each.tensors):
+        rows = [(each.tensors[name] if name in each.tensors else server.tensors[name]).double() for each in states]
         flat = torch.stack(rows).flatten(1)
         total += torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").square().cpu()
     return total
@@ -66,13 +66,17 @@ class Move:
         for name, end in update.adapter.lora.items():
             f = start.lora[name]
             A, B = f.A.double(), f.B.double()
+            if end.R is not None and f.R is not None:  # the only factor that was trained
+                core = LoraFactors(A=A, B=B, scaling=f.scaling, R=end.R.double() - f.R.double())
+                xx += inner(core, core)
+                continue
             dA = end.A.double() - A if end.A.numel() else torch.zeros_like(A)
             dB = end.B.double() - B if end.B.numel() else torch.zeros_like(B)
             x = LoraFactors(A=torch.cat([dA, A]), B=torch.cat([B, dB], dim=1), scaling=f.scaling)
             y = LoraFactors(A=dA, B=dB, scaling=f.scaling)
             xx, xy, yy = xx + inner(x, x), xy + inner(x, y), yy + inner(y, y)
-        for name, tensor in update.adapter.dense.items():
-            xx += float((tensor.double() - start.dense[name].double()).square().sum())
+        for name, tensor in update.adapter.tensors.items():
+            xx += float((tensor.double() - start.tensors[name].double()).square().sum())
         return cls(xx, xy, yy)
 
     def norm(self, share: float) -> float:

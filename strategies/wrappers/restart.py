@@ -112,7 +112,7 @@ class Restart(Wrapper):
             return replace(new, folds=folds)
         link = {name: stack([f]) for name, f in self.inner.global_adapter(new).lora.items() if f.B.any()}
         fresh = flora.restart(new.adapter, self.seed, round + 1)
-        begun = self.inner.init(AdapterState(lora=fresh.lora, dense=new.adapter.dense))
+        begun = self.inner.init(AdapterState(lora=fresh.lora, tensors=new.adapter.tensors))
         if link:
             folds = folds.push(AdapterState(lora=link), self.max_rank, self.compact)
         return replace(begun, folds=folds)

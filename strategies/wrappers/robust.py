@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedlora.adapters import AdapterState, LoraFactors, wide
+from fedlora.adapters import AdapterState, LoraFactors, map_tensors, to_fp32
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import ClientInfo, ClientUpdate
 
@@ -147,14 +147,16 @@ class Robust(Wrapper):
             if len(set(ranks)) > 1:
                 raise self._unequal(name, ranks)
             s = state.adapter.lora[name].scaling if name in state.adapter.lora else parts[0].scaling
-            A = self._middle_of([(part.scaling / s) * wide(part.A) for part in parts], name)
-            lora[name] = LoraFactors(A=A, B=self._middle_of([wide(part.B) for part in parts], name), scaling=s)
+            A = self._middle_of([(part.scaling / s) * to_fp32(part.A) for part in parts], name)
+            B = self._middle_of([to_fp32(part.B) for part in parts], name)
+            cores = [to_fp32(part.R) for part in parts if part.R is not None]
+            lora[name] = LoraFactors(A=A, B=B, scaling=s, R=self._middle_of(cores, name) if cores else None)
         dense: dict[str, Tensor] = {}
-        for name in dict.fromkeys(name for update in updates for name in update.adapter.dense):
-            tensors = [wide(update.adapter.dense[name]) for update in updates if name in update.adapter.dense]
+        for name in dict.fromkeys(name for update in updates for name in update.adapter.tensors):
+            tensors = [to_fp32(update.adapter.tensors[name]) for update in updates if name in update.adapter.tensors]
             dense[name] = self._middle_of(tensors, name)
         examples = sum(update.num_examples for update in updates)
-        return replace(updates[0], adapter=AdapterState(lora=lora, dense=dense), num_examples=examples, metrics={})
+        return replace(updates[0], adapter=AdapterState(lora=lora, tensors=dense), num_examples=examples, metrics={})
 
     def _middle_of(self, tensors: Sequence[Tensor], where: str) -> Tensor:
         """Entry by entry, the mean of the values in the middle."""
@@ -215,15 +217,10 @@ class _AsReplied(ClientInfo):
 def _drawn_back(update: ClientUpdate, start: AdapterState, share: float) -> ClientUpdate:
     """The reply with what it sent at `start + share (end - start)`."""
 
-    def point(begin: Tensor, end: Tensor) -> Tensor:
-        return torch.lerp(wide(begin), wide(end), share) if end.numel() else end
+    def point(name: str, end: Tensor, begin: Tensor) -> Tensor:
+        return torch.lerp(to_fp32(begin), to_fp32(end), share)
 
-    lora = {
-        name: replace(end, A=point(start.lora[name].A, end.A), B=point(start.lora[name].B, end.B))
-        for name, end in update.adapter.lora.items()
-    }
-    dense = {name: point(start.dense[name], end) for name, end in update.adapter.dense.items()}
-    return replace(update, adapter=AdapterState(lora=lora, dense=dense))
+    return replace(update, adapter=map_tensors(point, update.adapter, start))
 
 
 def _trimmed(trim: float, count: int) -> int:

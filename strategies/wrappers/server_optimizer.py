@@ -81,17 +81,21 @@ class ServerOptimizer(Wrapper):
             gone = old.B.any(dim=0) & ~after.B.any(dim=0)
             found_a = self._step(old.A, after.A, m and m.A, v and v.A, rows=1, gone=gone[:, None])
             found_b = self._step(old.B, after.B, m and m.B, v and v.B, rows=0, gone=gone[None, :])
+            found_r: tuple[Tensor | None, ...] = (None, None, None)
+            if old.R is not None and after.R is not None:
+                found_r = self._step(old.R, after.R, m and m.R, v and v.R)
             lora[name], lora_m[name], lora_v[name] = (
-                LoraFactors(A=a, B=b, scaling=old.scaling) for a, b in zip(found_a, found_b, strict=True)
+                LoraFactors(A=a, B=b, scaling=old.scaling, R=r)
+                for a, b, r in zip(found_a, found_b, found_r, strict=True)
             )
-        dense, dense_m, dense_v = dict(new.adapter.dense), dict(first.dense), dict(second.dense)
-        for name, old in state.adapter.dense.items():
-            found = self._step(old, new.adapter.dense[name], first.dense.get(name), second.dense.get(name))
+        dense, dense_m, dense_v = dict(new.adapter.tensors), dict(first.tensors), dict(second.tensors)
+        for name, old in state.adapter.tensors.items():
+            found = self._step(old, new.adapter.tensors[name], first.tensors.get(name), second.tensors.get(name))
             dense[name], dense_m[name], dense_v[name] = found
-        memory = {**new.memory, _FIRST: AdapterState(lora=lora_m, dense=dense_m)}
+        memory = {**new.memory, _FIRST: AdapterState(lora=lora_m, tensors=dense_m)}
         if self.kind != "momentum":
-            memory[_SECOND] = AdapterState(lora=lora_v, dense=dense_v)
-        return replace(new, adapter=AdapterState(lora=lora, dense=dense), memory=memory)
+            memory[_SECOND] = AdapterState(lora=lora_v, tensors=dense_v)
+        return replace(new, adapter=AdapterState(lora=lora, tensors=dense), memory=memory)
 
     def _step(
         self,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fedlora.adapters import CORE, AdapterState, LoraFactors, delta
-from fedlora.adapters.spectra import singular_values
+from fedlora.adapters import AdapterState, LoraFactors, delta
+from fedlora.adapters.algebra import singular_values
 
 
 def factors(d_out: int, rank: int, d_in: int, scaling: float = 0.5, seed: int = 0) -> LoraFactors:
@@ -24,7 +24,8 @@ def test_they_are_those_of_the_dense_matrix_descending(d_out, rank, d_in, scalin
 
 def test_only_the_largest_come_back_and_a_core_counts():
     f = factors(40, 36, 50)
-    adapter = AdapterState(lora={"m": f, "n": f}, dense={"m" + CORE: torch.diag(torch.arange(36.0)), "head": f.A})
+    cored = LoraFactors(A=f.A, B=f.B, scaling=f.scaling, R=torch.diag(torch.arange(36.0)))
+    adapter = AdapterState(lora={"m": cored, "n": f}, tensors={"head": f.A})
     got = singular_values(adapter)
     assert [*got] == ["m", "n"]
     assert [len(s) for s in got.values()] == [32, 32]

@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.adapters import CORE, AdapterState, LoraFactors
+from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.clients.client_app import app as client_app
 from fedlora.clients.node import held_folds
 from fedlora.common.errors import RunError, WireError
@@ -36,22 +36,24 @@ MODULES = ("layers.0.q_proj", "layers.1.q_proj")
 def adapter(seed: int, cores: bool) -> AdapterState:
     g = torch.Generator().manual_seed(seed)
     lora = {
-        name: LoraFactors(A=torch.randn(3, 6, generator=g), B=torch.randn(5, 3, generator=g), scaling=2.0)
+        name: LoraFactors(
+            A=torch.randn(3, 6, generator=g),
+            B=torch.randn(5, 3, generator=g),
+            scaling=2.0,
+            R=torch.randn(3, 3, generator=g) if cores else None,
+        )
         for name in MODULES
     }
-    dense = {"head.weight": torch.randn(2, 3, generator=g)}
-    return AdapterState(
-        lora=lora, dense=dense | ({m + CORE: torch.randn(3, 3, generator=g) for m in MODULES} if cores else {})
-    )
+    return AdapterState(lora=lora, tensors={"head.weight": torch.randn(2, 3, generator=g)})
 
 
 def asked(upload: str, task: str = "train") -> Broadcast:
-    return Broadcast(round=3, adapter=adapter(0, not upload), base_version=2, upload=frozenset(upload), task=task)
+    return Broadcast(round=3, adapter=adapter(0, upload == "R"), base_version=2, upload=frozenset(upload), task=task)
 
 
 def reply(dtype: str, upload: str) -> RecordDict:
     update = ClientUpdate(
-        client_id=7, adapter=adapter(1, not upload), num_examples=EXAMPLES, base_version=2, metrics=METRICS
+        client_id=7, adapter=adapter(1, upload == "R"), num_examples=EXAMPLES, base_version=2, metrics=METRICS
     )
     return wire.encode_update(update, BASE, dtype, frozenset(upload), known_base_version=2, round=3)
 
@@ -86,7 +88,7 @@ def in_arrays(change: Callable[[Arrays, str, Any], None]) -> Mutation:
 
 @in_arrays
 def renamed(arrays: Arrays, name: str, data: Any) -> None:
-    arrays[data.draw(st.sampled_from(["x", "", "dense|x", name + "|scale", name.upper()]))] = arrays.pop(name)
+    arrays[data.draw(st.sampled_from(["x", "", "tensors|x", name + "|scale", name.upper()]))] = arrays.pop(name)
 
 
 @in_arrays
@@ -96,7 +98,7 @@ def dropped(arrays: Arrays, name: str, data: Any) -> None:
 
 @in_arrays
 def added(arrays: Arrays, name: str, data: Any) -> None:
-    arrays[data.draw(st.sampled_from(["layers.2.q_proj|A", "dense|more", "junk"]))] = arrays[name]
+    arrays[data.draw(st.sampled_from(["layers.2.q_proj|A", "tensors|more", "junk"]))] = arrays[name]
 
 
 @in_arrays
@@ -203,7 +205,7 @@ REFUSED: dict[str, Mutation] = {
     "a module twice": head("adapter.modules", st.just([MODULES[0], MODULES[0]])),
     "more scalings": head("adapter.scalings", st.sampled_from([[2.0] * 3, [], [2, 2], ["2", "2"]])),
     "scalings": head("adapter.scalings", st.sampled_from([[2.0, x] for x in (0.0, -2.0, float("nan"), 3.0)])),
-    "dense names": head("adapter.dense", st.sampled_from([[], ["head.weight"] * 2, ["x"], [1]])),
+    "dense names": head("adapter.tensors", st.sampled_from([[], ["head.weight"] * 2, ["x"], [1]])),
     "unknown key": head("more", OTHERS),
     "not finite": not_finite,
 } | {
@@ -215,7 +217,7 @@ REFUSED: dict[str, Mutation] = {
 }
 
 
-@pytest.mark.parametrize("upload", ["AB", "B", ""])
+@pytest.mark.parametrize("upload", ["AB", "B", "R"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "int4"])
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), name=st.sampled_from(sorted(REFUSED)))
@@ -241,7 +243,7 @@ def test_every_kind_of_broken_reply_is_refused(name):
     check()
 
 
-@pytest.mark.parametrize("upload", ["AB", "B", ""])
+@pytest.mark.parametrize("upload", ["AB", "B", "R"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "int4"])
 @settings(deadline=None, max_examples=10)
 @given(data=st.data())
@@ -259,30 +261,32 @@ def test_what_is_only_said_in_another_order_means_the_same(dtype, upload, data):
         }
     )
     mixed["head"]["adapter.modules"] = list(MODULES[::-1])
-    mixed["head"]["adapter.dense"] = list(good.adapter.dense)[::-1]
+    mixed["head"]["adapter.tensors"] = list(good.adapter.tensors)[::-1]
     got = decode(mixed, upload)
     assert list(got.adapter.lora) == list(good.adapter.lora)
     assert (got.num_examples, got.metrics) == (good.num_examples, good.metrics)
     for name, factors in good.adapter.lora.items():
         assert torch.equal(got.adapter.lora[name].A, factors.A)
         assert torch.equal(got.adapter.lora[name].B, factors.B)
-    assert all(torch.equal(got.adapter.dense[name], tensor) for name, tensor in good.adapter.dense.items())
+    assert all(torch.equal(got.adapter.tensors[name], tensor) for name, tensor in good.adapter.tensors.items())
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("int8", 3e38), ("int4", 3e38), ("bf16", 3.3e38)])
 def test_finite_codes_that_make_no_finite_values_are_refused(dtype, size):
     """Scales times codes, or the change on top of what was sent, leave fp32's range."""
-    sent = Broadcast(round=1, adapter=AdapterState(dense={"w": torch.full((1, 2), 3e38)}))
+    sent = Broadcast(round=1, adapter=AdapterState(tensors={"w": torch.full((1, 2), 3e38)}))
     record = wire.encode_update(
-        ClientUpdate(client_id=7, adapter=AdapterState(dense={"w": torch.ones(1, 2)}), num_examples=1, metrics=METRICS),
+        ClientUpdate(
+            client_id=7, adapter=AdapterState(tensors={"w": torch.ones(1, 2)}), num_examples=1, metrics=METRICS
+        ),
         BASE,
         dtype,
     )
     with tensors_of(record) as arrays:
         if dtype in codec.LARGEST:
-            arrays["dense|w|scale"] = np.array([size], dtype=np.float32)
+            arrays["tensors|w|scale"] = np.array([size], dtype=np.float32)
         else:
-            arrays["dense|w"] = torch.full((1, 2), size).bfloat16().view(torch.int16).numpy()
+            arrays["tensors|w"] = torch.full((1, 2), size).bfloat16().view(torch.int16).numpy()
     with pytest.raises(WireError, match=r"client 7: .*w"):
         wire.decode_update(record, 7, sent, BASE)
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState, LoraFactors
+from fedlora.adapters.state import difference, sum_of
 from fedlora.exchange import codec
 
 some = settings(max_examples=50, deadline=None)
@@ -21,7 +22,7 @@ def state(seed: int, rank: int = 3, size: float = 1.0) -> AdapterState:
 
     return AdapterState(
         lora={"m": LoraFactors(normal(rank, 7), normal(5, rank), 2.0), "n": LoraFactors(normal(1, 4), normal(4, 1), 1)},
-        dense={"head.weight": normal(2, 3), "head.bias": normal(2)},
+        tensors={"head.weight": normal(2, 3), "head.bias": normal(2)},
     )
 
 
@@ -68,9 +69,9 @@ def test_what_is_read_is_near_to_what_was_sent(name: str, bound: float) -> None:
         for left, right in ((read.lora[module].A, factors.A), (read.lora[module].B, factors.B)):
             assert left.shape == right.shape
             assert float((left - right).norm()) <= bound * float(right.norm())
-    for key, tensor in sent.dense.items():
-        assert read.dense[key].shape == tensor.shape
-        assert float((read.dense[key] - tensor).norm()) <= bound * float(tensor.norm())
+    for key, tensor in sent.tensors.items():
+        assert read.tensors[key].shape == tensor.shape
+        assert float((read.tensors[key] - tensor).norm()) <= bound * float(tensor.norm())
 
 
 def test_a_rank_has_a_scale_of_its_own_in_both_factors() -> None:
@@ -85,13 +86,13 @@ def test_a_rank_has_a_scale_of_its_own_in_both_factors() -> None:
 
 def test_sum_and_difference_keep_empty_factors_and_scalings() -> None:
     left, right = state(1), state(2)
-    only_b = AdapterState(lora={"m": LoraFactors(torch.empty(0, 0), left.lora["m"].B, 2.0)}, dense=left.dense)
-    got = codec.sum_of(codec.difference(only_b, right), right)
+    only_b = AdapterState(lora={"m": LoraFactors(torch.empty(0, 0), left.lora["m"].B, 2.0)}, tensors=left.tensors)
+    got = sum_of(difference(only_b, right), right)
     assert got.lora.keys() == {"m"}
     assert got.lora["m"].A.numel() == 0
     assert got.lora["m"].scaling == 2.0
     torch.testing.assert_close(got.lora["m"].B, left.lora["m"].B)
-    torch.testing.assert_close(got.dense["head.bias"], left.dense["head.bias"])
+    torch.testing.assert_close(got.tensors["head.bias"], left.tensors["head.bias"])
 
 
 @pytest.mark.parametrize("name", ["bf16", "int8", "int4"])
@@ -100,10 +101,10 @@ def test_error_feedback_makes_up_for_what_was_left_out(name: str) -> None:
     meant, read, left = state(0, size=0.0), state(0, size=0.0), state(0, size=0.0)
     for round in range(30):
         step = state(round, size=0.1)
-        meant = codec.sum_of(meant, step)
-        wanted = codec.sum_of(step, left)
+        meant = sum_of(meant, step)
+        wanted = sum_of(step, left)
         arrived = codec.through(wanted, name)
-        left, read = codec.difference(wanted, arrived), codec.sum_of(read, arrived)
+        left, read = difference(wanted, arrived), sum_of(read, arrived)
     for module, factors in meant.lora.items():
         torch.testing.assert_close(read.lora[module].A + left.lora[module].A, factors.A, rtol=1e-4, atol=1e-5)
         assert float((read.lora[module].A - factors.A).norm()) < 0.1 * float(factors.A.norm())

@@ -26,16 +26,16 @@ _STRANGE: list[Any] = [
 ]
 
 
-def _state(seed: int, dense: bool = True) -> AdapterState:
+def _state(seed: int, tensors: bool = True) -> AdapterState:
     g = torch.Generator().manual_seed(seed)
     lora = {
         f"layers.{i}.q_proj": LoraFactors(torch.randn(3, 6, generator=g), torch.randn(5, 3, generator=g), 2.0)
         for i in range(2)
     }
-    return AdapterState(lora=lora, dense={"head.weight": torch.randn(2, 3, generator=g)} if dense else {})
+    return AdapterState(lora=lora, tensors={"head.weight": torch.randn(2, 3, generator=g)} if tensors else {})
 
 
-SENT = Broadcast(round=1, adapter=_state(0), base_version=2, folds=(_state(2, dense=False),), folds_from=1)
+SENT = Broadcast(round=1, adapter=_state(0), base_version=2, folds=(_state(2, tensors=False),), folds_from=1)
 UPDATE = ClientUpdate(client_id=7, adapter=_state(1), num_examples=10, base_version=2, metrics=METRICS)
 INFO = ClientInfo(client_id=3, rank=8, alpha="2r", num_examples=40, rank_pattern={"k_proj": 2})
 
@@ -122,7 +122,7 @@ def _spoil_array(record: RecordDict, rng: random.Random) -> None:
         case 8:
             stype = rng.choice(["numpy.ndarray", "", "x" * 3000])
         case _:
-            arrays[rng.choice(["junk", "layers.9.q_proj|A", "dense|x", "é" * 2000])] = arrays.pop(name)
+            arrays[rng.choice(["junk", "layers.9.q_proj|A", "tensors|x", "é" * 2000])] = arrays.pop(name)
             return
     arrays[name] = Array(dtype=dtype, shape=shape, stype=stype, data=bytes(data))
 

@@ -19,7 +19,7 @@ from tests.federation import METRICS, repack, tensors_of
 BASE = "abc123"
 
 
-def adapter(seed: int = 0, ranks=(4, 2), d_in: int = 6, d_out: int = 5, dense: bool = True) -> AdapterState:
+def adapter(seed: int = 0, ranks=(4, 2), d_in: int = 6, d_out: int = 5, tensors: bool = True) -> AdapterState:
     g = torch.Generator().manual_seed(seed)
     lora = {
         f"layers.{i}.q_proj": LoraFactors(
@@ -27,20 +27,20 @@ def adapter(seed: int = 0, ranks=(4, 2), d_in: int = 6, d_out: int = 5, dense: b
         )
         for i, r in enumerate(ranks)
     }
-    return AdapterState(lora=lora, dense={"head.weight": torch.randn(2, 3, generator=g)} if dense else {})
+    return AdapterState(lora=lora, tensors={"head.weight": torch.randn(2, 3, generator=g)} if tensors else {})
 
 
 def same(left: AdapterState, right: AdapterState) -> bool:
     return (
         list(left.lora) == list(right.lora)
-        and list(left.dense) == list(right.dense)
+        and list(left.tensors) == list(right.tensors)
         and all(
             torch.equal(f.A, right.lora[n].A)
             and torch.equal(f.B, right.lora[n].B)
             and f.scaling == right.lora[n].scaling
             for n, f in left.lora.items()
         )
-        and all(torch.equal(t, right.dense[n]) for n, t in left.dense.items())
+        and all(torch.equal(t, right.tensors[n]) for n, t in left.tensors.items())
     )
 
 
@@ -56,7 +56,7 @@ def test_a_broadcast_arrives_bit_for_bit(seed, ranks, d_in, folds):
         round=3,
         adapter=adapter(seed, ranks, d_in),
         base_version=5,
-        folds=tuple(adapter(seed + i, ranks, d_in, dense=False) for i in range(folds)),
+        folds=tuple(adapter(seed + i, ranks, d_in, tensors=False) for i in range(folds)),
         folds_from=2,
         trainable=frozenset("B"),
         upload=frozenset("B"),
@@ -123,7 +123,7 @@ def nan_adapter() -> AdapterState:
 
 def rescaled(scaling: float) -> AdapterState:
     state = adapter(1)
-    return AdapterState(lora={n: LoraFactors(f.A, f.B, scaling) for n, f in state.lora.items()}, dense=state.dense)
+    return AdapterState(lora={n: LoraFactors(f.A, f.B, scaling) for n, f in state.lora.items()}, tensors=state.tensors)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def rescaled(scaling: float) -> AdapterState:
         (update(base_version=1), "sent base version 1, expected 2"),
         (update(adapter=adapter(1, ranks=(4, 4))), r"q_proj: client 7 sent (scaling|A shape|B shape)"),
         (update(adapter=adapter(1, ranks=(4,))), "sent modules"),
-        (update(adapter=adapter(1, dense=False)), "sent dense tensors"),
+        (update(adapter=adapter(1, tensors=False)), "sent tensors"),
         (update(adapter=rescaled(3.0)), "sent scaling 3.0"),
         (update(num_examples=0), "num-examples 0, expected at least 1"),
         (update(metrics={"train-loss": float("inf")}), "metric 'train-loss' is inf"),

@@ -10,7 +10,7 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 
-from fedlora.adapters import AdapterState, LoraFactors, delta, initial, without_cores
+from fedlora.adapters import AdapterState, LoraFactors, delta, initial, keep_factors
 from fedlora.common.errors import AdapterError, ConfigError, ModelError
 from fedlora.config import LoraConfig, ModelConfig
 from fedlora.models import adapted, fresh_head, load_base
@@ -42,7 +42,7 @@ def random_adapter(bench, seed: int, rank: int, scaling: float = 0.5) -> Adapter
         )
         for name, layer in bench.layers.items()
     }
-    return AdapterState(lora=lora, dense={n: torch.randn(p.shape, generator=g) for n, p in bench.dense.items()})
+    return AdapterState(lora=lora, tensors={n: torch.randn(p.shape, generator=g) for n, p in bench.tensors.items()})
 
 
 def logits(model) -> torch.Tensor:
@@ -203,8 +203,8 @@ def test_shapes_need_no_weights(tiny_llama, tiny_bert, task):
     found = adapted.shapes(config, lora)
     bench = adapted.workbench(config, lora)
     assert found.lora == {n: (layer.out_features, layer.in_features) for n, layer in bench.layers.items()}
-    assert found.dense == {name: tuple(p.shape) for name, p in bench.dense.items()}
-    assert bool(found.dense) == (task == "classification")
+    assert found.tensors == {name: tuple(p.shape) for name, p in bench.tensors.items()}
+    assert bool(found.tensors) == (task == "classification")
 
 
 def test_a_fresh_head_is_seeded():
@@ -233,7 +233,7 @@ def test_peft_loads_the_checkpoint_onto_the_untouched_base(tiny_llama, tiny_bert
     one = next(iter(adapter.lora))  # unequal ranks, and one that is lower than its factors say
     lora = dict(adapter.lora)
     lora[one] = LoraFactors(lora[one].A[:2].repeat(2, 1), lora[one].B[:, :2].repeat(1, 2), 1.0)
-    adapter = AdapterState(lora=lora, dense=adapter.dense)
+    adapter = AdapterState(lora=lora, tensors=adapter.tensors)
     adapted.install(bench, adapter)
     adapted.install_anchor(bench, ())
     expected = copy.deepcopy(logits(bench.model))
@@ -248,8 +248,14 @@ def test_peft_loads_the_checkpoint_onto_the_untouched_base(tiny_llama, tiny_bert
 def with_cores(bench, seed: int, rank: int) -> AdapterState:
     """A random adapter with a core between the factors of every module."""
     plain, g = random_adapter(bench, seed, rank), torch.Generator().manual_seed(100 + seed)
-    cores = {f"{name}.lora_R": torch.randn(rank, rank, generator=g) for name in plain.lora}
-    return AdapterState(lora=plain.lora, dense={**plain.dense, **cores})
+    lora = {name: replace(f, R=torch.randn(rank, rank, generator=g)) for name, f in plain.lora.items()}
+    return AdapterState(lora=lora, tensors=plain.tensors)
+
+
+def multiplied_in(adapter: AdapterState) -> AdapterState:
+    """The same update without cores."""
+    lora = {n: LoraFactors(A=f.R @ f.A, B=f.B, scaling=f.scaling) for n, f in adapter.lora.items()}
+    return AdapterState(lora=lora, tensors=adapter.tensors)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
@@ -267,10 +273,10 @@ def test_a_core_lies_between_the_factors_and_leaves_with_its_adapter(tiny_llama,
     for rank in (3, 6):
         cored = with_cores(bench, rank, rank)
         got = in_place(cored)
-        torch.testing.assert_close(got, in_place(without_cores(cored)), rtol=1e-4, atol=1e-4)
-        assert float((got - in_place(AdapterState(lora=cored.lora, dense={}))).abs().max()) > 1e-2
+        torch.testing.assert_close(got, in_place(multiplied_in(cored)), rtol=1e-4, atol=1e-4)
+        assert float((got - in_place(keep_factors(cored, "AB"))).abs().max()) > 1e-2
     assert torch.equal(in_place(plain), before)
-    assert adapted.read(bench).dense == {}
+    assert all(f.R is None for f in adapted.read(bench).lora.values())
 
 
 def test_reading_gives_cores_and_head_back_apart(tiny_bert):
@@ -278,13 +284,14 @@ def test_reading_gives_cores_and_head_back_apart(tiny_bert):
     bench = adapted.workbench(config, LoraConfig(target_modules="query,value"))
     adapter = with_cores(bench, 0, 3)
     parameters = adapted.install(bench, adapter, {"R"})
-    assert len(parameters) == len(bench.layers) + len(bench.dense)  # a core each, and the head
+    assert len(parameters) == len(bench.layers) + len(bench.tensors)  # a core each, and the head
     got = adapted.read(bench)
-    assert got.dense.keys() == adapter.dense.keys()
-    assert all(torch.equal(tensor, got.dense[name]) for name, tensor in adapter.dense.items())
+    assert got.tensors.keys() == adapter.tensors.keys()
+    assert all(torch.equal(tensor, got.tensors[name]) for name, tensor in adapter.tensors.items())
     for name, factors in adapter.lora.items():
         assert torch.equal(got.lora[name].A, factors.A)
         assert torch.equal(got.lora[name].B, factors.B)
+        assert torch.equal(got.lora[name].R, factors.R)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -299,7 +306,7 @@ def test_a_cores_gradient_is_the_weights_between_b_and_a(tiny_llama, quantizatio
     gradients = dict(zip(bench.layers, [p.grad for p in parameters], strict=True))
 
     whole = {}  # the same update as one matrix: A = I, B = dW
-    for name, f in without_cores(cored).lora.items():
+    for name, f in multiplied_in(cored).lora.items():
         whole[name] = LoraFactors(A=torch.eye(f.A.shape[1]), B=delta(f), scaling=1.0)
     dense = adapted.install(bench, AdapterState(lora=whole), {"B"})
     bench.model(input_ids=IDS, labels=IDS).loss.backward()
@@ -315,9 +322,9 @@ def test_cores_that_do_not_fit_are_named(tiny_llama):
     cored = with_cores(bench, 0, 3)
     name = next(iter(cored.lora))
     with pytest.raises(AdapterError, match=rf"{name}: got a core R \(2, 2\), its factors of rank 3 need \(3, 3\)"):
-        adapted.install(bench, replace(cored, dense={**cored.dense, f"{name}.lora_R": torch.eye(2)}))
-    with pytest.raises(AdapterError, match=r"dense tensors are not the model's, for instance 'elsewhere.lora_R'"):
-        adapted.install(bench, replace(cored, dense={**cored.dense, "elsewhere.lora_R": torch.eye(3)}))
+        adapted.install(bench, replace(cored, lora={**cored.lora, name: replace(cored.lora[name], R=torch.eye(2))}))
+    with pytest.raises(AdapterError, match=r"tensors trained in full are not the model's, for instance 'elsewhere'"):
+        adapted.install(bench, replace(cored, tensors={**cored.tensors, "elsewhere": torch.eye(3)}))
 
 
 def test_folds_merged_into_an_output_layer_leave_the_input_embeddings_alone(tiny_llama):

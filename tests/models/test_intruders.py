@@ -12,7 +12,7 @@ from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 
-from fedlora.adapters import CORE, AdapterState, LoraFactors, delta, stack, truncate
+from fedlora.adapters import AdapterState, LoraFactors, delta, stack, truncate
 from fedlora.common.errors import AdapterError
 from fedlora.config import LoraConfig, ModelConfig
 from fedlora.models import adapted, load_base
@@ -158,7 +158,7 @@ def adapter_for(bench, rank=3, size=3.0):
         name: learned(int(layer.out_features), int(layer.in_features), rank, size, seed)
         for seed, (name, layer) in enumerate(bench.layers.items())
     }
-    return AdapterState(lora=lora, dense={n: torch.zeros_like(p) for n, p in bench.dense.items()})
+    return AdapterState(lora=lora, tensors={n: torch.zeros_like(p) for n, p in bench.tensors.items()})
 
 
 def dequantized(module):
@@ -230,14 +230,15 @@ def test_merged_folds_are_told_from_the_base(tiny_llama):
 def test_cores_count_and_other_modules_are_refused(tiny_llama):
     bench = bench_of(tiny_llama)
     adapter = adapter_for(bench)
-    cores = {name + CORE: torch.diag(torch.tensor([1.0, 0.0, 0.0])) for name in adapter.lora}
-    cored = AdapterState(lora=adapter.lora, dense={**adapter.dense, **cores})
+    core = torch.diag(torch.tensor([1.0, 0.0, 0.0]))
+    lora = {n: LoraFactors(A=f.A, B=f.B, scaling=f.scaling, R=core) for n, f in adapter.lora.items()}
+    cored = AdapterState(lora=lora, tensors=adapter.tensors)
     first = {n: LoraFactors(A=f.A[:1], B=f.B[:, :1], scaling=f.scaling) for n, f in adapter.lora.items()}
     adapted.install(bench, cored)
     weights = {name: layer.get_base_layer().weight for name, layer in bench.layers.items()}
     assert BaseSpectra(bench).counts() == {name: count(weights[name], f) for name, f in first.items()}
     less = without_intruders(bench, cored, 0.0)
-    assert not less.dense
+    assert not less.tensors
     for name, f in first.items():
         torch.testing.assert_close(delta(less.lora[name]), delta(remove(weights[name], f, 0.0)), rtol=1e-3, atol=1e-4)
     strange = AdapterState(lora={"model.nowhere": first[next(iter(first))]})

@@ -133,7 +133,7 @@ def drawn(shapes: adapted.Shapes) -> AdapterState:
         )
         for name, (d_out, d_in) in shapes.lora.items()
     }
-    return AdapterState(lora=lora, dense=fresh_head(shapes.dense, 1))
+    return AdapterState(lora=lora, tensors=fresh_head(shapes.tensors, 1))
 
 
 def logits(model: Any, examples: LazyExamples, pad: int) -> Tensor:

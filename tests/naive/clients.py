@@ -26,7 +26,7 @@ def start(clients: Sequence[ClientInfo], seed: int = 0, shapes: Mapping[str, tup
         {name: client.scaling_of(name) for name, client in largest.items()},
         generator,
     )
-    return AdapterState(lora=fresh.lora, dense={"head.weight": torch.randn(2, 3, generator=generator)})
+    return AdapterState(lora=fresh.lora, tensors={"head.weight": torch.randn(2, 3, generator=generator)})
 
 
 def train(broadcast: Broadcast, client: ClientInfo, seed: int, size: float = 0.3) -> ClientUpdate:
@@ -38,19 +38,24 @@ def train(broadcast: Broadcast, client: ClientInfo, seed: int, size: float = 0.3
     def move(tensor: Tensor, factor: str) -> Tensor:
         if factor in broadcast.trainable:
             tensor = tensor + size * torch.randn(tensor.shape, generator=generator)
-        return tensor if factor in broadcast.upload else torch.empty(0)
+        return tensor if factor in broadcast.upload else torch.empty(0, 0)
 
     lora = {
-        name: LoraFactors(A=move(f.A, "A"), B=move(f.B, "B"), scaling=f.scaling)
+        name: LoraFactors(
+            A=move(f.A, "A"),
+            B=move(f.B, "B"),
+            scaling=f.scaling,
+            R=None if f.R is None or "R" not in broadcast.upload else move(f.R, "R"),
+        )
         for name, f in sorted(broadcast.adapter.lora.items())
     }
     dense = {
         name: tensor + torch.randn(tensor.shape, generator=generator)
-        for name, tensor in broadcast.adapter.dense.items()
+        for name, tensor in broadcast.adapter.tensors.items()
     }
     return ClientUpdate(
         client_id=client.client_id,
-        adapter=AdapterState(lora=lora, dense=dense),
+        adapter=AdapterState(lora=lora, tensors=dense),
         num_examples=client.num_examples,
         base_version=broadcast.base_version,
     )
@@ -77,10 +82,11 @@ def whole(sent: Broadcast, reply: ClientUpdate) -> AdapterState:
             A=f.A if "A" in sent.upload else sent.adapter.lora[name].A,
             B=f.B if "B" in sent.upload else sent.adapter.lora[name].B,
             scaling=f.scaling,
+            R=f.R if "R" in sent.upload else sent.adapter.lora[name].R,
         )
         for name, f in reply.adapter.lora.items()
     }
-    return AdapterState(lora=lora, dense=reply.adapter.dense)
+    return AdapterState(lora=lora, tensors=reply.adapter.tensors)
 
 
 @dataclass
@@ -108,4 +114,4 @@ class HeldBase:
 
 def dense_deltas(adapter: AdapterState) -> dict[str, Tensor]:
     """Every module's update as a matrix, in fp64."""
-    return {name: f.scaling * (f.B.double() @ f.A.double()) for name, f in sorted(adapter.lora.items())}
+    return {name: f.scaling * (f.B.double() @ f.down.double()) for name, f in sorted(adapter.lora.items())}

@@ -121,26 +121,25 @@ def assert_near(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], toler
 def assert_same(left: AdapterState, right: AdapterState) -> None:
     """Equal to the last bit."""
     assert left.lora.keys() == right.lora.keys()
-    assert left.dense.keys() == right.dense.keys()
+    assert left.tensors.keys() == right.tensors.keys()
     for name, factors in left.lora.items():
         assert torch.equal(factors.A, right.lora[name].A)
         assert torch.equal(factors.B, right.lora[name].B)
         assert factors.scaling == right.lora[name].scaling
-    assert all(torch.equal(tensor, right.dense[name]) for name, tensor in left.dense.items())
+    assert all(torch.equal(tensor, right.tensors[name]) for name, tensor in left.tensors.items())
 
 
 def effective(adapter: AdapterState) -> dict[str, Tensor]:
     """Every module's update, with a core R between the factors where the adapter has one."""
     return {
-        name: f.scaling
-        * (f.B.double() @ adapter.dense.get(f"{name}.lora_R", torch.eye(f.rank)).double() @ f.A.double())
+        name: f.scaling * (f.B.double() @ (torch.eye(f.rank) if f.R is None else f.R).double() @ f.A.double())
         for name, f in adapter.lora.items()
     }
 
 
 def outcome(strategy: Strategy, state: ServerState, updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
     new = strategy.aggregate(state, updates, 2)
-    dense = {k: v.double() for k, v in new.adapter.dense.items()}
+    dense = {k: v.double() for k, v in new.adapter.tensors.items()}
     if strategy.personal:  # nothing of it is a model without a client's own factors
         return {f"{name}.A": f.scaling * f.A.double() for name, f in new.adapter.lora.items()} | dense
     return dense_deltas(strategy.global_adapter(new)) | dense
@@ -175,7 +174,7 @@ def test_order_does_not_show_in_the_bits_where_all_replies_are_held(strategy: St
     clients = [ClientInfo(client_id=i, rank=i + 1, num_examples=i + 1) for i in range(3)]
     state, updates = begin(strategy, clients, 5)
     new, other = strategy.aggregate(state, updates, 2), strategy.aggregate(state, updates[::-1], 2)
-    assert_same(replace(strategy.global_adapter(new), dense={}), replace(strategy.global_adapter(other), dense={}))
+    assert_same(replace(strategy.global_adapter(new), tensors={}), replace(strategy.global_adapter(other), tensors={}))
 
 
 @by_examples
@@ -215,21 +214,21 @@ def test_dense_tensors_are_averaged_over_those_that_sent_them(strategy: Strategy
     state, updates = begin(
         strategy, [*draw.clients(strategy), replace(draw.clients(strategy)[0], client_id=50)], draw.seed
     )
-    silent = replace(updates[-1], adapter=replace(updates[-1].adapter, dense={}))
+    silent = replace(updates[-1], adapter=replace(updates[-1].adapter, tensors={}))
     new = strategy.aggregate(state, [*updates[:-1], silent], 2)
     total = sum(update.num_examples for update in updates[:-1])
-    heads = [update.adapter.dense["head.weight"] for update in updates[:-1]]
+    heads = [update.adapter.tensors["head.weight"] for update in updates[:-1]]
     expected = naive.mean(heads, [update.num_examples / total for update in updates[:-1]])
-    torch.testing.assert_close(new.adapter.dense["head.weight"].double(), expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(strategy.global_adapter(new).dense["head.weight"], new.adapter.dense["head.weight"])
+    torch.testing.assert_close(new.adapter.tensors["head.weight"].double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(strategy.global_adapter(new).tensors["head.weight"], new.adapter.tensors["head.weight"])
     sent = strategy.broadcast(new, draw.clients(strategy)[0], 3)
-    assert torch.equal(sent.adapter.dense["head.weight"], new.adapter.dense["head.weight"])
+    assert torch.equal(sent.adapter.tensors["head.weight"], new.adapter.tensors["head.weight"])
 
 
 def without(update: ClientUpdate, module: str) -> ClientUpdate:
     lora = {name: factors for name, factors in update.adapter.lora.items() if name != module}
-    dense = {name: tensor for name, tensor in update.adapter.dense.items() if not name.startswith(module)}
-    return replace(update, adapter=AdapterState(lora=lora, dense=dense))
+    dense = {name: tensor for name, tensor in update.adapter.tensors.items() if not name.startswith(module)}
+    return replace(update, adapter=AdapterState(lora=lora, tensors=dense))
 
 
 def of(module: str, outcomes: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -286,7 +285,7 @@ def test_a_new_state_shares_no_memory_with_the_replies(strategy: Strategy) -> No
     for factors in updates[0].adapter.lora.values():
         factors.A.add_(1.0)
         factors.B.add_(1.0)
-    for tensor in updates[0].adapter.dense.values():
+    for tensor in updates[0].adapter.tensors.values():
         tensor.add_(1.0)
     assert_same(strategy.global_adapter(new), before)
 
@@ -385,7 +384,7 @@ def test_bf16_replies_are_summed_in_fp32(strategy: Strategy) -> None:
             u,
             adapter=AdapterState(
                 lora={n: LoraFactors(f.A.bfloat16(), f.B.bfloat16(), f.scaling) for n, f in u.adapter.lora.items()},
-                dense={n: tensor.bfloat16() for n, tensor in u.adapter.dense.items()},
+                tensors={n: tensor.bfloat16() for n, tensor in u.adapter.tensors.items()},
             ),
         )
         for u in updates
@@ -395,7 +394,7 @@ def test_bf16_replies_are_summed_in_fp32(strategy: Strategy) -> None:
             u,
             adapter=AdapterState(
                 lora={n: LoraFactors(f.A.float(), f.B.float(), f.scaling) for n, f in u.adapter.lora.items()},
-                dense={n: tensor.float() for n, tensor in u.adapter.dense.items()},
+                tensors={n: tensor.float() for n, tensor in u.adapter.tensors.items()},
             ),
         )
         for u in narrow
@@ -449,8 +448,8 @@ def test_rounds_match_a_dense_reference(name: str) -> None:
             for n, f in sent.adapter.lora.items():
                 A, B = step(weights[n], f.A, f.B, f.scaling, targets[j][n], sent.trainable)
                 lora[n] = LoraFactors(
-                    A.float() if "A" in sent.upload else torch.empty(0),
-                    B.float() if "B" in sent.upload else torch.empty(0),
+                    A.float() if "A" in sent.upload else torch.empty(0, 0),
+                    B.float() if "B" in sent.upload else torch.empty(0, 0),
                     f.scaling,
                 )
                 own_a, own_b = twin[n].send(client.rank_of(n), client.scaling_of(n), state.adapter.lora[n].A)

@@ -102,7 +102,7 @@ def test_fault_5_every_client_counts(name: str) -> None:
     everyone = learned(updates)
     for k, update in enumerate(updates):
         moved = {n: LoraFactors(1.5 * f.A, 1.5 * f.B, f.scaling) for n, f in update.adapter.lora.items()}
-        changed = replace(update, adapter=AdapterState(lora=moved, dense=update.adapter.dense))
+        changed = replace(update, adapter=AdapterState(lora=moved, tensors=update.adapter.tensors))
         assert float((learned([*updates[:k], changed, *updates[k + 1 :]]) - everyone).norm()) > 1e-2 * float(
             everyone.norm()
         )

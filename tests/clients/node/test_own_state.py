@@ -18,7 +18,7 @@ def test_what_is_kept_comes_back(tmp_path: Path) -> None:
             "a.q": LoraFactors(torch.randn(2, 3), torch.randn(4, 2), 0.1),
             "a.v": LoraFactors(torch.empty(0, 0), torch.randn(4, 2).double(), 2.0),
         },
-        dense={"head.weight": torch.randn(5)},
+        tensors={"head.weight": torch.randn(5)},
     )
     folder = own_state.folder_of(tmp_path, 7, 3)
     assert own_state.load(folder, "personal", 99) is None
@@ -32,18 +32,18 @@ def test_what_is_kept_comes_back(tmp_path: Path) -> None:
         assert torch.equal(got.lora[name].B, factors.B)
         assert got.lora[name].A.numel() == factors.A.numel()
         assert got.lora[name].B.dtype == factors.B.dtype
-    assert torch.equal(got.dense["head.weight"], state.dense["head.weight"])
+    assert torch.equal(got.tensors["head.weight"], state.tensors["head.weight"])
     assert own_state.load(folder, "left-out", 2) is None
     assert [path.name for path in folder.iterdir()] == ["personal-1.safetensors"]
 
 
 def kept(value: float) -> AdapterState:
-    return AdapterState(dense={"x": torch.tensor([value])})
+    return AdapterState(tensors={"x": torch.tensor([value])})
 
 
 def held(folder: Path, round: int) -> float | None:
     found = own_state.load(folder, "personal", round)
-    return None if found is None else float(found.dense["x"])
+    return None if found is None else float(found.tensors["x"])
 
 
 def test_a_round_that_is_played_again_starts_from_what_there_was(tmp_path: Path) -> None:

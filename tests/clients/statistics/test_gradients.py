@@ -64,7 +64,9 @@ def found(
     bench = adapted.workbench(config, LoraConfig(target_modules=",".join(targets)))
     shapes: dict[str, Any] = {name: (layer.out_features, layer.in_features) for name, layer in bench.layers.items()}
     nothing = {n: LoraFactors(torch.zeros(rank, i), torch.zeros(o, rank), 1.0) for n, (o, i) in shapes.items()}
-    adapted.install(bench, AdapterState(lora=nothing, dense={n: p.detach().clone() for n, p in bench.dense.items()}))
+    adapted.install(
+        bench, AdapterState(lora=nothing, tensors={n: p.detach().clone() for n, p in bench.tensors.items()})
+    )
     adapted.install_anchor(bench, ())
     factors, result = leading_directions(
         bench.model, bench.layers, dict.fromkeys(bench.layers, rank), data, train, pad_id=3, seed=7
@@ -136,11 +138,11 @@ def test_a_classifiers_body_has_gradients_too(tiny_bert):
     for module in bench.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    for name, parameter in bench.dense.items():
+    for name, parameter in bench.tensors.items():
         parameter.data.normal_(generator=torch.Generator().manual_seed(len(name)))
     factors, result = found(config, data, 3, targets=("query", "value"))
     plain = load_base(config).model.eval()
-    for name, parameter in bench.dense.items():
+    for name, parameter in bench.tensors.items():
         plain.get_parameter(name.replace("modules_to_save.default.", "")).data.copy_(parameter.data)
     assert_best(factors, dense_gradients(plain, list(factors), data, CONFIG), 3, tolerance=1e-4)
     assert result.loss > 0

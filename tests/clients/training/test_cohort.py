@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.adapters import CORE, AdapterState, LoraFactors, initial
+from fedlora.adapters import AdapterState, LoraFactors, initial
 from fedlora.clients.training import cohort, trainer
 from fedlora.common.errors import AdapterError
 from fedlora.config import LoraConfig, ModelConfig, TrainConfig
@@ -50,10 +50,10 @@ def random_adapter(bench: adapted.Workbench, lora: LoraConfig, rank: int, seed: 
         name: LoraFactors(A=f.A, B=torch.randn(f.B.shape, generator=g) * 0.1, scaling=f.scaling)
         for name, f in start.lora.items()
     }
-    dense = fresh_head(shapes.dense, seed)
+    dense = fresh_head(shapes.tensors, seed)
     if core:
-        dense |= {name + CORE: torch.randn(rank, rank, generator=g) * 0.1 for name in factors}
-    return AdapterState(lora=factors, dense=dense)
+        factors = {n: replace(f, R=torch.randn(rank, rank, generator=g) * 0.1) for n, f in factors.items()}
+    return AdapterState(lora=factors, tensors=dense)
 
 
 def both(
@@ -95,7 +95,7 @@ def both(
 
 def tensors(adapter: AdapterState) -> dict[str, torch.Tensor]:
     factors = {f"{n}.{part}": getattr(f, part) for n, f in adapter.lora.items() for part in ("A", "B")}
-    return factors | dict(adapter.dense)
+    return factors | dict(adapter.tensors)
 
 
 def change(adapter: AdapterState, start: AdapterState) -> torch.Tensor:
@@ -194,7 +194,7 @@ def test_a_classifiers_heads_are_stacked_and_the_bases_own_dropout_is_per_client
     rates = {m.p for m in bench.model.modules() if isinstance(m, torch.nn.Dropout)}
     assert max(rates) > 0
     adapters = [random_adapter(bench, lora, rank, seed) for seed, rank in enumerate(RANKS)]
-    assert adapters[0].dense
+    assert adapters[0].tensors
     data = [labelled(8, seed) for seed in range(4)]
     check(adapters, *both(bench, adapters, data, CONFIG))
 

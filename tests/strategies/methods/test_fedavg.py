@@ -55,7 +55,7 @@ def test_one_client_and_equal_clients_are_bitwise_identity() -> None:
         for name, factors in update.adapter.lora.items():
             assert torch.equal(got.lora[name].A, factors.A)
             assert torch.equal(got.lora[name].B, factors.B)
-        assert torch.equal(got.dense["head.weight"], update.adapter.dense["head.weight"])
+        assert torch.equal(got.tensors["head.weight"], update.adapter.tensors["head.weight"])
 
 
 def test_check_refuses_unequal_ranks_and_names_the_fix() -> None:
@@ -120,7 +120,7 @@ def test_a_dense_tensor_of_another_shape_is_refused_not_broadcast() -> None:
     clients = [client(0, 3), client(1, 3)]
     state = FEDAVG.init(start(clients))
     good = [train(FEDAVG.broadcast(state, c, 1), c, seed=1) for c in clients]
-    thin = replace(good[1].adapter, dense={"head.weight": torch.zeros(1, 3)})
+    thin = replace(good[1].adapter, tensors={"head.weight": torch.zeros(1, 3)})
     with pytest.raises(StrategyError, match=r"head\.weight: client 1 sent shape \[1, 3\], others sent \[2, 3\]"):
         FEDAVG.aggregate(state, [good[0], replace(good[1], adapter=thin)], 1)
 

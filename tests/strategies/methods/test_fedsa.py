@@ -87,7 +87,7 @@ def test_rounds_match_a_dense_reference() -> None:
             client, lora = clients[j], {}
             for n, f in strategy.broadcast(state, client, round).adapter.lora.items():
                 A, own[j, n] = step(f.A, own.get((j, n), f.B), f.scaling, targets[j][n])
-                lora[n] = LoraFactors(A.float(), torch.empty(0), f.scaling)
+                lora[n] = LoraFactors(A.float(), torch.empty(0, 0), f.scaling)
                 mine = twin[n].send(j, client.rank_of(n), client.scaling_of(n))
                 dense_a, dense_b[n][j] = step(*mine, client.scaling_of(n), targets[j][n])
                 parts[n].append(Part(dense_a, dense_b[n][j], client.scaling_of(n), client.num_examples))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.adapters import CORE, AdapterState, LoraFactors, delta
+from fedlora.adapters import AdapterState, LoraFactors, delta
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies import load
@@ -56,7 +56,8 @@ def test_it_starts_along_the_best_approximation_of_minus_the_mean_gradient(
     total = sum(n for _, n in sent)
     gradient = sum(r.num_examples / total * delta(r.adapter.lora["m"]).double() for r in replies)
     state = strategy.aggregate(server(strategy, d_out, d_in, rank), replies, 0)
-    factors, core = state.adapter.lora["m"], state.adapter.dense["m" + CORE]
+    factors, core = state.adapter.lora["m"], state.adapter.lora["m"].R
+    assert core is not None
     assert (factors.A.shape, factors.B.shape, core.shape) == ((rank, d_in), (d_out, rank), (rank, rank))
 
     full_a, full_b = min(rank, d_in), min(rank, d_out)  # whole bases, however few directions the gradient has
@@ -91,9 +92,9 @@ def test_a_module_that_no_reply_of_round_0_had_is_trained_from_the_first_reply_t
     expected = sum(
         r.num_examples * torch.nn.functional.pad(core, (0, 3 - len(core)) * 2)
         for r in replies
-        for core in [r.adapter.dense[absent + CORE]]
+        for core in [r.adapter.lora[absent].R]
     ) / sum(r.num_examples for r in replies)
-    torch.testing.assert_close(new.adapter.dense[absent + CORE], expected)
+    torch.testing.assert_close(new.adapter.lora[absent].R, expected)
     assert dense_deltas(strategy.global_adapter(new))[absent].any()
 
 
@@ -102,7 +103,7 @@ def test_a_module_without_a_gradient_starts_at_zero_and_can_be_trained() -> None
     nothing = LoraFactors(A=torch.zeros(3, 5), B=torch.zeros(4, 3), scaling=1.0)
     reply = ClientUpdate(client_id=0, adapter=AdapterState(lora={"m": nothing}), num_examples=1)
     state = strategy.aggregate(server(strategy, 4, 5, 3), [reply], 0)
-    assert not state.adapter.dense["m" + CORE].any()
+    assert not state.adapter.lora["m"].R.any()
     torch.testing.assert_close(state.adapter.lora["m"].A @ state.adapter.lora["m"].A.T, torch.eye(3))
     torch.testing.assert_close(state.adapter.lora["m"].B.T @ state.adapter.lora["m"].B, torch.eye(3))
 
@@ -120,7 +121,7 @@ def test_round_0_asks_for_the_gradient_at_the_base_model() -> None:
             assert factors.A.shape == (client.rank, SHAPES[name][1])
             assert not factors.A.any()
             assert not factors.B.any()
-        assert sent.adapter.dense.keys() == {"head.weight"}
+        assert sent.adapter.tensors.keys() == {"head.weight"}
 
 
 def test_each_client_trains_the_leading_block_of_one_r() -> None:
@@ -129,29 +130,29 @@ def test_each_client_trains_the_leading_block_of_one_r() -> None:
     state = strategy.init(start(clients))
     state = strategy.aggregate(state, [train(strategy.broadcast(state, c, 0), c, 0) for c in clients], 0)
     for round in (1, 2):
-        fixed, before = state.adapter.lora, state.adapter.dense
+        fixed = state.adapter.lora
         sent = [strategy.broadcast(state, client, round) for client in clients]
         for client, broadcast in zip(clients, sent, strict=True):
-            assert (broadcast.task, broadcast.trainable, broadcast.upload) == ("train", {"R"}, frozenset())
+            assert (broadcast.task, broadcast.trainable, broadcast.upload) == ("train", {"R"}, {"R"})
             assert broadcast.steady
             for name, f in broadcast.adapter.lora.items():
                 r = client.rank
-                assert torch.equal(broadcast.adapter.dense[name + CORE], before[name + CORE][:r, :r])
+                assert torch.equal(f.R, fixed[name].R[:r, :r])
                 torch.testing.assert_close(f.scaling * f.B @ f.A, fixed[name].B[:, :r] @ fixed[name].A[:r])
         replies = [train(b, c, round) for b, c in zip(sent, clients, strict=True)]
         state = strategy.aggregate(state, replies, round)
         for name in SHAPES:
             expected = torch.zeros(4, 4).double()
             for reply, share in zip(replies, (1 / 6, 2 / 6, 3 / 6), strict=True):
-                core = reply.adapter.dense[name + CORE].double()
+                core = reply.adapter.lora[name].R.double()
                 expected[: len(core), : len(core)] += share * core
-            torch.testing.assert_close(state.adapter.dense[name + CORE].double(), expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(state.adapter.lora[name].R.double(), expected, rtol=1e-5, atol=1e-6)
             assert torch.equal(state.adapter.lora[name].A, fixed[name].A)
             assert torch.equal(state.adapter.lora[name].B, fixed[name].B)
     learned = strategy.global_adapter(state)
-    assert learned.dense.keys() == {"head.weight"}
+    assert learned.tensors.keys() == {"head.weight"}
     for name, factors in learned.lora.items():
-        torch.testing.assert_close(factors.A, state.adapter.dense[name + CORE] @ state.adapter.lora[name].A)
+        torch.testing.assert_close(factors.A, state.adapter.lora[name].R @ state.adapter.lora[name].A)
         assert factors.scaling == 1.0
 
 
@@ -197,15 +198,15 @@ def test_rounds_match_a_dense_reference() -> None:
         cores: dict[str, list[torch.Tensor]] = {n: [] for n in shapes}
         for j in chosen:
             sent = strategy.broadcast(state, clients[j], round).adapter
-            dense = {}
+            lora = {}
             for n, f in sent.lora.items():
-                A, B, R, target = f.A.double(), f.B.double(), sent.dense[n + CORE].double(), targets[j][n]
-                dense[n + CORE] = (R - 0.1 * f.scaling * B.T @ (f.scaling * B @ R @ A - target) @ A.T).float()
+                A, B, R, target = f.A.double(), f.B.double(), f.R.double(), targets[j][n]
+                stepped = (R - 0.1 * f.scaling * B.T @ (f.scaling * B @ R @ A - target) @ A.T).float()
+                lora[n] = LoraFactors(torch.empty(0, 0), torch.empty(0, 0), f.scaling, stepped)
                 r, mine = clients[j].rank, twin[n].send(clients[j].rank)
                 error = twin[n].B[:, :r] @ mine @ twin[n].A[:r] - target
                 cores[n].append(mine - 0.1 * twin[n].B[:, :r].T @ error @ twin[n].A[:r].T)
-            lora = {n: LoraFactors(torch.empty(0, 0), torch.empty(0, 0), f.scaling) for n, f in sent.lora.items()}
-            adapter = AdapterState(lora=lora, dense={**sent.dense, **dense})
+            adapter = AdapterState(lora=lora, tensors=sent.tensors)
             updates.append(ClientUpdate(client_id=j, adapter=adapter, num_examples=clients[j].num_examples))
         state = strategy.aggregate(state, updates, round)
         learned = dense_deltas(strategy.global_adapter(state))

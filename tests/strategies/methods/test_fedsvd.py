@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState, LoraFactors, delta
+from fedlora.adapters.algebra import whole_svd
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies import load
 from fedlora.strategies.base import ServerState
-from fedlora.strategies.methods.fedsvd import whole_svd
 from tests.naive.clients import SHAPES, start, train
 
 

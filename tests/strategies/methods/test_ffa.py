@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.adapters import CORE, AdapterState
+from fedlora.adapters import AdapterState
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 from fedlora.strategies import load
 from fedlora.strategies.base import ServerState, Strategy, completed
@@ -48,7 +48,7 @@ def dense_mean(ended: Sequence[AdapterState], replies: Sequence[ClientUpdate]) -
     parts: dict[str, list[naive.Part]] = {name: [] for name in sorted(SHAPES)}
     for adapter, reply in zip(ended, replies, strict=True):
         for name, f in adapter.lora.items():
-            core = adapter.dense.get(name + CORE, torch.eye(f.rank)).double()
+            core = (torch.eye(f.rank) if f.R is None else f.R).double()
             parts[name].append(naive.Part(core @ f.A.double(), f.B.double(), f.scaling, reply.num_examples))
     return {name: naive.ideal(of_module) for name, of_module in parts.items()}
 
@@ -82,7 +82,7 @@ def test_only_what_is_trained_is_sent(strategy: Strategy) -> None:
     state = begun(strategy, [client], 0)
     for round in (1, 2):
         sent = strategy.broadcast(state, client, round)
-        assert sent.trainable - {"R"} == sent.upload
+        assert sent.trainable == sent.upload
         assert len(sent.trainable) == 1
         state = strategy.aggregate(state, [train(sent, client, round)], round)
 
@@ -92,7 +92,7 @@ def gradient_sizes(sent: Broadcast, seed: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(seed)
     sizes = {}
     for name, f in sent.adapter.lora.items():
-        leaves = {"A": f.A, "B": f.B, "R": sent.adapter.dense.get(name + CORE, torch.eye(f.rank))}
+        leaves = {"A": f.A, "B": f.B, "R": torch.eye(f.rank) if f.R is None else f.R}
         leaves = {factor: tensor.clone().requires_grad_() for factor, tensor in leaves.items()}
         trained = [leaves[factor] for factor in sorted(sent.trainable)]
         sizes[name] = 0.0

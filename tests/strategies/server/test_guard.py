@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.adapters import AdapterState, LoraFactors, delta, only
+from fedlora.adapters import AdapterState, LoraFactors, delta, keep_factors
 from fedlora.exchange import Broadcast, ClientUpdate
 from fedlora.strategies.server import guard
 
@@ -49,15 +49,15 @@ def replied(adapter: AdapterState) -> ClientUpdate:
 
 
 def test_the_move_is_that_of_the_effective_update() -> None:
-    start = AdapterState(lora={"m": pair(0), "n": pair(1)}, dense={"head": torch.zeros(2)})
-    end = AdapterState(lora={"m": pair(2), "n": pair(1)}, dense={"head": torch.tensor([3.0, 4.0])})
+    start = AdapterState(lora={"m": pair(0), "n": pair(1)}, tensors={"head": torch.zeros(2)})
+    end = AdapterState(lora={"m": pair(2), "n": pair(1)}, tensors={"head": torch.tensor([3.0, 4.0])})
     exact = math.hypot(float((delta(end.lora["m"]) - delta(start.lora["m"])).double().norm()), 5.0)
     assert guard.moved(replied(end), Broadcast(round=1, adapter=start)) == pytest.approx(exact, rel=1e-6)
     # a factor that is not sent back is as it was
     sent = Broadcast(round=1, adapter=start, upload=frozenset("B"))
     kept = LoraFactors(start.lora["m"].A, end.lora["m"].B, 2.0)
     exact = math.hypot(float((delta(kept) - delta(start.lora["m"])).norm()), 5.0)
-    assert guard.moved(replied(only(end, {"B"})), sent) == pytest.approx(exact, rel=1e-5)
+    assert guard.moved(replied(keep_factors(end, {"B"})), sent) == pytest.approx(exact, rel=1e-5)
 
 
 def test_where_a_factor_stays_on_the_client_the_other_one_counts() -> None:
@@ -66,7 +66,7 @@ def test_where_a_factor_stays_on_the_client_the_other_one_counts() -> None:
     end = AdapterState(lora={"m": pair(2)})
     sent = Broadcast(round=1, adapter=start, upload=frozenset("A"), personal=frozenset("B"))
     exact = float((end.lora["m"].A - start.lora["m"].A).norm())
-    assert guard.moved(replied(only(end, {"A"})), sent) == pytest.approx(exact, rel=1e-6)
+    assert guard.moved(replied(keep_factors(end, {"A"})), sent) == pytest.approx(exact, rel=1e-6)
 
 
 def test_a_move_that_no_number_holds_is_infinite() -> None:

@@ -56,7 +56,7 @@ def tensors_of(state: ServerState) -> dict[str, Tensor]:
         for name, f in adapter.lora.items():
             found |= {f"{where} {name} A": f.A, f"{where} {name} B": f.B}
             found[f"{where} {name} scaling"] = torch.tensor(f.scaling, dtype=torch.float64)
-        found |= {f"{where} {name}": tensor for name, tensor in adapter.dense.items()}
+        found |= {f"{where} {name}": tensor for name, tensor in adapter.tensors.items()}
     return found
 
 
@@ -86,7 +86,7 @@ def test_number_formats_layouts_and_shared_memory(tmp_path: Path, dtype: torch.d
     a, b = torch.randn(3, 8).to(dtype), torch.randn(8, 5).to(dtype).T
     shared = LoraFactors(A=a, B=b, scaling=0.1 + 0.2)
     state = ServerState(
-        adapter=AdapterState(lora={"z": shared, "a": shared}, dense={"head|odd name": torch.randn(()).to(dtype)}),
+        adapter=AdapterState(lora={"z": shared, "a": shared}, tensors={"head|odd name": torch.randn(()).to(dtype)}),
         folds=Folds((AdapterState(lora={"z": LoraFactors(A=a[:2], B=b[:, :2], scaling=1.0)}),), first=7),
         memory={"empty": AdapterState(), "none": AdapterState(lora={"z": LoraFactors(a[:0], b[:, :0], 1.0)})},
     )

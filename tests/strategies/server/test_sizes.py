@@ -133,7 +133,7 @@ def test_a_broadcasts_limit_holds_every_format_and_little_more():
     lora = {
         f"model.layers.{i}.self_attn.q_proj": LoraFactors(torch.randn(8, 64), torch.randn(64, 8), 2.0) for i in range(9)
     }
-    sent = Broadcast(round=1, adapter=AdapterState(lora=lora, dense={"score.weight": torch.randn(3, 64)}))
+    sent = Broadcast(round=1, adapter=AdapterState(lora=lora, tensors={"score.weight": torch.randn(3, 64)}))
     most = wire.most_bytes(sent)
     for dtype in FORMATS:
         update = ClientUpdate(client_id=1, adapter=sent.adapter, num_examples=3)

@@ -39,7 +39,7 @@ class Stacked(Strategy):
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
         parts, dense = gather(updates, round)
         lora = {name: stack(part.factors, part.shares) for name, part in parts.items()}
-        return replace(state, adapter=AdapterState(lora={**state.adapter.lora, **lora}, dense=dense))
+        return replace(state, adapter=AdapterState(lora={**state.adapter.lora, **lora}, tensors=dense))
 
 
 def step(
@@ -74,7 +74,7 @@ def test_every_round_over_a_strategy_that_keeps_everything_is_flora(inner: Strat
         states = [step(*run, round) for run in zip((flora, chain), states, (UNEQUAL, UNEQUAL), held, strict=True)]
         ours, theirs = (s.global_adapter(state) for s, state in zip((chain, flora), states, strict=True))
         assert_near(dense_deltas(ours), dense_deltas(theirs))
-        assert torch.equal(ours.dense["head.weight"], theirs.dense["head.weight"])
+        assert torch.equal(ours.tensors["head.weight"], theirs.tensors["head.weight"])
         for left, right in zip(*held, strict=True):
             assert left.version == right.version == round - 1
             assert_near(dense_deltas(left.folds), dense_deltas(right.folds))
@@ -161,7 +161,7 @@ def test_the_optimizers_moments_end_with_their_link() -> None:
         state = chain.aggregate(state, updates, round)
         assert_near(dense_deltas(chain.global_adapter(state)), dense_deltas(chain.inner.global_adapter(stepped)), 1e-6)
         assert bool(state.memory) == (round % 2 == 1)
-        assert torch.equal(state.adapter.dense["head.weight"], stepped.adapter.dense["head.weight"])
+        assert torch.equal(state.adapter.tensors["head.weight"], stepped.adapter.tensors["head.weight"])
 
 
 def test_restarts_depend_on_seed_and_round_alone() -> None:

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlora.adapters import AdapterState, LoraFactors
+from fedlora.adapters import AdapterState, LoraFactors, map_tensors
+from fedlora.adapters.state import difference
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies import load
@@ -51,8 +52,9 @@ def dense_of(strategy: Strategy, state: ServerState, update: ClientUpdate, every
     for name in sorted(state.adapter.lora):
         f, old = update.adapter.lora[name], sent.lora[name]
         A, B = (f.A if f.A.numel() else old.A), (f.B if f.B.numel() else old.B)
+        A = A if f.R is None else f.R.double() @ A.double()
         vectors.append(product(B, A, f.scaling).flatten())
-    return torch.cat([*vectors, *(update.adapter.dense[n].double().flatten() for n in sorted(state.adapter.dense))])
+    return torch.cat([*vectors, *(update.adapter.tensors[n].double().flatten() for n in sorted(state.adapter.tensors))])
 
 
 @few
@@ -138,8 +140,8 @@ def test_middles_by_loops(name: str, count: int, rule: str) -> None:
         )
         for n, f in updates[0].adapter.lora.items()
     }
-    dense = {n: middle([u.adapter.dense[n] for u in updates]) for n in updates[0].adapter.dense}
-    one = ClientUpdate(client_id=0, adapter=AdapterState(lora=lora, dense=dense), num_examples=1)
+    dense = {n: middle([u.adapter.tensors[n] for u in updates]) for n in updates[0].adapter.tensors}
+    one = ClientUpdate(client_id=0, adapter=AdapterState(lora=lora, tensors=dense), num_examples=1)
     got = outcome(Robust(strategy, rule=rule, trim=0.2), state, updates)
     assert_near(got, outcome(strategy, state, [one]), 1e-6)
 
@@ -187,8 +189,8 @@ def test_norms_are_bounded_by_dense_loops(name: str, seed: int, bound: float) ->
             old = start.lora[n]
             B, A = (f.B if f.B.numel() else old.B).double(), (f.A if f.A.numel() else old.A).double()
             squares += float((f.scaling * (B @ A) - old.scaling * (old.B.double() @ old.A.double())).square().sum())
-        for n, tensor in update.adapter.dense.items():
-            squares += float((tensor.double() - start.dense[n].double()).square().sum())
+        for n, tensor in update.adapter.tensors.items():
+            squares += float((tensor.double() - start.tensors[n].double()).square().sum())
         return squares**0.5
 
     lengths = [distance(*pair) for pair in zip(updates, starts, strict=True)]
@@ -223,15 +225,14 @@ def scaled_move(update: ClientUpdate, start: AdapterState, by: float) -> ClientU
         n: LoraFactors(point(start.lora[n].A, f.A), point(start.lora[n].B, f.B), f.scaling)
         for n, f in update.adapter.lora.items()
     }
-    dense = {n: point(start.dense[n], tensor) for n, tensor in update.adapter.dense.items()}
-    return replace(update, adapter=AdapterState(lora=lora, dense=dense))
+    dense = {n: point(start.tensors[n], tensor) for n, tensor in update.adapter.tensors.items()}
+    return replace(update, adapter=AdapterState(lora=lora, tensors=dense))
 
 
 def poisoned(update: ClientUpdate, size: float) -> ClientUpdate:
     """Sign-flipped and blown up, with a claim to a million examples."""
-    lora = {n: replace(f, B=-size * f.B) for n, f in update.adapter.lora.items()}
-    dense = {n: -size * tensor for n, tensor in update.adapter.dense.items()}
-    return replace(update, adapter=AdapterState(lora=lora, dense=dense), num_examples=1_000_000)
+    adapter = map_tensors(lambda name, x: x if name == "A" else -size * x, update.adapter)
+    return replace(update, adapter=adapter, num_examples=1_000_000)
 
 
 @every_rule
@@ -243,12 +244,12 @@ def test_a_poisoned_minority_does_not_move_the_result(
     strategy, everyone = load(name), clients(7)
     robust = Robust(strategy, **options)
     state = begun(strategy, everyone, 3)
-    head = state.adapter.dense["head.weight"]
+    head = state.adapter.tensors["head.weight"]
     updates = []
     for client in everyone:
         update = train(strategy.broadcast(state, client, 1), client, 5, size=0.02)
-        near = {"head.weight": head + 0.02 * (update.adapter.dense["head.weight"] - head)}
-        updates.append(replace(update, adapter=replace(update.adapter, dense=near), num_examples=1))
+        near = {"head.weight": head + 0.02 * (update.adapter.tensors["head.weight"] - head)}
+        updates.append(replace(update, adapter=replace(update.adapter, tensors=near), num_examples=1))
     bad = [poisoned(u, 300.0) if u.client_id in where else u for u in updates]
     good = [u for u in updates if u.client_id not in where]
     honest = outcome(strategy, state, good)
@@ -267,8 +268,8 @@ def test_a_poisoned_minority_does_not_move_the_result(
 def test_krum_sees_the_dense_tensors() -> None:
     everyone = clients(5)
     state, updates = begin(FedAvg(), everyone, 1)
-    head = {"head.weight": 100 + updates[2].adapter.dense["head.weight"]}
-    updates[2] = replace(updates[2], adapter=replace(updates[2].adapter, dense=head))
+    head = {"head.weight": 100 + updates[2].adapter.tensors["head.weight"]}
+    updates[2] = replace(updates[2], adapter=replace(updates[2].adapter, tensors=head))
     got = outcome(Robust(FedAvg(), rule="multi-krum"), state, updates)
     assert_near(got, outcome(FedAvg(), state, [u for u in updates if u.client_id != 2]), 1e-9)
 
@@ -311,7 +312,8 @@ def test_round_zero_and_cores_are_filtered_too() -> None:
     well = load("fedsb").aggregate(state, [u for u in updates if u.client_id not in (2, 3)], 1)
     assert_same(strategy.aggregate(state, bad, 1).adapter, well.adapter)
     bounded = Robust(load("fedsb"), bound=1.0).aggregate(state, bad, 1)
-    steps = [bounded.adapter.dense[n] - t for n, t in state.adapter.dense.items()]
+    steps = [*difference(bounded.adapter, state.adapter).tensors.values()]
+    steps += [f.R - state.adapter.lora[n].R for n, f in bounded.adapter.lora.items()]
     median = sorted(
         Move.between(strategy.broadcast(state, c, 1).adapter, u).norm(1.0) for c, u in zip(everyone, bad, strict=True)
     )[3]
@@ -353,10 +355,10 @@ def test_too_few_clients_are_refused(options: dict[str, Any], count: int, messag
 
 def test_trimming_rounds_up() -> None:
     for count, trim, dropped in [(30, 0.1, 3), (4, 0.2, 1), (5, 0.2, 1), (6, 0.2, 2), (3, 0.0, 0)]:
-        values = [ClientUpdate(i, AdapterState(dense={"w": torch.tensor([float(2**i)])}), 1) for i in range(count)]
+        values = [ClientUpdate(i, AdapterState(tensors={"w": torch.tensor([float(2**i)])}), 1) for i in range(count)]
         new = Robust(FedAvg(), rule="trimmed-mean", trim=trim).aggregate(ServerState(AdapterState()), values, 1)
         kept = [float(2**i) for i in range(dropped, count - dropped)]
-        assert float(new.adapter.dense["w"]) == pytest.approx(sum(kept) / len(kept))
+        assert float(new.adapter.tensors["w"]) == pytest.approx(sum(kept) / len(kept))
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -372,7 +374,7 @@ def test_what_does_not_fit_is_refused() -> None:
             strategy.aggregate(state, updates, 2)
         with pytest.raises(StrategyError, match="FedSb's statistics have a basis for each client"):
             Robust(load("fedsb"), rule=rule)
-        wide = replace(updates[0], adapter=replace(updates[0].adapter, dense={"head.weight": torch.zeros(2, 4)}))
+        wide = replace(updates[0], adapter=replace(updates[0].adapter, tensors={"head.weight": torch.zeros(2, 4)}))
         usual = [replace(updates[0], client_id=i) for i in (1, 2)]
         with pytest.raises(StrategyError, match=r"head\.weight: clients sent shapes \[\(2, 3\), \(2, 4\)\]"):
             strategy.aggregate(state, [wide, *usual], 2)

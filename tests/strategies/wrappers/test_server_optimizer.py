@@ -39,7 +39,7 @@ def run(strategy: Strategy, rounds: int = 4, clients: list[ClientInfo] = CLIENTS
 
 def flat(adapter: AdapterState) -> dict[str, Tensor]:
     factors = {f"{n}.{part}": getattr(f, part).double() for n, f in adapter.lora.items() for part in ("A", "B")}
-    return factors | {n: tensor.double() for n, tensor in adapter.dense.items()}
+    return factors | {n: tensor.double() for n, tensor in adapter.tensors.items()}
 
 
 def changes(strategy: ServerOptimizer, states: list[ServerState]) -> list[dict[str, Tensor]]:
