@@ -105,13 +105,13 @@ def _small_llama(folder: Path) -> Path:
 def engine(setting: str, at_once: str, device: str, *, clients: int = CLIENTS, steps: int = STEPS) -> dict[str, float]:
     """Seconds of the round, messages and aggregation included."""
     from fedlora.models import adapted
-    from fedlora.results.record import folder_of
-    from fedlora.simulations.engines import local
+    from fedlora.results.run_folder import folder_of
+    from fedlora.simulations import run as simulation
 
     with tempfile.TemporaryDirectory() as scratch:
         config = config_of(setting, Path(scratch), at_once, device, clients=clients, steps=steps)
-        adapted.workbench(config.model, config.lora)
-        local.run(config)
+        adapted.adapted_model(config.model, config.lora)
+        simulation.run(config)
         [entry] = json.loads((folder_of(config) / "result.json").read_text())["rounds"]
     trained = sum(client["train-seconds"] for client in entry["clients"].values())
     return {"seconds": entry["seconds"]["round"], "training": trained, "megabytes": _peak(device)}
@@ -126,7 +126,7 @@ def plain(setting: str, device: str, steps: int) -> dict[str, float]:
 
 def ray(setting: str) -> dict[str, float]:
     """Seconds that the server waited for its clients, those of the whole command, and all processes' memory."""
-    from fedlora.results.record import folder_of
+    from fedlora.results.run_folder import folder_of
     from fedlora.simulations.engines import flower
 
     peak = _Peak()

@@ -46,12 +46,12 @@ def settings(options: argparse.Namespace):
 def engine(options: argparse.Namespace) -> dict[str, float]:
     """Seconds of all rounds, and the share of them in which no client trained."""
     from fedlora.models import adapted
-    from fedlora.results.record import folder_of
-    from fedlora.simulations.engines import local
+    from fedlora.results.run_folder import folder_of
+    from fedlora.simulations import run as simulation
 
     config = settings(options)
-    adapted.workbench(config.model, config.lora)
-    local.run(config)
+    adapted.adapted_model(config.model, config.lora)
+    simulation.run(config)
     result = json.loads((folder_of(config) / "result.json").read_text())
     wall = sum(entry["seconds"]["round"] for entry in result["rounds"])
     trained = sum(c["train-seconds"] for entry in result["rounds"] for c in entry["clients"].values())
@@ -68,7 +68,7 @@ def plain_peft(config: Config) -> float:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from fedlora.clients.training.trainer import hash_seed
+    from fedlora.clients.training.schedule import hash_seed
     from fedlora.config import client_rank
     from fedlora.data import LazyExamples, batch_at, collate, prepare
     from fedlora.models import load_base
@@ -158,7 +158,7 @@ def main() -> None:
 def write(name: str, data: dict[str, Any]) -> None:
     """Keep a benchmark's numbers with the versions they were taken on."""
     from fedlora.common.files import write_json
-    from fedlora.results.record import code_version, versions
+    from fedlora.results.environment import code_version, versions
 
     folder = ROOT / "benchmarks" / "results"
     folder.mkdir(exist_ok=True)

@@ -36,13 +36,13 @@ def one(quantization: str, steps: int) -> dict[str, Any]:
     from fedlora.data import Example
     from fedlora.exchange import ClientInfo
     from fedlora.models import adapted
-    from fedlora.results.record import peak_memory_bytes
-    from fedlora.strategies.schedules import synchronous
+    from fedlora.results.environment import peak_memory_bytes
+    from fedlora.strategies.initializers import uniform
 
     config = load(ROOT / "configs" / "quickstart.toml", [f"model.quantization={quantization}"])
     imported = peak_memory_bytes()["process"]
     began = time.perf_counter()
-    bench = adapted.workbench(config.model, config.lora)
+    bench = adapted.adapted_model(config.model, config.lora)
     seconds = time.perf_counter() - began
     loaded = peak_memory_bytes()["process"]
     generator = torch.Generator().manual_seed(0)
@@ -50,7 +50,7 @@ def one(quantization: str, steps: int) -> dict[str, Any]:
     for _ in range(8):
         ids = torch.randint(5, 40_000, (64,), generator=generator).tolist()
         examples.append(Example(ids, list(ids)))
-    start = synchronous.start(config, [ClientInfo(client_id=0, rank=8)])
+    start = uniform.start(config, [ClientInfo(client_id=0, rank=8)])
     parameters = adapted.install(bench, start, {"A", "B"})
     plan = replace(config.train, steps=steps, batch_size=2)
     result = trainer.train(bench.model, parameters, examples, plan, pad_id=bench.base.pad_id, round=1, rounds=1, seed=0)

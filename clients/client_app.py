@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 from fedlora.common import rotation
-from fedlora.common.events import emit, heard, listen
+from fedlora.common.events import emit, has_listeners, listen
 from fedlora.results import journal
 
 from .answering import vigil
@@ -60,7 +60,7 @@ def _worked_out(task: str, message: Message, context: Context, watch: vigil.Vigi
             from .worker.caller import ask
 
             return ask(str(socket), task, message.content, context, watch)
-        from .answering.single import answer as here
+        from .answering.dispatch import answer as here
 
         with listen(watch.check):
             return here(task, message.content, context)
@@ -76,7 +76,7 @@ def _process_began() -> float:
 def _told(context: Context) -> AbstractContextManager[None]:
     """A node's own log of events, in its state folder; a simulation, which has listeners, keeps one for all."""
     state = context.node_config.get("state")
-    if heard() or not state:
+    if has_listeners() or not state:
         return nullcontext()
     path = Path(str(state)) / journal.NAME
-    return journal.kept(path, echo=True, most=rotation.MOST_BYTES, node=context.node_id)
+    return journal.journal_to(path, echo=True, most=rotation.MOST_BYTES, node=context.node_id)

@@ -11,8 +11,8 @@ from fedlora.common.errors import ConfigError, DataError, FedLoraError
 from fedlora.config import Config, LoraConfig, ModelConfig, client_rank
 from fedlora.data import encode, form_of, prepare, usable_rows
 from fedlora.data.checked import warn_of_lengths
-from fedlora.models import adapted, base_fingerprint, pick_device, tokenizer_of
-from fedlora.results.record import check_changes, folder_of, stored
+from fedlora.models import base_fingerprint, injection, pick_device, tokenizer_of
+from fedlora.results.run_folder import check_changes, folder_of, stored
 
 from ..clients.optimizers.standard import check as check_optimizer
 from .comparison.grid import Grid
@@ -47,7 +47,7 @@ def check(config: Config) -> None:
         raise faults[0]
 
 
-def _check_widths(config: Config, base: adapted.Shapes) -> None:
+def _check_widths(config: Config, base: injection.Shapes) -> None:
     """Raises ConfigError for a client's rank above what any layer of the base can use, its smaller width."""
     widest = max(min(shape) for shape in base.lora.values())
     for client in range(config.federation.clients):
@@ -83,8 +83,8 @@ def check_scenarios(grid: Grid, devices: Sequence[str] = ()) -> None:
 
 
 @functools.lru_cache(maxsize=2)
-def _looked_at(model: ModelConfig, lora: LoraConfig) -> tuple[PreTrainedTokenizerBase, adapted.Shapes]:
+def _looked_at(model: ModelConfig, lora: LoraConfig) -> tuple[PreTrainedTokenizerBase, injection.Shapes]:
     """The base's tokenizer and shapes, once the base is there and has the modules that are to be adapted."""
     base_fingerprint(model)
-    base = adapted.shapes(model, lora)
+    base = injection.shapes(model, lora)
     return tokenizer_of(model), base

@@ -28,5 +28,5 @@ def model(strategy: Strategy, state: ServerState, client: ClientInfo, folder: Pa
     if own_state.load(folder, "personal", _AFTER) is None:
         return None
     sent = strategy.broadcast(state, client, _AFTER)
-    own = own_state.with_own(sent, folder)
+    own = own_state.with_personal_factors(sent, folder)
     return AdapterState(lora=concatenate((*sent.folds, AdapterState(lora=own.lora))).lora, tensors=own.tensors)

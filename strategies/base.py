@@ -7,9 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
-
-from fedlora.adapters import AdapterState, LoraFactors, first_ranks, pad
+from fedlora.adapters import AdapterState, LoraFactors, first_ranks
 from fedlora.adapters.folds import Folds, concatenate
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
@@ -69,7 +67,7 @@ class Strategy(ABC):
         folds_from, folds = state.folds.since(client.known_base_version)
         return Broadcast(
             round=round,
-            adapter=sliced_adapter(state.adapter, client),
+            adapter=slice_adapter_for(state.adapter, client),
             base_version=state.folds.version,
             folds=folds,
             folds_from=folds_from,
@@ -87,10 +85,10 @@ class Strategy(ABC):
 
     def global_adapter(self, state: ServerState) -> AdapterState:
         """Everything learned so far, folds included, as one adapter on the untouched base."""
-        return total(state)
+        return total_update(state)
 
 
-def sliced(factors: LoraFactors, client: ClientInfo, module: str) -> LoraFactors:
+def slice_for(factors: LoraFactors, client: ClientInfo, module: str) -> LoraFactors:
     """The first rows of A and columns of B, as many as the client's rank, at the client's own scaling.
 
     Raises:
@@ -105,24 +103,11 @@ def sliced(factors: LoraFactors, client: ClientInfo, module: str) -> LoraFactors
     return first_ranks(factors, rank, client.scaling_of(module))
 
 
-def sliced_adapter(adapter: AdapterState, client: ClientInfo) -> AdapterState:
-    """`sliced` for every module, and the dense tensors whole."""
+def slice_adapter_for(adapter: AdapterState, client: ClientInfo) -> AdapterState:
+    """`slice_for` for every module, and the dense tensors whole."""
     return AdapterState(
-        lora={name: sliced(factors, client, name) for name, factors in adapter.lora.items()}, tensors=adapter.tensors
+        lora={name: slice_for(factors, client, name) for name, factors in adapter.lora.items()}, tensors=adapter.tensors
     )
-
-
-def regrown(factors: LoraFactors, before: LoraFactors) -> LoraFactors:
-    """The same update at the rank that the server held before, if that is larger.
-
-    When no client of the largest rank was sampled, zero-padding would leave rows of A and columns of B that
-    are both zero, and stay so for good, having no gradient. The rows of A are kept instead, with B = 0.
-    """
-    rank = factors.rank
-    if rank >= before.rank:
-        return factors
-    kept = (before.scaling / factors.scaling) * before.A[rank:].to(factors.A)
-    return LoraFactors(A=torch.cat([factors.A, kept]), B=pad(factors, before.rank).B, scaling=factors.scaling)
 
 
 def completed(update: ClientUpdate, state: ServerState) -> AdapterState:
@@ -149,7 +134,7 @@ def completed(update: ClientUpdate, state: ServerState) -> AdapterState:
     return AdapterState(lora=lora, tensors=update.adapter.tensors)
 
 
-def total(state: ServerState) -> AdapterState:
+def total_update(state: ServerState) -> AdapterState:
     """All folds plus the current adapter as one adapter of scaling 1, with the dense tensors.
 
     Current factors with B = 0 add nothing and are left out, save for a module that no fold has.

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fedlora import config as configuration
 from fedlora.common.errors import FedLoraError, RunError
-from fedlora.common.events import heard, listen
+from fedlora.common.events import has_listeners, listen
 from fedlora.config import Config
 from fedlora.results import journal
 from fedlora.results.display import ConsoleLog, RunDisplay
@@ -31,7 +31,7 @@ _log = logging.getLogger("fedlora")
 @contextmanager
 def _narrated() -> Iterator[None]:
     """Lines about the run in Flower's log, unless a display listens already (the in-process engine has one)."""
-    if heard():
+    if has_listeners():
         yield
         return
     console = Console(highlight=False)
@@ -59,7 +59,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def _run(grid: Grid, config: Config, run_id: int, record: RunRecord) -> None:
     try:
-        with _narrated(), journal.kept(record.folder / journal.NAME):
+        with _narrated(), journal.journal_to(record.folder / journal.NAME):
             synchronous.run(grid, config, record, run_id)
     except FedLoraError as error:
         record.finish("failed", str(error))

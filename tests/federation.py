@@ -16,8 +16,8 @@ from flwr.app import Array, RecordDict
 
 from fedlora.config import Config, Scalar, parse
 from fedlora.exchange import wire
-from fedlora.results.record import folder_of
-from fedlora.simulations.engines import local
+from fedlora.results.run_folder import folder_of
+from fedlora.simulations import run as simulation
 
 WORDS = ["ash", "birch", "cedar", "elm", "fir", "hazel", "larch", "maple", "oak", "pine", "rowan", "willow"]
 
@@ -102,6 +102,6 @@ def hears_ctrl_c() -> None:
 
 def run_locally(config: Config) -> tuple[Path, dict[str, Any]]:
     """Run in this process; `(folder, result)`."""
-    local.run(config)
+    simulation.run(config)
     folder = folder_of(config)
     return folder, json.loads((folder / "result.json").read_text(encoding="utf-8"))

@@ -12,15 +12,15 @@ import pytest
 
 from fedlora.config import load
 from fedlora.models import adapted
-from fedlora.results.record import folder_of
-from fedlora.simulations.engines import local
+from fedlora.results.run_folder import folder_of
+from fedlora.simulations import run as simulation
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(preset: str, tmp_path: Path, *overrides: str):
     config = load(ROOT / "configs" / f"{preset}.toml", [f"run.dir={tmp_path}", "run.id=one", *overrides])
-    local.run(config)
+    simulation.run(config)
     adapted.forget()
     return json.loads((folder_of(config) / "result.json").read_text())
 

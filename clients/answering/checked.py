@@ -11,7 +11,7 @@ from fedlora.data.checked import told
 from fedlora.models import at_hand, tokenizer_of
 
 from ..node import rules
-from ..training import trainer
+from ..training import schedule
 
 
 def check(config: Config, settings: Mapping[str, Scalar]) -> list[str]:
@@ -33,7 +33,7 @@ def check(config: Config, settings: Mapping[str, Scalar]) -> list[str]:
     for client in clients:
         rows = prepare(config).client(0 if own else client)
         kept = kept_back(len(rows), config.data.client_test_fraction) if config.evaluate.clients else 0
-        steps = trainer.steps_per_round(config.train, len(rows) - kept)
+        steps = schedule.steps_per_round(config.train, len(rows) - kept)
         rules.check_steps(config.train, settings, steps)
         rank = rules.rank(config, settings, client)
         said.append(f"client {client}: rank {rank}, {len(rows) - kept} training rows, {steps} steps in a round")

@@ -6,81 +6,52 @@ Every message says all that it needs; the answer is a record, or an error whose 
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import time
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from flwr.app import Context, Error, RecordDict
-from flwr.common.constant import ErrorCode
 
 from fedlora import config as configuration
 from fedlora.adapters import AdapterState, keep_factors, not_finite
 from fedlora.common.assets import cache_dir
-from fedlora.common.errors import ConfigError, DataError, DivergedError, FedLoraError
+from fedlora.common.errors import ConfigError, DivergedError
 from fedlora.common.events import emit
-from fedlora.config import Config, Scalar
-from fedlora.data import LazyExamples, class_names, client_split, form_of, kept_back, prepare
-from fedlora.data.checked import warn_of_lengths
+from fedlora.config import Config
+from fedlora.data import LazyExamples, class_names, form_of, prepare
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, wire
 from fedlora.models import adapted, base_fingerprint, pick_device
-from fedlora.results.record import peak_memory_bytes
+from fedlora.results.environment import peak_memory_bytes
 from fedlora.tasks.predict import evaluate as evaluate_model
 
 from ..node import memory, own_rows, own_state, rules
-from ..node.held_folds import StaleBase, bring_up
+from ..node.held_folds import folds_up_to
+from ..node.rules import client_id_of, config_of
 from ..statistics.gradients import leading_directions
-from ..training import trainer
-from .uploads import coded
-
-_log = logging.getLogger("fedlora")
+from ..training import schedule, terms, trainer
+from .refusals import refusal
+from .rows import train_and_test, train_rows, training_examples
+from .uploads import encode_upload
 
 
 def answer(task: str, content: RecordDict, context: Context) -> RecordDict | Error:
-    """Do what a message asks for; on a node that hosts several clients, for each of them.
-
-    What goes wrong with a node's own rows may quote them, and stays in the node's log.
+    """Do what a message asks of one client.
 
     Args:
         task: "describe", "train" or "evaluate".
         content: the message's.
-        context: of this run on this node.
+        context: of this run and client.
 
     Returns:
         The reply's content; or an error: a refusal is an answer too, never a dead process.
     """
     try:
-        if rules.hosted(context.node_config):
-            from . import hosted  # which imports this module
-
-            return hosted.answer(task, content, context)
         return _TASKS[task](content, context)
     except Exception as error:
         return refusal(error, context.node_config)
-
-
-def refusal(error: Exception, settings: Mapping[str, Scalar]) -> Error:
-    """What the server is told."""
-    code, reason = wire.REFUSED, str(error)
-    if isinstance(error, StaleBase):
-        code = wire.STALE
-    elif isinstance(error, DataError) and rules.own_data(settings):
-        _log.error("%s", error)
-        reason = "node config: the file that data names cannot be used; the node's log says why"
-    elif memory.ran_out(error):
-        reason = memory.refusal(settings)
-    elif isinstance(error, DivergedError):
-        code = wire.DIVERGED
-    elif not isinstance(error, FedLoraError):
-        _log.error("a message was not answered", exc_info=error)
-        code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-        own = f"{type(error).__name__} on a node with its own data; the node's log says more"
-        reason = own if rules.own_data(settings) else "".join(traceback.format_exception(error))
-    return Error(code, reason)
 
 
 def describe(content: RecordDict, context: Context) -> RecordDict:
@@ -93,7 +64,7 @@ def describe(content: RecordDict, context: Context) -> RecordDict:
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainingJob:
     """One training message, read and checked.
 
     Attributes:
@@ -103,7 +74,7 @@ class Work:
 
     config: Config
     client_id: int
-    bench: adapted.Workbench
+    bench: adapted.AdaptedModel
     broadcast: Broadcast
     context: Context
     examples: LazyExamples
@@ -111,11 +82,11 @@ class Work:
 
     @property
     def seed(self) -> int:
-        return trainer.hash_seed(self.config.run.seed, self.client_id)
+        return schedule.hash_seed(self.config.run.seed, self.client_id)
 
     def start(self) -> AdapterState:
         """What its training starts from: the broadcast's adapter, with this client's own factors."""
-        return own_state.with_own(self.broadcast, _own_folder(self.context, self.broadcast))
+        return own_state.with_personal_factors(self.broadcast, _own_folder(self.context, self.broadcast))
 
     def tell(self, step: int, steps: int, loss: float) -> None:
         """One step's progress."""
@@ -127,7 +98,7 @@ def train(content: RecordDict, context: Context) -> RecordDict:
     return train_alone(begin(content, context))
 
 
-def begin(content: RecordDict, context: Context) -> Work:
+def begin(content: RecordDict, context: Context) -> TrainingJob:
     """Read and check one training message.
 
     Raises:
@@ -139,15 +110,15 @@ def begin(content: RecordDict, context: Context) -> Work:
     _check_ranks(broadcast, info, context)
     own_rows.look(context.node_config)
     examples = training_examples(config, context)
-    seed = trainer.hash_seed(config.run.seed, client_id)
+    seed = schedule.hash_seed(config.run.seed, client_id)
     if broadcast.task == "train":  # a row that cannot be one fails its client alone, before others share its batches
-        for place in trainer.examples_of(config.train, len(examples), broadcast.round, seed):
+        for place in schedule.examples_of(config.train, len(examples), broadcast.round, seed):
             examples[place]
     emit("client-start", client_id=client_id, rank=info.rank, round=broadcast.round)
-    return Work(config, client_id, bench, broadcast, context, examples, began)
+    return TrainingJob(config, client_id, bench, broadcast, context, examples, began)
 
 
-def train_alone(work: Work) -> RecordDict:
+def train_alone(work: TrainingJob) -> RecordDict:
     """Train one client by itself; the reply."""
     config, broadcast, bench = work.config, work.broadcast, work.bench
     parameters = _set_up(work, broadcast.trainable)
@@ -170,7 +141,7 @@ def train_alone(work: Work) -> RecordDict:
     return finish(work, adapter, result)
 
 
-def finish(work: Work, adapter: AdapterState, result: trainer.TrainResult) -> RecordDict:
+def finish(work: TrainingJob, adapter: AdapterState, result: trainer.TrainResult) -> RecordDict:
     """Keep what is the client's own, and make the reply of a trained adapter."""
     config, context, broadcast, client_id = work.config, work.context, work.broadcast, work.client_id
     emit("client-trained", client_id=client_id, round=broadcast.round, loss=result.loss, seconds=result.seconds)
@@ -179,7 +150,7 @@ def finish(work: Work, adapter: AdapterState, result: trainer.TrainResult) -> Re
     if broadcast.personal:
         personal = _personal_part(adapter, broadcast.personal)
         own_state.save(folder, "personal", personal, broadcast.round, keep=config.run.keep + 1)
-    to_send, codec_error = coded(adapter, broadcast, config.wire.upload_dtype, folder, keep=config.run.keep + 1)
+    to_send, codec_error = encode_upload(adapter, broadcast, config.wire.upload_dtype, folder, keep=config.run.keep + 1)
     update = ClientUpdate(
         client_id=client_id,
         adapter=to_send,
@@ -216,13 +187,13 @@ def pruning(config: Config) -> tuple[float, float] | None:
     return (gamma, weight) if gamma and weight and config.strategy.name == "hetlora" else None
 
 
-def _penalty(bench: adapted.Workbench, config: Config) -> Callable[[], None]:
+def _penalty(bench: adapted.AdaptedModel, config: Config) -> Callable[[], None]:
     prune = pruning(config)
-    return functools.partial(trainer.add_tail_penalty, adapted.factors_of(bench), *prune) if prune else lambda: None
+    return functools.partial(terms.add_tail_penalty, adapted.factors_of(bench), *prune) if prune else lambda: None
 
 
 def _gradient(
-    bench: adapted.Workbench, config: Config, client_id: int, broadcast: Broadcast, examples: LazyExamples
+    bench: adapted.AdaptedModel, config: Config, client_id: int, broadcast: Broadcast, examples: LazyExamples
 ) -> tuple[AdapterState, trainer.TrainResult]:
     """The gradient's leading directions, as many for each module as its factors in the broadcast have rows."""
     lora, result = leading_directions(
@@ -232,7 +203,7 @@ def _gradient(
         examples,
         config.train,
         pad_id=bench.base.pad_id,
-        seed=trainer.hash_seed(config.run.seed, client_id),
+        seed=schedule.hash_seed(config.run.seed, client_id),
     )
     return AdapterState(lora=lora, tensors=broadcast.adapter.tensors), result
 
@@ -241,8 +212,8 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
     """The server's adapter on this client's own test rows."""
     began = time.perf_counter()
     config, client_id, bench, broadcast = _open(content, context)
-    examples = _examples(config, client_id, rules.own_data(context.node_config))[1]
-    _set_up(Work(config, client_id, bench, broadcast, context, examples, began), frozenset())
+    examples = train_and_test(config, client_id, rules.own_data(context.node_config))[1]
+    _set_up(TrainingJob(config, client_id, bench, broadcast, context, examples, began), frozenset())
     if not examples:
         raise ConfigError(
             f"client {client_id} has no test rows; raise data.client-test-fraction or set evaluate.clients = false"
@@ -259,17 +230,17 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
 _TASKS = {"describe": describe, "train": train, "evaluate": evaluate}
 
 
-def _open(content: RecordDict, context: Context) -> tuple[Config, int, adapted.Workbench, Broadcast]:
+def _open(content: RecordDict, context: Context) -> tuple[Config, int, adapted.AdaptedModel, Broadcast]:
     """What every message on the adapter begins with: the config, who this is, the base, and what was sent."""
     config = config_of(context)
     if config.run.threads:
         torch.set_num_threads(min(config.run.threads, os.cpu_count() or 1))
     memory.limit(context.node_config, pick_device(config.model.device))
-    bench = adapted.workbench(config.model, config.lora)
-    return config, _client_id(context), bench, wire.decode_broadcast(content, bench.base.fingerprint)
+    bench = adapted.adapted_model(config.model, config.lora)
+    return config, client_id_of(context), bench, wire.decode_broadcast(content, bench.base.fingerprint)
 
 
-def _set_up(work: Work, trainable: frozenset[str]) -> list[torch.nn.Parameter]:
+def _set_up(work: TrainingJob, trainable: frozenset[str]) -> list[torch.nn.Parameter]:
     """The base at the broadcast's version, and its adapter in place, with this client's own factors."""
     folds = folds_beside(work)
     parameters = adapted.install(work.bench, work.start(), trainable)
@@ -277,9 +248,9 @@ def _set_up(work: Work, trainable: frozenset[str]) -> list[torch.nn.Parameter]:
     return parameters
 
 
-def folds_beside(work: Work) -> tuple[AdapterState, ...]:
+def folds_beside(work: TrainingJob) -> tuple[AdapterState, ...]:
     """The folds that are to be installed as the anchor: none where they are merged into the base, here."""
-    folds = bring_up(work.context.run_id, work.broadcast)
+    folds = folds_up_to(work.context.run_id, work.broadcast)
     if work.config.anchor.base_update == "merge":
         adapted.merge_folds(work.bench, work.context.run_id, folds)
         return ()
@@ -300,7 +271,7 @@ def _check_finite(adapter: AdapterState, round: int) -> None:
 def _own_folder(context: Context, broadcast: Broadcast) -> Path:
     """Where this client keeps its own state in this run: below the node's `state` folder, or the cache."""
     root = context.node_config.get("state") or cache_dir() / "clients"
-    return own_state.folder_of(str(root), broadcast.run or str(context.run_id), _client_id(context))
+    return own_state.folder_of(str(root), broadcast.run or str(context.run_id), client_id_of(context))
 
 
 def _check_ranks(broadcast: Broadcast, info: ClientInfo, context: Context) -> None:
@@ -314,32 +285,12 @@ def _check_ranks(broadcast: Broadcast, info: ClientInfo, context: Context) -> No
             )
 
 
-def config_of(context: Context) -> Config:
-    """The run's config as this node takes part in it."""
-    items = tuple((key, type(value), value) for key, value in context.run_config.items())
-    return rules.ruled(_parsed(items), context.node_config)
-
-
-@functools.lru_cache(maxsize=4)
-def _parsed(items: tuple[tuple[str, type, Scalar], ...]) -> Config:
-    """A run config, which every message carries and which takes milliseconds to check.
-
-    Args:
-        items: key, type and value; the type, since 1 equals true.
-    """
-    return configuration.parse({key: value for key, _, value in items}, where="run config")
-
-
-def _client_id(context: Context) -> int:
-    return int(context.node_config.get("partition-id", context.node_id))
-
-
 def _info(config: Config, context: Context) -> ClientInfo:
-    client_id = _client_id(context)
+    client_id = client_id_of(context)
     rank = rules.rank(config, context.node_config, client_id)
     form_of(prepare(config).rows.column_names, config.data, config.model.task)  # a column that is missing is said first
-    rows = _train_rows(config, client_id, rules.own_data(context.node_config))
-    rules.check_steps(config.train, context.node_config, trainer.steps_per_round(config.train, rows))
+    rows = train_rows(config, client_id, rules.own_data(context.node_config))
+    rules.check_steps(config.train, context.node_config, schedule.steps_per_round(config.train, rows))
     return ClientInfo(
         client_id=client_id,
         rank=rank,
@@ -355,40 +306,3 @@ def _class_names(config: Config) -> tuple[str, ...]:
     if config.model.task != "classification":
         return ()
     return class_names(prepare(config).rows, config.data, config.model.labels)
-
-
-def training_examples(config: Config, context: Context) -> LazyExamples:
-    """This client's training examples, encoded as they are asked for.
-
-    Raises:
-        DataError: none of its rows has anything to predict.
-    """
-    examples = _examples(config, _client_id(context), rules.own_data(context.node_config))[0]
-    if not examples:
-        raise DataError(examples.left_out)
-    return examples
-
-
-def _train_rows(config: Config, client_id: int, own_data: str) -> int:
-    """How many training rows this client has; none is read, since most of many clients are never sampled."""
-    rows = prepare(config).count(0 if own_data else client_id)
-    return rows - kept_back(rows, _test_fraction(config))
-
-
-def _test_fraction(config: Config) -> float:
-    return config.data.client_test_fraction if config.evaluate.clients else 0.0
-
-
-@functools.lru_cache(maxsize=64)
-def _examples(config: Config, client_id: int, own_data: str) -> tuple[LazyExamples, LazyExamples]:
-    """This client's training and test examples."""
-    tokenizer = adapted.workbench(config.model, config.lora).base.tokenizer
-    rows = prepare(config).client(0 if own_data else client_id)
-    seed = trainer.hash_seed(config.run.seed, client_id)
-    found = [LazyExamples(part, tokenizer, config) for part in client_split(rows, _test_fraction(config), seed)]
-    if own_data:  # which nobody but this node has seen
-        warn_of_lengths(rows, tokenizer, config)
-    for examples in found:
-        if examples and examples.left_out:
-            _log.warning("client %d: %s", client_id, examples.left_out)
-    return found[0], found[1]

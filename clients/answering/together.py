@@ -16,10 +16,10 @@ from fedlora.config import clients_at_once
 from fedlora.models import adapted
 from fedlora.models.stacked import NotStackable
 
-from ..node import memory
+from ..node import memory, rules
 from ..training import cohort
-from . import single
-from .single import Work
+from . import refusals, rows, single
+from .single import TrainingJob
 
 # More tokens than these in one batch gain nothing: the machine is busy. Measured on a CPU with a 4-bit base.
 _ENOUGH_TOKENS = {"cpu": 512, "cuda": 16384}
@@ -37,11 +37,11 @@ def how_many(context: Context) -> int:
     memory affords. A client that cannot be read counts alone: the answer to its message says why.
     """
     try:
-        config = single.config_of(context)
+        config = rules.config_of(context)
         if clients_at_once(config.train):
             return clients_at_once(config.train)
-        bench = adapted.workbench(config.model, config.lora)
-        examples = single.training_examples(config, context)
+        bench = adapted.adapted_model(config.model, config.lora)
+        examples = rows.training_examples(config, context)
         tokens = config.train.batch_size * max(len(example.input_ids) for example in examples[:_LOOKED_AT])
     except Exception:
         return 1
@@ -51,7 +51,7 @@ def how_many(context: Context) -> int:
     return max(1, min(enough, int(_SHARE_OF_FREE * free / (tokens * bytes_per_token(bench)))))
 
 
-def bytes_per_token(bench: adapted.Workbench) -> int:
+def bytes_per_token(bench: adapted.AdaptedModel) -> int:
     """What training keeps of one token until the backward pass, roughly: of every layer, and of the output."""
     config = bench.base.model.config.get_text_config(decoder=True)
     layers, hidden = getattr(config, "num_hidden_layers", 12), getattr(config, "hidden_size", 768)
@@ -63,14 +63,14 @@ def bytes_per_token(bench: adapted.Workbench) -> int:
 def train(requests: Sequence[tuple[RecordDict, Context]]) -> list[RecordDict | Error]:
     """The answers to several clients' training messages, in their order; each is what `tasks.answer` gives it."""
     answers: dict[int, RecordDict | Error] = {}
-    groups: dict[tuple[object, ...], dict[int, Work]] = {}
+    groups: dict[tuple[object, ...], dict[int, TrainingJob]] = {}
     beside: dict[tuple[object, ...], Folds] = {}
     for number, (content, context) in enumerate(requests):
         try:
             work = single.begin(content, context)
             folds = single.folds_beside(work)
         except Exception as error:
-            answers[number] = single.refusal(error, context.node_config)
+            answers[number] = refusals.refusal(error, context.node_config)
             continue
         sent = work.broadcast
         key = (work.config, sent.round, sent.task, sent.trainable, sent.base_version)
@@ -81,7 +81,7 @@ def train(requests: Sequence[tuple[RecordDict, Context]]) -> list[RecordDict | E
     return [answers[number] for number in range(len(requests))]
 
 
-def _answers(works: Sequence[Work], folds: Folds) -> list[RecordDict | Error]:
+def _answers(works: Sequence[TrainingJob], folds: Folds) -> list[RecordDict | Error]:
     """Of clients that can be trained as one batch, where the model allows it."""
     why = _why_not(works[0])
     if why:
@@ -95,13 +95,13 @@ def _answers(works: Sequence[Work], folds: Folds) -> list[RecordDict | Error]:
         return [_alone(work) for work in works]
     except Exception as error:
         if not memory.ran_out(error):
-            return [single.refusal(error, work.context.node_config) for work in works]
+            return [refusals.refusal(error, work.context.node_config) for work in works]
     half = (len(works) + 1) // 2  # outside the handler, which holds on to what ran out
     _log.warning("memory ran out with %d clients at once; going on with %d (train.clients-at-once)", len(works), half)
     return [*_answers(works[:half], folds), *_answers(works[half:], folds)]
 
 
-def _as_one(works: Sequence[Work], folds: Folds) -> list[RecordDict | Error]:
+def _as_one(works: Sequence[TrainingJob], folds: Folds) -> list[RecordDict | Error]:
     one = works[0]
     adapted.install_anchor(one.bench, folds)
     ends = cohort.train(
@@ -121,18 +121,18 @@ def _as_one(works: Sequence[Work], folds: Folds) -> list[RecordDict | Error]:
                 raise end
             answers.append(single.finish(work, *end))
         except Exception as error:
-            answers.append(single.refusal(error, work.context.node_config))
+            answers.append(refusals.refusal(error, work.context.node_config))
     return answers
 
 
-def _alone(work: Work) -> RecordDict | Error:
+def _alone(work: TrainingJob) -> RecordDict | Error:
     try:
         return single.train_alone(work)
     except Exception as error:
-        return single.refusal(error, work.context.node_config)
+        return refusals.refusal(error, work.context.node_config)
 
 
-def _why_not(work: Work) -> str:
+def _why_not(work: TrainingJob) -> str:
     """Why these clients are trained one at a time; empty when nothing speaks against one batch."""
     config = work.config
     if work.broadcast.task != "train":

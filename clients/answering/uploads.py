@@ -10,14 +10,14 @@ from torch.profiler import record_function
 from fedlora.adapters import AdapterState, fill_missing, keep_factors, map_tensors, relative_error
 from fedlora.adapters.state import difference, sum_of
 from fedlora.exchange import Broadcast
-from fedlora.exchange.codec import through
+from fedlora.exchange.codec import round_trip
 
 from ..node import own_state
 
 _KIND = "left-out"
 
 
-def coded(
+def encode_upload(
     adapter: AdapterState, broadcast: Broadcast, number_format: str, folder: Path, keep: int = 2
 ) -> tuple[AdapterState, float]:
     """What to send for a trained adapter, and the error that this adds.
@@ -45,7 +45,7 @@ def coded(
         kept = own_state.load(folder, _KIND, broadcast.round) if steady else None
         if kept is not None:
             wanted = _with_left_out(wanted, kept)
-        arrived = through(wanted, number_format)
+        arrived = round_trip(wanted, number_format)
         if steady:
             left = difference(wanted, arrived)
             # factors that are not sent this time keep what they left out before

@@ -16,7 +16,7 @@ class StaleBase(FedLoraError):
     """The client no longer holds the folds that the server's message builds on; the server sends them all."""
 
 
-def bring_up(run_id: int, broadcast: Broadcast) -> tuple[AdapterState, ...]:
+def folds_up_to(run_id: int, broadcast: Broadcast) -> tuple[AdapterState, ...]:
     """All folds up to the broadcast's base version, in order; remembered for the next message.
 
     Raises:

@@ -64,7 +64,7 @@ def save(folder: Path, kind: str, state: AdapterState, round: int, keep: int = 2
             path.unlink()
 
 
-def with_own(broadcast: Broadcast, folder: Path) -> AdapterState:
+def with_personal_factors(broadcast: Broadcast, folder: Path) -> AdapterState:
     """The broadcast's adapter, with the personal factors that a client keeps in place of those that were sent.
 
     Args:

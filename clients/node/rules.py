@@ -6,12 +6,15 @@ a server chose may name neither a file nor a folder on the node, unless the node
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
+
+from flwr.app import Context
 
 from fedlora import config as configuration
 from fedlora.common import assets
@@ -239,3 +242,23 @@ def _packaged_models() -> frozenset[str]:
 
 def _too_much(asked: str, key: str, most: int) -> ConfigError:
     return ConfigError(f"the run asks for {asked}, and this node allows {most} (node config: {key})")
+
+
+def config_of(context: Context) -> Config:
+    """The run's config as this node takes part in it."""
+    items = tuple((key, type(value), value) for key, value in context.run_config.items())
+    return ruled(_parsed(items), context.node_config)
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(items: tuple[tuple[str, type, Scalar], ...]) -> Config:
+    """A run config, which every message carries and which takes milliseconds to check.
+
+    Args:
+        items: key, type and value; the type, since 1 equals true.
+    """
+    return configuration.parse({key: value for key, _, value in items}, where="run config")
+
+
+def client_id_of(context: Context) -> int:
+    return int(context.node_config.get("partition-id", context.node_id))

@@ -15,7 +15,8 @@ from fedlora.config import TrainConfig
 from fedlora.data import Example, batch_at, collate
 from fedlora.tasks.losses import token_loss
 
-from ..training.trainer import TrainResult, count_labels, hash_seed
+from ..training.schedule import hash_seed
+from ..training.trainer import TrainResult, count_labels
 
 # Between batches this many times the wanted directions are kept, as in LoRA-GA (https://arxiv.org/abs/2407.05000).
 _SPARE = 4

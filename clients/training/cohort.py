@@ -15,13 +15,14 @@ from fedlora.adapters import AdapterState
 from fedlora.common.errors import AdapterError
 from fedlora.config import TrainConfig
 from fedlora.data import Example, collate
-from fedlora.models.adapted import Workbench
+from fedlora.models.adapted import AdaptedModel
 from fedlora.models.dropout import Draws, draws_per_client
 from fedlora.models.stacked import Stack, stacked
 from fedlora.tasks.losses import each_loss
 from fedlora.tasks.predict import Batch
 
-from .trainer import Course, TrainResult, add_tail_penalty, count_labels
+from .terms import add_tail_penalty
+from .trainer import LocalSteps, TrainResult, count_labels
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Member:
 
 
 def train(
-    bench: Workbench,
+    bench: AdaptedModel,
     members: Sequence[Member],
     config: TrainConfig,
     *,
@@ -77,7 +78,7 @@ def train(
     own_dropout = draws_per_client(bench.model)
     with stacked(bench, [members[m].adapter for m in order], trainable) as stack:
         courses = [
-            Course(
+            LocalSteps(
                 seat.parameters,
                 members[m].examples,
                 config,
@@ -111,7 +112,9 @@ def train(
     return [done[order.index(m)] for m in range(len(members))]
 
 
-def _gradients(bench: Workbench, stack: Stack, courses: Sequence[Course], step: int, own_dropout: bool) -> list[float]:
+def _gradients(
+    bench: AdaptedModel, stack: Stack, courses: Sequence[LocalSteps], step: int, own_dropout: bool
+) -> list[float]:
     """Each client's loss of a step; the stack gets the gradients."""
     with record_function("fedlora/data"):
         parts = zip(*(course.batches(step) for course in courses), strict=True)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from fedlora.adapters import pruned_rank
 from fedlora.common.errors import DivergedError
 from fedlora.config import TrainConfig
 from fedlora.data import Example, batch_at, collate
@@ -20,6 +19,8 @@ from fedlora.models.dropout import Draws, draws_per_client
 from fedlora.tasks.losses import token_loss
 
 from ..optimizers import standard
+from .schedule import hash_seed, lr_factor, steps_per_round
+from .terms import add_proximal
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def train(
         DivergedError: the loss is not finite.
     """
     began = time.perf_counter()
-    course = Course(parameters, examples, config, round=round, rounds=rounds, seed=seed, penalty=penalty)
+    course = LocalSteps(parameters, examples, config, round=round, rounds=rounds, seed=seed, penalty=penalty)
     torch.manual_seed(hash_seed(seed, round))  # whatever draws from torch's own generator
     model.train()
     own_dropout = draws_per_client(model)
@@ -91,7 +92,7 @@ def train(
     return course.result(time.perf_counter() - began)
 
 
-def _gradients(model: nn.Module, course: Course, step: int, pad_id: int, own_dropout: bool) -> float:
+def _gradients(model: nn.Module, course: LocalSteps, step: int, pad_id: int, own_dropout: bool) -> float:
     """The loss of a step; the parameters get its gradients."""
     with record_function("fedlora/data"):
         batches = [collate(part, pad_id) for part in course.batches(step)]
@@ -108,7 +109,7 @@ def _gradients(model: nn.Module, course: Course, step: int, pad_id: int, own_dro
     return total
 
 
-class Course:
+class LocalSteps:
     """One client's way through a round, whoever computes its gradients: batches, optimizer, schedule, losses.
 
     Attributes:
@@ -190,72 +191,6 @@ def diverged(loss: float, step: int, round: int) -> str:
     )
 
 
-def steps_per_round(config: TrainConfig, num_examples: int) -> int:
-    """Optimizer steps of one round: `train.steps`, or as many as `train.epochs` needs."""
-    per_step = config.batch_size * config.accumulate
-    return config.steps or max(1, math.ceil(config.epochs * num_examples / per_step))
-
-
-def examples_of(config: TrainConfig, num_examples: int, round: int, seed: int) -> list[int]:
-    """The places of the examples that a round trains on, each once."""
-    steps, parts = steps_per_round(config, num_examples), config.accumulate
-    batches = range((round - 1) * steps * parts, round * steps * parts)
-    return sorted({at for index in batches for at in batch_at(num_examples, config.batch_size, index, seed)})
-
-
-def lr_factor(config: TrainConfig, step: int, total: int) -> float:
-    """The learning rate at a step of the whole run, as a share of `train.lr`: warm-up, then the schedule.
-
-    Cosine and linear end just above zero: the last step still trains.
-    """
-    warmup = round(config.warmup_fraction * total)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1.0 - progress if config.schedule == "linear" else 1.0
-
-
-def add_proximal(parameters: Sequence[nn.Parameter], start: Sequence[Tensor], mu: float) -> None:
-    """Adds the gradient of FedProx's term mu/2 |theta - theta_start|^2 (https://arxiv.org/abs/1812.06127, eq. 2)."""
-    for parameter, origin in zip(parameters, start, strict=True):
-        if parameter.grad is not None:
-            parameter.grad.add_(parameter.detach() - origin, alpha=mu)
-
-
-def add_tail_penalty(
-    factors: Sequence[tuple[nn.Parameter, nn.Parameter]], gamma: float, weight: float, rank_of_b: int = 1
-) -> None:
-    """Adds the gradient of `weight * sum |B tail|_F |A tail|_F`, so that the last ranks fade (HetLoRA's self-pruning).
-
-    Cho et al. 2024, https://arxiv.org/abs/2401.06432, Section 4.
-
-    Args:
-        factors: A [r, d_in] and B [d_out, r] of each module.
-        gamma: the tail begins at row ceil(gamma r), and at the second row at the earliest.
-        weight: of the term.
-        rank_of_b: 0 where the factors hold B' [r, d_out].
-    """
-    for A, B in factors:
-        keep = pruned_rank(A.shape[0], gamma)
-        tail = A.shape[0] - keep
-        a, b = A.detach()[keep:], B.detach().narrow(rank_of_b, keep, tail)
-        size_a, size_b = a.norm(), b.norm()
-        if A.grad is not None and float(size_a) > 0:
-            A.grad[keep:].add_(a * (weight * size_b / size_a))
-        if B.grad is not None and float(size_b) > 0:
-            B.grad.narrow(rank_of_b, keep, tail).add_(b * (weight * size_a / size_b))
-
-
 def count_labels(labels: Tensor) -> int:
     """What a batch's mean loss is taken over: labelled next tokens, or examples."""
     return labels.shape[0] if labels.ndim == 1 else int((labels[:, 1:] != -100).sum())
-
-
-def hash_seed(*parts: int) -> int:
-    """One seed from several, the same in every process."""
-    seed = 0
-    for part in parts:
-        seed = (seed * 1_000_003 + part + 1) % (2**63 - 1)
-    return seed

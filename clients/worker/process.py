@@ -109,7 +109,7 @@ class _Job:
         if digest == last.digest:
             self.frames.put(last.answer)
             return last
-        from ..answering.single import answer  # torch and all that follows: the socket is there before
+        from ..answering.dispatch import answer  # torch and all that follows: the socket is there before
 
         task, content, context = envelope.unpack_request(self._request)
         context.node_config = {**context.node_config, "resident": True}

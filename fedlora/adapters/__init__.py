@@ -1,12 +1,12 @@
 """LoRA adapters as values, and their algebra."""
 
 from .algebra import (
-    at_once,
     compress,
     concatenate,
     delta,
     first_ranks,
     ideal,
+    in_chunks,
     initial,
     inner,
     leading,
@@ -26,13 +26,13 @@ from .state import AdapterState, LoraFactors, fill_missing, keep_factors, map_te
 __all__ = [
     "AdapterState",
     "LoraFactors",
-    "at_once",
     "compress",
     "concatenate",
     "delta",
     "fill_missing",
     "first_ranks",
     "ideal",
+    "in_chunks",
     "initial",
     "inner",
     "keep_factors",

@@ -194,7 +194,7 @@ def svd_each(lora: Mapping[str, LoraFactors], rank: int = 0, whole: bool = False
         alike.setdefault((f.B.shape[0], f.rank, f.A.shape[1]), []).append(name)
     found: dict[str, lowrank.Svd] = {}
     for (d_out, r, d_in), group in alike.items():
-        for names in at_once(group, (d_out + d_in) * r):
+        for names in in_chunks(group, (d_out + d_in) * r):
             B = torch.stack([lora[name].B for name in names])
             A = torch.stack([lora[name].scaling * to_fp32(lora[name].down) for name in names])
             u, s, vh = lowrank.product_svd(B, A, rank, whole)
@@ -202,7 +202,7 @@ def svd_each(lora: Mapping[str, LoraFactors], rank: int = 0, whole: bool = False
     return {name: found[name] for name in lora}
 
 
-def at_once(names: Sequence[str], numbers: int) -> Iterator[Sequence[str]]:
+def in_chunks(names: Sequence[str], numbers: int) -> Iterator[Sequence[str]]:
     """Equal modules in groups that are computed together, each of so many numbers in its factors."""
     size = max(1, _AT_ONCE // max(numbers, 1))
     for begin in range(0, len(names), size):

@@ -170,6 +170,7 @@ def _one(
     intruders: float | None,
     merge: bool,
 ) -> Exported:
+    from fedlora.models import peft_files
     from fedlora.strategies import registry  # pyright: ignore[reportMissingImports]
     from fedlora.trained import export as exporting
     from fedlora.trained.model_card import citation
@@ -182,7 +183,7 @@ def _one(
             f"{source.adapter}: with {source.config.strategy.name}, {personal} stays on the clients and there is no "
             "global adapter; add --client NUMBER or --all-clients"
         )
-    trained = exporting.read_adapter(source.adapter) if not personal else None
+    trained = peft_files.read_adapter(source.adapter) if not personal else None
     if client is not None:
         facts["client"] = client.client_id
         if personal:

@@ -12,7 +12,7 @@ import torch
 
 from fedlora.common import assets
 from fedlora.deployment import superlink_data
-from fedlora.results.record import versions
+from fedlora.results.environment import versions
 
 # Relative error of a quantized product against the dense one, for Gaussian weights. NF4 stores 4 bits with a
 # scale per 64 weights (https://arxiv.org/abs/2305.14314), int8 a scale per row: 0.09 and 0.01 are typical.

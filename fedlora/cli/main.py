@@ -148,7 +148,7 @@ def run(
     from fedlora.common.events import listen
     from fedlora.results.display import RunDisplay, cut_line, result_table
     from fedlora.results.profile import Profiler, profiled, show
-    from fedlora.results.record import folder_of, stamp
+    from fedlora.results.run_folder import folder_of, stamp
 
     settings = stamp(settings)
     folder = folder_of(settings)
@@ -171,10 +171,10 @@ def run(
 
             flower.run(settings, at_once or 1)
         else:
-            from fedlora.simulations.engines import local  # pyright: ignore[reportMissingImports]
+            from fedlora.simulations import run as simulation  # pyright: ignore[reportMissingImports]
 
             with profiled(settings, folder) if profile else nullcontext() as watcher:
-                local.run(settings, devices=places)
+                simulation.run(settings, devices=places)
     if not (folder / "result.json").is_file():
         out.print(f"completed; the record and the adapter are on the server's machine, in {folder}", soft_wrap=True)
         return
@@ -226,7 +226,7 @@ def _results_after_an_error(folder: Path) -> Iterator[None]:
         yield
     except FedLoraError as error:
         from fedlora.results.display import result_table
-        from fedlora.results.record import ended_by
+        from fedlora.results.run_folder import ended_by
 
         if (folder / "adapter").is_dir() and ended_by(folder, error):
             out.print(result_table(folder))
@@ -454,9 +454,9 @@ def status(
 
 def _tell_of_the_base(settings: configuration.Config) -> None:
     """What is chosen for the user in a base model: LoRA's targets, and a classifier's head."""
-    from fedlora.models import adapted
+    from fedlora.models import injection
 
-    for what, words in adapted.shapes(settings.model, settings.lora).facts().items():
+    for what, words in injection.shapes(settings.model, settings.lora).facts().items():
         out.print(f"{what}: {words}", soft_wrap=True, markup=False)
 
 
@@ -656,7 +656,7 @@ def _told_to_stop(insecure: bool) -> Iterator[None]:
 
 
 def _resumed(folder: Path | None, overrides: list[str] | None, from_round: int | None) -> configuration.Config:
-    from fedlora.results.record import resumed
+    from fedlora.results.run_folder import resumed
 
     assert folder is not None
     return resumed(folder, overrides or [], -1 if from_round is None else from_round)

@@ -17,7 +17,7 @@ def emit(kind: str, **facts: Any) -> None:
         listener(kind, facts)
 
 
-def heard() -> bool:
+def has_listeners() -> bool:
     """Whether anybody listens."""
     return bool(_listeners)
 

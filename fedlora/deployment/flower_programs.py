@@ -25,7 +25,7 @@ from fedlora.common.events import emit
 from fedlora.common.files import write_json
 from fedlora.common.processes import share_cores
 from fedlora.config import Config, Scalar
-from fedlora.results.record import folder_of, is_taken
+from fedlora.results.run_folder import folder_of, is_taken
 
 _log = logging.getLogger("fedlora")
 _START_SECONDS = 60.0

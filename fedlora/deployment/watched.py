@@ -37,7 +37,7 @@ from fedlora.common.errors import ConfigError, DataError, RunError
 from fedlora.common.processes import free_port
 from fedlora.common.rotation import Log
 from fedlora.config import Config, Scalar
-from fedlora.results.record import stamp
+from fedlora.results.run_folder import stamp
 
 from . import certificates, flower_programs, metrics, superlink_data
 from .flower_programs import Connection

@@ -64,7 +64,7 @@ def from_rows(rows: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
     return rows.T.contiguous() if name == "B" else rows.reshape(shape)
 
 
-def through(state: AdapterState, number_format: str) -> AdapterState:
+def round_trip(state: AdapterState, number_format: str) -> AdapterState:
     """What the other side reads when this is sent in the number format."""
     if number_format in FLOATS:
         return map_tensors(lambda name, x: x.to(FLOATS[number_format]).to(x.dtype), state)

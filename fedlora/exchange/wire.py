@@ -24,7 +24,7 @@ from fedlora.config import MOST_RANK, alpha_of
 from fedlora.tasks.scores import METRICS
 
 from .arrays import finite_sum, get, put, value_bytes
-from .codec import FORMATS, through
+from .codec import FORMATS, round_trip
 from .fields import METRICS_RECORD, Fields, metrics_record, read_metrics, require, short
 from .messages import Broadcast, ClientInfo, ClientUpdate
 
@@ -224,7 +224,7 @@ def most_bytes(sent: Broadcast) -> int:
 
 def as_received(broadcast: Broadcast, dtype: str) -> Broadcast:
     """The broadcast as its client reads it: the adapter rounded to the number format that carried it."""
-    return broadcast if dtype == "fp32" else replace(broadcast, adapter=through(broadcast.adapter, dtype))
+    return broadcast if dtype == "fp32" else replace(broadcast, adapter=round_trip(broadcast.adapter, dtype))
 
 
 def encode_hello(fingerprint: str) -> RecordDict:

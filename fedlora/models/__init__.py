@@ -13,6 +13,7 @@ from fedlora.models.base.load import (
     head_shapes,
     load_base,
     meta_model,
+    shared_tokenizer,
     tokenizer_of,
 )
 from fedlora.models.base.targets import find_targets, summary
@@ -35,6 +36,7 @@ __all__ = [
     "pick_device",
     "pick_dtype",
     "resolve",
+    "shared_tokenizer",
     "summary",
     "tied_with",
     "tokenizer_of",

@@ -7,66 +7,44 @@ factors, where the adapter has one, is part of the down projection, which then c
 
 from __future__ import annotations
 
-import json
-import shutil
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import cast
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapters import AdapterState, LoraFactors, compress, concatenate, delta, relative_error
-from fedlora.common.assets import hub_name
-from fedlora.common.errors import AdapterError, ConfigError, ModelError, suggest
-from fedlora.config import LoraConfig, ModelConfig, rank_pattern
-from fedlora.exchange import matches
+from fedlora.adapters import AdapterState, LoraFactors, concatenate, delta, relative_error
+from fedlora.common.errors import AdapterError, ModelError
+from fedlora.config import LoraConfig, ModelConfig
 from fedlora.tasks.losses import look_at
 
 from . import (
     BaseModel,
     base_fingerprint,
     find_targets,
-    first_head,
-    head_modules,
-    head_shapes,
     load_base,
-    longest,
-    meta_model,
-    summary,
     untie,
 )
-
-ADAPTER, ANCHOR = "default", "anchor"
-_PREFIX = "base_model.model."
-
-
-class _Down(nn.Linear):
-    """PEFT's lora_A with room for a core: x -> R (A x), or A x without one."""
-
-    core: nn.Parameter | None
-
-    def __init__(self, d_in: int, device: torch.device) -> None:
-        super().__init__(d_in, 1, bias=False, device=device)
-        self.register_parameter("core", None)
-
-    def forward(self, input: Tensor) -> Tensor:
-        down = super().forward(input)
-        return down if self.core is None else F.linear(down, self.core)
+from .injection import (
+    ADAPTER,
+    ANCHOR,
+    Down,
+    head_parameters,
+    inject,
+    lora_layers,
+    shape_of,
+    ties_may_be_adapted,
+)
 
 
 @dataclass
-class Workbench:
+class AdaptedModel:
     """A base model with LoRA layers, ready to take any client's factors.
 
     Attributes:
@@ -86,10 +64,10 @@ class Workbench:
 
 # What PEFT calls its layer over each kind of linear layer.
 _LAYER = {nn.Linear: "Linear", Conv1D: "Linear", Linear8bitLt: "Linear8bitLt", Linear4bit: "Linear4bit"}
-_current: tuple[tuple[object, ...], Workbench] | None = None
+_current: tuple[tuple[object, ...], AdaptedModel] | None = None
 
 
-def workbench(model: ModelConfig, lora: LoraConfig) -> Workbench:
+def adapted_model(model: ModelConfig, lora: LoraConfig) -> AdaptedModel:
     """The process's one workbench; loaded on the first call and kept until another base is asked for, or its files
     change.
 
@@ -111,7 +89,7 @@ def forget() -> None:
     _current = None
 
 
-def _build(config: ModelConfig, lora: LoraConfig) -> Workbench:
+def _build(config: ModelConfig, lora: LoraConfig) -> AdaptedModel:
     base = load_base(config)
     targets = find_targets(base.model, lora.target_modules, base.heads)
     silent = [name for name in targets if name in base.uncalled and "expert" not in name]
@@ -120,10 +98,10 @@ def _build(config: ModelConfig, lora: LoraConfig) -> Workbench:
             f"lora.target-modules = {lora.target_modules!r}: {config.name} reads the weights of {silent[0]} without "
             "calling the layer, or does not use it, so that LoRA would have no effect; name other modules"
         )
-    model = _inject(base.model, targets, lora.dropout)
-    layers = _lora_layers(model)
+    model = inject(base.model, targets, lora.dropout)
+    layers = lora_layers(model)
     for layer in layers.values():
-        layer.lora_A[ADAPTER] = _Down(_shape(layer)[1], cast("Tensor", layer.lora_A[ADAPTER].weight).device)
+        layer.lora_A[ADAPTER] = Down(shape_of(layer)[1], cast("Tensor", layer.lora_A[ADAPTER].weight).device)
     for name, layer in layers.items():
         below = layer.get_base_layer()
         expected = next((made for kind, made in _LAYER.items() if type(below) is kind), "Linear")
@@ -133,103 +111,13 @@ def _build(config: ModelConfig, lora: LoraConfig) -> Workbench:
                 f"installed peft made a {type(layer).__name__}; name other modules with lora.target-modules, or "
                 "choose another model.quantization"
             )
-    dense = _head_parameters(model, base.heads)
+    dense = head_parameters(model, base.heads)
     if config.task == "causal-lm":
         look_at(model)
-    return Workbench(config=config, base=base, model=model, layers=layers, tensors=dense)
+    return AdaptedModel(config=config, base=base, model=model, layers=layers, tensors=dense)
 
 
-def _inject(model: nn.Module, targets: Sequence[str], dropout: float) -> PeftModel:
-    # GPT-2's layers keep their weights as [d_in, d_out]
-    transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in targets)
-    config = PeftLoraConfig(
-        r=1, lora_alpha=1, target_modules=list(targets), lora_dropout=dropout, fan_in_fan_out=transposed
-    )
-    with ties_may_be_adapted():
-        return get_peft_model(model, config)  # pyright: ignore[reportArgumentType, reportReturnType]
-
-
-@contextmanager
-def ties_may_be_adapted() -> Iterator[None]:
-    """Without PEFT's warning that a merge would change both of two tied weights: a merge here unties them first."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
-        yield
-
-
-def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    return {
-        name.removeprefix(_PREFIX): module for name, module in model.named_modules() if isinstance(module, LoraLayer)
-    }
-
-
-def _head_parameters(model: nn.Module, heads: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The parameters of these modules by the base model's own names."""
-    return {
-        name.removeprefix(_PREFIX): parameter
-        for name, parameter in model.named_parameters()
-        if any(name.removeprefix(_PREFIX).startswith(head + ".") for head in heads)
-    }
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """What a server needs to know of a base.
-
-    Attributes:
-        lora: module -> (d_out, d_in).
-        tensors: shapes of what is trained in full, by name.
-        head: the values that these have in the base, where training begins with them.
-        words: what the head begins with, and why; empty without a head.
-        longest: the most tokens that the base has positions for; None without an end.
-        classes: what the base calls them, in the order of its own head; nothing where training begins with another.
-    """
-
-    lora: Mapping[str, tuple[int, int]]
-    tensors: Mapping[str, tuple[int, ...]]
-    head: Mapping[str, Tensor] = field(default_factory=dict)
-    words: str = ""
-    longest: int | None = None
-    classes: tuple[str, ...] = ()
-
-    def facts(self) -> dict[str, str]:
-        """What is chosen for the user: the adapted modules, and the head's start."""
-        return {"targets": summary(self.lora), **({"head": self.words} if self.words else {})}
-
-
-def shapes(model: ModelConfig, lora: LoraConfig) -> Shapes:
-    """The adapted modules and the head of a base, from its config and the head's weights: no others are read.
-
-    Raises:
-        ModelError: the base cannot be had, or no module fits `lora.target-modules`.
-        ConfigError: an entry of `lora.rank-pattern` fits no module that is adapted.
-    """
-    bare = meta_model(model)
-    heads = head_modules(bare)
-    targets = find_targets(bare, lora.target_modules, heads)
-    check_rank_pattern(lora, targets)
-    head, words = first_head(model, head_shapes(bare, heads)) if heads else ({}, "")
-    injected = _inject(bare, targets, 0.0)
-    return Shapes(
-        lora={name: _shape(layer) for name, layer in _lora_layers(injected).items()},
-        tensors={name: tuple(p.shape) for name, p in _head_parameters(injected, heads).items()},
-        head=head,
-        words=words,
-        longest=longest(bare),
-        classes=tuple((bare.config.id2label or {}).values()) if head else (),
-    )
-
-
-def check_rank_pattern(lora: LoraConfig, targets: Sequence[str]) -> None:
-    """Raises ConfigError where an entry of `lora.rank-pattern` fits no module that is adapted."""
-    for pattern in rank_pattern(lora):
-        if any(matches(pattern, module) for module in targets):
-            continue
-        near = suggest(pattern.rsplit(".", 1)[-1], {name.rsplit(".", 1)[-1] for name in targets})
-        raise ConfigError(f"lora.rank-pattern: {pattern!r} fits none of the adapted modules{near}")
-
-
-def install(bench: Workbench, adapter: AdapterState, trainable: Iterable[str] = ()) -> list[nn.Parameter]:
+def install(bench: AdaptedModel, adapter: AdapterState, trainable: Iterable[str] = ()) -> list[nn.Parameter]:
     """Set the trainable adapter and the head; returns the parameters that are to be trained.
 
     Args:
@@ -261,7 +149,7 @@ def install(bench: Workbench, adapter: AdapterState, trainable: Iterable[str] = 
     return parameters
 
 
-def factors_of(bench: Workbench) -> list[tuple[nn.Parameter, nn.Parameter]]:
+def factors_of(bench: AdaptedModel) -> list[tuple[nn.Parameter, nn.Parameter]]:
     """The trainable adapter's own parameters, A [r, d_in] and B [d_out, r] of each module, as they are installed."""
     return [
         (cast("nn.Parameter", layer.lora_A[ADAPTER].weight), cast("nn.Parameter", layer.lora_B[ADAPTER].weight))
@@ -269,7 +157,7 @@ def factors_of(bench: Workbench) -> list[tuple[nn.Parameter, nn.Parameter]]:
     ]
 
 
-def install_anchor(bench: Workbench, folds: tuple[AdapterState, ...]) -> None:
+def install_anchor(bench: AdaptedModel, folds: tuple[AdapterState, ...]) -> None:
     """Add folds as one frozen adapter beside the trainable one, after `install`; () leaves the base alone."""
     if folds and ANCHOR not in bench.model.peft_config:
         transposed = any(getattr(layer, "fan_in_fan_out", False) for layer in bench.layers.values())
@@ -284,7 +172,7 @@ def install_anchor(bench: Workbench, folds: tuple[AdapterState, ...]) -> None:
         layer._active_adapter = [ADAPTER] if factors is None else [ANCHOR, ADAPTER]
 
 
-def merge_folds(bench: Workbench, run: object, folds: tuple[AdapterState, ...]) -> None:
+def merge_folds(bench: AdaptedModel, run: object, folds: tuple[AdapterState, ...]) -> None:
     """Bring the weights of an unquantized base to the version of these folds, adding each once, in order.
 
     The base is reread from disk when it holds another run's folds, a later version, or a fold that was taken back.
@@ -309,7 +197,7 @@ def _same_fold(one: AdapterState, other: AdapterState) -> bool:
     return one is other or (one.lora.keys() == other.lora.keys() and relative_error(one.lora, other.lora) < 0.05)
 
 
-def _reload_weights(bench: Workbench) -> None:
+def _reload_weights(bench: AdaptedModel) -> None:
     fresh = load_base(bench.config).model
     with torch.no_grad():
         for name, layer in bench.layers.items():
@@ -317,11 +205,11 @@ def _reload_weights(bench: Workbench) -> None:
     bench.merged = (None, ())
 
 
-def read(bench: Workbench) -> AdapterState:
+def read(bench: AdaptedModel) -> AdapterState:
     """The trainable adapter, its cores and the head as they are now, on the CPU in fp32, as copies."""
     lora: dict[str, LoraFactors] = {}
     for name, layer in bench.layers.items():
-        down = cast("_Down", layer.lora_A[ADAPTER])
+        down = cast("Down", layer.lora_A[ADAPTER])
         lora[name] = LoraFactors(
             A=fp32_copy(down.weight),
             B=fp32_copy(layer.lora_B[ADAPTER].weight),
@@ -340,7 +228,7 @@ def _set_factors(
     name: str, layer: LoraLayer, adapter: str, factors: LoraFactors, trainable: frozenset[str]
 ) -> list[nn.Parameter]:
     down, up = cast("nn.Linear", layer.lora_A[adapter]), cast("nn.Linear", layer.lora_B[adapter])
-    d_out, d_in = _shape(layer)
+    d_out, d_in = shape_of(layer)
     rank = factors.rank
     if factors.A.shape != (rank, d_in) or factors.B.shape != (d_out, rank):
         raise AdapterError(
@@ -358,7 +246,7 @@ def _set_factors(
 
 def _set_core(name: str, layer: LoraLayer, core: Tensor | None, trainable: frozenset[str]) -> list[nn.Parameter]:
     """The module's core, or none: one of an earlier adapter is dropped."""
-    down = cast("_Down", layer.lora_A[ADAPTER])
+    down = cast("Down", layer.lora_A[ADAPTER])
     rank = down.out_features
     if core is None:
         down.core = None
@@ -372,11 +260,6 @@ def _set_core(name: str, layer: LoraLayer, core: Tensor | None, trainable: froze
     return [down.core] if "R" in trainable else []
 
 
-def _shape(layer: LoraLayer) -> tuple[int, int]:
-    """(d_out, d_in)."""
-    return cast("tuple[int, int]", (layer.out_features, layer.in_features))
-
-
 def _same_names(what: str, got: Iterable[str], expected: Iterable[str]) -> None:
     odd = sorted(set(got) ^ set(expected))
     if odd:
@@ -384,48 +267,3 @@ def _same_names(what: str, got: Iterable[str], expected: Iterable[str]) -> None:
             f"the adapter's {what} are not the model's, for instance {odd[0]!r}; both sides need the same model.name "
             "and lora.target-modules"
         )
-
-
-def save_checkpoint(adapter: AdapterState, folder: Path, model: ModelConfig, about: Mapping[str, object]) -> None:
-    """Write a PEFT checkpoint that `PeftModel.from_pretrained` loads on the untouched base.
-
-    Every module is written at its numerical rank with scaling 1 (`rank_pattern` where ranks differ).
-
-    Args:
-        adapter: everything learned, folds included.
-        folder: made when missing.
-        model: the base, for the checkpoint's config.
-        about: written beside it as fedlora.json (configuration, base fingerprint).
-    """
-    small = compress(adapter.lora)
-    ranks = {name: factors.rank for name, factors in small.items()}
-    top = max(ranks.values())
-    heads = sorted({name.rsplit(".", 1)[0].split(".")[0] for name in adapter.tensors})
-    config = PeftLoraConfig(
-        r=top,
-        lora_alpha=top,
-        target_modules=list(small),
-        rank_pattern={name: rank for name, rank in ranks.items() if rank != top},
-        alpha_pattern={name: rank for name, rank in ranks.items() if rank != top},
-        modules_to_save=heads or None,
-        task_type="SEQ_CLS" if model.task == "classification" else "CAUSAL_LM",
-        base_model_name_or_path=hub_name(model.name),
-        inference_mode=True,
-    )
-    tensors: dict[str, Tensor] = {}
-    for name, factors in small.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = (factors.A * factors.scaling).contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = factors.B.contiguous()
-    for name, tensor in adapter.tensors.items():
-        tensors[f"{_PREFIX}{name}"] = tensor.contiguous()
-    part, old = folder.with_name(f".{folder.name}-part"), folder.with_name(f".{folder.name}-old")
-    for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    part.mkdir(parents=True)
-    config.save_pretrained(str(part))
-    save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
-    (part / "fedlora.json").write_text(json.dumps(about, indent=2) + "\n")
-    if folder.exists():  # an interruption leaves a whole checkpoint, the old one or the new one
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -21,7 +21,7 @@ from fedlora.adapters import AdapterState, LoraFactors, stack, to_fp32
 from fedlora.adapters.lowrank import Svd
 from fedlora.common.errors import AdapterError
 
-from .adapted import Workbench, merge_folds, read
+from .adapted import AdaptedModel, merge_folds, read
 
 # The defaults of PEFT's reduce_intruder_dimension, too.
 K, EPSILON = 10, 0.5
@@ -68,7 +68,7 @@ def remove(weight: Tensor, delta: LoraFactors, lam: float, k: int = K, epsilon: 
 
 
 def without_intruders(
-    bench: Workbench, adapter: AdapterState, lam: float, k: int = K, epsilon: float = EPSILON
+    bench: AdaptedModel, adapter: AdapterState, lam: float, k: int = K, epsilon: float = EPSILON
 ) -> AdapterState:
     """The adapter with every module's intruders scaled; the head stays, cores are multiplied into their factors.
 
@@ -99,7 +99,7 @@ class BaseSpectra:
     5e-4, and a base's vectors would fill a GPU.
     """
 
-    def __init__(self, bench: Workbench) -> None:
+    def __init__(self, bench: AdaptedModel) -> None:
         merge_folds(bench, None, ())
         self._bench = bench
         self._left = {name: _left(_weight(layer)).to("cpu", torch.float16) for name, layer in bench.layers.items()}

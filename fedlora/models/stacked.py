@@ -23,7 +23,8 @@ from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.common.errors import AdapterError
 from fedlora.tasks.predict import output_layer
 
-from .adapted import ADAPTER, Workbench, fp32_copy, install
+from .adapted import AdaptedModel, fp32_copy, install
+from .injection import ADAPTER
 
 
 class NotStackable(AdapterError):
@@ -31,7 +32,7 @@ class NotStackable(AdapterError):
 
 
 @dataclass
-class Seat:
+class ClientSlot:
     """One client's place in the stack.
 
     Attributes:
@@ -110,10 +111,10 @@ class Stack:
         rows: the present batch's number of rows, and its length.
     """
 
-    def __init__(self, bench: Workbench, adapters: Sequence[AdapterState], trainable: frozenset[str]) -> None:
+    def __init__(self, bench: AdaptedModel, adapters: Sequence[AdapterState], trainable: frozenset[str]) -> None:
         self.active = len(adapters)
         self.rows: tuple[int, ...] = (0, 0)
-        self.seats = [Seat() for _ in adapters]
+        self.seats = [ClientSlot() for _ in adapters]
         self._layers: dict[str, _Layer] = {}
         for name, layer in bench.layers.items():
             device = cast("Tensor", layer.lora_A[ADAPTER].weight).device
@@ -182,7 +183,7 @@ class Stack:
 
 
 @contextmanager
-def stacked(bench: Workbench, adapters: Sequence[AdapterState], trainable: frozenset[str]) -> Iterator[Stack]:
+def stacked(bench: AdaptedModel, adapters: Sequence[AdapterState], trainable: frozenset[str]) -> Iterator[Stack]:
     """Several clients' adapters in the model's LoRA layers, until the block ends.
 
     Args:

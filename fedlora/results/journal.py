@@ -64,7 +64,7 @@ class Journal:
 
 
 @contextmanager
-def kept(path: Path, *, echo: bool = False, most: int = 0, **always: Any) -> Iterator[None]:
+def journal_to(path: Path, *, echo: bool = False, most: int = 0, **always: Any) -> Iterator[None]:
     """Everything emitted within the block, and the product's log lines, are written there; see `Journal`."""
     journal = Journal(path, echo=echo, most=most, **always)
     handler = _LogLines(journal)

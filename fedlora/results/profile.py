@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fedlora.config import Config
-    from fedlora.models.adapted import Workbench
+    from fedlora.models.adapted import AdaptedModel
 
 TRACE, TABLE = "profile.json.gz", "profile-table.json"
 # A trace grows by some ten thousand events with each batch: so many are watched, then the rest of the round is not.
@@ -107,9 +107,9 @@ class Profiler:
     def _start(self, number: int) -> None:
         from torch import profiler
 
-        from fedlora.models.adapted import workbench
+        from fedlora.models.adapted import adapted_model
 
-        bench = workbench(self._config.model, self._config.lora)
+        bench = adapted_model(self._config.model, self._config.lora)
         self._covers = f"round {number}"
         self._open = ExitStack()
         self._open.enter_context(_messages_marked())
@@ -281,7 +281,7 @@ def show(watcher: Profiler, console: Console) -> None:
 
 
 @contextmanager
-def _layers_marked(bench: Workbench) -> Iterator[None]:
+def _layers_marked(bench: AdaptedModel) -> Iterator[None]:
     """Each LoRA layer is an adapter's section, and the base layer within it is not: all else in it is the adapter's."""
     handles: list[Any] = []
     for layer in bench.layers.values():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import journal
-from .record import is_taken, stored
+from .run_folder import is_taken, stored
 from .runs import run_folder
 
 

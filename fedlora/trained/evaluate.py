@@ -14,7 +14,7 @@ from fedlora.common.errors import AdapterError, ModelError
 from fedlora.config import Config
 from fedlora.data import encode, prepare
 from fedlora.models import BaseModel, check_length, load_base, longest
-from fedlora.models.adapted import ties_may_be_adapted
+from fedlora.models.injection import ties_may_be_adapted
 from fedlora.tasks.scores import scores
 
 from .mixed import BASE, predict_many

@@ -12,22 +12,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapters import AdapterState, LoraFactors, compress, delta, relative_error, svd_each
+from fedlora.adapters import AdapterState, compress, delta, relative_error, svd_each
 from fedlora.adapters import leading as leading_factors
 from fedlora.common.errors import AdapterError, ModelError
 from fedlora.config import Config, parse
 from fedlora.exchange import ClientInfo
 from fedlora.models import BaseModel, at_hand, load_base, resolve, untie
-from fedlora.models.adapted import forget, install, save_checkpoint, workbench
+from fedlora.models.adapted import adapted_model, forget, install
 from fedlora.models.base.read import quiet
 from fedlora.models.intruders import BaseSpectra, without_intruders
-from fedlora.results.record import stored
+from fedlora.models.peft_files import save_checkpoint
+from fedlora.results.run_folder import stored
 from fedlora.results.runs import adapter_folder
 
 from .model_card import Card, class_names, render
@@ -96,34 +94,6 @@ def find(path: Path) -> Source:
     return Source(folder, about, config, result)
 
 
-def read_adapter(folder: Path) -> AdapterState:
-    """A PEFT checkpoint as factors by base-model module name, and tensors that were trained in full.
-
-    Raises:
-        AdapterError: the files cannot be read, or hold something else than LoRA factors.
-    """
-    try:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        if not isinstance(settings, dict) or "lora_alpha" not in settings:  # PEFT would take its own default
-            raise ValueError("adapter_config.json is no LoRA adapter's, it lacks lora_alpha")
-        config = cast("PeftLoraConfig", PeftLoraConfig.from_pretrained(str(folder)))
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
-        raise AdapterError(f"{folder}: the adapter cannot be read: {str(error).splitlines()[0]}") from None
-    named = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
-    modules = [name.removesuffix(".lora_A.weight") for name in named if name.endswith(".lora_A.weight")]
-    alphas = cast("Mapping[str, float]", config.alpha_pattern)
-    lora: dict[str, LoraFactors] = {}
-    for name in modules:
-        down, up = named.pop(f"{name}.lora_A.weight"), named.pop(f"{name}.lora_B.weight")
-        alpha = alphas.get(name, config.lora_alpha)
-        root = len(down) ** 0.5 if config.use_rslora else len(down)
-        lora[name] = LoraFactors(A=down, B=up, scaling=alpha / root)
-    if not lora:
-        raise AdapterError(f"{folder}: the checkpoint has no LoRA factors")
-    return AdapterState(lora=lora, tensors=named)
-
-
 def at_rank(adapter: AdapterState, rank: int) -> AdapterState:
     """The best approximation of every module's update of at most this rank."""
     return replace(adapter, lora=compress(adapter.lora, rank))
@@ -156,7 +126,7 @@ def with_fewer_intruders(
         AdapterError: the adapter does not fit the base.
     """
     plain = replace(source.config.model, quantization="none", compute_dtype="fp32", device="cpu")
-    bench = workbench(plain if merge else source.config.model, source.config.lora)
+    bench = adapted_model(plain if merge else source.config.model, source.config.lora)
     check_base(source, bench.base)
     changed = cut(without_intruders(bench, trained, lam))
     spectra, found = BaseSpectra(bench), {"lambda": lam}

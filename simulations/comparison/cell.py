@@ -20,16 +20,17 @@ from fedlora.common.errors import RunError
 from fedlora.config import Config, client_parts, client_rank
 from fedlora.data import client_statistics, encode, prepare, usable_rows
 from fedlora.models import adapted
-from fedlora.results.record import code_version, device_facts, folder_of, versions
+from fedlora.results.environment import code_version, device_facts, versions
+from fedlora.results.run_folder import folder_of
 from fedlora.tasks.predict import predict
 from fedlora.tasks.scores import Predictions, scores
 
 from ...clients.node import own_state
+from ...strategies.initializers.uniform import start
 from ...strategies.registry import configured, simulated
-from ...strategies.schedules.synchronous import start
 from ...strategies.server import saved_state
 from .. import personal
-from ..engines import local
+from .. import run as simulation
 from .grid import PLACES, SCHEMA, Cell
 
 
@@ -59,7 +60,7 @@ def run(cell: Cell, work: Path) -> dict[str, Any]:
             everyone = replace(each.federation, lost_clients="accept")
             here = replace(each.run, dir=str(work), name="run", id=str(number), resume=False)
             placed = replace(each, run=here, federation=everyone)
-            local.run(placed)
+            simulation.run(placed)
             folder = folder_of(placed)
             records.append(json.loads((folder / "result.json").read_text(encoding="utf-8")))
             learned += _learned(placed, folder, records[-1]["key"])
@@ -106,7 +107,7 @@ def _scores(config: Config, learned: Sequence[AdapterState]) -> dict[str, dict[s
 
     `clients` has each client's model on the rows with that client's key, where the partition is natural.
     """
-    bench = adapted.workbench(config.model, config.lora)
+    bench = adapted.adapted_model(config.model, config.lora)
     adapted.install_anchor(bench, ())
     if config.anchor.base_update == "merge":
         adapted.merge_folds(bench, "scores", ())
@@ -132,7 +133,7 @@ def _scores(config: Config, learned: Sequence[AdapterState]) -> dict[str, dict[s
 def _rows(model: Any, lora: Any, data: Any, clients: int, seed: int) -> dict[str, tuple[list[Any], torch.Tensor]]:
     config = Config(model=model, lora=lora, data=data)
     config = replace(config, federation=replace(config.federation, clients=clients), run=replace(config.run, seed=seed))
-    split, tokenizer = prepare(config), adapted.workbench(model, lora).base.tokenizer
+    split, tokenizer = prepare(config), adapted.adapted_model(model, lora).base.tokenizer
     if not len(split.test):
         raise RunError(f"data.test-fraction = {data.test_fraction} leaves no rows to test on; raise it")
     found: dict[str, tuple[list[Any], torch.Tensor]] = {}

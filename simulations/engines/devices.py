@@ -290,7 +290,7 @@ def serve(pipe: Connection, threads: int, log: Path) -> None:
     os.dup2(file, 2)
     import torch
 
-    from ...clients.answering import single, together
+    from ...clients.answering import dispatch, together
 
     torch.set_num_threads(threads)
     _log.setLevel(logging.INFO)
@@ -303,4 +303,4 @@ def serve(pipe: Connection, threads: int, log: Path) -> None:
             elif len(requests) > 1:
                 pipe.send(("answers", together.train(requests)))
             else:
-                pipe.send(("answers", [single.answer(task, *request) for request in requests]))
+                pipe.send(("answers", [dispatch.answer(task, *request) for request in requests]))

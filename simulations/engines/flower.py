@@ -18,7 +18,7 @@ from fedlora.common.processes import free_port
 from fedlora.config import Config
 from fedlora.deployment import flower_programs
 from fedlora.deployment.flower_programs import Connection, absolute, write_bundle
-from fedlora.results.record import nothing_left, stamp
+from fedlora.results.run_folder import nothing_left, stamp
 
 from ...clients.node.rules import ALLOW_FILES
 from ..checks import check

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import secrets
 import traceback
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from torch.profiler import record_function
 
-from fedlora.config import Config, Scalar, parse
-from fedlora.models import adapted
-from fedlora.results.record import folder_of, nothing_left, stamp
+from fedlora.config import Scalar
 
-from ..checks import check
-
-_SERVER = 1  # Flower's own id of the SuperLink
+SERVER = 1  # Flower's own id of the SuperLink
 WINDOW = 16
 
 
@@ -65,11 +59,11 @@ class LocalGrid(Grid):
         self.window = WINDOW
         self._contexts = {
             node: Context(run_id, node, {"allow-files": True, **node_config}, RecordDict(), run_config)
-            for node, node_config in enumerate(node_configs, start=_SERVER + 1)
+            for node, node_config in enumerate(node_configs, start=SERVER + 1)
         }
         self._waiting: dict[str, Message] = {}
         # Message() takes its sender from here; Flower sets it in the processes that it starts itself.
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, _SERVER, 0
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, SERVER, 0
 
     def set_run(self, run: Run) -> None:
         raise NotImplementedError("a local grid belongs to one run")
@@ -126,54 +120,3 @@ class LocalGrid(Grid):
             return self._app(message, self._context(message))
         except Exception:  # as in Flower, a client that crashes fails its own message and nothing else
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, traceback.format_exc()), reply_to=message)
-
-
-def run(
-    config: Config,
-    server_app: ServerApp | None = None,
-    client_app: ClientApp | None = None,
-    devices: Sequence[str] = (),
-) -> None:
-    """Run a federation in this process.
-
-    Args:
-        config: the run.
-        server_app: the product's own when left out.
-        client_app: the product's own when left out.
-        devices: clients are spread over these, a process for each; the server is here, on the first. One device needs
-            no other process; none is `model.device`.
-
-    Raises:
-        FedLoraError: the run failed; result.json says why.
-        ValueError: a client app of one's own, which runs in this process alone, and several devices.
-    """
-    if client_app is not None and len(devices) > 1:
-        raise ValueError("run: a client app of one's own runs in this process alone; leave out devices")
-    if server_app is None:
-        from ...strategies.server_app import app as server_app
-    cohorts = None
-    if client_app is None:
-        from ...clients.answering import together as cohorts
-        from ...clients.client_app import app as client_app
-
-    config = stamp(parse({"model.device": devices[0]}, config) if devices else config)
-    check(config)
-    run_config = config.to_flat()
-    run_id = secrets.randbits(62)
-    count = config.federation.clients
-    nodes: list[dict[str, Scalar]] = [
-        {"partition-id": i, "num-partitions": count, "resident": True, "state": str(folder_of(config) / "clients")}
-        for i in range(count)
-    ]
-    grid: AbstractContextManager[LocalGrid]
-    if len(devices) > 1:
-        from .devices import DevicesGrid
-
-        logs = folder_of(config) / "logs"
-        grid = DevicesGrid(client_app, nodes, run_config, run_id, devices=devices, logs=logs)
-    else:
-        if cohorts is not None:  # what a first pass shows of the base is said before the run, and not by each client
-            adapted.workbench(config.model, config.lora)
-        grid = nullcontext(LocalGrid(client_app, nodes, run_config, run_id, cohorts))
-    with nothing_left(config), grid as opened:
-        server_app(opened, Context(run_id, _SERVER, {}, RecordDict(), run_config))

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import Tensor
-
-from fedlora.adapters import AdapterState, LoraFactors, first_ranks, to_fp32
-from fedlora.adapters.means import Means, RankMeans
+from fedlora.adapters import AdapterState, first_ranks
 from fedlora.exchange import ClientUpdate
 
-from ..base import ServerState, Strategy, regrown
-from ..tools.replies import arrivals
+from ..base import ServerState, Strategy
+from ..tools.averaging import effective_means, with_rank_restored
 
 
 @dataclass(frozen=True)
@@ -36,55 +33,5 @@ class FedAvgZeropad(Strategy):
         lora = dict(state.adapter.lora)
         for name, factors in means.items():
             before = lora.get(name, factors)
-            lora[name] = regrown(first_ranks(factors, factors.rank, before.scaling), before)
+            lora[name] = with_rank_restored(first_ranks(factors, factors.rank, before.scaling), before)
         return replace(state, adapter=AdapterState(lora=lora, tensors={**state.adapter.tensors, **dense}))
-
-
-def effective_means(
-    updates: Iterable[ClientUpdate], round: int, zero_pad: bool
-) -> tuple[dict[str, LoraFactors], dict[str, Tensor]]:
-    """Means of s_k A_k and of B_k by module, at the largest rank that arrived, and of the dense tensors.
-
-    Args:
-        updates: consumed as they arrive.
-        round: for error messages.
-        zero_pad: whether a row counts as zero for a client that lacks it, or not at all.
-
-    Returns:
-        Factors at the scaling of the first reply, and tensors.
-    """
-    means_a, means_b, dense = RankMeans(0, zero_pad), RankMeans(1, zero_pad), Means()
-    scalings: dict[str, float] = {}
-    for update in arrivals(updates, round):
-        lora = update.adapter.lora
-        means_a.add(
-            {name: at_scaling(f, scalings.setdefault(name, f.scaling)) for name, f in lora.items()},
-            update.num_examples,
-            update.client_id,
-        )
-        means_b.add({name: f.B for name, f in lora.items()}, update.num_examples, update.client_id)
-        dense.add(update.adapter.tensors, update.num_examples, update.client_id)
-    of_b = means_b.values()
-    means = {name: LoraFactors(A=a, B=of_b[name], scaling=scalings[name]) for name, a in means_a.values().items()}
-    return means, dense.values
-
-
-def at_scaling(factors: LoraFactors, scaling: float) -> Tensor:
-    """A of the same update at another scaling; A itself, uncopied, where it is the same."""
-    return factors.A if factors.scaling == scaling else (factors.scaling / scaling) * to_fp32(factors.A)
-
-
-def padded_mean(factors: Sequence[LoraFactors], weights: Sequence[float]) -> LoraFactors:
-    """The weighted means of pad(s_k A_k) and pad(B_k), scaling 1, of factors held together.
-
-    Args:
-        factors: one per client, of any ranks.
-        weights: with sum 1.
-    """
-    first, rank = factors[0], max(f.rank for f in factors)
-    A = to_fp32(first.A).new_zeros(rank, first.A.shape[1])
-    B = to_fp32(first.B).new_zeros(first.B.shape[0], rank)
-    for f, weight in zip(factors, weights, strict=True):
-        A[: f.rank].add_(to_fp32(f.A), alpha=weight * f.scaling)
-        B[:, : f.rank].add_(to_fp32(f.B), alpha=weight)
-    return LoraFactors(A=A, B=B, scaling=1.0)

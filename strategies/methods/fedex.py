@@ -10,9 +10,9 @@ from fedlora.adapters import AdapterState, LoraFactors, first_ranks, stack
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import ClientUpdate
 
-from ..base import ServerState, Strategy, regrown
+from ..base import ServerState, Strategy
+from ..tools.averaging import padded_mean, with_rank_restored
 from ..tools.replies import gather
-from .fedavg_zeropad import padded_mean
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class FedEx(Strategy):
             held = first_ranks(mean, mean.rank, before.scaling)
             # against the mean as it is held and sent, so that its rounding is in the residual as well
             residuals[name] = stack([*part.factors, held], [*part.shares, -1.0])
-            lora[name] = regrown(held, before)
+            lora[name] = with_rank_restored(held, before)
         adapter = AdapterState(lora=lora, tensors={**state.adapter.tensors, **dense})
         folds = state.folds.push(AdapterState(lora=residuals), self.max_rank, self.compact)
         return replace(state, adapter=adapter, folds=folds)

@@ -13,8 +13,8 @@ from fedlora.adapters.means import Means, RankMeans
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 from ..base import ServerState, Strategy
+from ..tools.averaging import at_scaling
 from ..tools.replies import arrivals
-from .fedavg_zeropad import at_scaling
 
 
 @dataclass(frozen=True)

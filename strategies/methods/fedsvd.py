@@ -13,7 +13,7 @@ from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 from ..base import ServerState, Strategy
-from .ffa import averaged
+from ..tools.averaging import averaged
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from fedlora.adapters.folds import Folds
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
-from ..base import ServerState, Strategy, regrown
-from ..tools.replies import Parts, gather
+from ..base import ServerState, Strategy
+from ..tools.averaging import with_rank_restored
+from ..tools.replies import ModuleReplies, gather
 
 # Smaller singular values, relative to the largest, are rounding of the fp32 factors that they come from.
 _KNOWN = torch.finfo(torch.float32).eps
@@ -87,7 +88,7 @@ class FlexLora(Strategy):
         for name, (u, s, vh) in svd_each(stacks, self._kept(largest), whole=self.keep_tail).items():
             before, dtype = befores[name], stacks[name].A.dtype
             rank, known = before.rank, int((s > _KNOWN * s[0]).sum())
-            lora[name] = regrown(leading((u, s, vh), min(rank, known), before.scaling, dtype), before)
+            lora[name] = with_rank_restored(leading((u, s, vh), min(rank, known), before.scaling, dtype), before)
             kept = min(known, self._kept(rank) or known)
             if kept > rank:
                 tails[name] = leading((u[:, rank:], s[rank:], vh[rank:]), kept - rank, dtype=dtype)
@@ -119,7 +120,7 @@ def components(state: ServerState, module: str) -> LoraFactors:
     return stack([state.adapter.lora[module], *(f.lora[module] for f in state.folds.parts if module in f.lora)])
 
 
-def anchors(state: ServerState, module: str, parts: Parts) -> LoraFactors:
+def anchors(state: ServerState, module: str, parts: ModuleReplies) -> LoraFactors:
     """`sum_k p_k anchor_k`: each component by the share of the clients whose rank left it out."""
     every = components(state, module)
     missing = every.A.new_zeros(every.rank)

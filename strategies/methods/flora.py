@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import torch
-
-from fedlora.adapters import AdapterState, initial, stack
+from fedlora.adapters import AdapterState, stack
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 from ..base import ServerState, Strategy
 from ..tools.replies import gather
+from ..tools.restarts import restart, unscaled
 
 
 @dataclass(frozen=True)
@@ -55,22 +53,3 @@ class Flora(Strategy):
             lora=restart(state.adapter, self.seed, round + 1).lora, tensors={**state.adapter.tensors, **dense}
         )
         return replace(state, adapter=adapter, folds=state.folds.push(fold, self.max_rank, self.compact))
-
-
-def unscaled(state: ServerState, client: ClientInfo) -> ServerState:
-    """The state as this client's scaling sees it, for B = 0: A carries no scale then, and is sent as it was drawn."""
-    lora = {name: replace(f, scaling=client.scaling_of(name)) for name, f in state.adapter.lora.items()}
-    return replace(state, adapter=replace(state.adapter, lora=lora))
-
-
-def restart(adapter: AdapterState, seed: int, round: int) -> AdapterState:
-    """A fresh adapter of the same shapes, ranks and scalings: A by (seed, round), B = 0."""
-    lora = adapter.lora
-    # torch seeds its CPU generator with the low 32 bits alone, so both numbers must be mixed into them
-    digest = hashlib.sha256(f"{seed}/{round}".encode()).digest()
-    return initial(
-        shapes={name: (f.B.shape[0], f.A.shape[1]) for name, f in lora.items()},
-        ranks={name: f.rank for name, f in lora.items()},
-        scalings={name: f.scaling for name, f in lora.items()},
-        generator=torch.Generator().manual_seed(int.from_bytes(digest[:4], "big")),
-    )

@@ -13,7 +13,7 @@ from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 from ..base import ServerState, Strategy
 from ..tools.replies import gather
-from .flora import restart, unscaled
+from ..tools.restarts import restart, unscaled
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from fedlora.adapters import AdapterState, LoraFactors, first_ranks, norm, prune
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
-from ..base import ServerState, Strategy, regrown
+from ..base import ServerState, Strategy
+from ..tools.averaging import padded_mean, with_rank_restored
 from ..tools.replies import gather
-from .fedavg_zeropad import padded_mean
 
 _PRUNED = "hetlora.pruned"  # client id -> how often it was pruned
 
@@ -85,7 +85,7 @@ class HetLora(Strategy):
             weights = [size / sum(norms) for size in norms] if any(norms) else [1 / len(norms)] * len(norms)
             mean = padded_mean(part.factors, weights)
             before = lora.get(name, mean)
-            lora[name] = regrown(first_ranks(mean, mean.rank, before.scaling), before)
+            lora[name] = with_rank_restored(first_ranks(mean, mean.rank, before.scaling), before)
         memory = {**state.memory, _PRUNED: AdapterState(tensors=times)} if times else state.memory
         adapter = AdapterState(lora=lora, tensors={**state.adapter.tensors, **dense})
         return replace(state, adapter=adapter, memory=memory)

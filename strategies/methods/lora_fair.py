@@ -13,8 +13,9 @@ from fedlora.adapters import AdapterState, LoraFactors, norm
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import ClientUpdate
 
-from ..base import ServerState, Strategy, regrown
-from ..tools.replies import Batch, alike, gather
+from ..base import ServerState, Strategy
+from ..tools.averaging import with_rank_restored
+from ..tools.replies import EqualShapes, equal_shapes, gather
 
 _STEPS = 1000
 _GRADIENT = 1e-8
@@ -50,17 +51,17 @@ class LoraFair(Strategy):
         """The refined factors; a module or dense tensor that no reply has stays as it was."""
         parts, dense = gather(updates, round)
         lora = dict(state.adapter.lora)
-        for batch in alike(parts):
+        for batch in equal_shapes(parts):
             A, B = self._refined(batch)
             for name, a, b in zip(batch.names, A, B, strict=True):
                 before = lora.get(name, parts[name].factors[0])
                 refined = LoraFactors(
                     A=(a / before.scaling).to(batch.dtype), B=b.to(batch.dtype), scaling=before.scaling
                 )
-                lora[name] = regrown(refined, before)
+                lora[name] = with_rank_restored(refined, before)
         return replace(state, adapter=AdapterState(lora=lora, tensors={**state.adapter.tensors, **dense}))
 
-    def _refined(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _refined(self, batch: EqualShapes) -> tuple[Tensor, Tensor]:
         """The mean factors with B corrected, [n, r, d_in] and [n, d_out, r], r the largest rank, in fp64."""
         A, B = batch.A, batch.B  # their product is the ideal; p_k s_k is in A
         rank = int(batch.rows.max()) + 1

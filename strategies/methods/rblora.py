@@ -12,7 +12,7 @@ from fedlora.adapters import AdapterState, LoraFactors, first_ranks
 from fedlora.exchange import ClientUpdate
 
 from ..base import ServerState, Strategy
-from .fedavg_zeropad import effective_means
+from ..tools.averaging import effective_means
 
 
 @dataclass(frozen=True)

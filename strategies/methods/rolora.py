@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 from ..base import ServerState, Strategy
-from .ffa import averaged
+from ..tools.averaging import averaged
 
 
 @dataclass(frozen=True)

@@ -9,28 +9,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import torch
 from flwr.serverapp import Grid
 from torch.profiler import record_function
 
-from fedlora.adapters import AdapterState, initial
-from fedlora.adapters.folds import Folds
+from fedlora.adapters import AdapterState
 from fedlora.common.errors import ConfigError, FedLoraError, RunError, StrategyError
 from fedlora.common.events import emit
 from fedlora.config import Config, clients_per_round
-from fedlora.data import Example, class_names, encode, prepare
+from fedlora.data import class_names, prepare
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
-from fedlora.models import adapted, base_fingerprint, check_length, fresh_head
-from fedlora.models.intruders import BaseSpectra
+from fedlora.models import base_fingerprint, check_length, injection
 from fedlora.results.record import RunRecord
-from fedlora.tasks.predict import evaluate
 
 from ..base import ServerState, Strategy
+from ..initializers.uniform import start
 from ..registry import NAMES, configured
 from ..server import guard, returned, saved_state
 from ..server.classes import out_of_order
 from ..server.collect import TrainRound, evaluate_on_clients
 from ..server.diagnostics import Diagnosis, diagnose
+from ..server.evaluation import HeldOutEvaluator
 from ..server.returned import NotFiniteError
 from ..server.roster import Meeting, Roster
 
@@ -77,7 +75,7 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
     record.start(clients, fingerprint, base.facts(), clients[0].class_names)
     first = 0 if strategy.statistics else 1
     state, done = saved or (saved_state.plain(strategy.init(start(config, clients, base))), first - 1)
-    judge = Judge(config, run_id) if evaluates else None
+    judge = HeldOutEvaluator(config, run_id) if evaluates else None
     if strategy.personal:
         _log.info(
             "no evaluation on held-out rows: %s has no model without a client's own factors", type(strategy).__name__
@@ -112,7 +110,7 @@ class _Session:
     strategy: Strategy
     fingerprint: str
     meeting: Meeting
-    judge: Judge | None
+    judge: HeldOutEvaluator | None
     state: ServerState
     previous: tuple[ServerState, Mapping[int, float]] | None = None
 
@@ -269,9 +267,9 @@ def _check_lost(record: RunRecord, roster: Roster, config: Config) -> None:
         )
 
 
-def _base(config: Config) -> adapted.Shapes:
+def _base(config: Config) -> injection.Shapes:
     """The base's shapes, once it is seen that the run can be on it."""
-    base = adapted.shapes(config.model, config.lora)
+    base = injection.shapes(config.model, config.lora)
     check_length(base.longest, config)
     return base
 
@@ -281,23 +279,6 @@ def _classes(config: Config, evaluates: bool) -> tuple[str, ...] | None:
     if config.model.task != "classification" or not evaluates:
         return None
     return class_names(prepare(config).rows, config.data, config.model.labels)
-
-
-def start(config: Config, clients: Sequence[ClientInfo], base: adapted.Shapes | None = None) -> AdapterState:
-    """The seeded adapter of round 1, from the base model's shapes: at each module's largest rank, B = 0.
-
-    A classifier's head is the base's own, or a seeded one; see `model.head`.
-    """
-    found = base or adapted.shapes(config.model, config.lora)
-    largest = {module: max(clients, key=lambda client: client.rank_of(module)) for module in found.lora}
-    generator = torch.Generator().manual_seed(config.run.seed)
-    factors = initial(
-        found.lora,
-        {module: client.rank_of(module) for module, client in largest.items()},
-        {module: client.scaling_of(module) for module, client in largest.items()},
-        generator,
-    )
-    return AdapterState(lora=factors.lora, tensors=dict(found.head) or fresh_head(found.tensors, config.run.seed))
 
 
 def sample(client_ids: Sequence[int], fraction: float, seed: int, round: int) -> list[int]:
@@ -350,39 +331,6 @@ def _made(
 def _chain(first: ClientUpdate, rest: Iterator[ClientUpdate]) -> Iterator[ClientUpdate]:
     yield first
     yield from rest
-
-
-class Judge:
-    """The global adapter on the held-out rows; callable, so that the rows are encoded once."""
-
-    def __init__(self, config: Config, run_id: int) -> None:
-        self._config, self._run_id = config, run_id
-        self._bench = adapted.workbench(config.model, config.lora)
-        self.spectra = BaseSpectra(self._bench) if config.evaluate.intruders else None
-        rows = prepare(config).heldout
-        if not len(rows):
-            raise RunError(
-                "no held-out rows to evaluate on; raise data.heldout-fraction or set evaluate.server = false"
-            )
-        self._examples: list[Example] = encode(
-            rows, self._bench.base.tokenizer, config.data, config.model.task, config.model.labels
-        )
-
-    def __call__(self, strategy: Strategy, state: ServerState, learned: AdapterState) -> dict[str, float]:
-        """Metrics of what is learned: the strategy's global adapter at this state."""
-        emit("evaluate-start", examples=len(self._examples))
-        if self._config.anchor.base_update == "merge":  # this process's clients share the merged weights
-            adapted.merge_folds(self._bench, self._run_id, state.folds.parts)
-            learned = strategy.global_adapter(replace(state, folds=Folds()))
-        adapted.install(self._bench, learned)
-        adapted.install_anchor(self._bench, ())
-        return evaluate(
-            self._bench.model,
-            self._examples,
-            self._config.evaluate.batch_size,
-            self._bench.base.pad_id,
-            on_batch=lambda done, total: emit("evaluate-step", done=done, total=total),
-        )
 
 
 @contextmanager

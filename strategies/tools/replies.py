@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlora.adapters import LoraFactors, at_once, to_fp32
+from fedlora.adapters import LoraFactors, in_chunks, to_fp32
 from fedlora.adapters.means import Means
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import ClientUpdate
 
 
 @dataclass(frozen=True)
-class Parts:
+class ModuleReplies:
     """One module's factors from all clients that sent it, by ascending client id.
 
     Args:
@@ -47,7 +47,7 @@ def arrivals(updates: Iterable[ClientUpdate], round: int) -> Iterator[ClientUpda
         raise StrategyError(f"round {round}: no client's reply arrived, so there is nothing to aggregate")
 
 
-def gather(updates: Iterable[ClientUpdate], round: int) -> tuple[dict[str, Parts], dict[str, Tensor]]:
+def gather(updates: Iterable[ClientUpdate], round: int) -> tuple[dict[str, ModuleReplies], dict[str, Tensor]]:
     """All factors by module, and the means of the dense tensors.
 
     Holds every reply's factors, for methods that need them together. Sorted by client id, so that the
@@ -59,16 +59,16 @@ def gather(updates: Iterable[ClientUpdate], round: int) -> tuple[dict[str, Parts
         for name, factors in update.adapter.lora.items():
             kept.setdefault(name, []).append((update.client_id, update.num_examples, factors))
         dense.add(update.adapter.tensors, update.num_examples, update.client_id)
-    parts: dict[str, Parts] = {}
+    parts: dict[str, ModuleReplies] = {}
     for name, entries in kept.items():
         entries.sort(key=lambda entry: entry[0])
         examples = sum(n for _, n, _ in entries)
-        parts[name] = Parts([factors for _, _, factors in entries], [n / examples for _, n, _ in entries])
+        parts[name] = ModuleReplies([factors for _, _, factors in entries], [n / examples for _, n, _ in entries])
     return parts, dense.values
 
 
 @dataclass(frozen=True)
-class Batch:
+class EqualShapes:
     """The stacks of n modules of one shape, from the same clients with the same ranks, in fp64.
 
     Args:
@@ -88,7 +88,7 @@ class Batch:
     dtype: torch.dtype
 
 
-def alike(parts: Mapping[str, Parts]) -> Iterator[Batch]:
+def equal_shapes(parts: Mapping[str, ModuleReplies]) -> Iterator[EqualShapes]:
     """Modules that can be computed together, so that a loop over a model's modules costs nothing."""
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, part in parts.items():
@@ -99,11 +99,11 @@ def alike(parts: Mapping[str, Parts]) -> Iterator[Batch]:
         ranks = [f.rank for f in first.factors]
         rows = torch.cat([torch.arange(rank) for rank in ranks])
         shares = torch.tensor(first.shares, dtype=torch.float64).repeat_interleave(torch.tensor(ranks))
-        for names in at_once(group, sum(f.A.numel() + f.B.numel() for f in first.factors)):
+        for names in in_chunks(group, sum(f.A.numel() + f.B.numel() for f in first.factors)):
             A = torch.stack([_weighted_rows(parts[name]) for name in names])
             B = torch.stack([torch.cat([f.B.double() for f in parts[name].factors], dim=1) for name in names])
-            yield Batch(names, A, B, rows.to(A.device), shares.to(A.device), to_fp32(first.factors[0].A).dtype)
+            yield EqualShapes(names, A, B, rows.to(A.device), shares.to(A.device), to_fp32(first.factors[0].A).dtype)
 
 
-def _weighted_rows(parts: Parts) -> Tensor:
+def _weighted_rows(parts: ModuleReplies) -> Tensor:
     return torch.cat([(p * f.scaling) * f.A.double() for p, f in zip(parts.shares, parts.factors, strict=True)])

@@ -11,7 +11,7 @@ from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 from ..base import ServerState
-from ..methods import flora
+from ..tools import restarts
 from .wrapper import Wrapper, innermost
 
 
@@ -96,7 +96,7 @@ class Restart(Wrapper):
                 )
             # A client that sends no A is taken to have the server's, at the server's scaling.
             if "A" in sent.upload:
-                sent = self.inner.broadcast(flora.unscaled(inside, client), client, round)
+                sent = self.inner.broadcast(restarts.unscaled(inside, client), client, round)
         folds_from, folds = state.folds.since(client.known_base_version)
         return replace(sent, base_version=state.folds.version, folds=folds, folds_from=folds_from, steady=False)
 
@@ -111,7 +111,7 @@ class Restart(Wrapper):
                 folds = folds.push(fold, self.max_rank, self.compact)
             return replace(new, folds=folds)
         link = {name: stack([f]) for name, f in self.inner.global_adapter(new).lora.items() if f.B.any()}
-        fresh = flora.restart(new.adapter, self.seed, round + 1)
+        fresh = restarts.restart(new.adapter, self.seed, round + 1)
         begun = self.inner.init(AdapterState(lora=fresh.lora, tensors=new.adapter.tensors))
         if link:
             folds = folds.push(AdapterState(lora=link), self.max_rank, self.compact)

@@ -46,7 +46,7 @@ def test_lines_of_several_threads_are_whole_and_bounded(tmp_path):
 
 def test_a_nodes_events_rotate_and_a_runs_do_not(tmp_path):
     for name, most in (("node", 3000), ("run", 0)):
-        with journal.kept(tmp_path / name / journal.NAME, most=most):
+        with journal.journal_to(tmp_path / name / journal.NAME, most=most):
             for number in range(100):
                 emit("client-done", client_id=number, metrics={})
     assert len(journal.read(tmp_path / "run" / journal.NAME)) == 100

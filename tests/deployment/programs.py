@@ -17,7 +17,7 @@ import psutil
 from fedlora.common.processes import free_port
 from fedlora.config import Scalar
 from fedlora.deployment.flower_programs import config_table
-from fedlora.results.record import folder_of
+from fedlora.results.run_folder import folder_of
 from tests.federation import tiny
 
 Site = tuple[Path, dict[str, str]]

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from fedlora.clients.client_app import app as client_app
 from fedlora.deployment.flower_programs import config_table
 from fedlora.results import journal
-from fedlora.results.record import folder_of
-from fedlora.simulations.engines import local
+from fedlora.results.run_folder import folder_of
+from fedlora.simulations import run as simulation
 from tests.deployment.programs import begun, called, kept_running, make_site, words
 from tests.federation import tiny
 
@@ -160,7 +160,7 @@ def test_what_is_killed_comes_back_and_the_run_completes(tmp_path, tiny_llama):
     assert re.match("client 2 (failed|did not answer)", failures[2]["2"])
     # The same rounds in one process, with the same clients away: equal to the last bit, folds of late clients included.
     again = replace(config, run=replace(config.run, id="again"))
-    local.run(again, client_app=missing(counted))
+    simulation.run(again, client_app=missing(counted))
     one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, folder_of(again)))
     assert one.keys() == two.keys()
     assert all(one[name].equal(two[name]) for name in one)

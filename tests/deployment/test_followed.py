@@ -14,7 +14,7 @@ from fedlora.common.errors import RunError
 from fedlora.config import parse
 from fedlora.deployment import flower_programs
 from fedlora.deployment.flower_programs import Connection
-from fedlora.results.record import folder_of
+from fedlora.results.run_folder import folder_of
 
 GONE = {"error-message": "Connection refused"}
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack, suppress
 import pytest
 
 from fedlora.deployment.flower_programs import config_table
-from fedlora.results.record import folder_of, is_taken
+from fedlora.results.run_folder import folder_of, is_taken
 from tests.deployment.programs import begun, make_site, words
 from tests.deployment.test_faults import events, until
 from tests.federation import tiny

@@ -11,8 +11,8 @@ import pytest
 from fedlora import config as configuration
 from fedlora.deployment.flower_programs import config_table
 from fedlora.results import journal
-from fedlora.results.record import folder_of
-from fedlora.simulations.engines import local
+from fedlora.results.run_folder import folder_of
+from fedlora.simulations import run as simulation
 from tests.deployment.programs import called, kept_running, make_site
 from tests.federation import write_rows
 from tests.simulations.engines.test_cohorts import apart
@@ -83,7 +83,7 @@ def test_the_documented_commands_train_cohorts_on_two_nodes(tmp_path, tiny_llama
         ]  # fmt: skip
         assert sum(event["event"] == "worker-start" for event in events) == 1
     here = replace(config, run=replace(config.run, id="here"))
-    local.run(here)
+    simulation.run(here)
     assert apart(saved_adapter(folder_of(here)), saved_adapter(folder_of(config))) < 1e-4
 
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 import psutil
 import pytest
 
-from fedlora.results.record import is_taken
+from fedlora.results.run_folder import is_taken
 from tests.deployment.programs import begun, called, kept_running, make_site, words, write_run
 from tests.deployment.test_faults import events, kill, until, worker_of
 from tests.federation import hears_ctrl_c

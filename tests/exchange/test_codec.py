@@ -63,7 +63,7 @@ def test_unpack_reverses_pack(values: list[list[int]], cut: bool) -> None:
 )
 def test_what_is_read_is_near_to_what_was_sent(name: str, bound: float) -> None:
     sent = state(0)
-    read = codec.through(sent, name)
+    read = codec.round_trip(sent, name)
     for module, factors in sent.lora.items():
         assert read.lora[module].scaling == factors.scaling
         for left, right in ((read.lora[module].A, factors.A), (read.lora[module].B, factors.B)):
@@ -78,7 +78,7 @@ def test_a_rank_has_a_scale_of_its_own_in_both_factors() -> None:
     """Row j of A and column j of B: a client with one strong component does not flatten its others."""
     scale = torch.tensor([1e4, 1.0, 1e-4])
     f = LoraFactors(scale[:, None] * torch.randn(3, 40), torch.randn(30, 3) * scale, 1.0)
-    read = codec.through(AdapterState(lora={"m": f}), "int8").lora["m"]
+    read = codec.round_trip(AdapterState(lora={"m": f}), "int8").lora["m"]
     for j in range(3):
         assert float((read.A[j] - f.A[j]).norm()) < 0.01 * float(f.A[j].norm())
         assert float((read.B[:, j] - f.B[:, j]).norm()) < 0.01 * float(f.B[:, j].norm())
@@ -103,7 +103,7 @@ def test_error_feedback_makes_up_for_what_was_left_out(name: str) -> None:
         step = state(round, size=0.1)
         meant = sum_of(meant, step)
         wanted = sum_of(step, left)
-        arrived = codec.through(wanted, name)
+        arrived = codec.round_trip(wanted, name)
         left, read = difference(wanted, arrived), sum_of(read, arrived)
     for module, factors in meant.lora.items():
         torch.testing.assert_close(read.lora[module].A + left.lora[module].A, factors.A, rtol=1e-4, atol=1e-5)

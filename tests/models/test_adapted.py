@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from fedlora.adapters import AdapterState, LoraFactors, delta, initial, keep_factors
 from fedlora.common.errors import AdapterError, ConfigError, ModelError
 from fedlora.config import LoraConfig, ModelConfig
-from fedlora.models import adapted, fresh_head, load_base
+from fedlora.models import adapted, fresh_head, injection, load_base, peft_files
 from fedlora.models.stacked import NotStackable, stacked
 from fedlora.tasks.losses import token_loss
 from tests.tiny import save_gpt2
@@ -62,7 +62,7 @@ def dense_logits(config: ModelConfig, *updates: AdapterState) -> torch.Tensor:
 
 def test_factors_of_any_rank_do_what_their_product_says(tiny_llama):
     config = model_config(tiny_llama)
-    bench = adapted.workbench(config, LORA)
+    bench = adapted.adapted_model(config, LORA)
     for rank in (1, 7, 3):
         adapter = random_adapter(bench, rank, rank)
         adapted.install(bench, adapter)
@@ -72,7 +72,7 @@ def test_factors_of_any_rank_do_what_their_product_says(tiny_llama):
 
 def test_folds_add_up_beside_the_adapter_and_leave_again(tiny_llama):
     config = model_config(tiny_llama)
-    bench = adapted.workbench(config, LORA)
+    bench = adapted.adapted_model(config, LORA)
     adapter, *folds = (random_adapter(bench, seed, rank) for seed, rank in ((0, 4), (1, 9), (2, 2)))
     adapted.install(bench, adapter)
     adapted.install_anchor(bench, tuple(folds))
@@ -84,7 +84,7 @@ def test_folds_add_up_beside_the_adapter_and_leave_again(tiny_llama):
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_on_a_quantized_base_anchor_and_adapter_equal_one_stacked_adapter(tiny_llama, quantization):
-    bench = adapted.workbench(model_config(tiny_llama, quantization), LORA)
+    bench = adapted.adapted_model(model_config(tiny_llama, quantization), LORA)
     adapter, fold = random_adapter(bench, 0, 4), random_adapter(bench, 1, 6)
     adapted.install(bench, adapter)
     adapted.install_anchor(bench, (fold,))
@@ -100,7 +100,7 @@ def test_on_a_quantized_base_anchor_and_adapter_equal_one_stacked_adapter(tiny_l
 
 def test_merged_folds_equal_the_anchor_and_are_added_once(tiny_llama):
     config = model_config(tiny_llama)
-    bench = adapted.workbench(config, LORA)
+    bench = adapted.adapted_model(config, LORA)
     first, second, adapter = (random_adapter(bench, seed, 3) for seed in range(3))
     adapted.install(bench, adapter)
     adapted.merge_folds(bench, "run", (first,))
@@ -116,8 +116,8 @@ def test_fault_6_conv1d_weights_are_transposed_and_updates_are_not(tmp_path):
     """GPT-2's Conv1D keeps W [d_in, d_out]; a square one would hide a transposed update."""
     config = model_config(save_gpt2(tmp_path / "gpt2"))
     targets = LoraConfig(target_modules="c_attn,c_proj")
-    bench = adapted.workbench(config, targets)
-    shapes = adapted.shapes(config, targets).lora
+    bench = adapted.adapted_model(config, targets)
+    shapes = injection.shapes(config, targets).lora
     assert {(96, 32), (32, 32), (32, 128)} == set(shapes.values())
     adapter, fold = random_adapter(bench, 0, 4), random_adapter(bench, 1, 3)
     adapted.install(bench, adapter)
@@ -135,7 +135,7 @@ def test_fault_6_conv1d_weights_are_transposed_and_updates_are_not(tmp_path):
 
 
 def test_reading_gives_back_the_bits_that_were_set(tiny_llama):
-    bench = adapted.workbench(model_config(tiny_llama), LORA)
+    bench = adapted.adapted_model(model_config(tiny_llama), LORA)
     adapter = random_adapter(bench, 0, 5)
     adapted.install(bench, adapter)
     got = adapted.read(bench)
@@ -146,7 +146,7 @@ def test_reading_gives_back_the_bits_that_were_set(tiny_llama):
 
 
 def test_only_what_is_trainable_gets_a_gradient(tiny_llama):
-    bench = adapted.workbench(model_config(tiny_llama), LORA)
+    bench = adapted.adapted_model(model_config(tiny_llama), LORA)
     parameters = adapted.install(bench, random_adapter(bench, 0, 2), {"B"})
     adapted.install_anchor(bench, (random_adapter(bench, 1, 2),))
     bench.model(input_ids=IDS, labels=IDS).loss.backward()
@@ -159,7 +159,7 @@ def test_only_what_is_trainable_gets_a_gradient(tiny_llama):
     ("quantization", "kind"), [("none", "Linear"), ("int8", "Linear8bitLt"), ("nf4", "Linear4bit")]
 )
 def test_layers_are_the_class_that_was_asked_for(tiny_llama, quantization, kind):
-    bench = adapted.workbench(model_config(tiny_llama, quantization), LORA)
+    bench = adapted.adapted_model(model_config(tiny_llama, quantization), LORA)
     assert {type(layer).__name__ for layer in bench.layers.values()} == {kind}
     assert len(bench.layers) == 6
 
@@ -172,20 +172,20 @@ def test_layers_of_another_class_are_an_error(tiny_llama, monkeypatch):
         model.get_submodule("base_model.model.model.layers.1.self_attn.v_proj").__class__ = Odd
         return model
 
-    injected = adapted._inject
-    monkeypatch.setattr(adapted, "_inject", inject)
+    injected = injection.inject
+    monkeypatch.setattr(injection, "_inject", inject)
     with pytest.raises(ModelError, match=r"1.self_attn.v_proj, a Linear, needs PEFT's Linear, and .* peft made a Odd;"):
-        adapted.workbench(model_config(tiny_llama), LORA)
+        adapted.adapted_model(model_config(tiny_llama), LORA)
 
 
 def test_a_target_that_matches_nothing_names_what_there_is(tiny_llama):
     with pytest.raises(ModelError, match=r"lora.target-modules = 'query'.*q_proj"):
-        adapted.workbench(model_config(tiny_llama), LoraConfig(target_modules="query"))
+        adapted.adapted_model(model_config(tiny_llama), LoraConfig(target_modules="query"))
 
 
 @pytest.mark.parametrize("change", ["missing module", "wrong shape"])
 def test_an_adapter_that_does_not_fit_is_refused(tiny_llama, change):
-    bench = adapted.workbench(model_config(tiny_llama), LORA)
+    bench = adapted.adapted_model(model_config(tiny_llama), LORA)
     lora = dict(random_adapter(bench, 0, 2).lora)
     name = next(iter(lora))
     if change == "missing module":
@@ -200,8 +200,8 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny_llama, change):
 def test_shapes_need_no_weights(tiny_llama, tiny_bert, task):
     config = model_config(tiny_llama if task == "causal-lm" else tiny_bert, task=task, labels=3)
     lora = LORA if task == "causal-lm" else LoraConfig(target_modules="auto")
-    found = adapted.shapes(config, lora)
-    bench = adapted.workbench(config, lora)
+    found = injection.shapes(config, lora)
+    bench = adapted.adapted_model(config, lora)
     assert found.lora == {n: (layer.out_features, layer.in_features) for n, layer in bench.layers.items()}
     assert found.tensors == {name: tuple(p.shape) for name, p in bench.tensors.items()}
     assert bool(found.tensors) == (task == "classification")
@@ -217,8 +217,8 @@ def test_a_fresh_head_is_seeded():
 
 def test_a_start_changes_nothing(tiny_llama):
     config = model_config(tiny_llama)
-    bench = adapted.workbench(config, LORA)
-    shapes = adapted.shapes(config, LORA)
+    bench = adapted.adapted_model(config, LORA)
+    shapes = injection.shapes(config, LORA)
     start = initial(shapes.lora, lambda name: 4, lambda name: 2.0, torch.Generator().manual_seed(0))
     adapted.install(bench, start)
     assert torch.equal(logits(bench.model), dense_logits(config))
@@ -228,7 +228,7 @@ def test_a_start_changes_nothing(tiny_llama):
 @pytest.mark.parametrize("task", ["causal-lm", "classification"])
 def test_peft_loads_the_checkpoint_onto_the_untouched_base(tiny_llama, tiny_bert, tmp_path, task, quantization):
     config = model_config(tiny_llama if task == "causal-lm" else tiny_bert, quantization, task=task)
-    bench = adapted.workbench(config, LORA if task == "causal-lm" else LoraConfig(target_modules="auto"))
+    bench = adapted.adapted_model(config, LORA if task == "causal-lm" else LoraConfig(target_modules="auto"))
     adapter = random_adapter(bench, 0, 5)
     one = next(iter(adapter.lora))  # unequal ranks, and one that is lower than its factors say
     lora = dict(adapter.lora)
@@ -237,7 +237,7 @@ def test_peft_loads_the_checkpoint_onto_the_untouched_base(tiny_llama, tiny_bert
     adapted.install(bench, adapter)
     adapted.install_anchor(bench, ())
     expected = copy.deepcopy(logits(bench.model))
-    adapted.save_checkpoint(adapter, tmp_path / "adapter", config, {"base": bench.base.fingerprint})
+    peft_files.save_checkpoint(adapter, tmp_path / "adapter", config, {"base": bench.base.fingerprint})
     adapted.forget()
 
     loaded = PeftModel.from_pretrained(load_base(config).model, str(tmp_path / "adapter"))
@@ -261,7 +261,7 @@ def multiplied_in(adapter: AdapterState) -> AdapterState:
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 def test_a_core_lies_between_the_factors_and_leaves_with_its_adapter(tiny_llama, quantization):
     """One workbench serves adapters with and without cores, of any ranks, one after another."""
-    bench = adapted.workbench(model_config(tiny_llama, quantization), LORA)
+    bench = adapted.adapted_model(model_config(tiny_llama, quantization), LORA)
 
     def in_place(adapter: AdapterState) -> torch.Tensor:
         adapted.install(bench, adapter)
@@ -281,7 +281,7 @@ def test_a_core_lies_between_the_factors_and_leaves_with_its_adapter(tiny_llama,
 
 def test_reading_gives_cores_and_head_back_apart(tiny_bert):
     config = model_config(tiny_bert, task="classification", labels=2)
-    bench = adapted.workbench(config, LoraConfig(target_modules="query,value"))
+    bench = adapted.adapted_model(config, LoraConfig(target_modules="query,value"))
     adapter = with_cores(bench, 0, 3)
     parameters = adapted.install(bench, adapter, {"R"})
     assert len(parameters) == len(bench.layers) + len(bench.tensors)  # a core each, and the head
@@ -297,7 +297,7 @@ def test_reading_gives_cores_and_head_back_apart(tiny_bert):
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_a_cores_gradient_is_the_weights_between_b_and_a(tiny_llama, quantization):
     """dL/dR = s B' G A' with G the gradient by the weight, here by autograd on a full matrix added beside the base."""
-    bench = adapted.workbench(model_config(tiny_llama, quantization), LORA)
+    bench = adapted.adapted_model(model_config(tiny_llama, quantization), LORA)
     cored = with_cores(bench, 1, 3)
     parameters = adapted.install(bench, cored, {"R"})
     adapted.install_anchor(bench, ())
@@ -318,7 +318,7 @@ def test_a_cores_gradient_is_the_weights_between_b_and_a(tiny_llama, quantizatio
 
 
 def test_cores_that_do_not_fit_are_named(tiny_llama):
-    bench = adapted.workbench(model_config(tiny_llama), LORA)
+    bench = adapted.adapted_model(model_config(tiny_llama), LORA)
     cored = with_cores(bench, 0, 3)
     name = next(iter(cored.lora))
     with pytest.raises(AdapterError, match=rf"{name}: got a core R \(2, 2\), its factors of rank 3 need \(3, 3\)"):
@@ -330,7 +330,7 @@ def test_cores_that_do_not_fit_are_named(tiny_llama):
 def test_folds_merged_into_an_output_layer_leave_the_input_embeddings_alone(tiny_llama):
     """The tiny Llama's are one tensor."""
     config, lora = model_config(tiny_llama), LoraConfig(target_modules="q_proj,lm_head")
-    bench = adapted.workbench(config, lora)
+    bench = adapted.adapted_model(config, lora)
     adapter, *folds = (random_adapter(bench, seed, 3) for seed in range(3))
     adapted.install(bench, adapter)
     adapted.install_anchor(bench, tuple(folds))
@@ -345,7 +345,7 @@ def test_folds_merged_into_an_output_layer_leave_the_input_embeddings_alone(tiny
 
 
 def test_an_output_layer_gets_lora_on_a_quantized_base_too(tiny_llama):
-    bench = adapted.workbench(model_config(tiny_llama, "nf4"), LoraConfig(target_modules="q_proj,lm_head"))
+    bench = adapted.adapted_model(model_config(tiny_llama, "nf4"), LoraConfig(target_modules="q_proj,lm_head"))
     adapter = random_adapter(bench, 0, 3)
     parameters = adapted.install(bench, adapter, {"A", "B"})
     with pytest.raises(NotStackable, match="the output layer has an adapter"), stacked(bench, [adapter] * 2, {"A"}):
@@ -356,12 +356,12 @@ def test_an_output_layer_gets_lora_on_a_quantized_base_too(tiny_llama):
 
 def test_a_workbench_follows_the_files_of_its_base(tiny_llama, tmp_path):
     folder = shutil.copytree(tiny_llama, tmp_path / "copy")
-    first = adapted.workbench(model_config(folder), LORA)
-    assert adapted.workbench(model_config(folder), LORA) is first
+    first = adapted.adapted_model(model_config(folder), LORA)
+    assert adapted.adapted_model(model_config(folder), LORA) is first
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] *= 2
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    second = adapted.workbench(model_config(folder), LORA)
+    second = adapted.adapted_model(model_config(folder), LORA)
     assert second.base.fingerprint != first.base.fingerprint
     assert torch.equal(second.base.model.model.norm.weight, 2 * first.base.model.model.norm.weight)
 
@@ -376,5 +376,5 @@ def test_a_workbench_follows_the_files_of_its_base(tiny_llama, tmp_path):
 )
 def test_a_rank_pattern_that_fits_nothing_is_an_error(tiny_llama, pattern, words):
     with pytest.raises(ConfigError, match=f"lora.rank-pattern: {words}"):
-        adapted.shapes(model_config(tiny_llama), replace(LORA, rank_pattern=pattern))
-    adapted.shapes(model_config(tiny_llama), replace(LORA, rank_pattern=r"layers\.\d+\.self_attn\.q_proj=2"))
+        injection.shapes(model_config(tiny_llama), replace(LORA, rank_pattern=pattern))
+    injection.shapes(model_config(tiny_llama), replace(LORA, rank_pattern=r"layers\.\d+\.self_attn\.q_proj=2"))

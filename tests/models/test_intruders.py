@@ -150,7 +150,7 @@ def test_removal_is_pefts_own_up_to_its_truncation(tiny_llama, lam):
 
 def bench_of(folder, quantization="none", targets="q_proj,v_proj,down_proj"):
     config = ModelConfig(name=str(folder), quantization=quantization, device="cpu")
-    return adapted.workbench(config, LoraConfig(target_modules=targets))
+    return adapted.adapted_model(config, LoraConfig(target_modules=targets))
 
 
 def adapter_for(bench, rank=3, size=3.0):

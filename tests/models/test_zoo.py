@@ -23,7 +23,7 @@ from fedlora.clients.training import trainer
 from fedlora.common.errors import ModelError
 from fedlora.config import Config, TrainConfig, parse
 from fedlora.data import LazyExamples, collate
-from fedlora.models import adapted, fresh_head, load_base
+from fedlora.models import adapted, fresh_head, injection, load_base, peft_files
 from fedlora.models.base.limits import longest
 from fedlora.models.base.read import quiet
 from fedlora.tasks.losses import token_loss
@@ -89,7 +89,7 @@ class Trained:
     """
 
     config: Config
-    bench: adapted.Workbench
+    bench: adapted.AdaptedModel
     examples: LazyExamples
     before: list[float]
     after: list[float]
@@ -99,8 +99,8 @@ class Trained:
 
 def train(config: Config) -> Trained:
     """One step with random factors, after the checks that go for every architecture on the way."""
-    shapes = adapted.shapes(config.model, config.lora)
-    bench = adapted.workbench(config.model, config.lora)
+    shapes = injection.shapes(config.model, config.lora)
+    bench = adapted.adapted_model(config.model, config.lora)
     assert shapes.lora == {name: (layer.out_features, layer.in_features) for name, layer in bench.layers.items()}
     rows = Dataset.from_list([{"text": text, "label": number % 2} for number, text in enumerate(TEXTS)])
     examples = LazyExamples(rows, bench.base.tokenizer, config)
@@ -124,7 +124,7 @@ def train(config: Config) -> Trained:
     return Trained(config, bench, examples, before, after, adapted.read(bench), logits(bench.model, examples, pad))
 
 
-def drawn(shapes: adapted.Shapes) -> AdapterState:
+def drawn(shapes: injection.Shapes) -> AdapterState:
     """Random factors of rank 2, none of them zero, and a head."""
     g = torch.Generator().manual_seed(1)
     lora = {
@@ -156,14 +156,14 @@ def check_files(done: Trained, species: Species, out: Path) -> None:
     """The saved adapter in plain PEFT, and the merged model in plain transformers, give the logits of training."""
     pad = done.bench.base.pad_id
     about = {"config": done.config.to_flat(), "base": done.bench.base.fingerprint}
-    adapted.save_checkpoint(done.adapter, out / "adapter", done.config.model, about)
+    peft_files.save_checkpoint(done.adapter, out / "adapter", done.config.model, about)
     classes = {} if species.task == "causal-lm" else {"num_labels": 2}
     with_adapter = PeftModel.from_pretrained(
         plain(Path(done.config.model.name), species, **classes), str(out / "adapter")
     )
     torch.testing.assert_close(logits(with_adapter, done.examples, pad), done.logits, rtol=1e-4, atol=1e-4)
     source = export.find(out / "adapter")
-    export.write_merged(source, export.read_adapter(source.adapter), out / "merged", lambda state: state, {})
+    export.write_merged(source, peft_files.read_adapter(source.adapter), out / "merged", lambda state: state, {})
     merged = plain(out / "merged", species)
     torch.testing.assert_close(logits(merged, done.examples, pad), done.logits, rtol=1e-4, atol=1e-4)
 
@@ -261,7 +261,7 @@ def test_what_cannot_be_served_is_refused_in_words(name: str, folders: Path) -> 
     species = ({**CAUSAL, **CLASSIFIERS})[name]
     config = config_of(folder_of(species, name, folders), species)
     with pytest.raises(ModelError, match=species.refused):
-        adapted.workbench(config.model, config.lora)
+        adapted.adapted_model(config.model, config.lora)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", pytest.param("int8", marks=NIGHTLY)])
@@ -272,7 +272,7 @@ def test_a_quantized_model_is_served(name: str, quantization: str, folders: Path
     config = config_of(folder_of(species, kind, folders), species, model__quantization=quantization)
     done = train(config)
     assert done.after != pytest.approx(done.before, abs=1e-4)
-    adapted.save_checkpoint(done.adapter, tmp_path / "adapter", config.model, {"base": done.bench.base.fingerprint})
+    peft_files.save_checkpoint(done.adapter, tmp_path / "adapter", config.model, {"base": done.bench.base.fingerprint})
     base = load_base(config.model)  # from the copy on disk
     again = checkpoint_scores.load(base, [tmp_path / "adapter"], config)
     close = 5e-2 if quantization == "int8" else 1e-4
@@ -317,7 +317,7 @@ def test_a_module_that_cannot_be_a_target_is_refused_in_words(
     species = CAUSAL[kind] if kind == name else CLASSIFIERS[kind]
     config = config_of(folder_of(species, kind, folders), species, lora__target_modules=targets)
     with pytest.raises(ModelError, match=f"^lora.target-modules = .*{words}"):
-        adapted.shapes(config.model, config.lora)
+        injection.shapes(config.model, config.lora)
 
 
 def test_int8_that_cannot_compute_is_refused_before_anything_is_trained(folders: Path) -> None:

@@ -9,7 +9,7 @@ from fedlora.results import journal
 
 def test_each_event_is_one_line_with_its_time_round_and_node(tmp_path, capsys):
     path = tmp_path / "run" / journal.NAME
-    with journal.kept(path, echo=True, node=7):
+    with journal.journal_to(path, echo=True, node=7):
         emit("client-done", client_id=1, round=2, metrics={"train-loss": 0.5, "codec-error": float("nan")})
         emit("client-failed", client_id=3, round=2, reason="a\nb")
         logging.getLogger("fedlora").warning("waiting for %d", 3)
@@ -29,7 +29,7 @@ def test_each_event_is_one_line_with_its_time_round_and_node(tmp_path, capsys):
 
 def test_steps_are_thinned_and_a_rounds_entry_fits_a_line(tmp_path):
     path = tmp_path / journal.NAME
-    with journal.kept(path):
+    with journal.journal_to(path):
         for step in range(1, 1001):
             emit("client-step", client_id=0, step=step, steps=1000, loss=1.0, round=1)
         entry = {"round": 1, "train-loss": 1.0, "clients": {0: {}, 1: {}}, "failures": {2: "x"}, "norms": {"m": 1.0}}
@@ -43,7 +43,7 @@ def test_steps_are_thinned_and_a_rounds_entry_fits_a_line(tmp_path):
 
 def test_a_disk_that_takes_no_more_costs_lines_and_is_told_once(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    with journal.kept(tmp_path / "file" / journal.NAME):
+    with journal.journal_to(tmp_path / "file" / journal.NAME):
         for _ in range(3):
             emit("round-start", round=1)
     assert len([record for record in caplog.records if "cannot be written" in record.message]) == 1

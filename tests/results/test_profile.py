@@ -18,7 +18,7 @@ from fedlora.exchange import wire
 from fedlora.models import adapted
 from fedlora.results import profile
 from fedlora.results.profile import MOST_BATCHES, ROWS, TABLE, TRACE, by_section, operations, profiled
-from fedlora.results.record import folder_of
+from fedlora.results.run_folder import folder_of
 from tests.federation import run_locally, tiny
 
 

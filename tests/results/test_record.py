@@ -9,6 +9,7 @@ from rich.console import Console
 from fedlora.common.errors import RunError
 from fedlora.config import parse
 from fedlora.results import record as results
+from fedlora.results import run_folder
 from fedlora.results.display import result_table
 
 
@@ -26,9 +27,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
 
 def test_a_stamp_is_taken_once():
-    config = results.stamp(parse({}))
+    config = run_folder.stamp(parse({}))
     assert config.run.id
-    assert results.stamp(config) == config
+    assert run_folder.stamp(config) == config
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

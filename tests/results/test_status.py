@@ -10,9 +10,9 @@ from fedlora.cli import main
 from fedlora.common.errors import RunError
 from fedlora.common.events import listen
 from fedlora.results.display import status_table
-from fedlora.results.record import folder_of
+from fedlora.results.run_folder import folder_of
 from fedlora.results.status import ClientStatus, RunStatus, status
-from fedlora.simulations.engines import local
+from fedlora.simulations import run as simulation
 from tests.federation import run_locally, tiny
 
 
@@ -41,7 +41,7 @@ def test_a_run_in_the_middle_of_a_round_and_one_that_died(tmp_path, tiny_llama):
             raise KeyboardInterrupt
 
     with listen(look), pytest.raises(KeyboardInterrupt):
-        local.run(config)
+        simulation.run(config)
     [now] = seen
     assert (now.status, now.round) == ("running", 1)
     assert now.quiet_seconds is not None

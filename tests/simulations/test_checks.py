@@ -20,9 +20,10 @@ from fedlora.common.errors import DataError, FedLoraError, ModelError, RunError
 from fedlora.common.events import emit, listen
 from fedlora.exchange import wire
 from fedlora.results.display import RunDisplay, cut_line
-from fedlora.results.record import folder_of
+from fedlora.results.run_folder import folder_of
 from fedlora.simulations import checks
-from fedlora.simulations.engines import flower, local
+from fedlora.simulations import run as simulation
+from fedlora.simulations.engines import flower
 from fedlora.strategies import server_app
 from tests.federation import run_locally, tiny
 from tests.simulations.engines.test_local import crashing
@@ -39,7 +40,7 @@ def rows(path: Path, *found: dict[str, Any]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("engine", [local.run, flower.run])
+@pytest.mark.parametrize("engine", [simulation.run, flower.run])
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
@@ -68,7 +69,7 @@ def test_rows_that_no_client_can_read_are_a_common_mistake(tmp_path: Path, tiny_
     keys = {"model__task": "classification", "data__partition": "iid", "strategy__name": "fedavg", "lora__ranks": "2"}
     keys["data__source"] = rows(tmp_path / "classes.jsonl", *found)
     with pytest.raises(DataError, match=r"'label' holds classes outside 0 to 1 in lines? .* set model\.labels"):
-        local.run(tiny(tmp_path, tiny_llama, **keys))
+        simulation.run(tiny(tmp_path, tiny_llama, **keys))
     assert not (tmp_path / "runs").exists()
 
 
@@ -79,7 +80,7 @@ def test_a_tokenizer_without_a_default_template_is_refused_before_the_run(tmp_pa
     (model / "chat_template.jinja").unlink()
     tokenizer.save_pretrained(model)
     with pytest.raises(DataError, match=r"choose one of 'rag', 'tool_use' as data\.chat-template"):
-        local.run(tiny(tmp_path, model))
+        simulation.run(tiny(tmp_path, model))
     assert not (tmp_path / "runs").exists()
     _, result = run_locally(tiny(tmp_path, model, data__chat_template="rag", federation__rounds=1))
     assert result["status"] == "completed"
@@ -133,7 +134,7 @@ def closed() -> ClientApp:
 def test_nothing_is_left_of_what_was_not_run(tmp_path: Path, tiny_llama: Path) -> None:
     config = tiny(tmp_path, tiny_llama)
     with pytest.raises(RunError, match="0 of 4 clients can take part"):
-        local.run(config, client_app=closed())
+        simulation.run(config, client_app=closed())
     assert not (tmp_path / "runs").exists()
 
     def stop(kind: str, facts: dict[str, Any]) -> None:
@@ -141,23 +142,23 @@ def test_nothing_is_left_of_what_was_not_run(tmp_path: Path, tiny_llama: Path) -
             raise KeyboardInterrupt
 
     with listen(stop), pytest.raises(KeyboardInterrupt):
-        local.run(config)
+        simulation.run(config)
     assert not (tmp_path / "runs").exists()
 
 
 def test_what_was_run_or_was_there_before_stays(tmp_path: Path, tiny_llama: Path) -> None:
     config = tiny(tmp_path, tiny_llama, evaluate__server=False, federation__min_clients=4)
     with pytest.raises(RunError, match="3 of 4 clients answered"):
-        local.run(config, client_app=crashing(0, "train"))
+        simulation.run(config, client_app=crashing(0, "train"))
     assert json.loads((folder_of(config) / "result.json").read_text())["status"] == "failed"
     with pytest.raises(RunError, match="exists already"):
-        local.run(config)
+        simulation.run(config)
     assert (folder_of(config) / "result.json").is_file()
     (tmp_path / "b").mkdir()
     mine = tmp_path / "b" / "runs"
     mine.mkdir()
     with pytest.raises(ModelError):
-        local.run(tiny(tmp_path / "b", tiny_llama, model__device="cuda:7"))
+        simulation.run(tiny(tmp_path / "b", tiny_llama, model__device="cuda:7"))
     assert mine.is_dir()
 
 
@@ -175,7 +176,7 @@ def test_results_are_told_of_once_there_are_some(tmp_path: Path, tiny_llama: Pat
     logging.getLogger("fedlora").addHandler(handler)
     logging.getLogger("fedlora").setLevel(logging.INFO)
     try:
-        local.run(config)
+        simulation.run(config)
     finally:
         logging.getLogger("fedlora").removeHandler(handler)
     assert held == [True]

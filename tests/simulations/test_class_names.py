@@ -16,8 +16,9 @@ from fedlora.clients.answering import together
 from fedlora.clients.client_app import app as client_app
 from fedlora.common.errors import ConfigError, RunError
 from fedlora.config import Config
+from fedlora.models import peft_files
 from fedlora.models.base.read import quiet
-from fedlora.results.record import folder_of
+from fedlora.results.run_folder import folder_of
 from fedlora.simulations.engines import local
 from fedlora.strategies.server_app import app as server_app
 from fedlora.trained import export
@@ -128,7 +129,7 @@ def test_names_travel_into_the_result_the_card_and_every_export(tmp_path: Path, 
     assert result["rounds"][0]["train-cut"] == 1.0
     run = export.find(folder)
     for out, write in (("adapter", export.write_adapter), ("merged", export.write_merged)):
-        write(run, export.read_adapter(run.adapter), tmp_path / out, lambda state: state, {})
+        write(run, peft_files.read_adapter(run.adapter), tmp_path / out, lambda state: state, {})
         settings = AutoConfig.from_pretrained(tmp_path / out)
         assert settings.id2label == dict(enumerate(names))
         assert settings.label2id == {name: number for number, name in enumerate(names)}

@@ -43,9 +43,9 @@ def decode(adapter: AdapterState, broadcast: Broadcast, dtype: str) -> tuple[Ada
 def test_the_server_reads_the_start_plus_the_rounded_change(tmp_path, dtype, upload):
     broadcast = sent(upload)
     trained = sum_of(broadcast.adapter, state(1, size=0.01))
-    to_send, error = uploads.coded(trained, broadcast, dtype, tmp_path)
+    to_send, error = uploads.encode_upload(trained, broadcast, dtype, tmp_path)
     got, _ = decode(to_send, broadcast, dtype)
-    expected = sum_of(codec.through(to_send, dtype), broadcast.adapter)
+    expected = sum_of(codec.round_trip(to_send, dtype), broadcast.adapter)
     for name, factors in expected.lora.items():
         for part in "AB":
             mine, theirs = getattr(got.lora[name], part), getattr(factors, part)
@@ -59,7 +59,7 @@ def test_the_server_reads_the_start_plus_the_rounded_change(tmp_path, dtype, upl
 
 def test_fp32_sends_the_bits_that_were_trained(tmp_path):
     trained = state(1)
-    to_send, error = uploads.coded(trained, sent(), "fp32", tmp_path)
+    to_send, error = uploads.encode_upload(trained, sent(), "fp32", tmp_path)
     got, _ = decode(to_send, sent(), "fp32")
     assert error == 0.0
     assert all(
@@ -71,7 +71,9 @@ def test_fp32_sends_the_bits_that_were_trained(tmp_path):
 def test_bytes_fall_with_the_bits(tmp_path):
     big = AdapterState(lora={"m": LoraFactors(torch.randn(64, 512), torch.randn(512, 64), 1.0)})
     broadcast = Broadcast(round=1, adapter=map_tensors(lambda _, x: 0 * x, big))
-    sizes = {dtype: decode(uploads.coded(big, broadcast, dtype, tmp_path)[0], broadcast, dtype)[1] for dtype in BITS}
+    sizes = {
+        dtype: decode(uploads.encode_upload(big, broadcast, dtype, tmp_path)[0], broadcast, dtype)[1] for dtype in BITS
+    }
     for dtype, bits in BITS.items():
         headers_and_scales = 4 * 128 + 2 * 64 * 4
         assert sizes[dtype] == pytest.approx(sizes["fp32"] * bits / 32, abs=headers_and_scales)
@@ -80,35 +82,35 @@ def test_bytes_fall_with_the_bits(tmp_path):
 def test_what_is_left_out_comes_with_the_next_reply(tmp_path):
     broadcast = sent()
     trained = sum_of(broadcast.adapter, state(1, size=0.01))
-    first, _ = uploads.coded(trained, broadcast, "int4", tmp_path)
+    first, _ = uploads.encode_upload(trained, broadcast, "int4", tmp_path)
     left = own_state.load(tmp_path, "left-out", round=2)
     assert left is not None
-    torch.testing.assert_close(left.lora["m0"].A, (difference(first, codec.through(first, "int4"))).lora["m0"].A)
-    second, _ = uploads.coded(trained, sent(round=2), "int4", tmp_path)
+    torch.testing.assert_close(left.lora["m0"].A, (difference(first, codec.round_trip(first, "int4"))).lora["m0"].A)
+    second, _ = uploads.encode_upload(trained, sent(round=2), "int4", tmp_path)
     torch.testing.assert_close(second.lora["m0"].B, first.lora["m0"].B + left.lora["m0"].B)
 
 
 def test_nothing_is_carried_over_a_restart_or_a_change_of_rank(tmp_path):
     trained = state(1)
-    uploads.coded(trained, sent(steady=False), "int4", tmp_path)
+    uploads.encode_upload(trained, sent(steady=False), "int4", tmp_path)
     assert own_state.load(tmp_path, "left-out", round=2) is None
-    uploads.coded(trained, sent(), "int4", tmp_path)
+    uploads.encode_upload(trained, sent(), "int4", tmp_path)
     smaller = AdapterState(
         lora={n: LoraFactors(f.A[:2], f.B[:, :2], f.scaling) for n, f in trained.lora.items()}, tensors=trained.tensors
     )
     start = AdapterState(
         lora={n: LoraFactors(0 * f.A, 0 * f.B, f.scaling) for n, f in smaller.lora.items()}, tensors=trained.tensors
     )
-    to_send, _ = uploads.coded(smaller, Broadcast(round=2, adapter=start, steady=True), "int4", tmp_path)
+    to_send, _ = uploads.encode_upload(smaller, Broadcast(round=2, adapter=start, steady=True), "int4", tmp_path)
     torch.testing.assert_close(to_send.lora["m0"].A, smaller.lora["m0"].A)
 
 
 def test_a_factor_that_is_not_sent_this_round_keeps_what_it_left_out(tmp_path):
     """RoLoRA sends B and A in turn."""
     trained = sum_of(state(0), state(1, size=0.01))
-    uploads.coded(trained, sent("B"), "int4", tmp_path)
+    uploads.encode_upload(trained, sent("B"), "int4", tmp_path)
     before = own_state.load(tmp_path, "left-out", round=2)
-    uploads.coded(trained, sent("A", round=2), "int4", tmp_path)
+    uploads.encode_upload(trained, sent("A", round=2), "int4", tmp_path)
     after = own_state.load(tmp_path, "left-out", round=3)
     assert before is not None
     assert after is not None

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from fedlora.config import Scalar, parse
-from fedlora.results.record import folder_of, resumed
-from fedlora.simulations.engines import flower, local
+from fedlora.results.run_folder import folder_of, resumed
+from fedlora.simulations import run as simulation
+from fedlora.simulations.engines import flower
 from fedlora.strategies import load
 from fedlora.strategies.registry import NAMES, check_ranks
 from tests.federation import tiny, write_labels
@@ -127,7 +128,7 @@ def models(tiny_llama, tiny_bert) -> dict[str, Path]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_gives_the_recorded_adapter(tmp_path, models, case):
     config = config_of(tmp_path, models, case)
-    local.run(config)
+    simulation.run(config)
     assert_as_recorded(figures(folder_of(config)), case)
 
 
@@ -136,7 +137,7 @@ def test_a_killed_and_resumed_run_gives_it_too(tmp_path, models, name):
     case = f"{name} nf4 1"
     forget()
     folder = die(config_of(tmp_path, models, case), amid_round(2))
-    local.run(resumed(folder))
+    simulation.run(resumed(folder))
     assert_as_recorded(figures(folder), case)
 
 
@@ -165,7 +166,7 @@ def record(folder: Path) -> None:
         place = folder / str(number)
         place.mkdir()
         config = config_of(place, models, case)
-        local.run(config)
+        simulation.run(config)
         cases[case] = figures(folder_of(config))
     RECORDED.write_text(json.dumps({"platform": platform(), "cases": cases}, indent=1) + "\n", encoding="utf-8")
 

@@ -15,8 +15,8 @@ from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.clients.client_app import app as client_app
 from fedlora.common.errors import WireError
 from fedlora.exchange import Broadcast, ClientUpdate, parts, wire
-from fedlora.results.record import folder_of
-from fedlora.simulations.engines import local
+from fedlora.results.run_folder import folder_of
+from fedlora.simulations import run as simulation
 from tests.federation import METRICS, tensors_of, tiny
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
@@ -94,7 +94,7 @@ def test_a_round_goes_on_whatever_one_message_lacks(tmp_path, tiny_llama, kind, 
         lora__target_modules="q_proj",
         strategy__name="lora-fair",
     )
-    local.run(config, client_app=cutting.app)
+    simulation.run(config, client_app=cutting.app)
     entries = json.loads((folder_of(config) / "result.json").read_text())["rounds"]
     assert 8 < len(cutting.left) < 36
     for entry in entries:
@@ -130,7 +130,7 @@ def test_a_run_starts_whatever_one_introduction_lacks(tmp_path, tiny_llama, ques
             train__steps=1,
             evaluate__server=False,
         )
-        local.run(config, client_app=cutting.app)
+        simulation.run(config, client_app=cutting.app)
         result = json.loads((folder_of(config) / "result.json").read_text())
         if not cutting.left:
             assert done > (2 if question else 8)

@@ -14,9 +14,9 @@ from fedlora.cli.main import main
 from fedlora.common.errors import ConfigError, ModelError
 from fedlora.deployment.flower_programs import config_table
 from fedlora.models.base.read import quiet
-from fedlora.results.record import folder_of
-from fedlora.simulations.engines import local
-from fedlora.trained.export import read_adapter
+from fedlora.models.peft_files import read_adapter
+from fedlora.results.run_folder import folder_of
+from fedlora.simulations import run as simulation
 from tests.federation import run_locally, tiny, write_labels
 from tests.tiny import save_gpt2
 
@@ -76,7 +76,7 @@ def test_the_adapter_of_a_run_that_kept_the_head_holds_it(classifier: Path, tmp_
 def test_what_the_base_cannot_do_is_said_before_the_first_round(tmp_path: Path, keys, error, words) -> None:
     config = tiny(tmp_path, save_gpt2(tmp_path / "gpt2"), **{"lora__target_modules": "c_attn", **keys})
     with pytest.raises(error, match=words):
-        local.run(config)
+        simulation.run(config)
     record = folder_of(config) / "result.json"
     assert not record.exists() or not json.loads(record.read_text())["rounds"]
 
@@ -109,5 +109,5 @@ def test_an_encoder_is_refused_once_before_anybody_trains(tmp_path: Path, tiny_b
         evaluate__server=server,
     )
     with pytest.raises(ModelError, match="predicts a token from later ones too"):
-        local.run(config)
+        simulation.run(config)
     assert not folder_of(config).exists()

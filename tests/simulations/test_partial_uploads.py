@@ -23,6 +23,7 @@ from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, wire
 from fedlora.models import adapted, base_fingerprint, load_base
 from fedlora.simulations.engines import local
 from fedlora.strategies import load
+from fedlora.strategies.initializers import uniform
 from fedlora.strategies.schedules import synchronous
 from fedlora.tasks.predict import evaluate
 from tests.federation import run_locally, tiny, write_labels
@@ -113,15 +114,15 @@ def test_the_start_is_the_svd_of_the_gradient_by_the_full_weights(tmp_path, tiny
     learned = load("fedsb").global_adapter(states[0])
     after = load("fedsb").global_adapter(states[1])
 
-    from fedlora.clients.answering.single import _examples
-    from fedlora.clients.training.trainer import hash_seed
+    from fedlora.clients.answering.rows import examples
+    from fedlora.clients.training.schedule import hash_seed
     from fedlora.data import batch_at, collate
     from fedlora.tasks.losses import token_loss
 
     base = load_base(config.model)
     for name in learned.lora:
         base.model.get_submodule(name).weight.requires_grad_()
-    examples = _examples(config, 0, "")[0]
+    examples = examples(config, 0, "")[0]
     chosen = batch_at(len(examples), config.train.batch_size, 0, hash_seed(config.run.seed, 0))
     token_loss(base.model, collate([examples[i] for i in chosen], base.pad_id)).backward()
     for name, factors in learned.lora.items():
@@ -221,13 +222,13 @@ class Node:
 
 def reference_loss(config: Config, partition: int, adapter: AdapterState, own: AdapterState) -> float:
     """The client's test rows under base + s B_own A, added to the weights."""
-    from fedlora.clients.answering.single import _examples
+    from fedlora.clients.answering.rows import examples
 
     base = load_base(config.model)
     for name, f in adapter.lora.items():
         update = delta(LoraFactors(A=f.A, B=own.lora[name].B, scaling=f.scaling))
         base.model.get_submodule(name).weight.data += update
-    return evaluate(base.model, _examples(config, partition, "")[1], 16, base.pad_id)["loss"]
+    return evaluate(base.model, examples(config, partition, "")[1], 16, base.pad_id)["loss"]
 
 
 def test_each_client_goes_on_from_its_own_b_also_in_a_fresh_process(tmp_path, tiny_llama):
@@ -235,7 +236,7 @@ def test_each_client_goes_on_from_its_own_b_also_in_a_fresh_process(tmp_path, ti
     strategy = load("fedsa")
     infos = [ClientInfo(client_id=i, rank=rank, num_examples=8) for i, rank in enumerate((4, 2))]
     nodes = [Node(config, i, tmp_path / "state") for i in range(2)]
-    state = strategy.init(synchronous.start(config, infos))
+    state = strategy.init(uniform.start(config, infos))
     for round in (1, 2):
         sent = [strategy.broadcast(state, info, round) for info in infos]
         before = [node.own() for node in nodes] if round > 1 else None
@@ -267,7 +268,7 @@ def test_a_kept_factor_of_another_rank_is_refused_with_what_to_do(tmp_path, tiny
     config = fedsa(tmp_path, tiny_llama)
     strategy, info = load("fedsa"), ClientInfo(client_id=0, rank=4)
     node = Node(config, 0, tmp_path / "state")
-    start = strategy.init(synchronous.start(config, [info]))
+    start = strategy.init(uniform.start(config, [info]))
     node.train(strategy.broadcast(start, info, 1))
     smaller = strategy.broadcast(start, ClientInfo(client_id=0, rank=2), 2)
     answer = node.ask("evaluate", smaller)

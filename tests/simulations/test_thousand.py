@@ -16,13 +16,13 @@ from datasets import Dataset
 from fedlora import config as configuration
 from fedlora import data
 from fedlora.adapters import AdapterState
-from fedlora.clients.answering import single
+from fedlora.clients.answering import rows as rows_
 from fedlora.clients.node import own_state
 from fedlora.common.events import listen
 from fedlora.config import Config, Scalar, load
 from fedlora.data import Split, lazy
-from fedlora.results.record import folder_of
-from fedlora.simulations.engines import local
+from fedlora.results.run_folder import folder_of
+from fedlora.simulations import run as simulation
 from tests.federation import run_locally, tiny, write_rows
 
 PRESET = Path(__file__).resolve().parents[2] / "configs" / "thousand.toml"
@@ -32,7 +32,7 @@ SAMPLED = 4
 @pytest.fixture(autouse=True)
 def _fresh_process(fresh_process):
     yield
-    single._examples.cache_clear()
+    rows_.examples.cache_clear()
 
 
 def many(folder: Path, model: Path, clients: int, **keys: Scalar) -> Config:
@@ -119,7 +119,7 @@ def footprint() -> tuple[int, int]:
 def test_what_is_held_does_not_depend_on_the_number_of_clients(tmp_path, tiny_llama):
     held: dict[int, list[tuple[int, int]]] = {}
     for clients in (12, 600):
-        single._examples.cache_clear()
+        rows_.examples.cache_clear()
         data._prepare.cache_clear()
         seen = held.setdefault(clients, [])
         config = many(tmp_path / str(clients), tiny_llama, clients, lora__ranks="2", federation__rounds=1)
@@ -183,7 +183,7 @@ def test_what_clients_keep_lies_on_disk_alone_and_only_of_those_that_were_at_wor
 def test_the_preset_with_fewer_rounds_and_clients_at_work(tmp_path):
     keys = ["federation.rounds=2", "federation.fraction=0.008", "data.heldout-max=16"]
     config = load(PRESET, [f"run.dir={tmp_path}", "run.id=one", *keys])
-    local.run(config)
+    simulation.run(config)
     result = json.loads((folder_of(config) / "result.json").read_text(encoding="utf-8"))
     one, two = sampled(result)
     assert len(one) == len(two) == 8

@@ -8,7 +8,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from fedlora.adapters import initial
 from fedlora.config import LoraConfig, ModelConfig
 from fedlora.data import Example, collate
-from fedlora.models import adapted
+from fedlora.models import adapted, injection
 from fedlora.tasks import losses
 from fedlora.tasks.predict import labelled_logits
 
@@ -17,9 +17,9 @@ from fedlora.tasks.predict import labelled_logits
 def trained(tiny_llama):
     """A model with a rank-3 adapter, and the adapter's parameters."""
     lora = LoraConfig(target_modules="q_proj,v_proj")
-    bench = adapted.workbench(ModelConfig(name=str(tiny_llama), quantization="none", device="cpu"), lora)
+    bench = adapted.adapted_model(ModelConfig(name=str(tiny_llama), quantization="none", device="cpu"), lora)
     g = torch.Generator().manual_seed(0)
-    start = initial(adapted.shapes(bench.config, lora).lora, lambda name: 3, lambda name: 1.0, g)
+    start = initial(injection.shapes(bench.config, lora).lora, lambda name: 3, lambda name: 1.0, g)
     yield bench.model, adapted.install(bench, start, "AB")
     adapted.forget()
 

@@ -19,7 +19,7 @@ from fedlora.config import ModelConfig
 from fedlora.deployment.flower_programs import config_table
 from fedlora.exchange import ClientInfo
 from fedlora.models import adapted as peft_io
-from fedlora.models import load_base
+from fedlora.models import load_base, peft_files
 from fedlora.models.base.read import quiet
 from fedlora.strategies.server import saved_state
 from fedlora.trained import export, model_card
@@ -79,7 +79,7 @@ def test_a_plain_export_is_the_run_s_adapter(run, tmp_path, tiny_llama, fedlora)
 
 def test_a_lower_rank_is_the_best_approximation_and_says_its_error(run, tmp_path, tiny_llama, fedlora):
     assert fedlora("export", run / "adapter", tmp_path / "two", "--rank", 2)[0] == 0
-    whole, two = (export.read_adapter(folder) for folder in (run / "adapter", tmp_path / "two"))
+    whole, two = (peft_files.read_adapter(folder) for folder in (run / "adapter", tmp_path / "two"))
     missed = total = 0.0
     for name, factors in whole.lora.items():
         u, s, vh = torch.linalg.svd(delta(factors).double(), full_matrices=False)
@@ -111,7 +111,7 @@ def test_intruders_are_removed_before_the_rank_is_cut(strong, tmp_path, fedlora,
     before, expected = 0, {}
     config = export.find(strong).config.model
     weights = dict(load_base(config).model.named_parameters())
-    for name, factors in export.read_adapter(strong).lora.items():
+    for name, factors in peft_files.read_adapter(strong).lora.items():
         weight, update = weights[f"{name}.weight"].detach().double(), delta(factors).double()
         left = torch.linalg.svd(weight, full_matrices=False)[0]
         u, s, vh = torch.linalg.svd(weight + update, full_matrices=False)
@@ -129,7 +129,7 @@ def test_intruders_are_removed_before_the_rank_is_cut(strong, tmp_path, fedlora,
         merged = dict(plain(tmp_path / "out").named_parameters())
         found = {name: (merged[f"{name}.weight"] - weights[f"{name}.weight"]).detach().double() for name in expected}
     else:
-        found = {name: delta(f).double() for name, f in export.read_adapter(tmp_path / "out").lora.items()}
+        found = {name: delta(f).double() for name, f in peft_files.read_adapter(tmp_path / "out").lora.items()}
     for name, update in expected.items():
         u, s, vh = torch.linalg.svd(update, full_matrices=False)
         kept = 3 if "--rank" in extra else len(s)
@@ -145,9 +145,9 @@ def test_lambda_1_changes_nothing(strong, tmp_path, tiny_llama, fedlora):
 
 def test_a_client_s_export_has_its_rank(run, tmp_path, fedlora):
     assert fedlora("export", run, tmp_path / "all", "--all-clients")[0] == 0
-    whole = export.read_adapter(run / "adapter")
+    whole = peft_files.read_adapter(run / "adapter")
     for client, rank in enumerate((4, 2, 2, 1)):
-        found = export.read_adapter(tmp_path / "all" / f"client-{client}")
+        found = peft_files.read_adapter(tmp_path / "all" / f"client-{client}")
         expected = export.for_client(whole, ClientInfo(client_id=client, rank=rank))
         for name, factors in found.lora.items():
             assert factors.rank <= rank
@@ -165,7 +165,7 @@ def test_a_personal_export_has_the_client_s_own_factors(tmp_path, tiny_llama, fe
     key = json.loads((folder / "result.json").read_text())["key"]
     state, done = saved_state.load(folder / "state", key)
     own = own_state.load(own_state.folder_of(folder / "clients", key, 1), "personal", done + 1)
-    found = export.read_adapter(tmp_path / "out")
+    found = peft_files.read_adapter(tmp_path / "out")
     for name, factors in found.lora.items():
         shared, mine = state.adapter.lora[name], own.lora[name]
         product = shared.scaling * (mine.B @ shared.A[: mine.B.shape[1]])
@@ -217,7 +217,7 @@ def test_a_packaged_base_is_named_as_on_the_hub(run, tmp_path):
     source = export.find(run)
     named = replace(source.config, model=replace(source.config.model, name="smollm2-135m-instruct"))
     source = replace(source, config=named)
-    export.write_adapter(source, export.read_adapter(source.adapter), tmp_path / "out", lambda state: state, {})
+    export.write_adapter(source, peft_files.read_adapter(source.adapter), tmp_path / "out", lambda state: state, {})
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     card = (tmp_path / "out" / "README.md").read_text()
@@ -271,7 +271,7 @@ def test_of_a_quantized_run_the_full_precision_base_is_merged_and_the_card_says_
     source = export.find(run)
     config = replace(source.config, model=replace(source.config.model, quantization="nf4"))
     source = replace(source, config=config)
-    trained = export.read_adapter(source.adapter)
+    trained = peft_files.read_adapter(source.adapter)
     export.write_merged(source, trained, tmp_path / "out", lambda state: state, {})
     assert torch.allclose(logits(plain(tmp_path / "out")), adapted(tiny_llama, run / "adapter"), atol=1e-4)
     card = (tmp_path / "out" / "README.md").read_text()
@@ -285,7 +285,7 @@ def test_nothing_half_written_is_left(run, tmp_path, fedlora, monkeypatch):
     monkeypatch.setattr(export, "render", fails)
     source = export.find(run)
     with pytest.raises(OSError, match="disk full"):
-        export.write_adapter(source, export.read_adapter(source.adapter), tmp_path / "out", lambda s: s, {})
+        export.write_adapter(source, peft_files.read_adapter(source.adapter), tmp_path / "out", lambda s: s, {})
     assert not [*tmp_path.iterdir()]
 
 
@@ -306,7 +306,7 @@ def test_errors_are_one_sentence(run, tmp_path, fedlora):
     source = export.find(run)
     other = replace(source, about={**source.about, "base": "another"})
     with pytest.raises(ModelError, match="was trained on base another"):
-        export.write_merged(other, export.read_adapter(source.adapter), tmp_path / "out", lambda s: s, {})
+        export.write_merged(other, peft_files.read_adapter(source.adapter), tmp_path / "out", lambda s: s, {})
 
 
 def test_the_card_says_how_it_was_trained(run, tmp_path, fedlora):

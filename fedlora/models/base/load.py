@@ -122,6 +122,16 @@ def tokenizer_of(config: ModelConfig, say: Say = LOG.info) -> PreTrainedTokenize
     return _tokenizer(config, resolve(config.name, config.revision, say, weights=False))
 
 
+def shared_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that all clients of this process share; loaded once, and anew when the model's files change."""
+    return _remembered_tokenizer(config.name, config.revision, base_fingerprint(config))
+
+
+@lru_cache(maxsize=2)
+def _remembered_tokenizer(name: str, revision: str, fingerprint: str) -> PreTrainedTokenizerBase:
+    return tokenizer_of(ModelConfig(name=name, revision=revision))
+
+
 def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
     """The names of a classifier's own modules, beside the pretrained body; none for a causal LM."""
     if model.get_output_embeddings() is not None:

@@ -7,7 +7,7 @@ import torch
 
 from fedlora.adapters import AdapterState, LoraFactors, concatenate
 from fedlora.adapters.folds import Folds
-from fedlora.clients.node.held_folds import StaleBase, bring_up
+from fedlora.clients.node.held_folds import StaleBase, folds_up_to
 from fedlora.exchange import Broadcast
 
 
@@ -32,11 +32,11 @@ def test_late_restarted_and_faithful_clients_hold_the_same_bits(max_rank):
     for number in range(6):
         known_faithful = folds.version
         folds = folds.push(fold(number), max_rank)
-        always = concatenate(bring_up(faithful, broadcast(folds, known_faithful)))
+        always = concatenate(folds_up_to(faithful, broadcast(folds, known_faithful)))
         if number % 2:
-            sometimes = concatenate(bring_up(late, broadcast(folds, known_late)))
+            sometimes = concatenate(folds_up_to(late, broadcast(folds, known_late)))
             known_late = folds.version
-            anew = concatenate(bring_up(restarted + number, broadcast(folds, 0)))
+            anew = concatenate(folds_up_to(restarted + number, broadcast(folds, 0)))
             for other in (sometimes, anew):
                 assert torch.equal(always.lora["q"].A, other.lora["q"].A)
                 assert torch.equal(always.lora["q"].B, other.lora["q"].B)
@@ -45,11 +45,11 @@ def test_late_restarted_and_faithful_clients_hold_the_same_bits(max_rank):
 
 def test_folds_that_continue_an_unknown_version_are_refused():
     with pytest.raises(StaleBase, match="base version 3 is not held"):
-        bring_up(99, Broadcast(round=5, adapter=AdapterState(), base_version=4, folds=(fold(0),), folds_from=3))
+        folds_up_to(99, Broadcast(round=5, adapter=AdapterState(), base_version=4, folds=(fold(0),), folds_from=3))
 
 
 def test_an_untouched_base_needs_nothing():
-    assert bring_up(98, Broadcast(round=1, adapter=AdapterState())) == ()
+    assert folds_up_to(98, Broadcast(round=1, adapter=AdapterState())) == ()
 
 
 def test_versions_that_no_broadcast_can_continue_are_let_go():
@@ -57,11 +57,11 @@ def test_versions_that_no_broadcast_can_continue_are_let_go():
     folds, held = Folds(), []
     for number in range(12):
         folds = folds.push(fold(number), 5)
-        held.append(bring_up(97, broadcast(folds, folds.version - 1)))
+        held.append(folds_up_to(97, broadcast(folds, folds.version - 1)))
     refused = 0
     for version in range(1, 12):
         with suppress(StaleBase):
-            bring_up(97, Broadcast(1, AdapterState(), base_version=12, folds=(fold(0),), folds_from=version))
+            folds_up_to(97, Broadcast(1, AdapterState(), base_version=12, folds=(fold(0),), folds_from=version))
             continue
         refused += 1
     assert refused >= 9

@@ -61,7 +61,7 @@ def found(
     config: ModelConfig, data: list[Example], rank: int, train: TrainConfig = CONFIG, targets=TARGETS
 ) -> tuple[dict[str, LoraFactors], TrainResult]:
     """As a client does it: the adapter of the broadcast is in place and adds nothing."""
-    bench = adapted.workbench(config, LoraConfig(target_modules=",".join(targets)))
+    bench = adapted.adapted_model(config, LoraConfig(target_modules=",".join(targets)))
     shapes: dict[str, Any] = {name: (layer.out_features, layer.in_features) for name, layer in bench.layers.items()}
     nothing = {n: LoraFactors(torch.zeros(rank, i), torch.zeros(o, rank), 1.0) for n, (o, i) in shapes.items()}
     adapted.install(
@@ -134,7 +134,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_llama):
 def test_a_classifiers_body_has_gradients_too(tiny_bert):
     config = ModelConfig(name=str(tiny_bert), quantization="none", device="cpu", task="classification", labels=2)
     data = examples(7, 12, labels=True)
-    bench = adapted.workbench(config, LoraConfig(target_modules="query,value"))
+    bench = adapted.adapted_model(config, LoraConfig(target_modules="query,value"))
     for module in bench.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fedlora.adapters import AdapterState, LoraFactors, initial
-from fedlora.clients.training import cohort, trainer
+from fedlora.clients.training import cohort, terms, trainer
 from fedlora.common.errors import AdapterError
 from fedlora.config import LoraConfig, ModelConfig, TrainConfig
 from fedlora.data import Example
-from fedlora.models import adapted, fresh_head
+from fedlora.models import adapted, fresh_head, injection
 from fedlora.models.stacked import NotStackable, stacked
 from tests.tiny import save_bert, save_gpt2
 
@@ -41,10 +41,10 @@ def labelled(count: int, seed: int) -> list[Example]:
     return [Example(e.input_ids, int(e.input_ids[1] % 2)) for e in sentences(count, seed)]
 
 
-def random_adapter(bench: adapted.Workbench, lora: LoraConfig, rank: int, seed: int, core: bool = False):
+def random_adapter(bench: adapted.AdaptedModel, lora: LoraConfig, rank: int, seed: int, core: bool = False):
     """Factors as in the middle of a run: B is not zero, and each client has its own scaling."""
     g = torch.Generator().manual_seed(seed)
-    shapes = adapted.shapes(bench.config, lora)
+    shapes = injection.shapes(bench.config, lora)
     start = initial(shapes.lora, lambda name: rank, lambda name: 1.0 + seed, g)
     factors = {
         name: LoraFactors(A=f.A, B=torch.randn(f.B.shape, generator=g) * 0.1, scaling=f.scaling)
@@ -57,7 +57,7 @@ def random_adapter(bench: adapted.Workbench, lora: LoraConfig, rank: int, seed: 
 
 
 def both(
-    bench: adapted.Workbench,
+    bench: adapted.AdaptedModel,
     adapters: list[AdapterState],
     data: list[list[Example]],
     config: TrainConfig,
@@ -74,7 +74,7 @@ def both(
 
         def penalty() -> None:
             if prune:
-                trainer.add_tail_penalty(adapted.factors_of(bench), *prune)
+                terms.add_tail_penalty(adapted.factors_of(bench), *prune)
 
         result = trainer.train(
             bench.model,
@@ -129,7 +129,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_each_client_gets_what_it_gets_alone(tiny_llama, case, quantization):
     lora = LoraConfig(target_modules="q_proj,down_proj")
-    bench = adapted.workbench(ModelConfig(name=str(tiny_llama), quantization=quantization, device="cpu"), lora)
+    bench = adapted.adapted_model(ModelConfig(name=str(tiny_llama), quantization=quantization, device="cpu"), lora)
     adapters = [random_adapter(bench, lora, rank, seed) for seed, rank in enumerate(RANKS)]
     data = [
         sentences(count, seed, longest) for seed, (count, longest) in enumerate([(9, 12), (3, 7), (14, 30), (1, 6)])
@@ -140,7 +140,7 @@ def test_each_client_gets_what_it_gets_alone(tiny_llama, case, quantization):
 @pytest.mark.parametrize("trainable", ["A", "B", "R", "BR"])
 def test_factors_that_are_frozen_stay_and_cores_are_trained(tiny_llama, trainable):
     lora = LoraConfig(target_modules="q_proj,down_proj")
-    bench = adapted.workbench(ModelConfig(name=str(tiny_llama), quantization="none", device="cpu"), lora)
+    bench = adapted.adapted_model(ModelConfig(name=str(tiny_llama), quantization="none", device="cpu"), lora)
     core = "R" in trainable
     adapters = [random_adapter(bench, lora, rank, seed, core) for seed, rank in enumerate(RANKS)]
     data = [sentences(8, seed) for seed in range(4)]
@@ -154,7 +154,7 @@ def test_factors_that_are_frozen_stay_and_cores_are_trained(tiny_llama, trainabl
 
 def test_the_anchor_serves_all(tiny_llama):
     lora = LoraConfig(target_modules="q_proj,down_proj")
-    bench = adapted.workbench(ModelConfig(name=str(tiny_llama), quantization="nf4", device="cpu"), lora)
+    bench = adapted.adapted_model(ModelConfig(name=str(tiny_llama), quantization="nf4", device="cpu"), lora)
     adapters = [random_adapter(bench, lora, rank, seed) for seed, rank in enumerate(RANKS)]
     folds = tuple(random_adapter(bench, lora, 5, seed) for seed in (11, 12))
     data = [sentences(8, seed) for seed in range(4)]
@@ -166,7 +166,7 @@ def test_the_anchor_serves_all(tiny_llama):
 
 def test_hetloras_penalty_is_each_clients_own(tiny_llama):
     lora = LoraConfig(target_modules="q_proj,down_proj")
-    bench = adapted.workbench(ModelConfig(name=str(tiny_llama), quantization="none", device="cpu"), lora)
+    bench = adapted.adapted_model(ModelConfig(name=str(tiny_llama), quantization="none", device="cpu"), lora)
     adapters = [random_adapter(bench, lora, rank, seed) for seed, rank in enumerate(RANKS)]
     data = [sentences(8, seed) for seed in range(4)]
     alone, together = both(bench, adapters, data, CONFIG, prune=(0.5, 0.5))
@@ -178,7 +178,7 @@ def test_hetloras_penalty_is_each_clients_own(tiny_llama):
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_dropout_is_drawn_per_client(tiny_llama, rate):
     lora = LoraConfig(target_modules="q_proj,down_proj", dropout=rate)
-    bench = adapted.workbench(ModelConfig(name=str(tiny_llama), quantization="none", device="cpu"), lora)
+    bench = adapted.adapted_model(ModelConfig(name=str(tiny_llama), quantization="none", device="cpu"), lora)
     adapters = [random_adapter(bench, lora, rank, seed) for seed, rank in enumerate(RANKS)]
     data = [sentences(8, seed, 8 + 5 * seed) for seed in range(4)]
     check(adapters, *both(bench, adapters, data, CONFIG))
@@ -189,7 +189,7 @@ def test_a_classifiers_heads_are_stacked_and_the_bases_own_dropout_is_per_client
     lora = LoraConfig(target_modules="query,value")
     folder = save_bert(tmp_path / "bert")
     model = ModelConfig(name=str(folder), task="classification", quantization="none", device="cpu")
-    bench = adapted.workbench(model, lora)
+    bench = adapted.adapted_model(model, lora)
     bench.model.set_attn_implementation(attention)
     rates = {m.p for m in bench.model.modules() if isinstance(m, torch.nn.Dropout)}
     assert max(rates) > 0
@@ -201,7 +201,7 @@ def test_a_classifiers_heads_are_stacked_and_the_bases_own_dropout_is_per_client
 
 def test_gpt2_is_served_too(tmp_path):
     lora = LoraConfig(target_modules="c_attn")
-    bench = adapted.workbench(
+    bench = adapted.adapted_model(
         ModelConfig(name=str(save_gpt2(tmp_path / "gpt2")), quantization="none", device="cpu"), lora
     )
     adapters = [random_adapter(bench, lora, rank, seed) for seed, rank in enumerate(RANKS)]
@@ -210,7 +210,7 @@ def test_gpt2_is_served_too(tmp_path):
 
 def test_one_client_that_diverges_fails_alone(tiny_llama):
     lora = LoraConfig(target_modules="q_proj,down_proj")
-    bench = adapted.workbench(ModelConfig(name=str(tiny_llama), quantization="none", device="cpu"), lora)
+    bench = adapted.adapted_model(ModelConfig(name=str(tiny_llama), quantization="none", device="cpu"), lora)
     adapters = [random_adapter(bench, lora, rank, seed) for seed, rank in enumerate(RANKS)]
     bad = dict(adapters[1].lora)
     name = next(iter(bad))
@@ -228,7 +228,7 @@ def test_one_client_that_diverges_fails_alone(tiny_llama):
 
 def test_padding_never_receives_a_value_and_the_model_is_as_before(tiny_llama):
     lora = LoraConfig(target_modules="q_proj,down_proj")
-    bench = adapted.workbench(ModelConfig(name=str(tiny_llama), quantization="none", device="cpu"), lora)
+    bench = adapted.adapted_model(ModelConfig(name=str(tiny_llama), quantization="none", device="cpu"), lora)
     adapters = [random_adapter(bench, lora, rank, seed) for seed, rank in enumerate(RANKS)]
     before = dict(bench.model.named_modules())
     with stacked(bench, adapters, frozenset("AB")) as stack:

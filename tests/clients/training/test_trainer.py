@@ -9,11 +9,12 @@ from torch.nn import functional as F
 
 from fedlora.adapters import AdapterState, initial
 from fedlora.clients.optimizers import standard
-from fedlora.clients.training import trainer
+from fedlora.clients.training import schedule as schedule_
+from fedlora.clients.training import terms, trainer
 from fedlora.common.errors import AdapterError, ConfigError
 from fedlora.config import LoraConfig, ModelConfig, TrainConfig
 from fedlora.data import Example, batch_at
-from fedlora.models import adapted
+from fedlora.models import adapted, injection
 
 LORA = LoraConfig(target_modules="q_proj,down_proj")
 CONFIG = TrainConfig(steps=4, batch_size=2, lr=1e-2, schedule="constant", warmup_fraction=0.0, clip=0.0)
@@ -37,8 +38,8 @@ def examples(count: int = 9, seed: int = 0) -> list[Example]:
 
 def bench_and_start(folder):
     config = ModelConfig(name=str(folder), quantization="none", device="cpu")
-    bench = adapted.workbench(config, LORA)
-    shapes = adapted.shapes(config, LORA)
+    bench = adapted.adapted_model(config, LORA)
+    shapes = injection.shapes(config, LORA)
     start = initial(shapes.lora, lambda name: 3, lambda name: 2.0, torch.Generator().manual_seed(0))
     return bench, start
 
@@ -110,9 +111,9 @@ def test_rounds_continue_through_the_data_and_the_schedule(tiny_llama):
 def test_the_same_seed_gives_the_same_bits_even_with_dropout(tiny_llama):
     lora = replace(LORA, dropout=0.3)
     config = ModelConfig(name=str(tiny_llama), quantization="none", device="cpu")
-    bench = adapted.workbench(config, lora)
+    bench = adapted.adapted_model(config, lora)
     _, start = bench_and_start(tiny_llama)
-    bench = adapted.workbench(config, lora)
+    bench = adapted.adapted_model(config, lora)
     (_, one), (_, two) = train(bench, start), train(bench, start)
     assert distance(one, two) == 0.0
 
@@ -143,7 +144,7 @@ def test_the_proximal_term_has_fedproxs_gradient():
     start = [torch.randn(3, 4, generator=g) for _ in range(2)]
     loss = sum((p**3).sum() for p in parameters)
     loss.backward()
-    trainer.add_proximal(parameters, start, 0.7)
+    terms.add_proximal(parameters, start, 0.7)
     copies = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
     full = sum((p**3).sum() for p in copies) + 0.35 * sum(
         ((p - s) ** 2).sum() for p, s in zip(copies, start, strict=True)
@@ -164,7 +165,7 @@ def test_a_strong_proximal_term_holds_the_client_back(tiny_llama):
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_the_schedule_warms_up_and_comes_down(schedule):
     config = TrainConfig(schedule=schedule, warmup_fraction=0.1)
-    factors = [trainer.lr_factor(config, step, 100) for step in range(100)]
+    factors = [schedule_.lr_factor(config, step, 100) for step in range(100)]
     assert factors[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert max(factors) == pytest.approx(1.0)
     assert all(f > 0 for f in factors)
@@ -175,9 +176,9 @@ def test_the_schedule_warms_up_and_comes_down(schedule):
 
 def test_epochs_count_passes_over_the_data():
     config = TrainConfig(steps=0, epochs=2.0, batch_size=4, accumulate=2)
-    assert trainer.steps_per_round(config, 33) == 9
-    assert trainer.steps_per_round(replace(config, steps=5), 33) == 5
-    assert trainer.steps_per_round(config, 1) == 1
+    assert schedule_.steps_per_round(config, 33) == 9
+    assert schedule_.steps_per_round(replace(config, steps=5), 33) == 5
+    assert schedule_.steps_per_round(config, 1) == 1
 
 
 def test_divergence_is_an_error_that_says_what_to_do(tiny_llama):
@@ -211,7 +212,7 @@ def test_the_tail_penalty_is_the_gradient_of_its_term():
     for pair in mine:
         for parameter in pair:
             parameter.grad = torch.zeros_like(parameter)
-    trainer.add_tail_penalty([(a, b) for a, b in mine], 0.5, 0.3)
+    terms.add_tail_penalty([(a, b) for a, b in mine], 0.5, 0.3)
     term = sum(0.3 * b[:, k:].norm() * a[k:].norm() for (a, b), k in zip(theirs, (2, 2, 1), strict=True))
     term.backward()
     for (a, b), (x, y) in zip(mine, theirs, strict=True):
@@ -220,5 +221,5 @@ def test_the_tail_penalty_is_the_gradient_of_its_term():
     zero = [(torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.zeros(3, 2)))]
     for parameter in zero[0]:
         parameter.grad = torch.zeros_like(parameter)
-    trainer.add_tail_penalty(zero, 0.5, 1.0)
+    terms.add_tail_penalty(zero, 0.5, 1.0)
     assert all(torch.isfinite(parameter.grad).all() for parameter in zero[0])

@@ -27,9 +27,10 @@ from fedlora.common.processes import stop_recorded
 from fedlora.config import Config
 from fedlora.exchange import Broadcast, wire
 from fedlora.models import base_fingerprint
-from fedlora.results.record import folder_of, stamp
+from fedlora.results.run_folder import folder_of, stamp
+from fedlora.simulations import run as simulation
 from fedlora.simulations.engines import local
-from fedlora.strategies.schedules import synchronous
+from fedlora.strategies.initializers import uniform
 from fedlora.strategies.server_app import app as server_app
 from tests.federation import tiny
 from tests.simulations.engines.test_local import saved_adapter
@@ -91,7 +92,7 @@ def ask(
         hello = Message(wire.encode_hello(fingerprint), 2, "query", group_id="0")
         [answer] = local.LocalGrid(client_app, [node_config], config.to_flat(), 7).send_and_receive([hello])
         client = wire.decode_info(answer.content, fingerprint, "node")
-        content = wire.encode_broadcast(Broadcast(round=1, adapter=synchronous.start(config, [client])), fingerprint)
+        content = wire.encode_broadcast(Broadcast(round=1, adapter=uniform.start(config, [client])), fingerprint)
     with listen(tell):
         [answer] = grid.send_and_receive([Message(content, 2, kind, ttl=ttl, group_id="1")])
     return answer
@@ -107,7 +108,7 @@ def factors(answer: Message) -> dict[str, bytes]:
 def test_a_federation_through_workers_is_the_same_federation(tmp_path, tiny_llama, socket):
     """Bitwise, strategies that fold included; one worker from the first message to the last."""
     config = stamp(tiny(tmp_path, tiny_llama, strategy__name="flora", evaluate__clients=True, run__id="plain"))
-    local.run(config)
+    simulation.run(config)
     other = tiny(tmp_path, tiny_llama, strategy__name="flora", evaluate__clients=True, run__id="workers")
     state = tmp_path / "state"
     state.mkdir()

@@ -18,8 +18,8 @@ from fedlora.data import encode, prepare
 from fedlora.models import adapted, load_base
 from fedlora.simulations.comparison import cell as cells
 from fedlora.simulations.comparison.grid import Grid, load
+from fedlora.strategies.initializers.uniform import start
 from fedlora.strategies.registry import simulated
-from fedlora.strategies.schedules.synchronous import start
 from fedlora.tasks.predict import evaluate
 from tests.federation import tiny, write_labels
 
@@ -128,7 +128,7 @@ def test_clients_with_models_of_their_own_are_scored_by_them(tmp_path: Path, tin
     name = next(iter(learned[0].lora))
     assert [state.lora[name].A.shape[0] for state in learned] == [4, 2]
     assert not torch.allclose(learned[0].lora[name].B[:, :2], learned[1].lora[name].B)
-    bench = adapted.workbench(cell.configs[0].model, cell.configs[0].lora)
+    bench = adapted.adapted_model(cell.configs[0].model, cell.configs[0].lora)
     split = prepare(cell.configs[0])
     losses = []
     for client, state in enumerate(learned):

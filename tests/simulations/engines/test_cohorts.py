@@ -17,10 +17,11 @@ from fedlora.config import Config, parse
 from fedlora.exchange import Broadcast, wire
 from fedlora.models import base_fingerprint
 from fedlora.models.stacked import NotStackable, Stack
-from fedlora.results.record import folder_of
+from fedlora.results.run_folder import folder_of
+from fedlora.simulations import run as simulation
 from fedlora.simulations.engines import local
+from fedlora.strategies.initializers import uniform
 from fedlora.strategies.registry import NAMES
-from fedlora.strategies.schedules import synchronous
 from tests.federation import tiny
 from tests.simulations.engines.test_local import saved_adapter
 
@@ -42,7 +43,7 @@ def config_of(folder, model, at_once: int, **keys) -> Config:
 
 def played(config: Config) -> tuple[dict[str, torch.Tensor], dict]:
     held_folds._held.clear()
-    local.run(config)
+    simulation.run(config)
     return saved_adapter(folder_of(config)), json.loads((folder_of(config) / "result.json").read_text())
 
 
@@ -153,7 +154,7 @@ def test_a_client_that_cannot_take_part_fails_alone(tmp_path, tiny_llama, sizes)
     fingerprint = base_fingerprint(config.model)
     hello = [Message(wire.encode_hello(fingerprint), node, "query", group_id="0") for node in grid.get_node_ids()]
     infos = [wire.decode_info(reply.content, fingerprint, "x") for reply in grid.send_and_receive(hello)]
-    start = synchronous.start(config, [replace(info, rank=2) for info in infos])
+    start = uniform.start(config, [replace(info, rank=2) for info in infos])
     sent = wire.encode_broadcast(Broadcast(round=1, adapter=start), fingerprint)
     asked = list(grid.push_messages([Message(sent, node, "train", group_id="1") for node in grid.get_node_ids()]))
     replies = {reply.metadata.reply_to_message_id: reply for reply in grid.pull_messages(asked)}

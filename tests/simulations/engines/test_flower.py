@@ -18,8 +18,9 @@ from fedlora.config import parse
 from fedlora.deployment import flower_programs
 from fedlora.deployment.flower_programs import config_table
 from fedlora.models import adapted
-from fedlora.results.record import folder_of
-from fedlora.simulations.engines import flower, local
+from fedlora.results.run_folder import folder_of
+from fedlora.simulations import run as simulation
+from fedlora.simulations.engines import flower
 from tests.federation import hears_ctrl_c, tiny
 from tests.simulations.engines.test_local import apart, saved_adapter
 
@@ -48,7 +49,7 @@ def test_this_project_is_itself_a_valid_flower_app():
 def test_both_engines_give_the_same_adapter(tmp_path, tiny_llama):
     """Same seed, fp32, same thread count."""
     config = tiny(tmp_path, tiny_llama)
-    local.run(config)
+    simulation.run(config)
     other = parse({"run.id": "two"}, config)
     flower.run(other)
     assert apart(saved_adapter(folder_of(config)), saved_adapter(folder_of(other))) <= 1e-6
@@ -61,7 +62,7 @@ def test_both_engines_give_the_same_adapter(tmp_path, tiny_llama):
 def test_flwr_run_on_a_checkout_gives_the_same_adapter(tmp_path, tiny_llama):
     """`flwr run .` as a user types it, with the config as overrides."""
     config = tiny(tmp_path, tiny_llama)
-    local.run(config)
+    simulation.run(config)
     adapted.forget()
     other = parse({"run.id": "two"}, config)
     overrides = tmp_path / "run.toml"

@@ -20,9 +20,9 @@ from fedlora.common.events import listen
 from fedlora.config import Config
 from fedlora.exchange import Broadcast, ClientUpdate, parts, wire
 from fedlora.models import base_fingerprint
-from fedlora.results.record import folder_of
+from fedlora.results.run_folder import folder_of
 from fedlora.simulations.engines import local
-from fedlora.strategies.schedules import synchronous
+from fedlora.strategies.initializers import uniform
 from fedlora.strategies.server_app import app as server_app
 from tests.federation import METRICS, tiny, write_rows
 from tests.simulations.engines.test_cohorts import apart
@@ -323,7 +323,7 @@ def test_each_hosted_client_has_its_own_rank_and_folder(tmp_path, tiny_llama):
     answer = ask(unequal, {"partition-ids": "0-3"}, wire.encode_hello(fingerprint), "query")
     infos = [wire.decode_info(part, fingerprint, "x") for part in parts.split(answer.content, "x").values()]
     assert [(info.client_id, info.rank) for info in infos] == [(0, 4), (1, 2), (2, 2), (3, 1)]
-    broadcast = Broadcast(round=1, adapter=synchronous.start(unequal, infos))  # at rank 4
+    broadcast = Broadcast(round=1, adapter=uniform.start(unequal, infos))  # at rank 4
     sent = wire.encode_broadcast(broadcast, fingerprint)
     answered = parts.split(
         ask(unequal, {"partition-ids": "0-3"}, parts.join(dict.fromkeys(range(4), sent))).content, ""

@@ -13,7 +13,8 @@ from fedlora.adapters import AdapterState, LoraFactors, ideal, relative_error
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies import load
-from fedlora.strategies.methods.flora import Flora, restart
+from fedlora.strategies.methods.flora import Flora
+from fedlora.strategies.tools.restarts import restart
 from tests.naive import dense as naive
 from tests.naive.clients import SHAPES, dense_deltas, start, train
 

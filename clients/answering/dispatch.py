@@ -1,0 +1,30 @@
+"""A message to a node: answered for its only client, or for each of the clients that it hosts."""
+
+from __future__ import annotations
+
+from flwr.app import Context, Error, RecordDict
+
+from ..node import rules
+from . import hosted, single
+from .refusals import refusal
+
+
+def answer(task: str, content: RecordDict, context: Context) -> RecordDict | Error:
+    """Do what a message asks for.
+
+    What goes wrong with a node's own rows may quote them, and stays in the node's log.
+
+    Args:
+        task: "describe", "train" or "evaluate".
+        content: the message's.
+        context: of this run on this node.
+
+    Returns:
+        The reply's content; or an error: a refusal is an answer too, never a dead process.
+    """
+    try:
+        if rules.hosted(context.node_config):
+            return hosted.answer(task, content, context)
+    except Exception as error:
+        return refusal(error, context.node_config)
+    return single.answer(task, content, context)

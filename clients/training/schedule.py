@@ -1,0 +1,43 @@
+"""Which steps a round has, on which examples and at what rate; seeds."""
+
+from __future__ import annotations
+
+import math
+
+from fedlora.config import TrainConfig
+from fedlora.data import batch_at
+
+
+def steps_per_round(config: TrainConfig, num_examples: int) -> int:
+    """Optimizer steps of one round: `train.steps`, or as many as `train.epochs` needs."""
+    per_step = config.batch_size * config.accumulate
+    return config.steps or max(1, math.ceil(config.epochs * num_examples / per_step))
+
+
+def examples_of(config: TrainConfig, num_examples: int, round: int, seed: int) -> list[int]:
+    """The places of the examples that a round trains on, each once."""
+    steps, parts = steps_per_round(config, num_examples), config.accumulate
+    batches = range((round - 1) * steps * parts, round * steps * parts)
+    return sorted({at for index in batches for at in batch_at(num_examples, config.batch_size, index, seed)})
+
+
+def lr_factor(config: TrainConfig, step: int, total: int) -> float:
+    """The learning rate at a step of the whole run, as a share of `train.lr`: warm-up, then the schedule.
+
+    Cosine and linear end just above zero: the last step still trains.
+    """
+    warmup = round(config.warmup_fraction * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0 - progress if config.schedule == "linear" else 1.0
+
+
+def hash_seed(*parts: int) -> int:
+    """One seed from several, the same in every process."""
+    seed = 0
+    for part in parts:
+        seed = (seed * 1_000_003 + part + 1) % (2**63 - 1)
+    return seed

@@ -1,0 +1,95 @@
+"""PEFT checkpoints, written and read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+from peft import LoraConfig as PeftLoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedlora.adapters import AdapterState, LoraFactors, compress
+from fedlora.common.assets import hub_name
+from fedlora.common.errors import AdapterError
+from fedlora.config import ModelConfig
+from fedlora.trained.export import _PREFIX
+
+from .injection import PREFIX
+
+
+def save_checkpoint(adapter: AdapterState, folder: Path, model: ModelConfig, about: Mapping[str, object]) -> None:
+    """Write a PEFT checkpoint that `PeftModel.from_pretrained` loads on the untouched base.
+
+    Every module is written at its numerical rank with scaling 1 (`rank_pattern` where ranks differ).
+
+    Args:
+        adapter: everything learned, folds included.
+        folder: made when missing.
+        model: the base, for the checkpoint's config.
+        about: written beside it as fedlora.json (configuration, base fingerprint).
+    """
+    small = compress(adapter.lora)
+    ranks = {name: factors.rank for name, factors in small.items()}
+    top = max(ranks.values())
+    heads = sorted({name.rsplit(".", 1)[0].split(".")[0] for name in adapter.tensors})
+    config = PeftLoraConfig(
+        r=top,
+        lora_alpha=top,
+        target_modules=list(small),
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != top},
+        alpha_pattern={name: rank for name, rank in ranks.items() if rank != top},
+        modules_to_save=heads or None,
+        task_type="SEQ_CLS" if model.task == "classification" else "CAUSAL_LM",
+        base_model_name_or_path=hub_name(model.name),
+        inference_mode=True,
+    )
+    tensors: dict[str, Tensor] = {}
+    for name, factors in small.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = (factors.A * factors.scaling).contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = factors.B.contiguous()
+    for name, tensor in adapter.tensors.items():
+        tensors[f"{PREFIX}{name}"] = tensor.contiguous()
+    part, old = folder.with_name(f".{folder.name}-part"), folder.with_name(f".{folder.name}-old")
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    part.mkdir(parents=True)
+    config.save_pretrained(str(part))
+    save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
+    (part / "fedlora.json").write_text(json.dumps(about, indent=2) + "\n")
+    if folder.exists():  # an interruption leaves a whole checkpoint, the old one or the new one
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_adapter(folder: Path) -> AdapterState:
+    """A PEFT checkpoint as factors by base-model module name, and tensors that were trained in full.
+
+    Raises:
+        AdapterError: the files cannot be read, or hold something else than LoRA factors.
+    """
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if not isinstance(settings, dict) or "lora_alpha" not in settings:  # PEFT would take its own default
+            raise ValueError("adapter_config.json is no LoRA adapter's, it lacks lora_alpha")
+        config = cast("PeftLoraConfig", PeftLoraConfig.from_pretrained(str(folder)))
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        raise AdapterError(f"{folder}: the adapter cannot be read: {str(error).splitlines()[0]}") from None
+    named = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    modules = [name.removesuffix(".lora_A.weight") for name in named if name.endswith(".lora_A.weight")]
+    alphas = cast("Mapping[str, float]", config.alpha_pattern)
+    lora: dict[str, LoraFactors] = {}
+    for name in modules:
+        down, up = named.pop(f"{name}.lora_A.weight"), named.pop(f"{name}.lora_B.weight")
+        alpha = alphas.get(name, config.lora_alpha)
+        root = len(down) ** 0.5 if config.use_rslora else len(down)
+        lora[name] = LoraFactors(A=down, B=up, scaling=alpha / root)
+    if not lora:
+        raise AdapterError(f"{folder}: the checkpoint has no LoRA factors")
+    return AdapterState(lora=lora, tensors=named)

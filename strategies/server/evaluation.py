@@ -1,0 +1,50 @@
+"""The global adapter on the server's held-out rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fedlora.adapters import AdapterState
+from fedlora.adapters.folds import Folds
+from fedlora.common.errors import RunError
+from fedlora.common.events import emit
+from fedlora.config import Config
+from fedlora.data import Example, encode, prepare
+from fedlora.models import adapted
+from fedlora.models.intruders import BaseSpectra
+from fedlora.tasks.predict import evaluate
+
+from ..base import ServerState, Strategy
+
+
+class HeldOutEvaluator:
+    """The global adapter on the held-out rows; callable, so that the rows are encoded once."""
+
+    def __init__(self, config: Config, run_id: int) -> None:
+        self._config, self._run_id = config, run_id
+        self._bench = adapted.adapted_model(config.model, config.lora)
+        self.spectra = BaseSpectra(self._bench) if config.evaluate.intruders else None
+        rows = prepare(config).heldout
+        if not len(rows):
+            raise RunError(
+                "no held-out rows to evaluate on; raise data.heldout-fraction or set evaluate.server = false"
+            )
+        self._examples: list[Example] = encode(
+            rows, self._bench.base.tokenizer, config.data, config.model.task, config.model.labels
+        )
+
+    def __call__(self, strategy: Strategy, state: ServerState, learned: AdapterState) -> dict[str, float]:
+        """Metrics of what is learned: the strategy's global adapter at this state."""
+        emit("evaluate-start", examples=len(self._examples))
+        if self._config.anchor.base_update == "merge":  # this process's clients share the merged weights
+            adapted.merge_folds(self._bench, self._run_id, state.folds.parts)
+            learned = strategy.global_adapter(replace(state, folds=Folds()))
+        adapted.install(self._bench, learned)
+        adapted.install_anchor(self._bench, ())
+        return evaluate(
+            self._bench.model,
+            self._examples,
+            self._config.evaluate.batch_size,
+            self._bench.base.pad_id,
+            on_batch=lambda done, total: emit("evaluate-step", done=done, total=total),
+        )
