@@ -16,7 +16,9 @@ from fedlora.common import processes
 
 def environment_of(**own: str) -> dict[str, str]:
     """What the `fedlora` command's process knows of OpenMP before it loads torch."""
-    code = "import fedlora.cli, json, os, sys; assert 'torch' not in sys.modules; print(json.dumps(dict(os.environ)))"
+    code = (
+        "import fedlora.cli.main, json, os, sys; assert 'torch' not in sys.modules; print(json.dumps(dict(os.environ)))"
+    )
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
     clean = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run([sys.executable, "-c", code], env=clean | own, capture_output=True, text=True, check=True)

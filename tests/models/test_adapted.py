@@ -254,7 +254,7 @@ def with_cores(bench, seed: int, rank: int) -> AdapterState:
 
 def multiplied_in(adapter: AdapterState) -> AdapterState:
     """The same update without cores."""
-    lora = {n: LoraFactors(A=f.R @ f.A, B=f.B, scaling=f.scaling) for n, f in adapter.lora.items()}
+    lora = {n: LoraFactors(A=f.down, B=f.B, scaling=f.scaling) for n, f in adapter.lora.items()}
     return AdapterState(lora=lora, tensors=adapter.tensors)
 
 

@@ -29,6 +29,7 @@ from fedlora.common.errors import ModelError
 from fedlora.config import ModelConfig
 from fedlora.models import (
     base_fingerprint,
+    fingerprint,
     first_head,
     head_shapes,
     load_base,
@@ -37,7 +38,7 @@ from fedlora.models import (
     pick_dtype,
     resolve,
 )
-from fedlora.models.base import fingerprint, probe
+from fedlora.models.base import probe
 from fedlora.models.base import quantized as quantized_module
 from fedlora.models.base.fingerprint import remembered_fingerprint
 from fedlora.models.base.read import quiet

@@ -21,7 +21,7 @@ from fedlora.simulations.comparison.compare import Slot, slots_of
 from fedlora.simulations.comparison.grid import Cell, Grid, load
 from tests.deployment.programs import begun, called, make_site
 from tests.federation import tiny
-from tests.simulations.comparison.helpers.test_cell import SPLIT, grid_of
+from tests.simulations.comparison.test_cell import SPLIT, grid_of
 
 OWN = """
 import os

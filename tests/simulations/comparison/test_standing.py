@@ -18,7 +18,7 @@ from fedlora.simulations.comparison.compare import Slot, Standing
 from fedlora.simulations.comparison.grid import Cell, Grid
 from fedlora.simulations.comparison.ranking import rank
 from fedlora.simulations.comparison.standing import StandingDisplay, overview, ranking_table
-from tests.simulations.comparison.helpers.test_grid import WHOLE, grid_of
+from tests.simulations.comparison.test_grid import WHOLE, grid_of
 
 FIRST, SECOND = "full/flora/lr0.001-seed0", "full/flora/lr0.002-seed0"
 

@@ -25,7 +25,7 @@ from fedlora.simulations.report import read, tables
 from fedlora.simulations.report.figures import spectra, style
 from fedlora.simulations.report.figures.series import phases, points
 from fedlora.strategies.registry import NAMES
-from tests.simulations.comparison.helpers.helpers import cell_path, write_comparison
+from tests.simulations.comparison.helpers import cell_path, write_comparison
 
 _SMALL = {"strategies": ("fedavg", "flora", "fedsa"), "scenarios": ("equal",), "seeds": (0, 1), "rounds": 3}
 

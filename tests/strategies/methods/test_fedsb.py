@@ -144,7 +144,7 @@ def test_each_client_trains_the_leading_block_of_one_r() -> None:
         for name in SHAPES:
             expected = torch.zeros(4, 4).double()
             for reply, share in zip(replies, (1 / 6, 2 / 6, 3 / 6), strict=True):
-                core = reply.adapter.lora[name].R.double()
+                core = reply.adapter.lora[name].R.double()  # pyright: ignore[reportOptionalMemberAccess]
                 expected[: len(core), : len(core)] += share * core
             torch.testing.assert_close(state.adapter.lora[name].R.double(), expected, rtol=1e-5, atol=1e-6)
             assert torch.equal(state.adapter.lora[name].A, fixed[name].A)
