@@ -6,6 +6,7 @@ others; lists are comma strings ("16,8,8,4"). Imports nothing heavy, so that a w
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -517,3 +518,8 @@ def _check_together(config: Config, where: str) -> Config:
             f"{config.federation.clients}"
         )
     return config
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a key of a rank pattern is for this module: it fits the end of the name, from a dot on."""
+    return re.search(rf"(^|\.)({pattern})$", module) is not None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from fedlora.common.errors import ConfigError, DataError, FedLoraError
+from fedlora.common.errors import ConfigError, DataError
 from fedlora.config import Config, LoraConfig, ModelConfig, client_rank
 from fedlora.data import encode, form_of, prepare, usable_rows
 from fedlora.data.checked import warn_of_lengths
@@ -15,7 +14,6 @@ from fedlora.models import base_fingerprint, injection, pick_device, tokenizer_o
 from fedlora.results.run_folder import check_changes, folder_of, stored
 
 from ..clients.optimizers.standard import check as check_optimizer
-from .comparison.grid import Grid
 
 _ASKED = 8  # clients whose first row stands for all rows
 
@@ -57,29 +55,6 @@ def _check_widths(config: Config, base: injection.Shapes) -> None:
                 f"lora.ranks: client {client}'s rank {rank} is above {widest}, the most that an adapted layer of "
                 f"{config.model.name} can use; lower it"
             )
-
-
-def check_scenarios(grid: Grid, devices: Sequence[str] = ()) -> None:
-    """What goes wrong in all scenarios of a comparison alike; a fault of one is its own cells'.
-
-    Args:
-        grid: the comparison.
-        devices: on which its cells are to be run; their own, where there are none.
-
-    Raises:
-        FedLoraError: the first one's, where none of them could be run.
-    """
-    for device in devices:
-        pick_device(device, "--slots")
-    first = {cell.scenario: cell.configs[0] for cell in reversed(grid.cells)}
-    faults: list[FedLoraError] = []
-    for scenario in grid.scenarios:
-        try:
-            check(first[scenario])
-        except FedLoraError as error:
-            faults.append(error)
-    if len(faults) == len(grid.scenarios):
-        raise faults[0]
 
 
 @functools.lru_cache(maxsize=2)

@@ -7,6 +7,8 @@ options. The round loop sets the field `seed`, where a class has one, to the run
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from inspect import isabstract
@@ -117,14 +119,15 @@ def configured(config: Config) -> Strategy:
     if chosen.server_optimizer != "none":
         from .wrappers.server_optimizer import ServerOptimizer
 
-        strategy = ServerOptimizer(
-            strategy,
-            kind=chosen.server_optimizer,
-            lr=chosen.server_lr,
-            beta1=chosen.server_beta1,
-            beta2=chosen.server_beta2,
-            tau=chosen.server_tau,
-        )
+        with naming_others():
+            strategy = ServerOptimizer(
+                strategy,
+                kind=chosen.server_optimizer,
+                lr=chosen.server_lr,
+                beta1=chosen.server_beta1,
+                beta2=chosen.server_beta2,
+                tau=chosen.server_tau,
+            )
     if chosen.restart_every:
         from .wrappers.restart import Restart
 
@@ -151,7 +154,13 @@ def configured(config: Config) -> Strategy:
 
 def check_ranks(config: Config) -> None:
     """Raises StrategyError before anything is loaded, if the strategy cannot serve a simulation's clients."""
-    configured(config).check(simulated(config))
+    check(configured(config), simulated(config))
+
+
+def check(strategy: Strategy, clients: Sequence[ClientInfo]) -> None:
+    """Raises StrategyError if the strategy cannot serve these clients; it names strategies that can."""
+    with naming_others():
+        strategy.check(clients)
 
 
 def simulated(config: Config) -> list[ClientInfo]:
@@ -190,14 +199,17 @@ def parse_options(text: str) -> dict[str, Option]:
     return options
 
 
-def unequal_rank_names() -> list[str]:
-    """The registered strategies that serve clients of different ranks, sorted; for error messages."""
-    return sorted(name for name in NAMES if resolve(name).unequal_ranks)
-
-
-def steady_names() -> list[str]:
-    """The registered strategies that keep the meaning of rows from round to round, sorted; for error messages."""
-    return sorted(name for name in NAMES if resolve(name).steady)
+@contextmanager
+def naming_others() -> Iterator[None]:
+    """Adds to an error about what a strategy lacks the names of those that have it; see `StrategyError.needs`."""
+    try:
+        yield
+    except StrategyError as error:
+        if not error.needs:
+            raise
+        *names, last = sorted(name for name in NAMES if getattr(resolve(name), error.needs))
+        listed = f"{', '.join(names)} or {last}" if names else last
+        raise StrategyError(f"{error}, or use strategy.name = {listed}") from None
 
 
 def _scalar(text: str) -> Option:

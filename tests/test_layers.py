@@ -1,6 +1,9 @@
-"""Who may import whom: simulations -> {strategies, clients} -> fedlora, and nothing sideways."""
+"""Who may import whom: the contracts of pyproject.toml, over the layout of the wheel; and that the wheel is whole."""
 
-import ast
+import os
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -8,61 +11,39 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDES = ("strategies", "clients", "simulations", "configs")
-MAY_IMPORT = {
-    "fedlora": set(),
-    "strategies": {"fedlora", "strategies"},
-    "clients": {"fedlora", "clients"},
-    "simulations": {"fedlora", "strategies", "clients", "simulations"},
-    "configs": set(),
-}
-HEAVY = {"peft", "transformers", "bitsandbytes", "flwr", "datasets"}
 
 
-def imports(path: Path) -> set[str]:
-    """Absolute names of all modules that a file imports, wherever in the file."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    package = ["fedlora", *parts[:-1]] if parts[0] in SIDES else list(parts[:-1])
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            origin = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*origin, *([node.module] if node.module else [])])
-            found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
-    return found
+def lint(folder: Path) -> subprocess.CompletedProcess[str]:
+    """import-linter over a copy in which the sides lie inside the package, as in the wheel."""
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder), "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
-def side_of(module: str) -> str:
-    parts = module.split(".")
-    return parts[1] if parts[0] == "fedlora" and len(parts) > 1 and parts[1] in SIDES else parts[0]
+@pytest.fixture
+def as_in_the_wheel(tmp_path: Path) -> Path:
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "fedlora", tmp_path / "fedlora", ignore=ignored)
+    for side in SIDES:
+        shutil.copytree(ROOT / side, tmp_path / "fedlora" / side, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
 
 
-def files(folder: str) -> list[Path]:
-    return sorted((ROOT / folder).rglob("*.py"))
-
-
-@pytest.mark.parametrize("folder", MAY_IMPORT)
-def test_no_folder_imports_what_lies_beside_or_above_it(folder):
-    for path in files(folder):
-        if path.parent == ROOT / "fedlora" / "cli":  # commands, which hand over to the sides
-            continue
-        sides = {side_of(name) for name in imports(path)} & {*SIDES}
-        assert sides <= MAY_IMPORT[folder], f"{path} imports {sides - MAY_IMPORT[folder]}"
-
-
-def test_the_check_sees_relative_and_absolute_imports():
-    assert "fedlora.strategies.server_app" in imports(ROOT / "simulations" / "engines" / "local.py")
-    assert side_of("fedlora.strategies.schedules.synchronous") == "strategies"
-
-
-@pytest.mark.parametrize("path", files("strategies/methods"), ids=lambda p: p.stem)
-def test_a_method_file_needs_only_torch_and_the_core(path):
-    tops = {name.split(".")[0] for name in imports(path)}
-    assert not tops & HEAVY
-    core = {name for name in imports(path) if name.startswith("fedlora.") and side_of(name) == "fedlora"}
-    allowed = ("fedlora.adapters", "fedlora.exchange", "fedlora.common.errors")
-    assert all(name.startswith(allowed) for name in core), core
+def test_the_import_contracts_are_kept_and_would_be_seen_broken(as_in_the_wheel: Path) -> None:
+    done = lint(as_in_the_wheel)
+    assert done.returncode == 0, done.stdout
+    assert "7 kept, 0 broken" in done.stdout
+    with (as_in_the_wheel / "fedlora" / "strategies" / "methods" / "flora.py").open("a") as file:
+        file.write("from fedlora.clients.training import trainer\n")
+    done = lint(as_in_the_wheel)
+    assert done.returncode == 1
+    assert "fedlora.strategies is not allowed to import fedlora.clients" in done.stdout
 
 
 @pytest.mark.parametrize("folder", SIDES)

@@ -67,7 +67,7 @@ def compare(
         out.print(f"{len(planned.cells)} cells, {said}", soft_wrap=True, markup=False)
         return
     quiet()
-    from fedlora.simulations.checks import check_scenarios  # pyright: ignore[reportMissingImports]
+    from fedlora.simulations.comparison.checks import check_scenarios  # pyright: ignore[reportMissingImports]
     from fedlora.simulations.comparison.ranking import rank  # pyright: ignore[reportMissingImports]
     from fedlora.simulations.comparison.standing import StandingDisplay, ranking_table  # pyright: ignore[reportMissingImports]
 

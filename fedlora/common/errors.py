@@ -53,7 +53,17 @@ class DivergedError(AdapterError):
 
 
 class StrategyError(FedLoraError):
-    """A strategy does not exist, or cannot serve these clients."""
+    """A strategy does not exist, or cannot serve these clients.
+
+    Args:
+        message: what is wrong.
+        needs: the attribute of `Strategy` that this one lacks ("unequal_ranks", "steady"). Who catches the error and
+            knows all strategies adds the names of those that have it.
+    """
+
+    def __init__(self, message: str, needs: str = "") -> None:
+        super().__init__(message)
+        self.needs = needs
 
 
 class WireError(FedLoraError):

@@ -1,5 +1,7 @@
 """All that crosses the wire."""
 
-from .messages import Broadcast, ClientInfo, ClientUpdate, matches
+from fedlora.config import matches
+
+from .messages import Broadcast, ClientInfo, ClientUpdate
 
 __all__ = ["Broadcast", "ClientInfo", "ClientUpdate", "matches"]

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedlora.adapters import AdapterState
-from fedlora.config import alpha_of
-
-
-def matches(pattern: str, module: str) -> bool:
-    """Whether a key of a rank pattern is for this module: it fits the end of the name, from a dot on."""
-    return re.search(rf"(^|\.)({pattern})$", module) is not None
+from fedlora.config import alpha_of, matches
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.common.errors import ConfigError, suggest
-from fedlora.config import LoraConfig, ModelConfig, rank_pattern
-from fedlora.exchange import matches
+from fedlora.config import LoraConfig, ModelConfig, matches, rank_pattern
 
 from . import find_targets, first_head, head_modules, head_shapes, longest, meta_model, summary
 

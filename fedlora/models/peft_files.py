@@ -11,15 +11,12 @@ from typing import cast
 from peft import LoraConfig as PeftLoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from fedlora.adapters import AdapterState, LoraFactors, compress
+from fedlora.adapters.flat import PEFT
 from fedlora.common.assets import hub_name
 from fedlora.common.errors import AdapterError
 from fedlora.config import ModelConfig
-from fedlora.trained.export import _PREFIX
-
-from .injection import PREFIX
 
 
 def save_checkpoint(adapter: AdapterState, folder: Path, model: ModelConfig, about: Mapping[str, object]) -> None:
@@ -48,12 +45,9 @@ def save_checkpoint(adapter: AdapterState, folder: Path, model: ModelConfig, abo
         base_model_name_or_path=hub_name(model.name),
         inference_mode=True,
     )
-    tensors: dict[str, Tensor] = {}
-    for name, factors in small.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = (factors.A * factors.scaling).contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = factors.B.contiguous()
-    for name, tensor in adapter.tensors.items():
-        tensors[f"{PREFIX}{name}"] = tensor.contiguous()
+    scaled = {n: LoraFactors(A=f.A * f.scaling, B=f.B, scaling=1.0) for n, f in small.items()}
+    named = PEFT.put(AdapterState(lora=scaled, tensors=adapter.tensors))
+    tensors = {name: tensor.contiguous() for name, tensor in named.items()}
     part, old = folder.with_name(f".{folder.name}-part"), folder.with_name(f".{folder.name}-old")
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -81,15 +75,15 @@ def read_adapter(folder: Path) -> AdapterState:
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise AdapterError(f"{folder}: the adapter cannot be read: {str(error).splitlines()[0]}") from None
-    named = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
-    modules = [name.removesuffix(".lora_A.weight") for name in named if name.endswith(".lora_A.weight")]
+    start, end = PEFT.of_factor("|", "A").split("|")
+    modules = [name.removeprefix(start).removesuffix(end) for name in tensors if name.endswith(end)]
     alphas = cast("Mapping[str, float]", config.alpha_pattern)
-    lora: dict[str, LoraFactors] = {}
-    for name in modules:
-        down, up = named.pop(f"{name}.lora_A.weight"), named.pop(f"{name}.lora_B.weight")
-        alpha = alphas.get(name, config.lora_alpha)
-        root = len(down) ** 0.5 if config.use_rslora else len(down)
-        lora[name] = LoraFactors(A=down, B=up, scaling=alpha / root)
-    if not lora:
-        raise AdapterError(f"{folder}: the checkpoint has no LoRA factors")
-    return AdapterState(lora=lora, tensors=named)
+    scalings: dict[str, float] = {}
+    for module in modules:
+        rank, alpha = len(tensors[PEFT.of_factor(module, "A")]), alphas.get(module, config.lora_alpha)
+        scalings[module] = alpha / (rank**0.5 if config.use_rslora else rank)
+    found = PEFT.get(tensors, scalings)
+    lacking = next((module for module, factors in found.lora.items() if not factors.B.numel()), "")
+    if lacking or not found.lora:
+        raise AdapterError(f"{folder}: the checkpoint has no {f'B of {lacking}' if lacking else 'LoRA factors'}")
+    return found

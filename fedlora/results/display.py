@@ -20,7 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlora.config import client_rank
-from fedlora.trained.model_card import cut_share
+
+from .record import cut_share
 
 if TYPE_CHECKING:  # they import heavy libraries, and every command this file
     from fedlora.config import Config

@@ -265,3 +265,8 @@ def _about(client: ClientInfo) -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def cut_share(result: Mapping[str, Any]) -> float:
+    """The share of the rows trained on that were longer than `data.max-length`, as the last round has it."""
+    return next((e["train-cut"] for e in reversed(result.get("rounds", [])) if e.get("train-cut") is not None), 0.0)

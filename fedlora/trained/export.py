@@ -31,7 +31,6 @@ from fedlora.results.runs import adapter_folder
 from .model_card import Card, class_names, render
 
 Transformation = Callable[[AdapterState], AdapterState]
-_PREFIX = "base_model.model."
 _log = logging.getLogger("fedlora")
 
 

@@ -13,6 +13,7 @@ import yaml
 from fedlora import config as configuration
 from fedlora.common.assets import hub_name, known
 from fedlora.config import Config
+from fedlora.results.record import cut_share
 
 
 @dataclass(frozen=True)
@@ -170,11 +171,6 @@ def _training(card: Card) -> list[tuple[str, str]]:
         ("Optimizer", f"{config.train.optimizer}, lr {config.train.lr:g}, batch {config.train.batch_size}"),
         ("Seed", str(config.run.seed)),
     ]
-
-
-def cut_share(result: Mapping[str, Any]) -> float:
-    """The share of the rows trained on that were longer than `data.max-length`, as the last round has it."""
-    return next((e["train-cut"] for e in reversed(result.get("rounds", [])) if e.get("train-cut") is not None), 0.0)
 
 
 def _metrics(card: Card) -> str:

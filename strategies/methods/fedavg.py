@@ -13,7 +13,6 @@ from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 from ..base import ServerState, Strategy
-from ..registry import unequal_rank_names
 from ..tools.replies import arrivals
 
 
@@ -35,13 +34,15 @@ class FedAvg(Strategy):
         if len({(client.rank, tuple(client.rank_pattern.items())) for client in clients}) > 1:
             ranks = [client.rank for client in clients]
             raise StrategyError(
-                f"fedavg averages factors and needs one rank, got ranks {_listed(ranks)}; {_fix(ranks)}"
+                f"fedavg averages factors and needs one rank, got ranks {_listed(ranks)}; {_one_rank(ranks)}",
+                needs="unequal_ranks",
             )
         scalings = [_scalings(client) for client in clients]
         if len(set(scalings)) > 1:
             raise StrategyError(
                 f"fedavg averages factors and needs one scaling, got {_listed([s[0] for s in scalings])}; "
-                f"set one lora.alpha and lora.rslora for all clients, or use strategy.name = {_others()}"
+                "set one lora.alpha and lora.rslora for all clients",
+                needs="unequal_ranks",
             )
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
@@ -85,7 +86,9 @@ class FedAvg(Strategy):
 def _check_rank(module: str, client_id: int, got: int, expected: int, verb: str) -> None:
     if got != expected:
         raise StrategyError(
-            f"{module}: client {client_id} {verb} rank {got}, the server's fedavg needs {expected}; {_fix([expected])}"
+            f"{module}: client {client_id} {verb} rank {got}, the server's fedavg needs {expected}; "
+            f"{_one_rank([expected])}",
+            needs="unequal_ranks",
         )
 
 
@@ -93,7 +96,8 @@ def _check_scaling(module: str, client_id: int, got: float, expected: float) -> 
     if not math.isclose(got, expected, rel_tol=1e-6):
         raise StrategyError(
             f"{module}: client {client_id} sent scaling {got:g}, the server's fedavg needs {expected:g}; "
-            f"set one lora.alpha and lora.rslora for all clients, or use strategy.name = {_others()}"
+            "set one lora.alpha and lora.rslora for all clients",
+            needs="unequal_ranks",
         )
 
 
@@ -103,13 +107,8 @@ def _scalings(client: ClientInfo) -> tuple[float, ...]:
     return tuple(replace(client, rank=rank, rank_pattern={}).scaling_of("") for rank in ranks)
 
 
-def _fix(ranks: Sequence[int]) -> str:
-    return f"set lora.ranks = '' and lora.rank = {max(ranks)}, or use strategy.name = {_others()}"
-
-
-def _others() -> str:
-    *names, last = unequal_rank_names()
-    return f"{', '.join(names)} or {last}"
+def _one_rank(ranks: Sequence[int]) -> str:
+    return f"set lora.ranks = '' and lora.rank = {max(ranks)}"
 
 
 def _listed(values: Sequence[float], most: int = 10) -> str:

@@ -23,7 +23,7 @@ from fedlora.results.record import RunRecord
 
 from ..base import ServerState, Strategy
 from ..initializers.uniform import start
-from ..registry import NAMES, configured
+from ..registry import NAMES, check, configured, naming_others
 from ..server import guard, returned, saved_state
 from ..server.classes import out_of_order
 from ..server.collect import TrainRound, evaluate_on_clients
@@ -69,7 +69,7 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
     meeting.begin()
     roster = meeting.roster
     clients = list(roster.infos.values())
-    strategy.check(clients)
+    check(strategy, clients)
     if said := out_of_order(base.classes, clients[0].class_names):
         raise ConfigError(said)
     record.start(clients, fingerprint, base.facts(), clients[0].class_names)
@@ -169,7 +169,7 @@ class _Session:
         for client in self.meeting.welcome():
             info = self.roster.infos[client]
             try:
-                self.strategy.check(list(self.roster.infos.values()))
+                check(self.strategy, list(self.roster.infos.values()))
                 self._for(number)(info)  # a rank beyond the server's, for instance
             except StrategyError as error:
                 self.meeting.turn_away(client, str(error))
@@ -317,7 +317,8 @@ def _made(
 ) -> ServerState:
     """What a strategy makes of a round's replies; what goes wrong in a user's own is named as theirs."""
     try:
-        return strategy.aggregate(state, updates, number)
+        with naming_others():
+            return strategy.aggregate(state, updates, number)
     except FedLoraError:
         raise
     except Exception as error:

@@ -14,7 +14,6 @@ from fedlora.common.errors import StrategyError
 from fedlora.exchange import ClientUpdate
 
 from ..base import ServerState
-from ..registry import steady_names
 from .wrapper import Wrapper, innermost
 
 _FIRST, _SECOND = "server-optimizer.first", "server-optimizer.second"
@@ -57,7 +56,8 @@ class ServerOptimizer(Wrapper):
             raise StrategyError(
                 f"strategy.server-optimizer = {self.kind} adds up changes over rounds, and "
                 f"{type(innermost(self.inner)).__name__} does not keep rows of A from round to round; "
-                f"set strategy.server-optimizer = none, or strategy.name = {' or '.join(steady_names())}"
+                "set strategy.server-optimizer = none",
+                needs="steady",
             )
         for name, value, good, expected in (
             ("lr", self.lr, 0 < self.lr < float("inf"), "a number above 0"),

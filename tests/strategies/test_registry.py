@@ -16,7 +16,7 @@ from fedlora.strategies.base import Strategy
 from fedlora.strategies.methods.fedavg import FedAvg
 from fedlora.strategies.methods.flora import Flora
 from fedlora.strategies.methods.lora_fair import LoraFair
-from fedlora.strategies.registry import NAMES, parse_options, unequal_rank_names
+from fedlora.strategies.registry import NAMES, parse_options
 
 OWN = """
 from dataclasses import dataclass
@@ -133,13 +133,6 @@ def test_parse_options(text: str, options: dict[str, Any]) -> None:
 def test_parse_options_refuses(text: str, message: str) -> None:
     with pytest.raises(StrategyError, match=message):
         parse_options(text)
-
-
-def test_unequal_rank_names() -> None:
-    names = unequal_rank_names()
-    assert names == sorted(names)
-    assert {"flora", "lora-fair"} <= set(names)
-    assert "fedavg" not in names
 
 
 def test_the_package_imports_without_torch() -> None:
