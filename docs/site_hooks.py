@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from html import escape
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -44,5 +45,6 @@ def keys() -> str:
     rows = ["| key | default | meaning |", "|---|---|---|"]
     for key, default, meaning in describe():
         shown = str(default).lower() if isinstance(default, bool) else str(default)
-        rows.append(f"| `{key}` | {f'`{shown}`' if shown else ''} | {meaning.replace('|', '&#124;')} |")
+        text = escape(meaning, quote=False).replace("|", "&#124;")
+        rows.append(f"| `{key}` | {f'`{shown}`' if shown else ''} | {text} |")
     return "\n".join(rows)
