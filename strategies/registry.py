@@ -6,15 +6,13 @@ options. The round loop sets the field `seed`, where a class has one, to the run
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
-from importlib import import_module
-from inspect import isabstract
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
-from fedlora.common.errors import StrategyError, suggest
+from fedlora.common.errors import StrategyError
+from fedlora.common.registry import Option, Registry
 from fedlora.config import client_rank, rank_pattern
 
 if TYPE_CHECKING:
@@ -22,8 +20,6 @@ if TYPE_CHECKING:
     from fedlora.exchange import ClientInfo
 
     from .base import Strategy
-
-Option = bool | int | float | str
 
 NAMES: dict[str, str] = {
     "fedavg": "fedlora.strategies.methods.fedavg:FedAvg",
@@ -43,6 +39,17 @@ NAMES: dict[str, str] = {
 }
 
 
+STRATEGIES = Registry(
+    noun="strategy",
+    key="strategy.name",
+    options_key="strategy.options",
+    base="fedlora.strategies.base:Strategy",
+    method="aggregate",
+    names=NAMES,
+    error=StrategyError,
+)
+
+
 def load(name: str, **options: Option) -> Strategy:
     """A strategy with its options set.
 
@@ -57,46 +64,7 @@ def load(name: str, **options: Option) -> Strategy:
         >>> load("lora-fair", similarity="cosine", lam=0.01)
         LoraFair(similarity='cosine', lam=0.01)
     """
-    cls = resolve(name)
-    known = {f.name: f for f in fields(cls) if f.init}
-    hints = get_type_hints(cls)
-    for option in options:
-        if option not in known:
-            hint = suggest(option, known) if known else "; it has no options"
-            raise StrategyError(f"strategy.options: {name} has no option {option!r}{hint}")
-    checked = {option: _check(name, option, value, hints[option]) for option, value in options.items()}
-    try:
-        return cls(**checked)
-    except (TypeError, ValueError) as error:
-        raise StrategyError(f"strategy.options: {name} refuses {checked}: {error}") from error
-
-
-def resolve(name: str) -> type[Any]:
-    """The class that a name stands for; see `load` for names and errors."""
-    target = NAMES.get(name, name)
-    module_name, colon, class_name = target.partition(":")
-    if not colon:
-        raise StrategyError(
-            f"strategy.name: unknown strategy {name!r} (your own is named package.module:Class){suggest(name, NAMES)}"
-        )
-    try:
-        module = import_module(module_name)
-    except Exception as error:  # a user's module may fail in any way while it is imported
-        raise StrategyError(
-            f"strategy.name = {name!r}: cannot import {module_name!r} ({type(error).__name__}: {error}); "
-            "install it, or start in the folder that holds it"
-        ) from error
-    cls = getattr(module, class_name, None)
-    if cls is None:
-        raise StrategyError(f"strategy.name = {name!r}: module {module_name!r} has no class {class_name!r}")
-    from .base import Strategy
-
-    if not (isinstance(cls, type) and issubclass(cls, Strategy) and is_dataclass(cls)) or isabstract(cls):
-        raise StrategyError(
-            f"strategy.name = {name!r}: {class_name} is no strategy; write a frozen dataclass that extends "
-            "fedlora.strategies.base.Strategy and has a method aggregate"
-        )
-    return cls
+    return STRATEGIES.load(name, **options)
 
 
 def configured(config: Config) -> Strategy:
@@ -112,9 +80,9 @@ def configured(config: Config) -> Strategy:
         "compact": config.anchor.base_update == "anchor",
         "prune_gamma": config.lora.prune_gamma,
     }
-    known = {f.name for f in fields(resolve(config.strategy.name))}
+    known = {f.name for f in fields(STRATEGIES.resolve(config.strategy.name))}
     options = {name: value for name, value in run_wide.items() if name in known}
-    strategy = load(config.strategy.name, **(options | parse_options(config.strategy.options)))
+    strategy = load(config.strategy.name, **(options | STRATEGIES.parse(config.strategy.options)))
     chosen: Any = config.strategy  # its choices are the wrappers' Literals
     if chosen.server_optimizer != "none":
         from .wrappers.server_optimizer import ServerOptimizer
@@ -179,26 +147,6 @@ def simulated(config: Config) -> list[ClientInfo]:
     ]
 
 
-def parse_options(text: str) -> dict[str, Option]:
-    """`strategy.options`: "similarity=cosine, lam=0.01" as {"similarity": "cosine", "lam": 0.01}.
-
-    A value is read as a TOML bool, number or string, or else as plain text; it holds no comma.
-
-    Raises:
-        StrategyError: a part is not name=value, or a name occurs twice.
-    """
-    options: dict[str, Option] = {}
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        name, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or not name or not value:
-            raise StrategyError(f"strategy.options: got {item!r}, expected name=value, such as lam=0.01")
-        name = name.replace("-", "_")
-        if name in options:
-            raise StrategyError(f"strategy.options: {name} is given twice in {text!r}; leave one")
-        options[name] = _scalar(value)
-    return options
-
-
 @contextmanager
 def naming_others() -> Iterator[None]:
     """Adds to an error about what a strategy lacks the names of those that have it; see `StrategyError.needs`."""
@@ -207,32 +155,6 @@ def naming_others() -> Iterator[None]:
     except StrategyError as error:
         if not error.needs:
             raise
-        *names, last = sorted(name for name in NAMES if getattr(resolve(name), error.needs))
+        *names, last = sorted(name for name in NAMES if getattr(STRATEGIES.resolve(name), error.needs))
         listed = f"{', '.join(names)} or {last}" if names else last
         raise StrategyError(f"{error}, or use strategy.name = {listed}") from None
-
-
-def _scalar(text: str) -> Option:
-    try:
-        value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        return text
-    return value if isinstance(value, Option) else text
-
-
-def _check(name: str, option: str, value: Option, expected: Any) -> Option:
-    """The value in its field's type; types other than scalars and Literal are left to the class."""
-    if get_origin(expected) is Literal:
-        choices = [str(choice) for choice in get_args(expected)]
-        if value not in get_args(expected):
-            raise StrategyError(f"strategy.options: {name}'s {option} = {value!r}{suggest(str(value), choices)}")
-        return value
-    if expected is float and type(value) is int:
-        return float(value)
-    if expected is str and type(value) in (int, float):
-        return str(value)
-    if expected in (bool, int, float, str) and type(value) is not expected:
-        raise StrategyError(
-            f"strategy.options: {name}'s {option} = {value!r} is {type(value).__name__}, expected {expected.__name__}"
-        )
-    return value

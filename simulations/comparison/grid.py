@@ -12,7 +12,7 @@ from typing import Any
 from fedlora.common.errors import ConfigError, StrategyError, suggest
 from fedlora.config import Config, Scalar, client_rank, clients_per_round, flatten, parse, parse_overrides, read_toml
 
-from ...strategies.registry import check_ranks, resolve
+from ...strategies.registry import STRATEGIES, check_ranks
 
 SCHEMA = 1  # of what a comparison leaves on the disk
 BASELINES = ("base", "local", "centralised")
@@ -176,7 +176,7 @@ def _arm(path: Path, grid: Grid, scenario: str, label: str, setting: Config) -> 
     arm = parse({"strategy.name": label, **grid.variants.get(label, {})}, setting, where=where)
     try:
         check_ranks(arm)
-        personal = resolve(arm.strategy.name).personal
+        personal = STRATEGIES.resolve(arm.strategy.name).personal
     except StrategyError as error:
         raise StrategyError(f"{where}: {label!r} in scenario {scenario!r}: {error}") from None
     if grid.metric in (_OF_CLASSES if arm.model.task == "causal-lm" else _OF_CAUSAL):

@@ -16,7 +16,7 @@ from fedlora.strategies.base import Strategy
 from fedlora.strategies.methods.fedavg import FedAvg
 from fedlora.strategies.methods.flora import Flora
 from fedlora.strategies.methods.lora_fair import LoraFair
-from fedlora.strategies.registry import NAMES, parse_options
+from fedlora.strategies.registry import NAMES, STRATEGIES
 
 OWN = """
 from dataclasses import dataclass
@@ -118,7 +118,7 @@ def test_a_users_own_class(own: str) -> None:
     ],
 )
 def test_parse_options(text: str, options: dict[str, Any]) -> None:
-    assert parse_options(text) == options
+    assert STRATEGIES.parse(text) == options
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_parse_options(text: str, options: dict[str, Any]) -> None:
 )
 def test_parse_options_refuses(text: str, message: str) -> None:
     with pytest.raises(StrategyError, match=message):
-        parse_options(text)
+        STRATEGIES.parse(text)
 
 
 def test_the_package_imports_without_torch() -> None:

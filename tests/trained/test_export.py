@@ -330,9 +330,9 @@ def test_the_card_of_a_moved_checkpoint_leaves_out_what_is_not_known(run):
 
 
 def test_citations_come_from_docstrings():
-    from fedlora.strategies.registry import NAMES, resolve
+    from fedlora.strategies.registry import NAMES, STRATEGIES
 
-    found = {name: citation(resolve(name).__doc__) for name in NAMES}
+    found = {name: citation(STRATEGIES.resolve(name).__doc__) for name in NAMES}
     assert all("https://arxiv.org/abs/" in text for text in found.values()), found
     assert found["fedsa"].startswith("Guo et al. 2024, ")
     assert citation("Means of both factors.") == ""
