@@ -13,7 +13,7 @@ from fedlora.data.checked import warn_of_lengths
 from fedlora.models import base_fingerprint, injection, pick_device, tokenizer_of
 from fedlora.results.run_folder import check_changes, folder_of, stored
 
-from ..clients.optimizers.standard import check as check_optimizer
+from ..clients.optimizers.registry import check as check_optimizer
 
 _ASKED = 8  # clients whose first row stands for all rows
 

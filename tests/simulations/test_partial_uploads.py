@@ -114,7 +114,7 @@ def test_the_start_is_the_svd_of_the_gradient_by_the_full_weights(tmp_path, tiny
     learned = load("fedsb").global_adapter(states[0])
     after = load("fedsb").global_adapter(states[1])
 
-    from fedlora.clients.answering.rows import examples
+    from fedlora.clients.answering.rows import train_and_test
     from fedlora.clients.training.schedule import hash_seed
     from fedlora.data import batch_at, collate
     from fedlora.tasks.losses import token_loss
@@ -122,7 +122,7 @@ def test_the_start_is_the_svd_of_the_gradient_by_the_full_weights(tmp_path, tiny
     base = load_base(config.model)
     for name in learned.lora:
         base.model.get_submodule(name).weight.requires_grad_()
-    examples = examples(config, 0, "")[0]
+    examples = train_and_test(config, 0, "")[0]
     chosen = batch_at(len(examples), config.train.batch_size, 0, hash_seed(config.run.seed, 0))
     token_loss(base.model, collate([examples[i] for i in chosen], base.pad_id)).backward()
     for name, factors in learned.lora.items():
@@ -222,13 +222,13 @@ class Node:
 
 def reference_loss(config: Config, partition: int, adapter: AdapterState, own: AdapterState) -> float:
     """The client's test rows under base + s B_own A, added to the weights."""
-    from fedlora.clients.answering.rows import examples
+    from fedlora.clients.answering.rows import train_and_test
 
     base = load_base(config.model)
     for name, f in adapter.lora.items():
         update = delta(LoraFactors(A=f.A, B=own.lora[name].B, scaling=f.scaling))
         base.model.get_submodule(name).weight.data += update
-    return evaluate(base.model, examples(config, partition, "")[1], 16, base.pad_id)["loss"]
+    return evaluate(base.model, train_and_test(config, partition, "")[1], 16, base.pad_id)["loss"]
 
 
 def test_each_client_goes_on_from_its_own_b_also_in_a_fresh_process(tmp_path, tiny_llama):
