@@ -21,11 +21,13 @@ from fedlora.common.assets import cache_dir
 from fedlora.common.errors import ConfigError, DivergedError
 from fedlora.common.events import emit
 from fedlora.config import Config
-from fedlora.data import LazyExamples, class_names, form_of, prepare
+from fedlora.data import LazyExamples, form_of, prepare
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, wire
 from fedlora.models import adapted, base_fingerprint, pick_device
 from fedlora.results.environment import peak_memory_bytes
+from fedlora.tasks.checked import check_batch
 from fedlora.tasks.predict import evaluate as evaluate_model
+from fedlora.tasks.registry import check_task
 
 from ..node import memory, own_rows, own_state, rules
 from ..node.held_folds import folds_up_to
@@ -114,6 +116,7 @@ def begin(content: RecordDict, context: Context) -> TrainingJob:
     if broadcast.task == "train":  # a row that cannot be one fails its client alone, before others share its batches
         for place in schedule.examples_of(config.train, len(examples), broadcast.round, seed):
             examples[place]
+    check_batch(bench.task, bench.task.collate(examples[:1], bench.base.pad_id), 1)
     emit("client-start", client_id=client_id, rank=info.rank, round=broadcast.round)
     return TrainingJob(config, client_id, bench, broadcast, context, examples, began)
 
@@ -126,6 +129,7 @@ def train_alone(work: TrainingJob) -> RecordDict:
         adapter, result = _gradient(bench, config, work.client_id, broadcast, work.examples)
     else:
         result = trainer.train(
+            bench.task,
             bench.model,
             parameters,
             work.examples,
@@ -197,11 +201,12 @@ def _gradient(
 ) -> tuple[AdapterState, trainer.TrainResult]:
     """The gradient's leading directions, as many for each module as its factors in the broadcast have rows."""
     lora, result = leading_directions(
+        bench.task,
         bench.model,
         bench.layers,
         {name: factors.rank for name, factors in broadcast.adapter.lora.items()},
         examples,
-        config.train,
+        config=config.train,
         pad_id=bench.base.pad_id,
         seed=schedule.hash_seed(config.run.seed, client_id),
     )
@@ -222,9 +227,10 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
     def tell(done: int, total: int) -> None:
         emit("client-evaluate-step", client_id=client_id, done=done, total=total, round=broadcast.round)
 
-    metrics = evaluate_model(bench.model, examples, config.evaluate.batch_size, bench.base.pad_id, tell)
+    size, pad_id = config.evaluate.batch_size, bench.base.pad_id
+    metrics = evaluate_model(bench.task, bench.model, examples, size, pad_id, on_batch=tell)
     emit("client-evaluated", client_id=client_id, round=broadcast.round, **metrics)
-    return wire.encode_evaluation(len(examples), metrics, bench.base.fingerprint)
+    return wire.encode_evaluation(len(examples), metrics, bench.base.fingerprint, bench.task.metrics)
 
 
 _TASKS = {"describe": describe, "train": train, "evaluate": evaluate}
@@ -288,7 +294,8 @@ def _check_ranks(broadcast: Broadcast, info: ClientInfo, context: Context) -> No
 def _info(config: Config, context: Context) -> ClientInfo:
     client_id = client_id_of(context)
     rank = rules.rank(config, context.node_config, client_id)
-    form_of(prepare(config).rows.column_names, config.data, config.model.task)  # a column that is missing is said first
+    task, split = check_task(config), prepare(config)
+    form_of(split.rows.column_names, config.data, task)  # a column that is missing is said first
     rows = train_rows(config, client_id, rules.own_data(context.node_config))
     rules.check_steps(config.train, context.node_config, schedule.steps_per_round(config.train, rows))
     return ClientInfo(
@@ -298,11 +305,5 @@ def _info(config: Config, context: Context) -> ClientInfo:
         num_examples=rows,
         rslora=config.lora.rslora,
         rank_pattern=configuration.rank_pattern(config.lora),
-        class_names=_class_names(config),
+        class_names=task.class_names(split.rows, config.data),
     )
-
-
-def _class_names(config: Config) -> tuple[str, ...]:
-    if config.model.task != "classification":
-        return ()
-    return class_names(prepare(config).rows, config.data, config.model.labels)

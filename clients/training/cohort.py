@@ -14,15 +14,15 @@ from torch.profiler import record_function
 from fedlora.adapters import AdapterState
 from fedlora.common.errors import AdapterError
 from fedlora.config import TrainConfig
-from fedlora.data import Example, collate
+from fedlora.data import Example
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.dropout import Draws, draws_per_client
 from fedlora.models.stacked import Stack, stacked
-from fedlora.tasks.losses import each_loss
-from fedlora.tasks.predict import Batch
+from fedlora.tasks.base import Batch, Task
+from fedlora.tasks.checked import each_loss
 
 from .terms import add_tail_penalty
-from .trainer import LocalSteps, TrainResult, count_labels
+from .trainer import LocalSteps, TrainResult
 
 
 @dataclass(frozen=True)
@@ -118,29 +118,30 @@ def _gradients(
     """Each client's loss of a step; the stack gets the gradients."""
     with record_function("fedlora/data"):
         parts = zip(*(course.batches(step) for course in courses), strict=True)
-        batches = [collate([e for examples in part for e in examples], bench.base.pad_id) for part in parts]
-        counts = [[count_labels(labels) for labels in batch["labels"].chunk(len(courses))] for batch in batches]
+        batches = [bench.task.collate([e for examples in part for e in examples], bench.base.pad_id) for part in parts]
+        counts = [[int(own.sum()) for own in bench.task.counts(batch).chunk(len(courses))] for batch in batches]
     totals = [sum(of_client) for of_client in zip(*counts, strict=True)]
     losses = [0.0] * len(courses)
     for batch in batches:
-        masks = batch["attention_mask"].chunk(len(courses))
-        for course, mask in zip(courses, masks, strict=True):
-            course.tokens += int(mask.sum())
-        stack.rows = tuple(batch["input_ids"].shape)
-        lengths = [int(mask.sum(dim=1).max()) for mask in masks]
+        tokens = bench.task.tokens(batch)
+        own_tokens = tokens.chunk(len(courses))
+        for course, own in zip(courses, own_tokens, strict=True):
+            course.tokens += int(own.sum())
+        stack.rows = len(tokens), int(tokens.max())
+        lengths = [int(own.max()) for own in own_tokens]
         draws = Draws([course.draws for course in courses], lengths) if own_dropout else nullcontext()
         with record_function("fedlora/forward"), draws:
-            each = _losses(bench.model, batch, totals)
+            each = _losses(bench.task, bench.model, batch, totals)
         with record_function("fedlora/backward"):
             each.sum().backward()
             losses = [loss + float(more) for loss, more in zip(losses, each.detach(), strict=True)]
     return losses
 
 
-def _losses(model: nn.Module, batch: Batch, totals: Sequence[int]) -> Tensor:
+def _losses(task: Task, model: nn.Module, batch: Batch, totals: Sequence[int]) -> Tensor:
     """Each client's share of its step's loss: its summed cross-entropy over its labels in the whole step."""
-    each, rows = each_loss(model, batch)
-    client = rows // (len(batch["labels"]) // len(totals))
+    each, rows = each_loss(task, model, batch)
+    client = rows // (len(task.counts(batch)) // len(totals))
     summed = torch.zeros(len(totals), device=each.device).index_add(0, client, each)
     return summed / torch.tensor(totals, device=each.device)
 
