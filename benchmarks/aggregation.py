@@ -96,7 +96,7 @@ def replies(
     for client in clients:
         sent = strategy.broadcast(state, client, number)
 
-        def trained(tensor: Tensor, part: str, upload: frozenset[str] = sent.upload) -> Tensor:
+        def trained(tensor: Tensor, part: str, upload: frozenset[str] = sent.plan.send) -> Tensor:
             moved = torch.empty_like(tensor).normal_(generator=generator).mul_(0.02).add_(tensor)
             return moved if part in upload else torch.empty(0)
 

@@ -185,8 +185,11 @@ class TrainConfig:
     batch_size: int = option(4, "examples per forward pass", low=1)
     accumulate: int = option(1, "forward passes per optimizer step", low=1)
     optimizer: str = option(
-        "adamw", "8bit and paged need a CUDA GPU", ("adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "sgd")
+        "adamw",
+        "adamw, sgd, adamw-8bit, paged-adamw or paged-adamw-8bit (these three need a CUDA GPU), or your own as "
+        "package.module:Class",
     )
+    optimizer_options: str = option("", "its options, as 'name=value, name=value'")
     lr: float = option(1e-3, "peak learning rate", low=0.0)
     weight_decay: float = option(0.0, "decoupled weight decay", low=0.0)
     schedule: str = option("cosine", "learning rate across all rounds", ("cosine", "linear", "constant"))

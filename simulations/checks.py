@@ -15,7 +15,7 @@ from fedlora.results.run_folder import check_changes, folder_of, stored
 from fedlora.tasks.checked import check_batch
 from fedlora.tasks.registry import check_task
 
-from ..clients.optimizers.standard import check as check_optimizer
+from ..clients.optimizers.registry import check as check_optimizer
 
 _ASKED = 8  # clients whose first row stands for all rows
 

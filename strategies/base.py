@@ -10,7 +10,7 @@ from typing import ClassVar
 from fedlora.adapters import AdapterState, LoraFactors, first_ranks
 from fedlora.adapters.folds import Folds, concatenate
 from fedlora.common.errors import StrategyError
-from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Plan
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Strategy(ABC):
             basis. Server optimizers need it, and error feedback of coarse number formats.
         personal: the factors, of "A" and "B", that stay on the clients.
         statistics: "gradient" if the strategy wants a round 0 in which clients send their gradients' leading
-            singular directions; see `Broadcast.task`.
+            singular directions; see `Broadcast.job`.
     """
 
     linear: ClassVar[bool] = False
@@ -71,7 +71,7 @@ class Strategy(ABC):
             base_version=state.folds.version,
             folds=folds,
             folds_from=folds_from,
-            personal=self.personal,
+            plan=Plan(keep=self.personal),
             steady=self.steady,
         )
 

@@ -22,8 +22,9 @@ from fedlora.common.errors import ConfigError, DivergedError
 from fedlora.common.events import emit
 from fedlora.config import Config
 from fedlora.data import LazyExamples, form_of, prepare
-from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, wire
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Plan, wire
 from fedlora.models import adapted, base_fingerprint, pick_device
+from fedlora.models.trainable import Trainable
 from fedlora.results.environment import peak_memory_bytes
 from fedlora.tasks.checked import check_batch
 from fedlora.tasks.predict import evaluate as evaluate_model
@@ -113,7 +114,7 @@ def begin(content: RecordDict, context: Context) -> TrainingJob:
     own_rows.look(context.node_config)
     examples = training_examples(config, context)
     seed = schedule.hash_seed(config.run.seed, client_id)
-    if broadcast.task == "train":  # a row that cannot be one fails its client alone, before others share its batches
+    if broadcast.job == "train":  # a row that cannot be one fails its client alone, before others share its batches
         for place in schedule.examples_of(config.train, len(examples), broadcast.round, seed):
             examples[place]
     check_batch(bench.task, bench.task.collate(examples[:1], bench.base.pad_id), 1)
@@ -124,14 +125,14 @@ def begin(content: RecordDict, context: Context) -> TrainingJob:
 def train_alone(work: TrainingJob) -> RecordDict:
     """Train one client by itself; the reply."""
     config, broadcast, bench = work.config, work.broadcast, work.bench
-    parameters = _set_up(work, broadcast.trainable)
-    if broadcast.task == "gradient":
+    trained = _set_up(work, broadcast.plan)
+    if broadcast.job == "gradient":
         adapter, result = _gradient(bench, config, work.client_id, broadcast, work.examples)
     else:
         result = trainer.train(
             bench.task,
             bench.model,
-            parameters,
+            trained,
             work.examples,
             config.train,
             pad_id=bench.base.pad_id,
@@ -139,7 +140,7 @@ def train_alone(work: TrainingJob) -> RecordDict:
             rounds=config.federation.rounds,
             seed=work.seed,
             on_step=work.tell,
-            penalty=_penalty(bench, config),
+            penalty=_penalty(trained, config),
         )
         adapter = adapted.read(bench)
     return finish(work, adapter, result)
@@ -151,8 +152,8 @@ def finish(work: TrainingJob, adapter: AdapterState, result: trainer.TrainResult
     emit("client-trained", client_id=client_id, round=broadcast.round, loss=result.loss, seconds=result.seconds)
     _check_finite(adapter, broadcast.round)
     folder = _own_folder(context, broadcast)
-    if broadcast.personal:
-        personal = _personal_part(adapter, broadcast.personal)
+    if broadcast.plan.keep:
+        personal = _personal_part(adapter, broadcast.plan.keep)
         own_state.save(folder, "personal", personal, broadcast.round, keep=config.run.keep + 1)
     to_send, codec_error = encode_upload(adapter, broadcast, config.wire.upload_dtype, folder, keep=config.run.keep + 1)
     update = ClientUpdate(
@@ -178,10 +179,10 @@ def finish(work: TrainingJob, adapter: AdapterState, result: trainer.TrainResult
         update,
         work.bench.base.fingerprint,
         config.wire.upload_dtype,
-        broadcast.upload,
+        broadcast.plan.send,
         known,
         round=broadcast.round,
-        task=broadcast.task,
+        job=broadcast.job,
     )
 
 
@@ -191,9 +192,9 @@ def pruning(config: Config) -> tuple[float, float] | None:
     return (gamma, weight) if gamma and weight and config.strategy.name == "hetlora" else None
 
 
-def _penalty(bench: adapted.AdaptedModel, config: Config) -> Callable[[], None]:
+def _penalty(trained: Trainable, config: Config) -> Callable[[], None]:
     prune = pruning(config)
-    return functools.partial(terms.add_tail_penalty, adapted.factors_of(bench), *prune) if prune else lambda: None
+    return functools.partial(terms.add_tail_penalty, trained.pairs, *prune) if prune else lambda: None
 
 
 def _gradient(
@@ -218,7 +219,7 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
     began = time.perf_counter()
     config, client_id, bench, broadcast = _open(content, context)
     examples = train_and_test(config, client_id, rules.own_data(context.node_config))[1]
-    _set_up(TrainingJob(config, client_id, bench, broadcast, context, examples, began), frozenset())
+    _set_up(TrainingJob(config, client_id, bench, broadcast, context, examples, began), Plan(train=frozenset()))
     if not examples:
         raise ConfigError(
             f"client {client_id} has no test rows; raise data.client-test-fraction or set evaluate.clients = false"
@@ -246,12 +247,10 @@ def _open(content: RecordDict, context: Context) -> tuple[Config, int, adapted.A
     return config, client_id_of(context), bench, wire.decode_broadcast(content, bench.base.fingerprint)
 
 
-def _set_up(work: TrainingJob, trainable: frozenset[str]) -> list[torch.nn.Parameter]:
+def _set_up(work: TrainingJob, plan: Plan) -> Trainable:
     """The base at the broadcast's version, and its adapter in place, with this client's own factors."""
     folds = folds_beside(work)
-    parameters = adapted.install(work.bench, work.start(), trainable)
-    adapted.install_anchor(work.bench, folds)
-    return parameters
+    return adapted.install(work.bench, work.start(), plan.train, plan.modules, folds)
 
 
 def folds_beside(work: TrainingJob) -> tuple[AdapterState, ...]:

@@ -17,6 +17,7 @@ from fedlora.models import adapted
 from fedlora.models.stacked import NotStackable
 
 from ..node import memory, rules
+from ..optimizers.registry import optimizer
 from ..training import cohort
 from . import refusals, rows, single
 from .single import TrainingJob
@@ -25,7 +26,6 @@ from .single import TrainingJob
 _ENOUGH_TOKENS = {"cpu": 512, "cuda": 16384}
 _SHARE_OF_FREE = 0.5
 _LOOKED_AT = 8  # examples whose length stands for a client's
-_ELEMENTWISE = ("adamw", "sgd")  # bitsandbytes' optimizers share scales between neighbours, which a stack moves
 Folds = tuple[AdapterState, ...]
 _log = logging.getLogger("fedlora")
 
@@ -73,7 +73,7 @@ def train(requests: Sequence[tuple[RecordDict, Context]]) -> list[RecordDict | E
             answers[number] = refusals.refusal(error, context.node_config)
             continue
         sent = work.broadcast
-        key = (work.config, sent.round, sent.task, sent.trainable, sent.base_version)
+        key = (work.config, sent.round, sent.job, sent.plan, sent.base_version)
         groups.setdefault(key, {})[number] = work
         beside[key] = folds
     for key, group in groups.items():
@@ -103,12 +103,12 @@ def _answers(works: Sequence[TrainingJob], folds: Folds) -> list[RecordDict | Er
 
 def _as_one(works: Sequence[TrainingJob], folds: Folds) -> list[RecordDict | Error]:
     one = works[0]
-    adapted.install_anchor(one.bench, folds)
     ends = cohort.train(
         one.bench,
         [cohort.Member(work.start(), work.examples, work.seed) for work in works],
         one.config.train,
-        trainable=one.broadcast.trainable,
+        plan=one.broadcast.plan,
+        folds=folds,
         round=one.broadcast.round,
         rounds=one.config.federation.rounds,
         on_step=lambda member, step, steps, loss: works[member].tell(step, steps, loss),
@@ -135,9 +135,9 @@ def _alone(work: TrainingJob) -> RecordDict | Error:
 def _why_not(work: TrainingJob) -> str:
     """Why these clients are trained one at a time; empty when nothing speaks against one batch."""
     config = work.config
-    if work.broadcast.task != "train":
-        return f"the {work.broadcast.task} of round {work.broadcast.round} is taken of each client's own loss"
-    if config.train.optimizer not in _ELEMENTWISE:
+    if work.broadcast.job != "train":
+        return f"the {work.broadcast.job} of round {work.broadcast.round} is taken of each client's own loss"
+    if not optimizer(config.train).elementwise:
         return f"train.optimizer = {config.train.optimizer!r} does not step each value by itself"
     if config.model.gradient_checkpointing:
         return "with model.gradient-checkpointing dropout cannot be drawn per client"

@@ -37,11 +37,11 @@ def encode_upload(
         The adapter for `wire.encode_update`, and `|received - trained|_F / |trained|_F` of the effective updates.
     """
     if number_format == "fp32":
-        return adapter, 0.0
+        return broadcast.plan.sent_back(adapter), 0.0
     with record_function("fedlora/codec"):
         start = broadcast.adapter
-        wanted = difference(keep_factors(adapter, broadcast.upload), start)
-        steady = broadcast.steady and broadcast.task == "train"
+        wanted = difference(keep_factors(broadcast.plan.sent_back(adapter), broadcast.plan.send), start)
+        steady = broadcast.steady and broadcast.job == "train"
         kept = own_state.load(folder, _KIND, broadcast.round) if steady else None
         if kept is not None:
             wanted = _with_left_out(wanted, kept)

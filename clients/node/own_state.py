@@ -74,13 +74,13 @@ def with_personal_factors(broadcast: Broadcast, folder: Path) -> AdapterState:
     Raises:
         ConfigError: what it keeps has another rank.
     """
-    kept = load(folder, "personal", broadcast.round) if broadcast.personal else None
+    kept = load(folder, "personal", broadcast.round) if broadcast.plan.keep else None
     if kept is None:
         return broadcast.adapter
     lora = dict(broadcast.adapter.lora)
     for name in [name for name in lora if name in kept.lora]:
         own = kept.lora[name]
-        for factor in broadcast.personal:
+        for factor in broadcast.plan.keep:
             sent, mine = getattr(lora[name], factor), getattr(own, factor)
             if mine.shape != sent.shape:
                 raise ConfigError(

@@ -1,44 +1,109 @@
-"""Client optimizers by name."""
+"""torch's and bitsandbytes' own optimizers."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from fedlora.common.errors import ConfigError
 from fedlora.config import TrainConfig
+from fedlora.models.trainable import Trainable
+
+from .base import ClientOptimizer, Steps
 
 
-def check(config: TrainConfig, device: torch.device) -> None:
-    """Raises ConfigError for an optimizer that this device cannot have."""
-    if config.optimizer not in ("adamw", "sgd") and device.type != "cuda":
-        raise ConfigError(
-            f"train.optimizer = {config.optimizer!r} needs a CUDA GPU, the model is on {device}; use adamw"
-        )
+class TorchSteps(Steps):
+    """Any torch optimizer over the parameters: gradients are clipped by their common norm, then it makes its step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], clip: float) -> None:
+        self._optimizer, self._parameters, self._clip = optimizer, parameters, clip
+
+    def step(self, lr: float) -> None:
+        if self._clip:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
 
 
-def make(config: TrainConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that `train.optimizer` names, over these parameters.
+@dataclass(frozen=True)
+class _Torch(ClientOptimizer):
+    """One that is a torch optimizer."""
 
-    adamw is torch's own (decoupled weight decay, https://arxiv.org/abs/1711.05101); 8bit and paged are
-    bitsandbytes' block-wise quantized state (https://arxiv.org/abs/2110.02861) and state in pageable memory.
+    @abstractmethod
+    def make(self, parameters: Sequence[nn.Parameter], lr: float, decay: float) -> torch.optim.Optimizer:
+        """The torch optimizer over these parameters."""
 
-    Raises:
-        ConfigError: a bitsandbytes optimizer without a CUDA GPU.
+    def begin(self, trained: Trainable, config: TrainConfig) -> Steps:
+        made = self.make(trained.parameters, config.lr, config.weight_decay)
+        return TorchSteps(made, trained.parameters, config.clip)
+
+
+@dataclass(frozen=True)
+class AdamW(_Torch):
+    """torch's own: decoupled weight decay, https://arxiv.org/abs/1711.05101."""
+
+    elementwise: ClassVar[bool] = True
+
+    def make(self, parameters: Sequence[nn.Parameter], lr: float, decay: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, fused=True)
+
+
+@dataclass(frozen=True)
+class Sgd(_Torch):
+    """Plain stochastic gradient descent, without momentum."""
+
+    elementwise: ClassVar[bool] = True
+
+    def make(self, parameters: Sequence[nn.Parameter], lr: float, decay: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=lr, weight_decay=decay)
+
+
+@dataclass(frozen=True)
+class _OnCuda(_Torch):
+    """bitsandbytes' own: on a CUDA GPU alone. Its scales are shared by neighbours, which a batch of clients moves.
+
+    Block-wise quantized state, https://arxiv.org/abs/2110.02861, or state in pageable memory.
     """
-    rate, decay = config.lr, config.weight_decay
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, weight_decay=decay)
-    check(config, parameters[0].device)
-    from bitsandbytes import optim
 
-    kinds = {
-        "adamw-8bit": optim.AdamW8bit,
-        "paged-adamw": optim.PagedAdamW,
-        "paged-adamw-8bit": optim.PagedAdamW8bit,
-    }
-    return kinds[config.optimizer](parameters, lr=rate, weight_decay=decay)
+    name: ClassVar[str]
+    cls: ClassVar[str]
+
+    def check(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise ConfigError(f"train.optimizer = {self.name!r} needs a CUDA GPU, the model is on {device}; use adamw")
+
+    def make(self, parameters: Sequence[nn.Parameter], lr: float, decay: float) -> torch.optim.Optimizer:
+        self.check(parameters[0].device)
+        from bitsandbytes import optim
+
+        return getattr(optim, self.cls)(parameters, lr=lr, weight_decay=decay)
+
+
+@dataclass(frozen=True)
+class AdamW8bit(_OnCuda):
+    """AdamW with its moments in 8 bits."""
+
+    name: ClassVar[str] = "adamw-8bit"
+    cls: ClassVar[str] = "AdamW8bit"
+
+
+@dataclass(frozen=True)
+class PagedAdamW(_OnCuda):
+    """AdamW with its moments in pageable memory."""
+
+    name: ClassVar[str] = "paged-adamw"
+    cls: ClassVar[str] = "PagedAdamW"
+
+
+@dataclass(frozen=True)
+class PagedAdamW8bit(_OnCuda):
+    """AdamW with its moments in 8 bits and in pageable memory."""
+
+    name: ClassVar[str] = "paged-adamw-8bit"
+    cls: ClassVar[str] = "PagedAdamW8bit"

@@ -15,9 +15,11 @@ from fedlora.adapters import AdapterState
 from fedlora.common.errors import AdapterError
 from fedlora.config import TrainConfig
 from fedlora.data import Example
+from fedlora.exchange import Plan
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.dropout import Draws, draws_per_client
 from fedlora.models.stacked import Stack, stacked
+from fedlora.models.trainable import Trainable
 from fedlora.tasks.base import Batch, Task
 from fedlora.tasks.checked import each_loss
 
@@ -43,7 +45,8 @@ def train(
     members: Sequence[Member],
     config: TrainConfig,
     *,
-    trainable: frozenset[str],
+    plan: Plan,
+    folds: tuple[AdapterState, ...] = (),
     round: int,
     rounds: int,
     on_step: Callable[[int, int, int, float], None] = lambda member, step, steps, loss: None,
@@ -56,10 +59,11 @@ def train(
     floating point sums. `seconds` of a result are the member's share of the wall time: by its steps.
 
     Args:
-        bench: the model, with the anchor in place.
+        bench: the model.
         members: at least one.
         config: see `TrainConfig`; goes for all.
-        trainable: of "A", "B" and "R"; heads are trained too.
+        plan: what is trained; tensors that are trained in full are, too.
+        folds: to stand beside the adapters as the anchor.
         round: 1 for the first.
         rounds: of the whole run.
         on_step: called for each member's step with (member, step, steps, loss).
@@ -76,79 +80,86 @@ def train(
     ends: list[AdapterError | None] = [None] * len(order)
     bench.model.train()
     own_dropout = draws_per_client(bench.model)
-    with stacked(bench, [members[m].adapter for m in order], trainable) as stack:
-        courses = [
+    adapters = [members[m].adapter for m in order]
+    with stacked(bench, adapters, plan.train, plan.modules, folds) as stack:
+        everyone = [
             LocalSteps(
-                seat.parameters,
+                slot,
                 members[m].examples,
                 config,
                 round=round,
                 rounds=rounds,
                 seed=members[m].seed,
-                penalty=_penalty(seat.pairs, prune),
+                penalty=_penalty(slot, prune),
             )
-            for m, seat in zip(order, stack.seats, strict=True)
+            for m, slot in zip(order, stack.slots, strict=True)
         ]
-        for step in range(courses[0].steps):
-            stack.active = sum(course.steps > step for course in courses)
-            losses = _gradients(bench, stack, courses[: stack.active], step, own_dropout)
+        for step in range(everyone[0].steps):
+            stack.active = sum(local.steps > step for local in everyone)
+            losses = _gradients(bench, stack, everyone[: stack.active], step, own_dropout)
             stack.share_gradients()
-            for place, (course, loss) in enumerate(zip(courses, losses, strict=False)):
+            for number in range(everyone[0].passes - 1):
+                for local in everyone[: stack.active]:
+                    local.after_pass(number)
+                stack.drop_gradients()
+                _gradients(bench, stack, everyone[: stack.active], step, own_dropout)
+                stack.share_gradients()
+            for place, (local, loss) in enumerate(zip(everyone, losses, strict=False)):
                 if ends[place] is not None:
                     continue
                 try:
                     with record_function("fedlora/optimizer"):
-                        course.take(step, loss)
+                        local.take(step, loss)
                 except AdapterError as error:
                     ends[place] = error
                     continue
-                on_step(order[place], step + 1, course.steps, loss)
+                on_step(order[place], step + 1, local.steps, loss)
             stack.drop_gradients()
-        share = (time.perf_counter() - began) / sum(course.steps for course in courses)
+        share = (time.perf_counter() - began) / sum(local.steps for local in everyone)
         done = [
-            end or (stack.read(place), course.result(share * course.steps))
-            for place, (course, end) in enumerate(zip(courses, ends, strict=True))
+            end or (stack.read(place), local.result(share * local.steps))
+            for place, (local, end) in enumerate(zip(everyone, ends, strict=True))
         ]
     return [done[order.index(m)] for m in range(len(members))]
 
 
 def _gradients(
-    bench: AdaptedModel, stack: Stack, courses: Sequence[LocalSteps], step: int, own_dropout: bool
+    bench: AdaptedModel, stack: Stack, everyone: Sequence[LocalSteps], step: int, own_dropout: bool
 ) -> list[float]:
     """Each client's loss of a step; the stack gets the gradients."""
     with record_function("fedlora/data"):
-        parts = zip(*(course.batches(step) for course in courses), strict=True)
+        parts = zip(*(local.batches(step) for local in everyone), strict=True)
         batches = [bench.task.collate([e for examples in part for e in examples], bench.base.pad_id) for part in parts]
-        counts = [[int(own.sum()) for own in bench.task.counts(batch).chunk(len(courses))] for batch in batches]
+        counts = [[int(own.sum()) for own in bench.task.counts(batch).chunk(len(everyone))] for batch in batches]
     totals = [sum(of_client) for of_client in zip(*counts, strict=True)]
-    losses = [0.0] * len(courses)
+    losses = [0.0] * len(everyone)
     for batch in batches:
         tokens = bench.task.tokens(batch)
-        own_tokens = tokens.chunk(len(courses))
-        for course, own in zip(courses, own_tokens, strict=True):
-            course.tokens += int(own.sum())
+        own_tokens = tokens.chunk(len(everyone))
+        for local, own in zip(everyone, own_tokens, strict=True):
+            local.tokens += int(own.sum())
         stack.rows = len(tokens), int(tokens.max())
         lengths = [int(own.max()) for own in own_tokens]
-        draws = Draws([course.draws for course in courses], lengths) if own_dropout else nullcontext()
+        draws = Draws([local.draws for local in everyone], lengths) if own_dropout else nullcontext()
         with record_function("fedlora/forward"), draws:
-            each = _losses(bench.task, bench.model, batch, totals)
+            each = _losses(bench.task, bench.model, batch, len(tokens), totals)
         with record_function("fedlora/backward"):
             each.sum().backward()
             losses = [loss + float(more) for loss, more in zip(losses, each.detach(), strict=True)]
     return losses
 
 
-def _losses(task: Task, model: nn.Module, batch: Batch, totals: Sequence[int]) -> Tensor:
+def _losses(task: Task, model: nn.Module, batch: Batch, rows: int, totals: Sequence[int]) -> Tensor:
     """Each client's share of its step's loss: its summed cross-entropy over its labels in the whole step."""
-    each, rows = each_loss(task, model, batch)
-    client = rows // (len(task.counts(batch)) // len(totals))
+    each, row = each_loss(task, model, batch)
+    client = row // (rows // len(totals))
     summed = torch.zeros(len(totals), device=each.device).index_add(0, client, each)
     return summed / torch.tensor(totals, device=each.device)
 
 
-def _penalty(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]], prune: tuple[float, float] | None):
+def _penalty(slot: Trainable, prune: tuple[float, float] | None) -> Callable[[], None]:
     def add() -> None:
         if prune:
-            add_tail_penalty(pairs, *prune, rank_of_b=0)
+            add_tail_penalty(slot.pairs, *prune)
 
     return add

@@ -16,10 +16,11 @@ from fedlora.common.errors import DivergedError
 from fedlora.config import TrainConfig
 from fedlora.data import Example, batch_at
 from fedlora.models.dropout import Draws, draws_per_client
+from fedlora.models.trainable import Trainable
 from fedlora.tasks.base import Task
 from fedlora.tasks.checked import mean_loss
 
-from ..optimizers import standard
+from ..optimizers.registry import optimizer
 from .schedule import hash_seed, lr_factor, steps_per_round
 from .terms import add_proximal
 
@@ -44,7 +45,7 @@ class TrainResult:
 def train(
     task: Task,
     model: nn.Module,
-    parameters: Sequence[nn.Parameter],
+    trained: Trainable,
     examples: Sequence[Example],
     config: TrainConfig,
     *,
@@ -55,7 +56,7 @@ def train(
     on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
     penalty: Callable[[], None] = lambda: None,
 ) -> TrainResult:
-    """Train the given parameters in place for one round.
+    """Train what is trainable in place for one round.
 
     The loss is the mean over all labelled tokens (or examples, for classification) of an optimizer step,
     exactly, however they are spread over `train.accumulate` forward passes. The learning rate follows one
@@ -65,7 +66,7 @@ def train(
     Args:
         task: says what the losses are.
         model: gives logits; the adapter is in place.
-        parameters: what is trained.
+        trained: what is trained.
         examples: the client's own.
         config: see `TrainConfig`.
         pad_id: fills the batches' right side.
@@ -79,32 +80,35 @@ def train(
         DivergedError: the loss is not finite.
     """
     began = time.perf_counter()
-    course = LocalSteps(parameters, examples, config, round=round, rounds=rounds, seed=seed, penalty=penalty)
+    local = LocalSteps(trained, examples, config, round=round, rounds=rounds, seed=seed, penalty=penalty)
     torch.manual_seed(hash_seed(seed, round))  # whatever draws from torch's own generator
     model.train()
     own_dropout = draws_per_client(model)
     try:
-        for step in range(course.steps):
-            total = _gradients(task, model, course, step, pad_id, own_dropout=own_dropout)
+        for step in range(local.steps):
+            total = _gradients(task, model, local, step, pad_id, own_dropout=own_dropout)
+            for number in range(local.passes - 1):
+                local.after_pass(number)
+                _gradients(task, model, local, step, pad_id, own_dropout=own_dropout)
             with record_function("fedlora/optimizer"):
-                course.take(step, total)
-            on_step(step + 1, course.steps, total)
+                local.take(step, total)
+            on_step(step + 1, local.steps, total)
     finally:  # gradients of a step that failed would enter the next training's first one
-        for parameter in parameters:
+        for parameter in trained.parameters:
             parameter.grad = None
-    return course.result(time.perf_counter() - began)
+    return local.result(time.perf_counter() - began)
 
 
-def _gradients(task: Task, model: nn.Module, course: LocalSteps, step: int, pad_id: int, *, own_dropout: bool) -> float:
+def _gradients(task: Task, model: nn.Module, local: LocalSteps, step: int, pad_id: int, *, own_dropout: bool) -> float:
     """The loss of a step; the parameters get its gradients."""
     with record_function("fedlora/data"):
-        batches = [task.collate(part, pad_id) for part in course.batches(step)]
+        batches = [task.collate(part, pad_id) for part in local.batches(step)]
         labelled = [int(task.counts(batch).sum()) for batch in batches]
     total = 0.0
     for batch, count in zip(batches, labelled, strict=True):
         tokens = task.tokens(batch)
-        course.tokens += int(tokens.sum())
-        draws = Draws([course.draws], [int(tokens.max())]) if own_dropout else nullcontext()
+        local.tokens += int(tokens.sum())
+        draws = Draws([local.draws], [int(tokens.max())]) if own_dropout else nullcontext()
         with record_function("fedlora/forward"), draws:
             loss = mean_loss(task, model, batch) * (count / sum(labelled))
         with record_function("fedlora/backward"):
@@ -118,6 +122,7 @@ class LocalSteps:
 
     Attributes:
         steps: optimizer steps of the round.
+        passes: gradients that each step takes.
         losses: of the steps taken.
         tokens: that went through the model so far, padding left out; for whoever computes to count.
         draws: this client's dropout in this round.
@@ -125,7 +130,7 @@ class LocalSteps:
 
     def __init__(
         self,
-        parameters: Sequence[nn.Parameter],
+        trained: Trainable,
         examples: Sequence[Example],
         config: TrainConfig,
         *,
@@ -138,10 +143,13 @@ class LocalSteps:
         self.steps = steps_per_round(config, len(examples))
         self.losses: list[float] = []
         self.tokens = 0
+        parameters = trained.parameters
         self.draws = torch.Generator(parameters[0].device).manual_seed(hash_seed(seed, round))
         self._parameters, self._examples, self._config, self._penalty = parameters, examples, config, penalty
         self._seed, self._round, self._rounds = seed, round, rounds
-        self._optimizer = standard.make(config, parameters)
+        method = optimizer(config)
+        self.passes = method.passes
+        self._optimizer = method.begin(trained, config)
         self._start = [p.detach().clone() for p in parameters] if config.prox_mu else []
 
     def batches(self, step: int) -> list[list[Example]]:
@@ -163,13 +171,18 @@ class LocalSteps:
         if config.prox_mu:
             add_proximal(self._parameters, self._start, config.prox_mu)
         self._penalty()
-        if config.clip:
-            torch.nn.utils.clip_grad_norm_(self._parameters, config.clip)
-        for group in self._optimizer.param_groups:
-            group["lr"] = config.lr * lr_factor(config, self._position(step), self._rounds * self.steps)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.step(config.lr * lr_factor(config, self._position(step), self._rounds * self.steps))
+        self._let_go()
         self.losses.append(loss)
+
+    def after_pass(self, number: int) -> None:
+        """Between two passes of one step; the gradients are let go."""
+        self._optimizer.after_pass(number)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def result(self, seconds: float) -> TrainResult:
         return TrainResult(

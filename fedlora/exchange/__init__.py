@@ -2,6 +2,6 @@
 
 from fedlora.config import matches
 
-from .messages import Broadcast, ClientInfo, ClientUpdate
+from .messages import Broadcast, ClientInfo, ClientUpdate, Plan
 
-__all__ = ["Broadcast", "ClientInfo", "ClientUpdate", "matches"]
+__all__ = ["Broadcast", "ClientInfo", "ClientUpdate", "Plan", "matches"]

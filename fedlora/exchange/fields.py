@@ -65,6 +65,13 @@ class Fields:
             raise self._refused(key, value, " or ".join(known))
         return value
 
+    def name(self, key: str) -> str:
+        """A short word, or a class as package.module:Class."""
+        value = self.text(key)
+        if not re.fullmatch(r"[\w.:-]{1,200}", value):
+            raise self._refused(key, value, "a name of at most 200 letters")
+        return value
+
     def letters(self, key: str, known: str) -> frozenset[str]:
         """A set of these letters."""
         value = frozenset(self.text(key))

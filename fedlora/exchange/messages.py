@@ -49,23 +49,45 @@ class ClientInfo:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What a client trains in a round, what it sends back, and what it keeps to itself.
+
+    Args:
+        train: the factors that are trained, of "A", "B" and "R".
+        send: the factors that are sent back.
+        keep: the factors that a client keeps from round to round: it starts from its own, where it has any, and from
+            the adapter's otherwise.
+        modules: the modules whose factors are trained and sent back; None means all of them. The others stay as they
+            were sent. Tensors that are trained in full are trained and sent back in every plan that trains anything.
+    """
+
+    train: frozenset[str] = frozenset({"A", "B"})
+    send: frozenset[str] = frozenset({"A", "B"})
+    keep: frozenset[str] = frozenset()
+    modules: frozenset[str] | None = None
+
+    def sent_back(self, adapter: AdapterState) -> AdapterState:
+        """The factors of the modules that are sent back, and all tensors."""
+        if self.modules is None:
+            return adapter
+        lora = {name: factors for name, factors in adapter.lora.items() if name in self.modules}
+        return AdapterState(lora=lora, tensors=adapter.tensors)
+
+
+@dataclass(frozen=True)
 class Broadcast:
     """What one client needs for one round: its start, and what to add to the base model first.
 
     Args:
         round: 1 for the first.
-        adapter: the factors to start training from, at this client's ranks and scalings.
+        adapter: the adapter from which this client starts training, at its own ranks and scalings.
         base_version: the number of folds in the base once `folds` are added.
         folds: frozen updates, to be added in this order to what the client holds of version `folds_from`.
         folds_from: the version that `folds` continue; 0 means: drop what you hold and start with these.
-        trainable: the factors that are trained, of "A" and "B".
-        upload: the factors that are sent back, of "A" and "B".
-        personal: the factors of "A" and "B" that a client keeps to itself from round to round: it starts from its
-            own, where it has any, and from the adapter's otherwise.
+        plan: what is trained, sent back and kept.
         steady: row j of A and column j of B mean what they meant in the round before, so that what a coarse number
             format left out of the last reply may be added to the next.
-        task: "train"; or "gradient", where the reply's factors are the leading `rank` singular directions of the
-            loss's gradient with respect to the module's weight, at the adapter as sent.
+        job: "train"; or, in round 0, the name of a statistic that the client is to measure at this adapter.
         run: the key of the run, below which a client keeps what is its own; a run that is resumed has the same.
             Empty: Flower's run id.
     """
@@ -75,11 +97,9 @@ class Broadcast:
     base_version: int = 0
     folds: tuple[AdapterState, ...] = ()
     folds_from: int = 0
-    trainable: frozenset[str] = frozenset({"A", "B"})
-    upload: frozenset[str] = frozenset({"A", "B"})
-    personal: frozenset[str] = frozenset()
+    plan: Plan = field(default_factory=Plan)
     steady: bool = False
-    task: str = "train"
+    job: str = "train"
     run: str = ""
 
 

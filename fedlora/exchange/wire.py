@@ -25,10 +25,9 @@ from fedlora.config import MOST_RANK, alpha_of
 from .arrays import finite_sum, get, put, value_bytes
 from .codec import FORMATS, round_trip
 from .fields import METRICS_RECORD, Fields, metrics_record, read_metrics, require, short
-from .messages import Broadcast, ClientInfo, ClientUpdate
+from .messages import Broadcast, ClientInfo, ClientUpdate, Plan
 
 PROTOCOL = 2
-TASKS = ("train", "gradient")
 # Codes of a client's error reply: a clear refusal; folds that it no longer holds; a loss that is not finite.
 REFUSED, STALE, DIVERGED = 1001, 1002, 1003
 TRAIN_METRICS = frozenset(
@@ -55,11 +54,11 @@ _KEYS = MappingProxyType(
             {
                 *_COMMON,
                 *("round", "base-version", "folds-from", "folds"),
-                *("trainable", "upload", "personal", "steady", "task", "run"),
+                *("train", "send", "keep", "modules", "all-modules", "steady", "job", "run"),
             }
         ),
         "update": frozenset(
-            {*_COMMON, "client-id", "num-examples", "base-version", "known-base-version", "round", "task"}
+            {*_COMMON, "client-id", "num-examples", "base-version", "known-base-version", "round", "job"}
         ),
         "hello": frozenset(_COMMON),
         "info": frozenset(
@@ -93,11 +92,13 @@ def encode_broadcast(broadcast: Broadcast, fingerprint: str, dtype: str = "fp32"
         "base-version": broadcast.base_version,
         "folds-from": broadcast.folds_from,
         "folds": len(broadcast.folds),
-        "trainable": "".join(sorted(broadcast.trainable)),
-        "upload": "".join(sorted(broadcast.upload)),
-        "personal": "".join(sorted(broadcast.personal)),
+        "train": "".join(sorted(broadcast.plan.train)),
+        "send": "".join(sorted(broadcast.plan.send)),
+        "keep": "".join(sorted(broadcast.plan.keep)),
+        "modules": sorted(broadcast.plan.modules or ()),
+        "all-modules": broadcast.plan.modules is None,
         "steady": broadcast.steady,
-        "task": broadcast.task,
+        "job": broadcast.job,
         "run": broadcast.run,
     }
     record = RecordDict()
@@ -125,11 +126,14 @@ def decode_broadcast(record: RecordDict, fingerprint: str) -> Broadcast:
         base_version=fields.integer("base-version"),
         folds=tuple(get(record, fields, key, "ABR") for key in keys[1:]),
         folds_from=fields.integer("folds-from"),
-        trainable=fields.letters("trainable", "ABR"),
-        upload=fields.letters("upload", "ABR"),
-        personal=fields.letters("personal", "ABR"),
+        plan=Plan(
+            train=fields.letters("train", "ABR"),
+            send=fields.letters("send", "ABR"),
+            keep=fields.letters("keep", "ABR"),
+            modules=None if fields.flag("all-modules") else frozenset(fields.items("modules", str)),
+        ),
         steady=fields.flag("steady"),
-        task=fields.one_of("task", TASKS),
+        job=fields.name("job"),
         run=fields.run_key(),
     )
 
@@ -138,22 +142,22 @@ def encode_update(
     update: ClientUpdate,
     fingerprint: str,
     dtype: str = "fp32",
-    upload: frozenset[str] = frozenset({"A", "B"}),
+    send: frozenset[str] = frozenset({"A", "B"}),
     known_base_version: int = 0,
     *,
     round: int = 1,
-    task: str = "train",
+    job: str = "train",
 ) -> RecordDict:
-    """A client's answer to a train message; only the factors in `upload` are sent.
+    """A client's answer to a train message; only the factors in `send` are sent.
 
     Args:
         update: its adapter is what was trained in fp32, and else the difference to what was sent (see `codec`).
         fingerprint: of the base model.
         dtype: one of `codec.FORMATS`.
-        upload: as the broadcast says.
+        send: as the broadcast's plan says.
         known_base_version: the base version that this client will still hold next time.
         round: that was answered, as the broadcast says.
-        task: that was done, as the broadcast says.
+        job: that was done, as the broadcast says.
 
     Raises:
         WireError: a value is not finite in this number format, or a metric is none of `TRAIN_METRICS`.
@@ -164,10 +168,10 @@ def encode_update(
         "base-version": update.base_version,
         "known-base-version": known_base_version,
         "round": round,
-        "task": task,
+        "job": job,
     }
     record = RecordDict()
-    put(record, head, _ADAPTER, keep_factors(update.adapter, upload))
+    put(record, head, _ADAPTER, keep_factors(update.adapter, send))
     record[_HEAD] = ConfigRecord(head)
     record[METRICS_RECORD] = metrics_record(update.metrics, TRAIN_METRICS)
     return record
@@ -186,7 +190,7 @@ def decode_update(
         most_examples: the largest weight that it may claim.
 
     Raises:
-        WireError: malformed, from another client, for another round, task or base version, a module, shape or scaling
+        WireError: malformed, from another client, for another round, job or base version, a module, shape or scaling
             that differs from what was sent, a value that is not finite, a weight that is not positive or too
             large, or metrics other than those of the list.
     """
@@ -194,7 +198,7 @@ def decode_update(
     fields = _checked_head(record, fingerprint, who)
     _only(record, fields, "update", (_ADAPTER,), METRICS_RECORD)
     fields.expect("client id", fields.integer("client-id"), client_id)
-    fields.expect("task", fields.text("task"), sent.task)
+    fields.expect("job", fields.text("job"), sent.job)
     fields.expect("round", fields.integer("round"), sent.round)
     fields.expect("base version", fields.integer("base-version"), sent.base_version)
     known = fields.integer("known-base-version")
@@ -202,7 +206,7 @@ def decode_update(
         raise WireError(f"{who} sent known-base-version {known}, expected 0 or {sent.base_version}")
     examples = fields.positive("num-examples", most_examples)
     metrics = read_metrics(record, who, TRAIN_METRICS)
-    adapter = get(record, fields, _ADAPTER, sent.upload, like=sent.adapter)
+    adapter = get(record, fields, _ADAPTER, sent.plan.send, like=sent.plan.sent_back(sent.adapter))
     if fields.head["dtype"] != "fp32":
         adapter = map_tensors(finite_sum(fields.who), adapter, sent.adapter)
     require(metrics, TRAIN_METRICS, who)

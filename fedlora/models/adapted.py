@@ -7,7 +7,7 @@ factors, where the adapter has one, is part of the down projection, which then c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -42,6 +42,7 @@ from .injection import (
     shape_of,
     ties_may_be_adapted,
 )
+from .trainable import Pair, Trainable
 
 
 @dataclass
@@ -122,25 +123,40 @@ def _build(config: ModelConfig, lora: LoraConfig) -> AdaptedModel:
     return AdaptedModel(config=config, base=base, model=model, layers=layers, tensors=dense)
 
 
-def install(bench: AdaptedModel, adapter: AdapterState, trainable: Iterable[str] = ()) -> list[nn.Parameter]:
-    """Set the trainable adapter and the head; returns the parameters that are to be trained.
+def install(
+    bench: AdaptedModel,
+    adapter: AdapterState,
+    train: Iterable[str] = (),
+    modules: Collection[str] | None = None,
+    folds: tuple[AdapterState, ...] = (),
+) -> Trainable:
+    """Set the trainable adapter, the head, and the frozen anchor beside them.
 
     Args:
         bench: the model.
         adapter: one pair of factors for every adapted module, of any ranks, and a core R for any of them.
-        trainable: of "A", "B" and "R"; the head is trained whenever anything is.
+        train: the factors that are trained, of "A", "B" and "R"; the head is trained whenever anything is.
+        modules: those whose factors are trained; None: all.
+        folds: frozen updates, added as one adapter; () leaves the base alone.
+
+    Returns:
+        What is to be trained.
 
     Raises:
         AdapterError: modules or shapes do not fit the model.
     """
-    trained = frozenset(trainable)
+    wanted = frozenset(train)
     _same_names("modules", adapter.lora, bench.layers)
     _same_names("tensors trained in full", adapter.tensors, bench.tensors)
+    pairs: list[Pair] = []
     parameters: list[nn.Parameter] = []
     for name, layer in bench.layers.items():
-        parameters += _set_factors(name, layer, ADAPTER, adapter.lora[name], trained)
-        parameters += _set_core(name, layer, adapter.lora[name].R, trained)
-        layer._active_adapter = [ADAPTER]
+        own = wanted if modules is None or name in modules else frozenset[str]()
+        factors = adapter.lora[name]
+        pair = Pair(name, *_set_factors(name, layer, ADAPTER, factors, own), factors.scaling)
+        core = _set_core(name, layer, factors.R, own)
+        pairs.append(pair)
+        parameters += [p for p in (pair.A, pair.B, core) if p is not None and p.requires_grad]
     for name, parameter in bench.tensors.items():
         value = adapter.tensors[name]
         if value.shape != parameter.shape:
@@ -148,22 +164,15 @@ def install(bench: AdaptedModel, adapter: AdapterState, trainable: Iterable[str]
         with torch.no_grad():
             parameter.copy_(value)
         parameter.grad = None
-        parameter.requires_grad_(bool(trained))
-        if trained:
+        parameter.requires_grad_(bool(wanted))
+        if wanted:
             parameters.append(parameter)
-    return parameters
-
-
-def factors_of(bench: AdaptedModel) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """The trainable adapter's own parameters, A [r, d_in] and B [d_out, r] of each module, as they are installed."""
-    return [
-        (cast("nn.Parameter", layer.lora_A[ADAPTER].weight), cast("nn.Parameter", layer.lora_B[ADAPTER].weight))
-        for layer in bench.layers.values()
-    ]
+    install_anchor(bench, folds)
+    return Trainable(pairs, parameters)
 
 
 def install_anchor(bench: AdaptedModel, folds: tuple[AdapterState, ...]) -> None:
-    """Add folds as one frozen adapter beside the trainable one, after `install`; () leaves the base alone."""
+    """Add folds as one frozen adapter beside the trainable one; () leaves the base alone."""
     if folds and ANCHOR not in bench.model.peft_config:
         transposed = any(getattr(layer, "fan_in_fan_out", False) for layer in bench.layers.values())
         config = PeftLoraConfig(r=1, lora_alpha=1, target_modules=[*bench.layers], fan_in_fan_out=transposed)
@@ -231,7 +240,7 @@ def fp32_copy(tensor: object) -> Tensor:
 
 def _set_factors(
     name: str, layer: LoraLayer, adapter: str, factors: LoraFactors, trainable: frozenset[str]
-) -> list[nn.Parameter]:
+) -> tuple[nn.Parameter, nn.Parameter]:
     down, up = cast("nn.Linear", layer.lora_A[adapter]), cast("nn.Linear", layer.lora_B[adapter])
     d_out, d_in = shape_of(layer)
     rank = factors.rank
@@ -246,23 +255,23 @@ def _set_factors(
     down.out_features = up.in_features = rank
     layer.r[adapter], layer.lora_alpha[adapter] = rank, factors.scaling * rank  # pyright: ignore
     layer.scaling[adapter] = factors.scaling
-    return [p for p in (a, b) if p.requires_grad]
+    return a, b
 
 
-def _set_core(name: str, layer: LoraLayer, core: Tensor | None, trainable: frozenset[str]) -> list[nn.Parameter]:
+def _set_core(name: str, layer: LoraLayer, core: Tensor | None, trainable: frozenset[str]) -> nn.Parameter | None:
     """The module's core, or none: one of an earlier adapter is dropped."""
     down = cast("Down", layer.lora_A[ADAPTER])
     rank = down.out_features
     if core is None:
         down.core = None
-        return []
+        return None
     if core.shape != (rank, rank):
         raise AdapterError(
             f"{name}: got a core R {tuple(core.shape)}, its factors of rank {rank} need ({rank}, {rank})"
         )
     value = core.to(down.weight.device, torch.float32, copy=True)
     down.core = nn.Parameter(value, requires_grad="R" in trainable)
-    return [down.core] if "R" in trainable else []
+    return down.core
 
 
 def _same_names(what: str, got: Iterable[str], expected: Iterable[str]) -> None:

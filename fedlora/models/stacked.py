@@ -2,15 +2,15 @@
 
 The rows of a batch belong to the clients in equal parts, client after client. A's of all clients are one tensor
 [clients, r_max, d_in], B's one [clients, r_max, d_out] (the transposes, so that a rank is a row in both), with zeros
-where a client's rank is smaller. Each client's parameters are views of its own rows of these, and of their gradients:
+where a client's rank is smaller. Each client's parameters are views of its own rows of these, B's transposed back to
+[d_out, r], and of their gradients:
 an optimizer that is given one client's views does to them just what it does alone, and never sees the zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -24,23 +24,11 @@ from fedlora.common.errors import AdapterError
 
 from .adapted import AdaptedModel, fp32_copy, install
 from .injection import ADAPTER
+from .trainable import Pair, Trainable
 
 
 class NotStackable(AdapterError):
     """This model cannot serve several clients in one batch; one at a time it can."""
-
-
-@dataclass
-class ClientSlot:
-    """One client's place in the stack.
-
-    Attributes:
-        parameters: what is trained of it, in the order of `peft_io.install`.
-        pairs: its A [r, d_in] and B' [r, d_out] of each module, trained or not.
-    """
-
-    parameters: list[nn.Parameter] = field(default_factory=list)
-    pairs: list[tuple[nn.Parameter, nn.Parameter]] = field(default_factory=list)
 
 
 class _Layer:
@@ -56,8 +44,8 @@ class _Layer:
 
     def views(self, seat: int) -> tuple[nn.Parameter, nn.Parameter]:
         rank = self.ranks[seat]
-        a, b = (nn.Parameter(stack.detach()[seat, :rank]) for stack in (self.A, self.B))
-        return a, b
+        a, b = (stack.detach()[seat, :rank] for stack in (self.A, self.B))
+        return nn.Parameter(a), nn.Parameter(b.T)
 
 
 class _Down(nn.Module):
@@ -105,35 +93,44 @@ class Stack:
     """The adapters of several clients in a model's LoRA layers; made by `stacked`.
 
     Attributes:
-        seats: one per client, in the order of the adapters.
+        slots: what is trained of each client, in the order of the adapters.
         active: how many of them, from the first, the present batch holds.
         rows: the present batch's number of rows, and its length.
     """
 
-    def __init__(self, bench: AdaptedModel, adapters: Sequence[AdapterState], trainable: frozenset[str]) -> None:
+    def __init__(
+        self,
+        bench: AdaptedModel,
+        adapters: Sequence[AdapterState],
+        train: frozenset[str],
+        modules: Collection[str] | None = None,
+    ) -> None:
         self.active = len(adapters)
         self.rows: tuple[int, ...] = (0, 0)
-        self.seats = [ClientSlot() for _ in adapters]
         self._layers: dict[str, _Layer] = {}
+        pairs: list[list[Pair]] = [[] for _ in adapters]
+        parameters: list[list[nn.Parameter]] = [[] for _ in adapters]
         for name, layer in bench.layers.items():
             device = cast("Tensor", layer.lora_A[ADAPTER].weight).device
             mine = _Layer([a.lora[name] for a in adapters], [a.lora[name].R for a in adapters], device)
+            own = train if modules is None or name in modules else frozenset[str]()
             self._layers[name] = mine
-            for number, seat in enumerate(self.seats):
+            for number in range(len(adapters)):
                 a, b = mine.views(number)
-                seat.pairs.append((a, b))
-                seat.parameters += [p for p, factor in ((a, "A"), (b, "B")) if factor in trainable]
-                if mine.cores is not None and "R" in trainable:
-                    seat.parameters.append(mine.cores[number])
+                pairs[number].append(Pair(name, a, b, mine.scalings[number]))
+                parameters[number] += [p for p, factor in ((a, "A"), (b, "B")) if factor in own]
+                if mine.cores is not None and "R" in own:
+                    parameters[number].append(mine.cores[number])
             for stack, factor in ((mine.A, "A"), (mine.B, "B")):
-                stack.requires_grad_(factor in trainable)
+                stack.requires_grad_(factor in own)
             for core in mine.cores or ():
-                core.requires_grad_("R" in trainable)
-        self._dense = [{n: _own(a.tensors[n], p.device) for n, p in bench.tensors.items()} for a in adapters]
-        for seat, dense in zip(self.seats, self._dense, strict=True):
-            for parameter in dense.values():
-                parameter.requires_grad_(bool(trainable))
-            seat.parameters += dense.values() if trainable else ()
+                core.requires_grad_("R" in own)
+        self._tensors = [{n: _own(a.tensors[n], p.device) for n, p in bench.tensors.items()} for a in adapters]
+        for number, tensors in enumerate(self._tensors):
+            for parameter in tensors.values():
+                parameter.requires_grad_(bool(train))
+            parameters[number] += tensors.values() if train else ()
+        self.slots = [Trainable(*each) for each in zip(pairs, parameters, strict=True)]
 
     def check(self, x: Tensor) -> int:
         """The number of clients whose rows these are."""
@@ -147,14 +144,15 @@ class Stack:
         for place, layer in enumerate(self._layers.values()):
             for number in range(self.active):
                 rank = layer.ranks[number]
-                for view, stack in zip(self.seats[number].pairs[place], (layer.A, layer.B), strict=True):
-                    view.grad = None if stack.grad is None else stack.grad[number, :rank]
+                pair = self.slots[number].pairs[place]
+                pair.A.grad = None if layer.A.grad is None else layer.A.grad[number, :rank]
+                pair.B.grad = None if layer.B.grad is None else layer.B.grad[number, :rank].T
 
     def drop_gradients(self) -> None:
         for layer in self._layers.values():
             layer.A.grad = layer.B.grad = None
-        for seat in self.seats:
-            for parameter in (*seat.parameters, *(view for pair in seat.pairs for view in pair)):
+        for slot in self.slots:
+            for parameter in (*slot.parameters, *(view for pair in slot.pairs for view in (pair.A, pair.B))):
                 parameter.grad = None
 
     def read(self, seat: int) -> AdapterState:
@@ -168,7 +166,7 @@ class Stack:
             )
             for name, layer in self._layers.items()
         }
-        return AdapterState(lora=lora, tensors={n: fp32_copy(p) for n, p in self._dense[seat].items()})
+        return AdapterState(lora=lora, tensors={n: fp32_copy(p) for n, p in self._tensors[seat].items()})
 
     def modules(self, name: str) -> tuple[nn.Module, nn.Module]:
         """What stands in for PEFT's lora_A and lora_B of a module."""
@@ -177,28 +175,36 @@ class Stack:
     def heads(self, head: str, module: nn.Module) -> nn.Module:
         """What stands in for a module that is trained in full."""
         start = head + "."
-        values = [{n.removeprefix(start): p for n, p in dense.items() if n.startswith(start)} for dense in self._dense]
+        values = [
+            {n.removeprefix(start): p for n, p in dense.items() if n.startswith(start)} for dense in self._tensors
+        ]
         return _Heads(module, values, self)
 
 
 @contextmanager
-def stacked(bench: AdaptedModel, adapters: Sequence[AdapterState], trainable: frozenset[str]) -> Iterator[Stack]:
+def stacked(
+    bench: AdaptedModel,
+    adapters: Sequence[AdapterState],
+    train: frozenset[str],
+    modules: Collection[str] | None = None,
+    folds: tuple[AdapterState, ...] = (),
+) -> Iterator[Stack]:
     """Several clients' adapters in the model's LoRA layers, until the block ends.
 
     Args:
-        bench: the model; its anchor, where it has one, serves all.
+        bench: the model.
         adapters: of the same modules, with a core for all or none, of any ranks.
-        trainable: as in `peft_io.install`.
+        train, modules, folds: as in `adapted.install`; the anchor serves all.
 
     Raises:
         AdapterError: modules or shapes do not fit the model.
     """
     if isinstance(bench.task.narrowed(bench.model), LoraLayer):
         raise NotStackable("the output layer has an adapter, and sees the labelled tokens alone, not whole rows")
-    active = {name: layer.active_adapters for name, layer in bench.layers.items()}
     for adapter in adapters:  # the same refusals as one at a time
-        install(bench, adapter, trainable)
-    stack = Stack(bench, adapters, trainable)
+        install(bench, adapter, train, modules, folds)
+    active = {name: layer.active_adapters for name, layer in bench.layers.items()}
+    stack = Stack(bench, adapters, train, modules)
     kept = {name: (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]) for name, layer in bench.layers.items()}
     inner = bench.model.get_base_model()
     heads = {head: inner.get_submodule(head) for head in bench.base.heads}

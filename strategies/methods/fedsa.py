@@ -33,7 +33,8 @@ class FedSa(Strategy):
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
         """The mean A, with B = 0 for a client that has none of its own yet; only A is sent back."""
-        return replace(super().broadcast(state, client, round), upload=frozenset("A"))
+        sent = super().broadcast(state, client, round)
+        return replace(sent, plan=replace(sent.plan, send=frozenset("A")))
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
         """The mean of each row; a row, a module or a dense tensor that no reply has stays as it was."""

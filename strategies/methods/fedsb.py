@@ -14,7 +14,7 @@ from fedlora.adapters import AdapterState, LoraFactors, leading, pad, stack, svd
 from fedlora.adapters.algebra import whole_svd
 from fedlora.adapters.means import Means
 from fedlora.common.errors import StrategyError
-from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Plan
 
 from ..base import ServerState, Strategy
 from ..tools.replies import arrivals, gather
@@ -62,11 +62,11 @@ class FedSb(Strategy):
             return replace(
                 sent,
                 adapter=replace(sent.adapter, lora=lora),
-                trainable=frozenset(),
+                plan=Plan(train=frozenset()),
                 steady=False,  # a gradient continues nothing
-                task=self.statistics,
+                job=self.statistics,
             )
-        return replace(sent, trainable=frozenset("R"), upload=frozenset("R"))
+        return replace(sent, plan=Plan(frozenset("R"), frozenset("R")))
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
         """The mean R, smaller blocks filled up with zeros; in round 0 the fixed A and B and the first R."""

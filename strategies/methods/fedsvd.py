@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fedlora.adapters import AdapterState, LoraFactors, to_fp32
 from fedlora.adapters.algebra import whole_svd
 from fedlora.common.errors import StrategyError
-from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Plan
 
 from ..base import ServerState, Strategy
 from ..tools.averaging import averaged
@@ -39,7 +39,7 @@ class FedSvd(Strategy):
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
         """A and B; only B is trained and sent back."""
-        return replace(super().broadcast(state, client, round), trainable=frozenset("B"), upload=frozenset("B"))
+        return replace(super().broadcast(state, client, round), plan=Plan(frozenset("B"), frozenset("B")))
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
         """The mean B on the same A, or every `period` rounds the same product on a new A."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Plan
 
 from ..base import ServerState, Strategy
 from ..tools.averaging import averaged
@@ -27,7 +27,7 @@ class Ffa(Strategy):
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
         """A and the mean B; only B is trained and sent back."""
-        return replace(super().broadcast(state, client, round), trainable=frozenset("B"), upload=frozenset("B"))
+        return replace(super().broadcast(state, client, round), plan=Plan(frozenset("B"), frozenset("B")))
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
         """The mean B; a module or dense tensor that no reply has stays as it was."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Plan
 
 from ..base import ServerState, Strategy
 from ..tools.averaging import averaged
@@ -28,7 +28,7 @@ class RoLora(Strategy):
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
         """Both factors; the round's own is trained and sent back."""
         factor = frozenset(trained_in(round))
-        return replace(super().broadcast(state, client, round), trainable=factor, upload=factor)
+        return replace(super().broadcast(state, client, round), plan=Plan(factor, factor))
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
         """The mean of the trained factor; a module or dense tensor that no reply has stays as it was."""

@@ -54,13 +54,13 @@ def moved(update: ClientUpdate, sent: Broadcast) -> float:
     themselves where the other one stays on the client. Tensors trained in full count with their own change. Infinite
     where a product leaves the numbers of fp64.
     """
-    start, personal = sent.adapter, bool(sent.personal)
+    start, personal = sent.adapter, bool(sent.plan.keep)
     whole = fill_missing(update.adapter, start)
     total = 0.0
     for name, end in update.adapter.lora.items():
         begun = start.lora[name]
         if personal:
-            pairs = [(getattr(end, part), getattr(begun, part)) for part in sent.upload]
+            pairs = [(getattr(end, part), getattr(begun, part)) for part in sent.plan.send]
             total += sum(_square(a.double() - b.double()) for a, b in pairs)
         else:
             pair = [_wide(whole.lora[name]), _wide(begun)]

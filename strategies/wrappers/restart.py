@@ -88,14 +88,14 @@ class Restart(Wrapper):
         inside = replace(state, folds=Folds())
         sent = self.inner.broadcast(inside, client, round)
         if (round - 1) % self.every == 0:
-            if "B" not in sent.trainable:
+            if "B" not in sent.plan.train:
                 raise StrategyError(
                     f"strategy.restart-every = {self.every}: round {round} starts from B = 0, where A has no gradient, "
                     f"and {type(innermost(self.inner)).__name__} would train A alone; set another "
                     "strategy.restart-every (an even one, where A and B take turns)"
                 )
             # A client that sends no A is taken to have the server's, at the server's scaling.
-            if "A" in sent.upload:
+            if "A" in sent.plan.send:
                 sent = self.inner.broadcast(restarts.unscaled(inside, client), client, round)
         folds_from, folds = state.folds.since(client.known_base_version)
         return replace(sent, base_version=state.folds.version, folds=folds, folds_from=folds_from, steady=False)

@@ -22,7 +22,7 @@ from fedlora.clients.client_app import app as client_app
 from fedlora.clients.node import held_folds
 from fedlora.common.errors import RunError, WireError
 from fedlora.data import kept_back, most_kept_back
-from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, codec, wire
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Plan, codec, wire
 from fedlora.results.run_folder import folder_of
 from fedlora.simulations import run as simulation
 from fedlora.simulations.engines import local
@@ -49,7 +49,9 @@ def adapter(seed: int, cores: bool) -> AdapterState:
 
 
 def asked(upload: str, task: str = "train") -> Broadcast:
-    return Broadcast(round=3, adapter=adapter(0, upload == "R"), base_version=2, upload=frozenset(upload), task=task)
+    return Broadcast(
+        round=3, adapter=adapter(0, upload == "R"), base_version=2, plan=Plan(send=frozenset(upload)), job=task
+    )
 
 
 def reply(dtype: str, upload: str) -> RecordDict:
@@ -199,7 +201,7 @@ REFUSED: dict[str, Mutation] = {
     "client": head("client-id", OTHERS | st.sampled_from([6, 8, -7])),
     "base version": head("base-version", OTHERS | st.sampled_from([1, 3, -2, 10**30])),
     "known version": head("known-base-version", OTHERS | st.sampled_from([1, 3, 10**30])),
-    "task": head("task", OTHERS | st.sampled_from(["gradient", "evaluate"])),
+    "job": head("job", OTHERS | st.sampled_from(["gradient", "evaluate"])),
     "number format": head("dtype", OTHERS | st.sampled_from(["fp8", "fp16"])),
     "base": head("base", OTHERS),
     "more modules in the head": head("adapter.modules", st.sampled_from([["x"] * 9999, [*MODULES, "x"], [], [1, 2]])),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.common.errors import WireError
-from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, wire
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Plan, wire
 from tests.federation import METRICS, repack, tensors_of
 
 BASE = "abc123"
@@ -58,14 +58,13 @@ def test_a_broadcast_arrives_bit_for_bit(seed, ranks, d_in, folds):
         base_version=5,
         folds=tuple(adapter(seed + i, ranks, d_in, tensors=False) for i in range(folds)),
         folds_from=2,
-        trainable=frozenset("B"),
-        upload=frozenset("B"),
+        plan=Plan(train=frozenset("B"), send=frozenset("B"), modules=frozenset(["q"])),
     )
     got = wire.decode_broadcast(wire.encode_broadcast(sent, BASE), BASE)
     assert same(got.adapter, sent.adapter)
     assert all(same(g, s) for g, s in zip(got.folds, sent.folds, strict=True))
     assert (got.round, got.base_version, got.folds_from) == (3, 5, 2)
-    assert (got.trainable, got.upload) == ({"B"}, {"B"})
+    assert got.plan == Plan(train=frozenset("B"), send=frozenset("B"), modules=frozenset(["q"]))
 
 
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
@@ -107,8 +106,8 @@ def test_an_update_arrives_with_what_the_client_will_still_hold():
 
 
 def test_only_uploaded_factors_travel():
-    sent = Broadcast(round=1, adapter=adapter(0), base_version=2, upload=frozenset("B"))
-    record = wire.encode_update(update(), BASE, upload=sent.upload)
+    sent = Broadcast(round=1, adapter=adapter(0), base_version=2, plan=Plan(send=frozenset("B")))
+    record = wire.encode_update(update(), BASE, send=sent.plan.send)
     with tensors_of(record) as arrays:
         assert not [name for name in arrays if name.endswith("|A")]
     got = wire.decode_update(record, 7, sent, BASE).update
@@ -239,7 +238,7 @@ def test_other_bases_protocols_and_formats_are_refused_by_name():
     with pytest.raises(WireError, match="the server has base model 'abc123', this side 'def'"):
         wire.decode_broadcast(record, "def")
     record["head"]["protocol"] = 99
-    with pytest.raises(WireError, match="speaks protocol 99, this side 1"):
+    with pytest.raises(WireError, match="speaks protocol 99, this side 2"):
         wire.decode_broadcast(record, BASE)
     record["head"]["protocol"] = wire.PROTOCOL
     record["head"]["dtype"] = "fp8"

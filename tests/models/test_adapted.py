@@ -147,7 +147,7 @@ def test_reading_gives_back_the_bits_that_were_set(tiny_llama):
 
 def test_only_what_is_trainable_gets_a_gradient(tiny_llama):
     bench = adapted.adapted_model(model_config(tiny_llama), LORA)
-    parameters = adapted.install(bench, random_adapter(bench, 0, 2), {"B"})
+    parameters = adapted.install(bench, random_adapter(bench, 0, 2), {"B"}).parameters
     adapted.install_anchor(bench, (random_adapter(bench, 1, 2),))
     bench.model(input_ids=IDS, labels=IDS).loss.backward()
     with_gradient = {id(p) for p in bench.model.parameters() if p.grad is not None}
@@ -283,7 +283,7 @@ def test_reading_gives_cores_and_head_back_apart(tiny_bert):
     config = model_config(tiny_bert, task="classification", labels=2)
     bench = adapted.adapted_model(config, LoraConfig(target_modules="query,value"))
     adapter = with_cores(bench, 0, 3)
-    parameters = adapted.install(bench, adapter, {"R"})
+    parameters = adapted.install(bench, adapter, {"R"}).parameters
     assert len(parameters) == len(bench.layers) + len(bench.tensors)  # a core each, and the head
     got = adapted.read(bench)
     assert got.tensors.keys() == adapter.tensors.keys()
@@ -299,7 +299,7 @@ def test_a_cores_gradient_is_the_weights_between_b_and_a(tiny_llama, quantizatio
     """dL/dR = s B' G A' with G the gradient by the weight, here by autograd on a full matrix added beside the base."""
     bench = adapted.adapted_model(model_config(tiny_llama, quantization), LORA)
     cored = with_cores(bench, 1, 3)
-    parameters = adapted.install(bench, cored, {"R"})
+    parameters = adapted.install(bench, cored, {"R"}).parameters
     adapted.install_anchor(bench, ())
     bench.model(input_ids=IDS, labels=IDS).loss.backward()
     assert {id(p) for p in bench.model.parameters() if p.grad is not None} == {id(p) for p in parameters}
@@ -308,7 +308,7 @@ def test_a_cores_gradient_is_the_weights_between_b_and_a(tiny_llama, quantizatio
     whole = {}  # the same update as one matrix: A = I, B = dW
     for name, f in multiplied_in(cored).lora.items():
         whole[name] = LoraFactors(A=torch.eye(f.A.shape[1]), B=delta(f), scaling=1.0)
-    dense = adapted.install(bench, AdapterState(lora=whole), {"B"})
+    dense = adapted.install(bench, AdapterState(lora=whole), {"B"}).parameters
     bench.model(input_ids=IDS, labels=IDS).loss.backward()
     for (name, f), matrix in zip(cored.lora.items(), dense, strict=True):
         assert matrix.grad is not None
@@ -347,7 +347,7 @@ def test_folds_merged_into_an_output_layer_leave_the_input_embeddings_alone(tiny
 def test_an_output_layer_gets_lora_on_a_quantized_base_too(tiny_llama):
     bench = adapted.adapted_model(model_config(tiny_llama, "nf4"), LoraConfig(target_modules="q_proj,lm_head"))
     adapter = random_adapter(bench, 0, 3)
-    parameters = adapted.install(bench, adapter, {"A", "B"})
+    parameters = adapted.install(bench, adapter, {"A", "B"}).parameters
     with pytest.raises(NotStackable, match="the output layer has an adapter"), stacked(bench, [adapter] * 2, {"A"}):
         pass
     mean_loss(

@@ -32,20 +32,20 @@ def start(clients: Sequence[ClientInfo], seed: int = 0, shapes: Mapping[str, tup
 def train(broadcast: Broadcast, client: ClientInfo, seed: int, size: float = 0.3) -> ClientUpdate:
     """Random training: what is trainable moves, and what is not uploaded comes back empty."""
     generator = torch.Generator().manual_seed(1000 * seed + client.client_id)
-    if broadcast.task == "gradient":
+    if broadcast.job == "gradient":
         return _gradient(broadcast, client, generator)
 
     def move(tensor: Tensor, factor: str) -> Tensor:
-        if factor in broadcast.trainable:
+        if factor in broadcast.plan.train:
             tensor = tensor + size * torch.randn(tensor.shape, generator=generator)
-        return tensor if factor in broadcast.upload else torch.empty(0, 0)
+        return tensor if factor in broadcast.plan.send else torch.empty(0, 0)
 
     lora = {
         name: LoraFactors(
             A=move(f.A, "A"),
             B=move(f.B, "B"),
             scaling=f.scaling,
-            R=None if f.R is None or "R" not in broadcast.upload else move(f.R, "R"),
+            R=None if f.R is None or "R" not in broadcast.plan.send else move(f.R, "R"),
         )
         for name, f in sorted(broadcast.adapter.lora.items())
     }
@@ -79,10 +79,10 @@ def whole(sent: Broadcast, reply: ClientUpdate) -> AdapterState:
     """
     lora = {
         name: LoraFactors(
-            A=f.A if "A" in sent.upload else sent.adapter.lora[name].A,
-            B=f.B if "B" in sent.upload else sent.adapter.lora[name].B,
+            A=f.A if "A" in sent.plan.send else sent.adapter.lora[name].A,
+            B=f.B if "B" in sent.plan.send else sent.adapter.lora[name].B,
             scaling=f.scaling,
-            R=f.R if "R" in sent.upload else sent.adapter.lora[name].R,
+            R=f.R if "R" in sent.plan.send else sent.adapter.lora[name].R,
         )
         for name, f in reply.adapter.lora.items()
     }

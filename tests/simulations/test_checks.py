@@ -21,7 +21,6 @@ from fedlora.common.events import emit, listen
 from fedlora.exchange import wire
 from fedlora.results.display import RunDisplay, cut_line
 from fedlora.results.run_folder import folder_of
-from fedlora.simulations import checks
 from fedlora.simulations import run as simulation
 from fedlora.simulations.engines import flower
 from fedlora.strategies import server_app
@@ -186,10 +185,12 @@ def test_a_comparison_on_a_device_that_is_not_here_is_refused_before_its_first_c
     def cell(*_: object) -> None:
         raise AssertionError("a cell was looked at")
 
-    monkeypatch.setattr(checks, "check", cell)
+    from fedlora.simulations.comparison import checks as of_scenarios
+
+    monkeypatch.setattr(of_scenarios, "check", cell)
     grid = SimpleNamespace(cells=[], scenarios={})
     with pytest.raises(ModelError, match=r"^--slots = 'cuda:99', but torch .* sees \d+ CUDA devices"):
-        checks.check_scenarios(grid, ["cpu", "cuda:99"])
+        of_scenarios.check_scenarios(grid, ["cpu", "cuda:99"])
 
 
 def test_a_piped_run_says_where_it_stands_when_it_was_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:

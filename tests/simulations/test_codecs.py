@@ -11,7 +11,7 @@ from fedlora.adapters.state import difference, map_tensors, sum_of
 from fedlora.clients.answering import uploads
 from fedlora.clients.node import own_state
 from fedlora.common.errors import WireError
-from fedlora.exchange import Broadcast, ClientUpdate, codec, wire
+from fedlora.exchange import Broadcast, ClientUpdate, Plan, codec, wire
 from tests.federation import METRICS, run_locally, tiny
 
 BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
@@ -29,12 +29,12 @@ def state(seed: int, size: float = 1.0) -> AdapterState:
 
 
 def sent(upload: str = "AB", steady: bool = True, round: int = 1) -> Broadcast:
-    return Broadcast(round=round, adapter=state(0), upload=frozenset(upload), steady=steady)
+    return Broadcast(round=round, adapter=state(0), plan=Plan(send=frozenset(upload)), steady=steady)
 
 
 def decode(adapter: AdapterState, broadcast: Broadcast, dtype: str) -> tuple[AdapterState, int]:
     update = ClientUpdate(client_id=3, adapter=adapter, num_examples=5, metrics=METRICS)
-    record = wire.encode_update(update, "base", dtype, broadcast.upload)
+    record = wire.encode_update(update, "base", dtype, broadcast.plan.send)
     return wire.decode_update(record, 3, broadcast, "base").update.adapter, wire.payload_bytes(record)
 
 

@@ -117,7 +117,7 @@ def test_the_start_is_the_svd_of_the_gradient_by_the_full_weights(tmp_path, tiny
     learned = load("fedsb").global_adapter(states[0])
     after = load("fedsb").global_adapter(states[1])
 
-    from fedlora.clients.answering.rows import examples
+    from fedlora.clients.answering.rows import train_and_test
     from fedlora.clients.training.schedule import hash_seed
     from fedlora.data import batch_at
     from fedlora.tasks.checked import mean_loss
@@ -125,7 +125,7 @@ def test_the_start_is_the_svd_of_the_gradient_by_the_full_weights(tmp_path, tiny
     base = load_base(config.model)
     for name in learned.lora:
         base.model.get_submodule(name).weight.requires_grad_()
-    examples = examples(config, 0, "")[0]
+    examples = train_and_test(config, 0, "")[0]
     chosen = batch_at(len(examples), config.train.batch_size, 0, hash_seed(config.run.seed, 0))
     task = CausalLM()
     mean_loss(task, base.model, task.collate([examples[i] for i in chosen], base.pad_id)).backward()
@@ -226,13 +226,14 @@ class Node:
 
 def reference_loss(config: Config, partition: int, adapter: AdapterState, own: AdapterState) -> float:
     """The client's test rows under base + s B_own A, added to the weights."""
-    from fedlora.clients.answering.rows import examples
+    from fedlora.clients.answering.rows import train_and_test
 
     base = load_base(config.model)
     for name, f in adapter.lora.items():
         update = delta(LoraFactors(A=f.A, B=own.lora[name].B, scaling=f.scaling))
         base.model.get_submodule(name).weight.data += update
-    return evaluate(CausalLM(), base.model, examples(config, partition, "")[1], 16, base.pad_id)["loss"]
+    own_rows = train_and_test(config, partition, "")[1]
+    return evaluate(CausalLM(), base.model, own_rows, 16, base.pad_id)["loss"]
 
 
 def test_each_client_goes_on_from_its_own_b_also_in_a_fresh_process(tmp_path, tiny_llama):

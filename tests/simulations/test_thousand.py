@@ -32,7 +32,7 @@ SAMPLED = 4
 @pytest.fixture(autouse=True)
 def _fresh_process(fresh_process):
     yield
-    rows_.examples.cache_clear()
+    rows_.train_and_test.cache_clear()
 
 
 def many(folder: Path, model: Path, clients: int, **keys: Scalar) -> Config:
@@ -119,7 +119,7 @@ def footprint() -> tuple[int, int]:
 def test_what_is_held_does_not_depend_on_the_number_of_clients(tmp_path, tiny_llama):
     held: dict[int, list[tuple[int, int]]] = {}
     for clients in (12, 600):
-        rows_.examples.cache_clear()
+        rows_.train_and_test.cache_clear()
         data._prepare.cache_clear()
         seen = held.setdefault(clients, [])
         config = many(tmp_path / str(clients), tiny_llama, clients, lora__ranks="2", federation__rounds=1)

@@ -446,10 +446,10 @@ def test_rounds_match_a_dense_reference(name: str) -> None:
             weights = held[j].weights(base)
             lora = {}
             for n, f in sent.adapter.lora.items():
-                A, B = step(weights[n], f.A, f.B, f.scaling, targets[j][n], sent.trainable)
+                A, B = step(weights[n], f.A, f.B, f.scaling, targets[j][n], sent.plan.train)
                 lora[n] = LoraFactors(
-                    A.float() if "A" in sent.upload else torch.empty(0, 0),
-                    B.float() if "B" in sent.upload else torch.empty(0, 0),
+                    A.float() if "A" in sent.plan.send else torch.empty(0, 0),
+                    B.float() if "B" in sent.plan.send else torch.empty(0, 0),
                     f.scaling,
                 )
                 own_a, own_b = twin[n].send(client.rank_of(n), client.scaling_of(n), state.adapter.lora[n].A)

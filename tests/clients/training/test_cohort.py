@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from fedlora.adapters import AdapterState, LoraFactors, initial
+from fedlora.adapters.flat import OWN
 from fedlora.clients.training import cohort, terms, trainer
 from fedlora.common.errors import AdapterError
 from fedlora.config import LoraConfig, ModelConfig, TrainConfig
 from fedlora.data import Example
+from fedlora.exchange import Plan
 from fedlora.models import adapted, fresh_head, injection
 from fedlora.models.stacked import NotStackable, stacked
+from fedlora.models.trainable import Trainable
 from tests.tiny import save_bert, save_gpt2
 
 CONFIG = TrainConfig(steps=10, batch_size=2, lr=1e-3)
@@ -71,17 +74,16 @@ def both(
     """(adapter, result) of each client: trained alone, and together."""
     alone = []
     for seed, (start, examples) in enumerate(zip(adapters, data, strict=True)):
-        parameters = adapted.install(bench, start, trainable)
-        adapted.install_anchor(bench, anchor)
+        trained = adapted.install(bench, start, trainable, folds=anchor)
 
-        def penalty() -> None:
+        def penalty(trained: Trainable = trained) -> None:
             if prune:
-                terms.add_tail_penalty(adapted.factors_of(bench), *prune)
+                terms.add_tail_penalty(trained.pairs, *prune)
 
         result = trainer.train(
             bench.task,
             bench.model,
-            parameters,
+            trained,
             examples,
             config,
             pad_id=bench.base.pad_id,
@@ -92,13 +94,13 @@ def both(
         )
         alone.append((adapted.read(bench), result))
     members = [cohort.Member(a, d, seed) for seed, (a, d) in enumerate(zip(adapters, data, strict=True))]
-    together = cohort.train(bench, members, config, trainable=frozenset(trainable), round=2, rounds=3, prune=prune)
+    plan = Plan(train=frozenset(trainable))
+    together = cohort.train(bench, members, config, plan=plan, folds=anchor, round=2, rounds=3, prune=prune)
     return alone, together
 
 
 def tensors(adapter: AdapterState) -> dict[str, torch.Tensor]:
-    factors = {f"{n}.{part}": getattr(f, part) for n, f in adapter.lora.items() for part in ("A", "B")}
-    return factors | dict(adapter.tensors)
+    return OWN.put(adapter)
 
 
 def change(adapter: AdapterState, start: AdapterState) -> torch.Tensor:
@@ -221,7 +223,7 @@ def test_one_client_that_diverges_fails_alone(tiny_llama):
     spoiled = [adapters[0], AdapterState(lora=bad), *adapters[2:]]
     data = [sentences(8, seed) for seed in range(4)]
     members = [cohort.Member(a, d, seed) for seed, (a, d) in enumerate(zip(spoiled, data, strict=True))]
-    ends = cohort.train(bench, members, CONFIG, trainable=frozenset("AB"), round=2, rounds=3)
+    ends = cohort.train(bench, members, CONFIG, plan=Plan(), round=2, rounds=3)
     assert isinstance(ends[1], AdapterError)
     assert "training diverged: loss nan at step 1 of round 2" in str(ends[1])
     alone, _ = both(bench, adapters, data, CONFIG)

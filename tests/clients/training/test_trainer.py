@@ -8,13 +8,14 @@ import torch
 from torch.nn import functional as F
 
 from fedlora.adapters import AdapterState, initial
-from fedlora.clients.optimizers import standard
+from fedlora.clients.optimizers import registry
 from fedlora.clients.training import schedule as schedule_
 from fedlora.clients.training import terms, trainer
 from fedlora.common.errors import AdapterError, ConfigError
 from fedlora.config import LoraConfig, ModelConfig, TrainConfig
 from fedlora.data import Example, batch_at
 from fedlora.models import adapted, injection
+from fedlora.models.trainable import Pair
 
 LORA = LoraConfig(target_modules="q_proj,down_proj")
 CONFIG = TrainConfig(steps=4, batch_size=2, lr=1e-2, schedule="constant", warmup_fraction=0.0, clip=0.0)
@@ -72,7 +73,7 @@ def test_it_is_a_plain_adamw_loop(tiny_llama):
     bench, start = bench_and_start(tiny_llama)
     result, got = train(bench, start)
 
-    parameters = adapted.install(bench, start, ("A", "B"))
+    parameters = adapted.install(bench, start, ("A", "B")).parameters
     optimizer = torch.optim.AdamW(parameters, lr=CONFIG.lr, weight_decay=0.0, foreach=False)
     data, losses = examples(), []
     bench.model.train()
@@ -210,7 +211,7 @@ def test_progress_is_told_step_by_step(tiny_llama):
 @pytest.mark.parametrize("name", ["adamw-8bit", "paged-adamw", "paged-adamw-8bit"])
 def test_gpu_optimizers_refuse_a_cpu(name):
     with pytest.raises(ConfigError, match=rf"train.optimizer = '{name}' needs a CUDA GPU, the model is on cpu"):
-        standard.make(TrainConfig(optimizer=name), [torch.nn.Parameter(torch.zeros(2))])
+        registry.check(TrainConfig(optimizer=name), torch.device("cpu"))
 
 
 def test_the_tail_penalty_is_the_gradient_of_its_term():
@@ -221,7 +222,7 @@ def test_the_tail_penalty_is_the_gradient_of_its_term():
     for pair in mine:
         for parameter in pair:
             parameter.grad = torch.zeros_like(parameter)
-    terms.add_tail_penalty([(a, b) for a, b in mine], 0.5, 0.3)
+    terms.add_tail_penalty([Pair("m", a, b, 1.0) for a, b in mine], 0.5, 0.3)
     term = sum(0.3 * b[:, k:].norm() * a[k:].norm() for (a, b), k in zip(theirs, (2, 2, 1), strict=True))
     term.backward()
     for (a, b), (x, y) in zip(mine, theirs, strict=True):
@@ -230,5 +231,5 @@ def test_the_tail_penalty_is_the_gradient_of_its_term():
     zero = [(torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.zeros(3, 2)))]
     for parameter in zero[0]:
         parameter.grad = torch.zeros_like(parameter)
-    terms.add_tail_penalty(zero, 0.5, 1.0)
+    terms.add_tail_penalty([Pair("m", *zero[0], 1.0)], 0.5, 1.0)
     assert all(torch.isfinite(parameter.grad).all() for parameter in zero[0])

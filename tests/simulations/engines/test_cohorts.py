@@ -11,6 +11,7 @@ from flwr.app import Context, Message, RecordDict
 from fedlora.clients.answering import together
 from fedlora.clients.client_app import app as client_app
 from fedlora.clients.node import held_folds
+from fedlora.clients.optimizers.standard import AdamW
 from fedlora.clients.training import cohort
 from fedlora.common.errors import ConfigError
 from fedlora.config import Config, parse
@@ -129,7 +130,7 @@ def test_memory_that_runs_out_halves_the_cohort_and_loses_nothing(tmp_path, tiny
 @pytest.mark.parametrize("why", ["optimizer", "rows"])
 def test_what_cannot_be_batched_is_trained_one_at_a_time_and_said_once(tmp_path, tiny_llama, monkeypatch, caplog, why):
     if why == "optimizer":
-        monkeypatch.setattr(together, "_ELEMENTWISE", ())
+        monkeypatch.setattr(AdamW, "elementwise", False)
         says = "train.optimizer = 'adamw' does not step each value by itself"
     else:
 

@@ -59,7 +59,7 @@ def test_lost_replies_are_asked_for_again_to_the_same_bits(tmp_path, tiny_llama,
     simulation.run(config)
     held_folds._held.clear()
     other = tiny(tmp_path, tiny_llama, federation__rounds=3, run__id="lossy", **keys)
-    monkeypatch.setattr(local, "LocalGrid", Losing)
+    monkeypatch.setattr(simulation, "LocalGrid", Losing)
     simulation.run(other)
     one, two = saved_adapter(folder_of(config)), saved_adapter(folder_of(other))
     assert one.keys() == two.keys()
@@ -209,7 +209,7 @@ class Dead(local.LocalGrid):
 def test_a_node_that_hangs_or_stays_dead_is_waited_for_no_longer_than_the_wait_timeout(
     tmp_path, tiny_llama, fresh_process, monkeypatch, grid, why
 ):
-    monkeypatch.setattr(local, "LocalGrid", grid)
+    monkeypatch.setattr(simulation, "LocalGrid", grid)
     config = tiny(tmp_path, tiny_llama, federation__rounds=1, federation__wait_timeout=2.0)
     began = time.monotonic()
     simulation.run(config)
@@ -245,7 +245,7 @@ def test_a_client_that_comes_later_takes_part_from_the_next_round(
     keys = {"strategy__name": name, "evaluate__server": name != "fedsa", "evaluate__clients": name == "fedsa"}
     config = tiny(tmp_path, tiny_llama, federation__rounds=3, federation__wait_timeout=0.0, **keys)
     with monkeypatch.context() as patched:
-        patched.setattr(local, "LocalGrid", Late)
+        patched.setattr(simulation, "LocalGrid", Late)
         simulation.run(config)
     result = json.loads((folder_of(config) / "result.json").read_text())
     assert [sorted(entry["clients"]) for entry in result["rounds"]] == [list("012"), list("0123"), list("0123")]
@@ -269,7 +269,7 @@ def test_a_client_that_comes_later_takes_part_from_the_next_round(
 def test_a_client_that_comes_later_and_cannot_be_served_is_named_and_the_run_goes_on(
     tmp_path, tiny_llama, fresh_process, monkeypatch
 ):
-    monkeypatch.setattr(local, "LocalGrid", Late)
+    monkeypatch.setattr(simulation, "LocalGrid", Late)
     ranks = {"lora__ranks": "2,2,2,4", "strategy__name": "fedavg-zeropad"}
     config = tiny(tmp_path, tiny_llama, federation__rounds=2, federation__wait_timeout=0.0, **ranks)
     seen: list[str] = []
@@ -298,7 +298,7 @@ class Restarted(local.LocalGrid):
 
 
 def test_a_node_that_is_listed_and_dead_at_the_start_is_asked_again(tmp_path, tiny_llama, fresh_process, monkeypatch):
-    monkeypatch.setattr(local, "LocalGrid", Restarted)
+    monkeypatch.setattr(simulation, "LocalGrid", Restarted)
     monkeypatch.setattr(roster, "_LOOK_SECONDS", 0.01)
     config = tiny(tmp_path, tiny_llama, federation__rounds=1, federation__min_clients=4, federation__wait_timeout=60.0)
     simulation.run(config)

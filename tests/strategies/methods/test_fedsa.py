@@ -45,7 +45,7 @@ def test_b_never_reaches_the_server() -> None:
     state = strategy.init(start([client]))
     for round in (1, 2):
         sent = strategy.broadcast(state, client, round)
-        assert (sent.trainable, sent.upload, sent.personal) == ({"A", "B"}, {"A"}, {"B"})
+        assert (sent.plan.train, sent.plan.send, sent.plan.keep) == ({"A", "B"}, {"A"}, {"B"})
         reply = train(sent, client, round)
         assert not any(f.B.numel() for f in reply.adapter.lora.values())
         state = strategy.aggregate(state, [reply], round)

@@ -114,7 +114,7 @@ def test_round_0_asks_for_the_gradient_at_the_base_model() -> None:
     state = strategy.init(start(clients))
     for client in clients:
         sent = strategy.broadcast(state, client, 0)
-        assert (sent.task, sent.trainable, sent.upload) == ("gradient", frozenset(), {"A", "B"})
+        assert (sent.job, sent.plan.train, sent.plan.send) == ("gradient", frozenset(), {"A", "B"})
         assert not sent.steady
         for name, factors in sent.adapter.lora.items():
             assert factors.scaling == 1.0
@@ -133,7 +133,7 @@ def test_each_client_trains_the_leading_block_of_one_r() -> None:
         fixed = state.adapter.lora
         sent = [strategy.broadcast(state, client, round) for client in clients]
         for client, broadcast in zip(clients, sent, strict=True):
-            assert (broadcast.task, broadcast.trainable, broadcast.upload) == ("train", {"R"}, {"R"})
+            assert (broadcast.job, broadcast.plan.train, broadcast.plan.send) == ("train", {"R"}, {"R"})
             assert broadcast.steady
             for name, f in broadcast.adapter.lora.items():
                 r = client.rank

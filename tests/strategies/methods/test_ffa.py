@@ -82,8 +82,8 @@ def test_only_what_is_trained_is_sent(strategy: Strategy) -> None:
     state = begun(strategy, [client], 0)
     for round in (1, 2):
         sent = strategy.broadcast(state, client, round)
-        assert sent.trainable == sent.upload
-        assert len(sent.trainable) == 1
+        assert sent.plan.train == sent.plan.send
+        assert len(sent.plan.train) == 1
         state = strategy.aggregate(state, [train(sent, client, round)], round)
 
 
@@ -94,7 +94,7 @@ def gradient_sizes(sent: Broadcast, seed: int) -> dict[str, float]:
     for name, f in sent.adapter.lora.items():
         leaves = {"A": f.A, "B": f.B, "R": torch.eye(f.rank) if f.R is None else f.R}
         leaves = {factor: tensor.clone().requires_grad_() for factor, tensor in leaves.items()}
-        trained = [leaves[factor] for factor in sorted(sent.trainable)]
+        trained = [leaves[factor] for factor in sorted(sent.plan.train)]
         sizes[name] = 0.0
         for G in torch.randn(10, *SHAPES[name], generator=generator):
             value = (G * (leaves["B"] @ leaves["R"] @ leaves["A"])).sum()
@@ -113,7 +113,7 @@ def test_fault_9_what_a_round_trains_has_a_gradient(strategy: Strategy, data: st
         everyone = [strategy.broadcast(state, client, round) for client in clients]
         for sent in everyone:
             assert min(gradient_sizes(sent, seed).values()) > 1e-3
-            if "A" in sent.trainable:
+            if "A" in sent.plan.train:
                 assert all(f.B.any() for f in sent.adapter.lora.values())
         chosen = data.draw(st.lists(st.sampled_from(clients), min_size=1, unique_by=lambda c: c.client_id))
         state = strategy.aggregate(state, [train(everyone[c.client_id], c, seed + round) for c in chosen], round)

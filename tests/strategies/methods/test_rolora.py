@@ -15,7 +15,7 @@ def test_b_and_a_take_turns_and_b_comes_first() -> None:
     state = strategy.init(start([client]))
     for round, factor in enumerate("BABAB", start=1):
         sent = strategy.broadcast(state, client, round)
-        assert sent.trainable == sent.upload == {factor}
+        assert sent.plan.train == sent.plan.send == {factor}
         before = state
         state = strategy.aggregate(state, [train(sent, client, round)], round)
         for name, factors in state.adapter.lora.items():

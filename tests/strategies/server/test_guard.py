@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState, LoraFactors, delta, keep_factors
-from fedlora.exchange import Broadcast, ClientUpdate
+from fedlora.exchange import Broadcast, ClientUpdate, Plan
 from fedlora.strategies.server import guard
 
 
@@ -54,7 +54,7 @@ def test_the_move_is_that_of_the_effective_update() -> None:
     exact = math.hypot(float((delta(end.lora["m"]) - delta(start.lora["m"])).double().norm()), 5.0)
     assert guard.moved(replied(end), Broadcast(round=1, adapter=start)) == pytest.approx(exact, rel=1e-6)
     # a factor that is not sent back is as it was
-    sent = Broadcast(round=1, adapter=start, upload=frozenset("B"))
+    sent = Broadcast(round=1, adapter=start, plan=Plan(send=frozenset("B")))
     kept = LoraFactors(start.lora["m"].A, end.lora["m"].B, 2.0)
     exact = math.hypot(float((delta(kept) - delta(start.lora["m"])).norm()), 5.0)
     assert guard.moved(replied(keep_factors(end, {"B"})), sent) == pytest.approx(exact, rel=1e-5)
@@ -64,7 +64,7 @@ def test_where_a_factor_stays_on_the_client_the_other_one_counts() -> None:
     """Its B is 0 at the server: whatever A does would not move that product."""
     start = AdapterState(lora={"m": replace(pair(0), B=torch.zeros(5, 3))})
     end = AdapterState(lora={"m": pair(2)})
-    sent = Broadcast(round=1, adapter=start, upload=frozenset("A"), personal=frozenset("B"))
+    sent = Broadcast(round=1, adapter=start, plan=Plan(send=frozenset("A"), keep=frozenset("B")))
     exact = float((end.lora["m"].A - start.lora["m"].A).norm())
     assert guard.moved(replied(keep_factors(end, {"A"})), sent) == pytest.approx(exact, rel=1e-6)
 
