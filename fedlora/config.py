@@ -66,6 +66,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
+    kind: str = option("lora", "what is trained beside a layer: lora or miss, or your own as package.module:Class")
+    kind_options: str = option("", "its options, as 'name=value, name=value'")
     rank: int = option(8, "rank of every client, unless lora.ranks is set", low=1)
     ranks: str = option("16,8,8,4", "rank per client, cyclic; empty: lora.rank for all")
     alpha: str = option("2r", "a number, or a multiple of the rank such as 2r")

@@ -40,6 +40,8 @@ class Strategy(ABC):
         unequal_ranks: True if clients may have different ranks.
         steady: True if row j of A and column j of B keep their meaning from round to round: no restart, no new
             basis. Server optimizers need it, and error feedback of coarse number formats.
+        any_kind: True if the method averages whatever adapters consist of, and so serves every `lora.kind`; else it
+            needs LoRA's factors A and B.
         personal: the factors, of "A" and "B", that stay on the clients.
         statistics: "gradient" if the strategy wants a round 0 in which clients send their gradients' leading
             singular directions; see `Broadcast.job`.
@@ -48,6 +50,7 @@ class Strategy(ABC):
     linear: ClassVar[bool] = False
     unequal_ranks: ClassVar[bool] = True
     steady: ClassVar[bool] = False
+    any_kind: ClassVar[bool] = False
     personal: ClassVar[frozenset[str]] = frozenset()
     statistics: ClassVar[str] = ""
 

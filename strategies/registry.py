@@ -16,7 +16,7 @@ from fedlora.common.registry import Option, Registry
 from fedlora.config import client_rank, rank_pattern
 
 if TYPE_CHECKING:
-    from fedlora.config import Config
+    from fedlora.config import Config, LoraConfig
     from fedlora.exchange import ClientInfo
 
     from .base import Strategy
@@ -122,13 +122,34 @@ def configured(config: Config) -> Strategy:
 
 def check_ranks(config: Config) -> None:
     """Raises StrategyError before anything is loaded, if the strategy cannot serve a simulation's clients."""
-    check(configured(config), simulated(config))
+    check(configured(config), simulated(config), config.lora)
 
 
-def check(strategy: Strategy, clients: Sequence[ClientInfo]) -> None:
-    """Raises StrategyError if the strategy cannot serve these clients; it names strategies that can."""
+def check(strategy: Strategy, clients: Sequence[ClientInfo], lora: LoraConfig) -> None:
+    """Raises StrategyError if the strategy cannot serve these clients or this kind of adapter; it names who can.
+
+    Args:
+        strategy: inside its wrappers.
+        clients: all of the run.
+        lora: names the kind.
+    """
+    from fedlora.adapters.kinds.registry import KINDS
+
+    kind = KINDS.make(lora.kind, lora.kind_options)
     with naming_others():
+        if not (kind.pairs or strategy.any_kind):
+            raise StrategyError(
+                f"lora.kind = {lora.kind} has no factors A and B, which strategy.name and its wrappers need here; "
+                "set lora.kind = lora",
+                needs="any_kind",
+            )
         strategy.check(clients)
+    ranks = [client.rank for client in clients]
+    if not kind.pairs and len(set(ranks)) > 1:
+        raise StrategyError(
+            f"lora.kind = {lora.kind} needs one rank, got ranks {', '.join(map(str, ranks[:10]))}; "
+            f"set lora.ranks = '' and lora.rank = {max(ranks)}, or lora.kind = lora"
+        )
 
 
 def simulated(config: Config) -> list[ClientInfo]:

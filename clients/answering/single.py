@@ -110,7 +110,7 @@ def begin(content: RecordDict, context: Context) -> TrainingJob:
     began = time.perf_counter()
     config, client_id, bench, broadcast = _open(content, context)
     info = _info(config, context)
-    _check_ranks(broadcast, info, context)
+    _check_ranks(bench, broadcast, info, context)
     own_rows.look(context.node_config)
     examples = training_examples(config, context)
     seed = schedule.hash_seed(config.run.seed, client_id)
@@ -279,13 +279,13 @@ def _own_folder(context: Context, broadcast: Broadcast) -> Path:
     return own_state.folder_of(str(root), broadcast.run or str(context.run_id), client_id_of(context))
 
 
-def _check_ranks(broadcast: Broadcast, info: ClientInfo, context: Context) -> None:
+def _check_ranks(bench: adapted.AdaptedModel, broadcast: Broadcast, info: ClientInfo, context: Context) -> None:
     """A server may not ask for more than this client's hardware affords."""
-    for module, factors in broadcast.adapter.lora.items():
-        if factors.rank > info.rank_of(module):
+    for module, rank in adapted.ranks(bench, broadcast.adapter).items():
+        if rank > info.rank_of(module):
             key = next((key for key in ("max-rank", "rank") if key in context.node_config), "")
             raise ConfigError(
-                f"{module}: the server sent rank {factors.rank}, client {info.client_id} affords "
+                f"{module}: the server sent rank {rank}, client {info.client_id} affords "
                 f"{info.rank_of(module)}{f' (node config: {key})' if key else ''}"
             )
 

@@ -237,7 +237,8 @@ def _check_plugins(config: Config, node: Mapping[str, Scalar]) -> None:
     if not isinstance(allowed, str):
         raise ConfigError(f"node config: plugins = {allowed!r}, expected names such as 'mypkg.mine:MyTask', or any")
     names = {name.strip() for name in allowed.split(",")}
-    for key, name in (("model.task", config.model.task), ("train.optimizer", config.train.optimizer)):
+    named = {"model.task": config.model.task, "train.optimizer": config.train.optimizer, "lora.kind": config.lora.kind}
+    for key, name in named.items():
         if ":" in name and not {"any", name} & names:
             shown = repr(name) if len(name) <= 80 else f"{name[:77]!r}..."
             raise ConfigError(

@@ -8,7 +8,7 @@ factors, where the adapter has one, is part of the down projection, which then c
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import AdapterState, LoraFactors, concatenate, delta, relative_error
+from fedlora.adapters.kinds.base import AdapterKind, Place
+from fedlora.adapters.kinds.registry import KINDS
 from fedlora.common.errors import AdapterError, ModelError
 from fedlora.config import LoraConfig, ModelConfig
 from fedlora.tasks.base import Task
@@ -32,6 +34,7 @@ from . import (
     load_base,
     untie,
 )
+from .functional import Functional, Nothing
 from .injection import (
     ADAPTER,
     ANCHOR,
@@ -53,6 +56,7 @@ class AdaptedModel:
         layers: base-model module name -> its LoRA layer.
         tensors: parameter name -> parameter trained in full.
         config: what the base was loaded from.
+        kind: of the adapters.
         merged: (run id, folds) merged into the weights of an unquantized base.
     """
 
@@ -61,6 +65,7 @@ class AdaptedModel:
     model: PeftModel
     layers: Mapping[str, LoraLayer]
     tensors: Mapping[str, nn.Parameter]
+    kind: AdapterKind
     merged: tuple[object, tuple[AdapterState, ...]] = field(default=(None, ()))
 
     @property
@@ -83,7 +88,7 @@ def adapted_model(model: ModelConfig, lora: LoraConfig) -> AdaptedModel:
             the layers that the quantization asks for.
     """
     global _current  # noqa: PLW0603 - one base model per process, shared by all its clients and rounds
-    key = (model, base_fingerprint(model), lora.target_modules, lora.dropout)
+    key = (model, base_fingerprint(model), lora.target_modules, lora.dropout, lora.kind, lora.kind_options)
     if _current is None or _current[0] != key:
         _current = None  # let go of the old weights before the new ones are read
         _current = (key, _build(model, lora))
@@ -97,6 +102,7 @@ def forget() -> None:
 
 
 def _build(config: ModelConfig, lora: LoraConfig) -> AdaptedModel:
+    kind = KINDS.make(lora.kind, lora.kind_options)
     base = load_base(config)
     targets = find_targets(base.model, lora.target_modules, base.heads)
     silent = [name for name in targets if name in base.uncalled and "expert" not in name]
@@ -120,7 +126,7 @@ def _build(config: ModelConfig, lora: LoraConfig) -> AdaptedModel:
             )
     dense = head_parameters(model, base.heads)
     task_of(config).prepare(model)
-    return AdaptedModel(config=config, base=base, model=model, layers=layers, tensors=dense)
+    return AdaptedModel(config=config, base=base, model=model, layers=layers, tensors=dense, kind=kind)
 
 
 def install(
@@ -146,12 +152,19 @@ def install(
         AdapterError: modules or shapes do not fit the model.
     """
     wanted = frozenset(train)
-    _same_names("modules", adapter.lora, bench.layers)
-    _same_names("tensors trained in full", adapter.tensors, bench.tensors)
     pairs: list[Pair] = []
     parameters: list[nn.Parameter] = []
+    if bench.kind.pairs:
+        _same_names("modules", adapter.lora, bench.layers)
+        _same_names("tensors trained in full", adapter.tensors, bench.tensors)
+    else:
+        parts = {bench.kind.key(name, part) for name, place in _places(bench) for part in bench.kind.shapes(place)}
+        _same_names(f"parts of {bench.kind.name}", adapter.tensors, [*bench.tensors, *parts])
     for name, layer in bench.layers.items():
         own = wanted if modules is None or name in modules else frozenset[str]()
+        if not bench.kind.pairs:
+            parameters += _set_parts(bench, name, layer, adapter, bool(own))
+            continue
         factors = adapter.lora[name]
         pair = Pair(name, *_set_factors(name, layer, ADAPTER, factors, own), factors.scaling)
         core = _set_core(name, layer, factors.R, own)
@@ -222,15 +235,20 @@ def _reload_weights(bench: AdaptedModel) -> None:
 def read(bench: AdaptedModel) -> AdapterState:
     """The trainable adapter, its cores and the head as they are now, on the CPU in fp32, as copies."""
     lora: dict[str, LoraFactors] = {}
+    tensors = {name: fp32_copy(p) for name, p in bench.tensors.items()}
     for name, layer in bench.layers.items():
-        down = cast("Down", layer.lora_A[ADAPTER])
+        down = layer.lora_A[ADAPTER]
+        if isinstance(down, Functional):
+            tensors |= {bench.kind.key(name, part): fp32_copy(value) for part, value in down.parts.items()}
+            continue
+        assert isinstance(down, Down)
         lora[name] = LoraFactors(
             A=fp32_copy(down.weight),
             B=fp32_copy(layer.lora_B[ADAPTER].weight),
             scaling=float(layer.scaling[ADAPTER]),
             R=None if down.core is None else fp32_copy(down.core),
         )
-    return AdapterState(lora=lora, tensors={name: fp32_copy(p) for name, p in bench.tensors.items()})
+    return AdapterState(lora=lora, tensors=tensors)
 
 
 def fp32_copy(tensor: object) -> Tensor:
@@ -256,6 +274,53 @@ def _set_factors(
     layer.r[adapter], layer.lora_alpha[adapter] = rank, factors.scaling * rank  # pyright: ignore
     layer.scaling[adapter] = factors.scaling
     return a, b
+
+
+def _places(bench: AdaptedModel) -> list[tuple[str, Place]]:
+    """Each module and where it stands, at a rank that does not matter yet."""
+    return [(name, Place(name, *shape_of(layer), rank=1)) for name, layer in bench.layers.items()]
+
+
+def _set_parts(
+    bench: AdaptedModel, name: str, layer: LoraLayer, adapter: AdapterState, trained: bool
+) -> list[nn.Parameter]:
+    """Put a module's parts of the model's kind into its layer; those that are trained."""
+    device = layer.get_base_layer().weight.device
+    place, parts = placed(bench.kind, name, layer, adapter)
+    own = {
+        part: nn.Parameter(value.to(device, torch.float32, copy=True), requires_grad=trained)  # pyright: ignore
+        for part, value in parts.items()
+    }
+    made = Functional(bench.kind, place, own)
+    layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = made, Nothing(made.weight)
+    layer.scaling[ADAPTER] = 1.0
+    return [*own.values()] if trained else []
+
+
+def placed(kind: AdapterKind, name: str, layer: LoraLayer, adapter: AdapterState) -> tuple[Place, dict[str, Tensor]]:
+    """Where a module's adapter stands, and its parts.
+
+    Raises:
+        AdapterError: their shapes are not the kind's.
+    """
+    bare = Place(name, *shape_of(layer), rank=1)
+    parts = kind.parts_of(adapter.tensors, bare)
+    place = replace(bare, rank=kind.rank(parts))
+    expected = kind.shapes(place)
+    for part, value in parts.items():
+        if tuple(value.shape) != tuple(expected[part]):
+            raise AdapterError(
+                f"{name}: got {kind.name}'s {part} {tuple(value.shape)}, the model needs {tuple(expected[part])}"
+            )
+    return place, parts
+
+
+def ranks(bench: AdaptedModel, adapter: AdapterState) -> dict[str, int]:
+    """The rank of each module's adapter; a module that the adapter lacks is left out."""
+    if bench.kind.pairs:
+        return {name: factors.rank for name, factors in adapter.lora.items()}
+    found = {name: bench.kind.parts_of(adapter.tensors, place) for name, place in _places(bench)}
+    return {name: bench.kind.rank(parts) for name, parts in found.items() if parts}
 
 
 def _set_core(name: str, layer: LoraLayer, core: Tensor | None, trainable: frozenset[str]) -> nn.Parameter | None:

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.common.errors import AdapterError
 
-from .adapted import AdaptedModel, fp32_copy, install
+from .adapted import AdaptedModel, fp32_copy, install, placed
+from .functional import Functional, FunctionalStack, Nothing
 from .injection import ADAPTER
 from .trainable import Pair, Trainable
 
@@ -110,8 +111,15 @@ class Stack:
         self._layers: dict[str, _Layer] = {}
         pairs: list[list[Pair]] = [[] for _ in adapters]
         parameters: list[list[nn.Parameter]] = [[] for _ in adapters]
+        self._kind, self._functional = bench.kind, dict[str, FunctionalStack]()
+        self._parts: dict[str, list[dict[str, nn.Parameter]]] = {}
         for name, layer in bench.layers.items():
             device = cast("Tensor", layer.lora_A[ADAPTER].weight).device
+            if not bench.kind.pairs:
+                parts = self._add_parts(name, layer, adapters, bool(train) and (modules is None or name in modules))
+                for number, own in enumerate(parts):
+                    parameters[number] += [p for p in own.values() if p.requires_grad]
+                continue
             mine = _Layer([a.lora[name] for a in adapters], [a.lora[name].R for a in adapters], device)
             own = train if modules is None or name in modules else frozenset[str]()
             self._layers[name] = mine
@@ -131,6 +139,23 @@ class Stack:
                 parameter.requires_grad_(bool(train))
             parameters[number] += tensors.values() if train else ()
         self.slots = [Trainable(*each) for each in zip(pairs, parameters, strict=True)]
+
+    def _add_parts(
+        self, name: str, layer: LoraLayer, adapters: Sequence[AdapterState], trained: bool
+    ) -> list[dict[str, nn.Parameter]]:
+        """Each client's own parts of a kind that is no pair of factors."""
+        one = layer.lora_A[ADAPTER]  # as `install` left it for the last of the adapters
+        assert isinstance(one, Functional)
+        found = [placed(self._kind, name, layer, adapter) for adapter in adapters]
+        if len({place.rank for place, _ in found}) > 1:
+            raise NotStackable(f"{self._kind.name} has adapters of unequal ranks, which are no one batch")
+        parts = [{part: _own(value, one.weight.device) for part, value in own.items()} for _, own in found]
+        for own in parts:
+            for parameter in own.values():
+                parameter.requires_grad_(trained)
+        self._functional[name] = FunctionalStack(one, parts, self)
+        self._parts[name] = parts
+        return parts
 
     def check(self, x: Tensor) -> int:
         """The number of clients whose rows these are."""
@@ -166,10 +191,15 @@ class Stack:
             )
             for name, layer in self._layers.items()
         }
-        return AdapterState(lora=lora, tensors={n: fp32_copy(p) for n, p in self._tensors[seat].items()})
+        tensors = {n: fp32_copy(p) for n, p in self._tensors[seat].items()}
+        for name, parts in self._parts.items():
+            tensors |= {self._kind.key(name, part): fp32_copy(value) for part, value in parts[seat].items()}
+        return AdapterState(lora=lora, tensors=tensors)
 
     def modules(self, name: str) -> tuple[nn.Module, nn.Module]:
         """What stands in for PEFT's lora_A and lora_B of a module."""
+        if name in self._functional:
+            return self._functional[name], Nothing(self._functional[name].weight)
         return _Down(self._layers[name], self), _Up(self._layers[name], self)
 
     def heads(self, head: str, module: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from fedlora.config import Config, Scalar, client_rank, clients_per_round, flatt
 from fedlora.tasks.registry import check_task
 
 from ...strategies.registry import STRATEGIES, check_ranks
+from .ranking import lower_is_better
 
 SCHEMA = 1  # of what a comparison leaves on the disk
 BASELINES = ("base", "local", "centralised")
@@ -183,6 +184,12 @@ def _arm(path: Path, grid: Grid, scenario: str, label: str, setting: Config) -> 
         raise ConfigError(
             f"{path}: metric = {grid.metric!r} is not known for model.task = {arm.model.task!r}"
             f"{suggest(grid.metric, task.metrics)}"
+        )
+    if (grid.metric in task.lower) != lower_is_better(grid.metric):
+        raise ConfigError(
+            f"{path}: metric = {grid.metric!r} of model.task = {arm.model.task!r} is better when it is "
+            f"{'lower' if grid.metric in task.lower else 'higher'}, and a comparison would rank by the opposite; give "
+            "it another name or sign"
         )
     if not (arm.data.heldout_fraction > 0 and arm.data.test_fraction > 0):
         raise ConfigError(

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from fedlora.adapters import AdapterState, initial
+from fedlora.adapters.kinds.base import Place
+from fedlora.adapters.kinds.registry import KINDS
 from fedlora.config import Config
 from fedlora.exchange import ClientInfo
 from fedlora.models import fresh_head, injection
@@ -20,10 +22,19 @@ def start(config: Config, clients: Sequence[ClientInfo], base: injection.Shapes 
     found = base or injection.shapes(config.model, config.lora)
     largest = {module: max(clients, key=lambda client: client.rank_of(module)) for module in found.lora}
     generator = torch.Generator().manual_seed(config.run.seed)
+    head = dict(found.head) or fresh_head(found.tensors, config.run.seed)
+    kind = KINDS.make(config.lora.kind, config.lora.kind_options)
+    if not kind.pairs:
+        parts: dict[str, torch.Tensor] = {}
+        for module in sorted(found.lora):
+            client = largest[module]
+            place = Place(module, *found.lora[module], client.rank_of(module), client.scaling_of(module))
+            parts |= {kind.key(module, part): value for part, value in kind.initial(place, generator).items()}
+        return AdapterState(tensors={**head, **parts})
     factors = initial(
         found.lora,
         {module: client.rank_of(module) for module, client in largest.items()},
         {module: client.scaling_of(module) for module, client in largest.items()},
         generator,
     )
-    return AdapterState(lora=factors.lora, tensors=dict(found.head) or fresh_head(found.tensors, config.run.seed))
+    return AdapterState(lora=factors.lora, tensors=head)

@@ -28,6 +28,7 @@ class FedAvg(Strategy):
     linear: ClassVar[bool] = True
     unequal_ranks: ClassVar[bool] = False
     steady: ClassVar[bool] = True
+    any_kind: ClassVar[bool] = True
 
     def check(self, clients: Sequence[ClientInfo]) -> None:
         """Raises StrategyError if ranks or effective scalings differ between clients."""

@@ -26,6 +26,7 @@ class FedAvgZeropad(Strategy):
 
     linear: ClassVar[bool] = True
     steady: ClassVar[bool] = True
+    any_kind: ClassVar[bool] = True
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
         """The padded means; a module or dense tensor that no reply has stays as it was."""

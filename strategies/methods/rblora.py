@@ -28,6 +28,7 @@ class RbLora(Strategy):
 
     linear: ClassVar[bool] = True
     steady: ClassVar[bool] = True
+    any_kind: ClassVar[bool] = True
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
         """The row-wise means; a module, row or dense tensor that no reply has stays as it was."""

@@ -13,6 +13,8 @@ from flwr.serverapp import Grid
 from torch.profiler import record_function
 
 from fedlora.adapters import AdapterState
+from fedlora.adapters.kinds.base import AdapterKind, as_factors
+from fedlora.adapters.kinds.registry import KINDS
 from fedlora.common.errors import ConfigError, FedLoraError, RunError, StrategyError
 from fedlora.common.events import emit
 from fedlora.config import Config, clients_per_round
@@ -58,11 +60,11 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
             f"strategy.name = {config.strategy.name}: {' and '.join(sorted(strategy.personal))} stays on the clients, "
             "so that only they can evaluate what is learned; set evaluate.clients = true"
         )
-    base = _base(config)
+    base, kind = _base(config), KINDS.make(config.lora.kind, config.lora.kind_options)
     fingerprint = base_fingerprint(config.model)
     saved = saved_state.load(record.folder / "state", record.key, config.run.from_round)
     if saved and config.run.from_round >= 0:  # first what is served, and the later states last of all
-        record.save_adapter(strategy.global_adapter(saved[0]))
+        record.save_adapter(as_factors(strategy.global_adapter(saved[0]), kind, base.lora))
     record.go_on(saved and saved[1])
     evaluates = config.evaluate.server and not strategy.personal
     if saved:
@@ -71,7 +73,7 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
     meeting.begin()
     roster = meeting.roster
     clients = list(roster.infos.values())
-    check(strategy, clients)
+    check(strategy, clients, config.lora)
     if said := out_of_order(base.classes, clients[0].class_names):
         raise ConfigError(said)
     record.start(clients, fingerprint, base.facts(), clients[0].class_names)
@@ -87,8 +89,8 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
             record.baseline(judge(strategy, state, strategy.global_adapter(state)))
         emit("baseline", metrics=record.data["baseline"], head=base.words)
     if done == config.federation.rounds:  # died after its last round
-        record.save_adapter(strategy.global_adapter(state))
-    session = _Session(grid, config, record, strategy, fingerprint, meeting, judge, state)
+        record.save_adapter(as_factors(strategy.global_adapter(state), kind, base.lora))
+    session = _Session(grid, config, record, strategy, kind, base, fingerprint, meeting, judge, state)
     number = done + 1
     while number <= config.federation.rounds:
         number += session.play(number)
@@ -110,6 +112,8 @@ class _Session:
     config: Config
     record: RunRecord
     strategy: Strategy
+    kind: AdapterKind
+    base: injection.Shapes
     fingerprint: str
     meeting: Meeting
     judge: HeldOutEvaluator | None
@@ -157,7 +161,7 @@ class _Session:
             with _clock(seconds, "evaluate"):
                 self._evaluate(entry, learned, chosen, number)
         with _clock(seconds, "save"):
-            self.record.save_adapter(learned)
+            self.record.save_adapter(as_factors(learned, self.kind, self.base.lora))
         seconds["round"] = time.perf_counter() - began
         entry["seconds"] = seconds
         self.record.round(entry)
@@ -171,7 +175,7 @@ class _Session:
         for client in self.meeting.welcome():
             info = self.roster.infos[client]
             try:
-                check(self.strategy, list(self.roster.infos.values()))
+                check(self.strategy, list(self.roster.infos.values()), self.config.lora)
                 self._for(number)(info)  # a rank beyond the server's, for instance
             except StrategyError as error:
                 self.meeting.turn_away(client, str(error))
@@ -211,7 +215,7 @@ class _Session:
         state, moves = self.previous
         self._leave_out(moves, error, f"the run goes on from before round {number}", undone=number)
         self.state, self.previous = state, None
-        self.record.save_adapter(self.strategy.global_adapter(state))
+        self.record.save_adapter(as_factors(self.strategy.global_adapter(state), self.kind, self.base.lora))
         self._checkpoint(number)
 
     def _leave_out(self, moves: Mapping[int, float], error: FedLoraError, then: str, undone: int | None = None) -> None:

@@ -65,6 +65,10 @@ class Restart(Wrapper):
             )
 
     @property
+    def any_kind(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return False
+
+    @property
     def steady(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return False
 

@@ -46,6 +46,10 @@ class Wrapper(Strategy):
         return self.inner.steady
 
     @property
+    def any_kind(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.any_kind
+
+    @property
     def personal(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.inner.personal
 

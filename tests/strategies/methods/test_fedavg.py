@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.common.errors import StrategyError
+from fedlora.config import LoraConfig
 from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies import load
 from fedlora.strategies.registry import check
@@ -61,7 +62,7 @@ def test_one_client_and_equal_clients_are_bitwise_identity() -> None:
 
 def test_check_refuses_unequal_ranks_and_names_the_fix() -> None:
     with pytest.raises(StrategyError) as caught:
-        check(FEDAVG, [client(i, rank) for i, rank in enumerate((16, 8, 8, 4))])
+        check(FEDAVG, [client(i, rank) for i, rank in enumerate((16, 8, 8, 4))], LoraConfig())
     assert str(caught.value).startswith(
         "fedavg averages factors and needs one rank, got ranks 16, 8, 8, 4; "
         "set lora.ranks = '' and lora.rank = 16, or use strategy.name = "

@@ -1,0 +1,1 @@
+"""Kinds of adapters: what is trained beside a frozen linear layer. One file for each."""

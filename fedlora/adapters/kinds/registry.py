@@ -1,0 +1,17 @@
+"""Adapter kinds by name."""
+
+from __future__ import annotations
+
+from fedlora.common.registry import Registry
+
+KINDS = Registry(
+    noun="adapter kind",
+    key="lora.kind",
+    options_key="lora.kind-options",
+    base="fedlora.adapters.kinds.base:AdapterKind",
+    method="forward",
+    names={
+        "lora": "fedlora.adapters.kinds.lora:Lora",
+        "miss": "fedlora.adapters.kinds.miss:Miss",
+    },
+)
