@@ -46,7 +46,10 @@ class RunConfig:
 class ModelConfig:
     name: str = option("smollm2-135m-instruct", "a packaged model, a local folder, or a hub id")
     revision: str = option("", "hub revision (branch, tag or commit); empty is the default branch")
-    task: str = option("causal-lm", "what is trained", ("causal-lm", "classification"))
+    task: str = option(
+        "causal-lm", "what it learns to do: causal-lm, classification, or your own as package.module:Class"
+    )
+    task_options: str = option("", "the task's own options, such as 'smoothing=0.1'")
     labels: int = option(2, "number of classes (classification)", low=2)
     head: str = option(
         "keep",
@@ -511,12 +514,7 @@ def _check_together(config: Config, where: str) -> Config:
     ints("lora.ranks", config.lora.ranks)
     rank_pattern(config.lora)
     clients_at_once(config.train)
-    names = label_names(config.data)
-    if names and config.model.task == "classification" and len(names) != config.model.labels:
-        raise ConfigError(
-            f"{where}: data.label-names = {config.data.label_names!r} names {len(names)} classes, and model.labels = "
-            f"{config.model.labels}; make them agree"
-        )
+    label_names(config.data)
     if not alpha_of(config.lora.alpha, config.lora.rank) > 0:
         raise ConfigError(f"{where}: lora.alpha = {config.lora.alpha!r}, expected a number above 0 or such as '2r'")
     if config.anchor.base_update == "merge" and config.model.quantization != "none":

@@ -21,13 +21,15 @@ from fedlora.common.assets import cache_dir
 from fedlora.common.errors import ConfigError, DivergedError
 from fedlora.common.events import emit
 from fedlora.config import Config
-from fedlora.data import LazyExamples, class_names, form_of, prepare
+from fedlora.data import LazyExamples, form_of, prepare
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Plan, wire
 from fedlora.exchange.stages import stages
 from fedlora.models import adapted, base_fingerprint, pick_device
 from fedlora.models.trainable import Trainable
 from fedlora.results.environment import peak_memory_bytes
+from fedlora.tasks.checked import check_batch
 from fedlora.tasks.predict import evaluate as evaluate_model
+from fedlora.tasks.registry import check_task
 
 from ..node import memory, own_rows, own_state, rules
 from ..node.held_folds import folds_up_to
@@ -116,6 +118,7 @@ def begin(content: RecordDict, context: Context) -> TrainingJob:
     if broadcast.job == "train":  # a row that cannot be one fails its client alone, before others share its batches
         for place in schedule.examples_of(config.train, len(examples), broadcast.round, seed):
             examples[place]
+    check_batch(bench.task, bench.task.collate(examples[:1], bench.base.pad_id), 1)
     emit("client-start", client_id=client_id, rank=info.rank, round=broadcast.round)
     return TrainingJob(config, client_id, bench, broadcast, context, examples, began)
 
@@ -129,6 +132,7 @@ def train_alone(work: TrainingJob) -> RecordDict:
         adapter, result = statistic.measure(bench, broadcast.adapter, work.examples, config.train, work.seed)
     else:
         result = trainer.train(
+            bench.task,
             bench.model,
             trained,
             work.examples,
@@ -212,9 +216,10 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
     def tell(done: int, total: int) -> None:
         emit("client-evaluate-step", client_id=client_id, done=done, total=total, round=broadcast.round)
 
-    metrics = evaluate_model(bench.model, examples, config.evaluate.batch_size, bench.base.pad_id, tell)
+    size, pad_id = config.evaluate.batch_size, bench.base.pad_id
+    metrics = evaluate_model(bench.task, bench.model, examples, size, pad_id, on_batch=tell)
     emit("client-evaluated", client_id=client_id, round=broadcast.round, **metrics)
-    return wire.encode_evaluation(len(examples), metrics, bench.base.fingerprint)
+    return wire.encode_evaluation(len(examples), metrics, bench.base.fingerprint, bench.task.metrics)
 
 
 _TASKS = {"describe": describe, "train": train, "evaluate": evaluate}
@@ -276,7 +281,8 @@ def _check_ranks(bench: adapted.AdaptedModel, broadcast: Broadcast, info: Client
 def _info(config: Config, context: Context) -> ClientInfo:
     client_id = client_id_of(context)
     rank = rules.rank(config, context.node_config, client_id)
-    form_of(prepare(config).rows.column_names, config.data, config.model.task)  # a column that is missing is said first
+    task, split = check_task(config), prepare(config)
+    form_of(split.rows.column_names, config.data, task)  # a column that is missing is said first
     rows = train_rows(config, client_id, rules.own_data(context.node_config))
     rules.check_steps(config.train, context.node_config, schedule.steps_per_round(config.train, rows))
     return ClientInfo(
@@ -286,11 +292,5 @@ def _info(config: Config, context: Context) -> ClientInfo:
         num_examples=rows,
         rslora=config.lora.rslora,
         rank_pattern=configuration.rank_pattern(config.lora),
-        class_names=_class_names(config),
+        class_names=task.class_names(split.rows, config.data),
     )
-
-
-def _class_names(config: Config) -> tuple[str, ...]:
-    if config.model.task != "classification":
-        return ()
-    return class_names(prepare(config).rows, config.data, config.model.labels)

@@ -43,7 +43,7 @@ def how_many(context: Context) -> int:
             return clients_at_once(config.train)
         bench = adapted.adapted_model(config.model, config.lora)
         examples = rows.training_examples(config, context)
-        tokens = config.train.batch_size * max(len(example.input_ids) for example in examples[:_LOOKED_AT])
+        tokens = config.train.batch_size * max(example.size for example in examples[:_LOOKED_AT])
     except Exception:
         return 1
     device = bench.base.device
@@ -57,7 +57,7 @@ def bytes_per_token(bench: adapted.AdaptedModel) -> int:
     config = bench.base.model.config.get_text_config(decoder=True)
     layers, hidden = getattr(config, "num_hidden_layers", 12), getattr(config, "hidden_size", 768)
     wide = getattr(config, "intermediate_size", None) or 4 * hidden
-    outputs = config.vocab_size if bench.config.task == "causal-lm" else 0
+    outputs = bench.task.outputs(config)
     return bench.base.compute_dtype.itemsize * layers * (16 * hidden + 6 * wide) + 4 * 4 * outputs
 
 

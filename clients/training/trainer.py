@@ -9,16 +9,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import record_function
 
 from fedlora.common.errors import DivergedError
 from fedlora.config import TrainConfig
-from fedlora.data import Example, batch_at, collate
+from fedlora.data import Example, batch_at
 from fedlora.exchange.stages import Stage
 from fedlora.models.dropout import Draws, draws_per_client
 from fedlora.models.trainable import Trainable
-from fedlora.tasks.losses import token_loss
+from fedlora.tasks.base import Task
+from fedlora.tasks.checked import mean_loss
 
 from ..optimizers.registry import optimizer
 from .schedule import hash_seed, lr_factor, steps_per_round
@@ -43,6 +44,7 @@ class TrainResult:
 
 
 def train(
+    task: Task,
     model: nn.Module,
     trained: Trainable,
     examples: Sequence[Example],
@@ -64,6 +66,7 @@ def train(
     optimizer's state starts anew each round, since the server has changed the factors.
 
     Args:
+        task: says what the losses are.
         model: gives logits; the adapter is in place.
         trained: what is trained.
         examples: the client's own.
@@ -86,10 +89,10 @@ def train(
     own_dropout = draws_per_client(model)
     try:
         for step in range(local.steps):
-            total = _gradients(model, local, step, pad_id, own_dropout)
+            total = _gradients(task, model, local, step, pad_id, own_dropout=own_dropout)
             for number in range(local.passes - 1):
                 local.after_pass(number)
-                _gradients(model, local, step, pad_id, own_dropout)
+                _gradients(task, model, local, step, pad_id, own_dropout=own_dropout)
             with record_function("fedlora/optimizer"):
                 local.take(step, total)
             on_step(step + 1, local.steps, total)
@@ -99,17 +102,18 @@ def train(
     return local.result(time.perf_counter() - began)
 
 
-def _gradients(model: nn.Module, local: LocalSteps, step: int, pad_id: int, own_dropout: bool) -> float:
+def _gradients(task: Task, model: nn.Module, local: LocalSteps, step: int, pad_id: int, *, own_dropout: bool) -> float:
     """The loss of a step; the parameters get its gradients."""
     with record_function("fedlora/data"):
-        batches = [collate(part, pad_id) for part in local.batches(step)]
-        labelled = [count_labels(batch["labels"]) for batch in batches]
+        batches = [task.collate(part, pad_id) for part in local.batches(step)]
+        labelled = [int(task.counts(batch).sum()) for batch in batches]
     total = 0.0
     for batch, count in zip(batches, labelled, strict=True):
-        local.tokens += int(batch["attention_mask"].sum())
-        draws = Draws([local.draws], [batch["input_ids"].shape[1]]) if own_dropout else nullcontext()
+        tokens = task.tokens(batch)
+        local.tokens += int(tokens.sum())
+        draws = Draws([local.draws], [int(tokens.max())]) if own_dropout else nullcontext()
         with record_function("fedlora/forward"), draws:
-            loss = token_loss(model, batch) * (count / sum(labelled))
+            loss = mean_loss(task, model, batch) * (count / sum(labelled))
         with record_function("fedlora/backward"):
             loss.backward()
             total += float(loss.detach())
@@ -208,8 +212,3 @@ def diverged(loss: float, step: int, round: int) -> str:
         f"training diverged: loss {loss} at step 1 of round {round}, before anything was trained: the adapter that the "
         "server sent gives no finite loss here"
     )
-
-
-def count_labels(labels: Tensor) -> int:
-    """What a batch's mean loss is taken over: labelled next tokens, or examples."""
-    return labels.shape[0] if labels.ndim == 1 else int((labels[:, 1:] != -100).sum())

@@ -15,6 +15,7 @@ from fedlora.config import Config
 from fedlora.data import encode, prepare
 from fedlora.models import BaseModel, check_length, load_base, longest
 from fedlora.models.injection import ties_may_be_adapted
+from fedlora.tasks.registry import task_of
 from fedlora.tasks.scores import scores
 
 from .mixed import BASE, predict_many
@@ -37,11 +38,13 @@ def compare_with_base(
     base = load_base(config.model, seed=config.run.seed)
     check_length(longest(base.model), config)
     model = load(base, adapters, config)
-    examples = encode(prepare(config).heldout, base.tokenizer, config.data, config.model.task, config.model.labels)
+    task = task_of(config.model)
+    examples = encode(prepare(config).heldout, base.tokenizer, config.data, task)
     names = [BASE, *map(_name, range(len(adapters)))]
-    found = predict_many(model, names, examples, config.evaluate.batch_size, base.pad_id, on_batch=on_batch)
+    size = config.evaluate.batch_size
+    found = predict_many(task, model, names, examples, batch_size=size, pad_id=base.pad_id, on_batch=on_batch)
     labels = ["untouched base" + (f" with {base.head.partition(':')[0]}" if base.head else ""), *titles(adapters)]
-    return {label: scores(predictions) for label, predictions in zip(labels, found.values(), strict=True)}
+    return {label: scores(task, predictions) for label, predictions in zip(labels, found.values(), strict=True)}
 
 
 def load(base: BaseModel, adapters: Sequence[Path], config: Config) -> PeftModel:

@@ -18,10 +18,11 @@ from fedlora.adapters.kinds.registry import KINDS
 from fedlora.common.errors import ConfigError, FedLoraError, RunError, StrategyError
 from fedlora.common.events import emit
 from fedlora.config import Config, clients_per_round
-from fedlora.data import class_names, prepare
+from fedlora.data import prepare
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 from fedlora.models import base_fingerprint, check_length, injection
 from fedlora.results.record import RunRecord
+from fedlora.tasks.registry import check_task, task_of
 
 from ..base import ServerState, Strategy
 from ..initializers.base import Initializer
@@ -74,6 +75,7 @@ class Session:
             RunError: fewer clients than `federation.min-clients` connected.
             StrategyError: the strategy cannot serve these clients, or nobody could evaluate what it learns.
         """
+        check_task(config)
         strategy = configured(config)
         chosen = initializer(config.lora, strategy)
         if strategy.personal and config.evaluate.server and not config.evaluate.clients:
@@ -352,9 +354,8 @@ def _base(config: Config) -> injection.Shapes:
 
 def _classes(config: Config, evaluates: bool) -> tuple[str, ...] | None:
     """What the server calls the classes; None where it does not read its rows."""
-    if config.model.task != "classification" or not evaluates:
-        return None
-    return class_names(prepare(config).rows, config.data, config.model.labels)
+    task = task_of(config.model)
+    return task.class_names(prepare(config).rows, config.data) if task.classes and evaluates else None
 
 
 def sample(client_ids: Sequence[int], fraction: float, seed: int, round: int) -> list[int]:

@@ -25,6 +25,7 @@ from fedlora.simulations.engines import local
 from fedlora.strategies import load
 from fedlora.strategies.initializers import uniform
 from fedlora.strategies.schedules.session import Session
+from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.predict import evaluate
 from tests.federation import run_locally, tiny, write_labels
 
@@ -60,8 +61,10 @@ def test_what_is_learned_lowers_the_loss_exactly_and_peft_loads_it(tmp_path, tin
     assert max(entry["aggregation-error"] for entry in entries) < 1e-5
     base = load_base(config.model)
     model = PeftModel.from_pretrained(base.model, str(folder / "adapter"))
-    examples = encode(prepare(config).heldout, base.tokenizer, config.data, "causal-lm")
-    assert evaluate(model, examples, 16, base.pad_id)["loss"] == pytest.approx(entries[-1]["heldout"]["loss"], rel=1e-4)
+    examples = encode(prepare(config).heldout, base.tokenizer, config.data, CausalLM())
+    assert evaluate(CausalLM(), model, examples, 16, base.pad_id)["loss"] == pytest.approx(
+        entries[-1]["heldout"]["loss"], rel=1e-4
+    )
 
 
 def sent_values(strategy: str, round: int) -> int:
@@ -116,15 +119,16 @@ def test_the_start_is_the_svd_of_the_gradient_by_the_full_weights(tmp_path, tiny
 
     from fedlora.clients.answering.rows import train_and_test
     from fedlora.clients.training.schedule import hash_seed
-    from fedlora.data import batch_at, collate
-    from fedlora.tasks.losses import token_loss
+    from fedlora.data import batch_at
+    from fedlora.tasks.checked import mean_loss
 
     base = load_base(config.model)
     for name in learned.lora:
         base.model.get_submodule(name).weight.requires_grad_()
     examples = train_and_test(config, 0, "")[0]
     chosen = batch_at(len(examples), config.train.batch_size, 0, hash_seed(config.run.seed, 0))
-    token_loss(base.model, collate([examples[i] for i in chosen], base.pad_id)).backward()
+    task = CausalLM()
+    mean_loss(task, base.model, task.collate([examples[i] for i in chosen], base.pad_id)).backward()
     for name, factors in learned.lora.items():
         u, s, vh = torch.linalg.svd(base.model.get_submodule(name).weight.grad)
         best = -(u[:, :3] * s[:3]) @ vh[:3]
@@ -212,7 +216,7 @@ class Node:
 
     def loss(self, broadcast: Broadcast) -> float:
         content = self.content("evaluate", broadcast)
-        return wire.decode_evaluation(content, self._fingerprint, "client")[1]["loss"]
+        return wire.decode_evaluation(content, self._fingerprint, "client", CausalLM.metrics)[1]["loss"]
 
     def own(self) -> AdapterState:
         kept = own_state.load(own_state.folder_of(self._folder, 7, self._partition), "personal", 99)
@@ -228,7 +232,8 @@ def reference_loss(config: Config, partition: int, adapter: AdapterState, own: A
     for name, f in adapter.lora.items():
         update = delta(LoraFactors(A=f.A, B=own.lora[name].B, scaling=f.scaling))
         base.model.get_submodule(name).weight.data += update
-    return evaluate(base.model, train_and_test(config, partition, "")[1], 16, base.pad_id)["loss"]
+    own_rows = train_and_test(config, partition, "")[1]
+    return evaluate(CausalLM(), base.model, own_rows, 16, base.pad_id)["loss"]
 
 
 def test_each_client_goes_on_from_its_own_b_also_in_a_fresh_process(tmp_path, tiny_llama):

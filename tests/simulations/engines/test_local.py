@@ -21,6 +21,7 @@ from fedlora.results.run_folder import folder_of
 from fedlora.simulations import run as simulation
 from fedlora.simulations.engines import local
 from fedlora.strategies.registry import configured
+from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.predict import evaluate
 from tests.federation import run_locally, tiny, write_labels, write_rows
 from tests.tiny import save_llama
@@ -67,8 +68,8 @@ def test_what_is_learned_lowers_the_loss_and_peft_loads_it(tmp_path, tiny_llama,
 
     base = load_base(config.model)
     model = PeftModel.from_pretrained(base.model, str(folder / "adapter"))
-    examples = encode(prepare(config).heldout, base.tokenizer, config.data, "causal-lm")
-    assert evaluate(model, examples, 16, base.pad_id)["loss"] == pytest.approx(losses[-1], rel=1e-5)
+    examples = encode(prepare(config).heldout, base.tokenizer, config.data, CausalLM())
+    assert evaluate(CausalLM(), model, examples, 16, base.pad_id)["loss"] == pytest.approx(losses[-1], rel=1e-5)
 
 
 def test_the_checkpoint_gives_the_logits_of_the_global_model(tmp_path, tiny_llama):
@@ -286,8 +287,8 @@ def test_an_interrupted_run_leaves_a_valid_result(tmp_path, tiny_llama):
     adapted.forget()
     base = load_base(config.model)
     model = PeftModel.from_pretrained(base.model, str(folder / "adapter"))
-    examples = encode(prepare(config).heldout, base.tokenizer, config.data, "causal-lm")
-    got = evaluate(model, examples, 16, base.pad_id)["loss"]
+    examples = encode(prepare(config).heldout, base.tokenizer, config.data, CausalLM())
+    got = evaluate(CausalLM(), model, examples, 16, base.pad_id)["loss"]
     assert got == pytest.approx(result["rounds"][0]["heldout"]["loss"], rel=1e-5)
 
 
