@@ -41,7 +41,7 @@ class LeadingDirections(Statistic):
             model.layers,
             ranks,
             examples,
-            config,
+            config=config,
             pad_id=model.base.pad_id,
             seed=seed,
         )
