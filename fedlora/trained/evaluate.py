@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +129,7 @@ def score(adapter: AdapterState, rows: Dataset, config: Config, classes: tuple[s
     """Metrics of an adapter in memory on any rows.
 
     Args:
-        adapter: all that was learned, on the untouched base.
+        adapter: all that was learned, on the untouched base, as pairs of factors.
         rows: with the columns that `config.data` names.
         config: the run's that learned it.
         classes: what the run called them, in order; nothing where they have numbers alone.
@@ -136,7 +137,7 @@ def score(adapter: AdapterState, rows: Dataset, config: Config, classes: tuple[s
     Raises:
         DataError: rows cannot be used.
     """
-    model = adapted.adapted_model(config.model, config.lora)
+    model = adapted.adapted_model(config.model, replace(config.lora, kind="lora", kind_options=""))
     form_of(rows.column_names, config.data, config.model.task)
     examples = encode(
         kept(numbered(rows, config.data, classes)),

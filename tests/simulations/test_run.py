@@ -175,6 +175,13 @@ def test_evaluate_scores_the_learned_adapter_on_other_rows(keys, rows, llama):
         result.evaluate([{"question": "why"}])
 
 
+def test_evaluate_scores_an_adapter_of_another_kind(keys, rows, tiny_llama):
+    keys |= {"lora.kind": "miss", "lora.ranks": "2", "federation.rounds": 1}
+    result = fedlora.run(keys, data=rows, model=tiny_llama, strategy="fedavg")
+    found = result.evaluate(fedlora.data.prepare(result.config).heldout)
+    assert found["loss"] == pytest.approx(result.rounds[-1]["heldout"]["loss"], rel=1e-5)
+
+
 def test_evaluate_is_of_the_base_without_what_the_run_merged(keys, rows, tiny_llama):
     result = fedlora.run(keys, {"anchor.base-update": "merge"}, data=rows, model=tiny_llama, strategy="flora")
     found = result.evaluate(fedlora.data.prepare(result.config).heldout)
