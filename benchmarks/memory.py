@@ -50,7 +50,7 @@ def one(quantization: str, steps: int) -> dict[str, Any]:
     for _ in range(8):
         ids = torch.randint(5, 40_000, (64,), generator=generator).tolist()
         examples.append(Example({"input_ids": ids, "labels": list(ids)}))
-    start = uniform.start(config, [ClientInfo(client_id=0, rank=8)])
+    start = uniform.seeded(config, [ClientInfo(client_id=0, rank=8)])
     parameters = adapted.install(bench, start, {"A", "B"})
     plan = replace(config.train, steps=steps, batch_size=2)
     result = trainer.train(

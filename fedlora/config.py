@@ -68,6 +68,12 @@ class ModelConfig:
 class LoraConfig:
     kind: str = option("lora", "what is trained beside a layer: lora or miss, or your own as package.module:Class")
     kind_options: str = option("", "its options, as 'name=value, name=value'")
+    init: str = option(
+        "auto",
+        "how the adapter starts: auto (as the strategy wants it, else uniform), uniform or lora-sb, or your own as "
+        "package.module:Class",
+    )
+    init_options: str = option("", "its options, as 'name=value, name=value'")
     rank: int = option(8, "rank of every client, unless lora.ranks is set", low=1)
     ranks: str = option("16,8,8,4", "rank per client, cyclic; empty: lora.rank for all")
     alpha: str = option("2r", "a number, or a multiple of the rank such as 2r")
@@ -173,6 +179,10 @@ class FederationConfig:
         "most clients that one node may say it is, and a node that says more is refused; 0: up to federation.clients",
         low=0,
     )
+    schedule: str = option(
+        "synchronous", "whom to ask and when to aggregate: synchronous, or your own as package.module:Class"
+    )
+    schedule_options: str = option("", "its options, as 'name=value, name=value'")
     lost_clients: str = option(
         "fail",
         "what a client means that was refused in every round: fail ends the run, when all is done, with an error",
@@ -256,6 +266,13 @@ class WireConfig:
 
 
 @dataclass(frozen=True)
+class PrivacyConfig:
+    stages: str = option(
+        "", "comma list of privacy stages, on clients and server: unchanged, or your own as package.module:Class"
+    )
+
+
+@dataclass(frozen=True)
 class Config:
     """One run. Every section is a frozen dataclass; `to_flat` and `parse` go to and from flat keys."""
 
@@ -269,6 +286,7 @@ class Config:
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     wire: WireConfig = field(default_factory=WireConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
     def to_flat(self) -> dict[str, Scalar]:
         """Flat kebab-case keys, in the order of the sections."""

@@ -23,6 +23,7 @@ from fedlora.common.events import emit
 from fedlora.config import Config
 from fedlora.data import LazyExamples, form_of, prepare
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Plan, wire
+from fedlora.exchange.stages import stages
 from fedlora.models import adapted, base_fingerprint, pick_device
 from fedlora.models.trainable import Trainable
 from fedlora.results.environment import peak_memory_bytes
@@ -33,7 +34,7 @@ from fedlora.tasks.registry import check_task
 from ..node import memory, own_rows, own_state, rules
 from ..node.held_folds import folds_up_to
 from ..node.rules import client_id_of, config_of
-from ..statistics.gradients import leading_directions
+from ..statistics.registry import STATISTICS
 from ..training import schedule, terms, trainer
 from .refusals import refusal
 from .rows import train_and_test, train_rows, training_examples
@@ -126,8 +127,9 @@ def train_alone(work: TrainingJob) -> RecordDict:
     """Train one client by itself; the reply."""
     config, broadcast, bench = work.config, work.broadcast, work.bench
     trained = _set_up(work, broadcast.plan)
-    if broadcast.job == "gradient":
-        adapter, result = _gradient(bench, config, work.client_id, broadcast, work.examples)
+    if broadcast.job != "train":
+        statistic = STATISTICS.make(broadcast.job)
+        adapter, result = statistic.measure(bench, broadcast.adapter, work.examples, config.train, work.seed)
     else:
         result = trainer.train(
             bench.task,
@@ -141,6 +143,7 @@ def train_alone(work: TrainingJob) -> RecordDict:
             seed=work.seed,
             on_step=work.tell,
             penalty=_penalty(trained, config),
+            stages=stages(config.privacy.stages),
         )
         adapter = adapted.read(bench)
     return finish(work, adapter, result)
@@ -155,6 +158,8 @@ def finish(work: TrainingJob, adapter: AdapterState, result: trainer.TrainResult
     if broadcast.plan.keep:
         personal = _personal_part(adapter, broadcast.plan.keep)
         own_state.save(folder, "personal", personal, broadcast.round, keep=config.run.keep + 1)
+    for stage in stages(config.privacy.stages):
+        adapter = stage.leaving(adapter, broadcast, schedule.hash_seed(work.seed, broadcast.round))
     to_send, codec_error = encode_upload(adapter, broadcast, config.wire.upload_dtype, folder, keep=config.run.keep + 1)
     update = ClientUpdate(
         client_id=client_id,
@@ -195,23 +200,6 @@ def pruning(config: Config) -> tuple[float, float] | None:
 def _penalty(trained: Trainable, config: Config) -> Callable[[], None]:
     prune = pruning(config)
     return functools.partial(terms.add_tail_penalty, trained.pairs, *prune) if prune else lambda: None
-
-
-def _gradient(
-    bench: adapted.AdaptedModel, config: Config, client_id: int, broadcast: Broadcast, examples: LazyExamples
-) -> tuple[AdapterState, trainer.TrainResult]:
-    """The gradient's leading directions, as many for each module as its factors in the broadcast have rows."""
-    lora, result = leading_directions(
-        bench.task,
-        bench.model,
-        bench.layers,
-        {name: factors.rank for name, factors in broadcast.adapter.lora.items()},
-        examples,
-        config=config.train,
-        pad_id=bench.base.pad_id,
-        seed=schedule.hash_seed(config.run.seed, client_id),
-    )
-    return AdapterState(lora=lora, tensors=broadcast.adapter.tensors), result
 
 
 def evaluate(content: RecordDict, context: Context) -> RecordDict:

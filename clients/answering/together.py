@@ -13,6 +13,7 @@ from flwr.app import Context, Error, RecordDict
 from fedlora.adapters import AdapterState
 from fedlora.common.errors import FedLoraError
 from fedlora.config import clients_at_once
+from fedlora.exchange.stages import stages
 from fedlora.models import adapted
 from fedlora.models.stacked import NotStackable
 
@@ -113,6 +114,7 @@ def _as_one(works: Sequence[TrainingJob], folds: Folds) -> list[RecordDict | Err
         rounds=one.config.federation.rounds,
         on_step=lambda member, step, steps, loss: works[member].tell(step, steps, loss),
         prune=single.pruning(one.config),
+        stages=stages(one.config.privacy.stages),
     )
     answers: list[RecordDict | Error] = []
     for work, end in zip(works, ends, strict=True):

@@ -4,23 +4,48 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fedlora.adapters import LoraFactors, first_ranks, leading, lowrank, pad, stack
+from fedlora.adapters import AdapterState, LoraFactors, first_ranks, leading, lowrank, pad, stack
 from fedlora.config import TrainConfig
-from fedlora.data import Example, batch_at
+from fedlora.data import Example, LazyExamples, batch_at
+from fedlora.models.adapted import AdaptedModel
 from fedlora.tasks.base import Task
 from fedlora.tasks.checked import mean_loss
 
 from ..training.schedule import hash_seed
 from ..training.trainer import TrainResult
+from .base import Statistic
 
 # Between batches this many times the wanted directions are kept, as in LoRA-GA (https://arxiv.org/abs/2407.05000).
 _SPARE = 4
+
+
+@dataclass(frozen=True)
+class LeadingDirections(Statistic):
+    """The best approximations of each module's gradient, at the ranks that the server asks for."""
+
+    def measure(
+        self, model: AdaptedModel, asked: AdapterState, examples: LazyExamples, config: TrainConfig, seed: int
+    ) -> tuple[AdapterState, TrainResult]:
+        """`leading_directions` of all modules; the head as it was sent."""
+        ranks = {name: factors.rank for name, factors in asked.lora.items()}
+        lora, result = leading_directions(
+            model.task,
+            model.model,
+            model.layers,
+            ranks,
+            examples,
+            config=config,
+            pad_id=model.base.pad_id,
+            seed=seed,
+        )
+        return AdapterState(lora=lora, tensors=asked.tensors), result
 
 
 def leading_directions(

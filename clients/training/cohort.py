@@ -16,6 +16,7 @@ from fedlora.common.errors import AdapterError
 from fedlora.config import TrainConfig
 from fedlora.data import Example
 from fedlora.exchange import Plan
+from fedlora.exchange.stages import Stage
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.dropout import Draws, draws_per_client
 from fedlora.models.stacked import Stack, stacked
@@ -51,6 +52,7 @@ def train(
     rounds: int,
     on_step: Callable[[int, int, int, float], None] = lambda member, step, steps, loss: None,
     prune: tuple[float, float] | None = None,
+    stages: Sequence[Stage] = (),
 ) -> list[tuple[AdapterState, TrainResult] | AdapterError]:
     """Train each member for one round, as `trainer.train` trains it alone: the same batches, losses and steps.
 
@@ -68,6 +70,7 @@ def train(
         rounds: of the whole run.
         on_step: called for each member's step with (member, step, steps, loss).
         prune: HetLoRA's gamma and weight of `add_tail_penalty`.
+        stages: of privacy; see `trainer.train`.
 
     Returns:
         In the order of the members: the trained adapter, or why there is none.
@@ -91,6 +94,7 @@ def train(
                 rounds=rounds,
                 seed=members[m].seed,
                 penalty=_penalty(slot, prune),
+                stages=stages,
             )
             for m, slot in zip(order, stack.slots, strict=True)
         ]

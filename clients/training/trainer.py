@@ -15,6 +15,7 @@ from torch.profiler import record_function
 from fedlora.common.errors import DivergedError
 from fedlora.config import TrainConfig
 from fedlora.data import Example, batch_at
+from fedlora.exchange.stages import Stage
 from fedlora.models.dropout import Draws, draws_per_client
 from fedlora.models.trainable import Trainable
 from fedlora.tasks.base import Task
@@ -55,6 +56,7 @@ def train(
     seed: int,
     on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
     penalty: Callable[[], None] = lambda: None,
+    stages: Sequence[Stage] = (),
 ) -> TrainResult:
     """Train what is trainable in place for one round.
 
@@ -75,12 +77,13 @@ def train(
         seed: of this client's order of examples and dropout.
         on_step: called after each step with (step, steps, loss).
         penalty: called before each optimizer step, to add a term's gradient to the parameters'.
+        stages: of privacy, which may change the gradients before that.
 
     Raises:
         DivergedError: the loss is not finite.
     """
     began = time.perf_counter()
-    local = LocalSteps(trained, examples, config, round=round, rounds=rounds, seed=seed, penalty=penalty)
+    local = LocalSteps(trained, examples, config, round=round, rounds=rounds, seed=seed, penalty=penalty, stages=stages)
     torch.manual_seed(hash_seed(seed, round))  # whatever draws from torch's own generator
     model.train()
     own_dropout = draws_per_client(model)
@@ -138,6 +141,7 @@ class LocalSteps:
         rounds: int,
         seed: int,
         penalty: Callable[[], None] = lambda: None,
+        stages: Sequence[Stage] = (),
     ) -> None:
         """As for `train`."""
         self.steps = steps_per_round(config, len(examples))
@@ -146,7 +150,7 @@ class LocalSteps:
         parameters = trained.parameters
         self.draws = torch.Generator(parameters[0].device).manual_seed(hash_seed(seed, round))
         self._parameters, self._examples, self._config, self._penalty = parameters, examples, config, penalty
-        self._seed, self._round, self._rounds = seed, round, rounds
+        self._seed, self._round, self._rounds, self._stages = seed, round, rounds, stages
         method = optimizer(config)
         self.passes = method.passes
         self._optimizer = method.begin(trained, config)
@@ -168,6 +172,8 @@ class LocalSteps:
         config = self._config
         if not math.isfinite(loss):
             raise DivergedError(diverged(loss, step, self._round))
+        for stage in self._stages:
+            stage.gradients(self._parameters)
         if config.prox_mu:
             add_proximal(self._parameters, self._start, config.prox_mu)
         self._penalty()

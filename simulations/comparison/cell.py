@@ -27,7 +27,7 @@ from fedlora.tasks.registry import task_of
 from fedlora.tasks.scores import Predictions, scores
 
 from ...clients.node import own_state
-from ...strategies.initializers.uniform import start
+from ...strategies.initializers.uniform import seeded
 from ...strategies.registry import configured, simulated
 from ...strategies.server import saved_state
 from .. import personal
@@ -54,7 +54,7 @@ def run(cell: Cell, work: Path) -> dict[str, Any]:
     learned: list[AdapterState] = []
     config = cell.configs[0]
     if cell.label == "base":
-        learned = [start(config, simulated(config))]
+        learned = [seeded(config, simulated(config))]
     else:
         for number, each in enumerate(cell.configs):
             # a rate at which a client diverges is a result, which the score shows

@@ -401,10 +401,10 @@ def test_the_round_is_what_it_is_without_that_client(tmp_path, tiny_llama, fresh
     held_folds._held.clear()
     other = tiny(tmp_path, tiny_llama, federation__rounds=1, run__id="two")
     with pytest.MonkeyPatch.context() as patch:  # the same round, from which that client is left out
-        from fedlora.strategies.schedules import synchronous
+        from fedlora.strategies.schedules import session
 
-        chosen = synchronous.sample
-        patch.setattr(synchronous, "sample", lambda *args: [c for c in chosen(*args) if c != 2])
+        chosen = session.sample
+        patch.setattr(session, "sample", lambda *args: [c for c in chosen(*args) if c != 2])
         simulation.run(other)
     assert apart(saved_adapter(folder_of(config)), saved_adapter(folder_of(other))) == 0.0
 

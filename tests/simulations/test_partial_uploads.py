@@ -24,7 +24,7 @@ from fedlora.models import adapted, base_fingerprint, load_base
 from fedlora.simulations.engines import local
 from fedlora.strategies import load
 from fedlora.strategies.initializers import uniform
-from fedlora.strategies.schedules import synchronous
+from fedlora.strategies.schedules.session import Session
 from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.predict import evaluate
 from tests.federation import run_locally, tiny, write_labels
@@ -103,16 +103,16 @@ def test_the_start_is_the_svd_of_the_gradient_by_the_full_weights(tmp_path, tiny
         tmp_path,
         tiny_llama,
         strategy__name="fedsb",
-        strategy__options="first_step=1e-3",
+        lora__init_options="first_step=1e-3",
         lora__ranks="3",
         federation__clients=1,
         federation__rounds=1,
         train__lr=0.0,
     )
     states = []
-    aggregate = synchronous._aggregate
+    aggregate = Session._aggregate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synchronous, "_aggregate", lambda *args: states.append(aggregate(*args)) or states[-1])
+        patch.setattr(Session, "_aggregate", lambda *args: states.append(aggregate(*args)) or states[-1])
         run_locally(config)
     learned = load("fedsb").global_adapter(states[0])
     after = load("fedsb").global_adapter(states[1])
@@ -241,7 +241,7 @@ def test_each_client_goes_on_from_its_own_b_also_in_a_fresh_process(tmp_path, ti
     strategy = load("fedsa")
     infos = [ClientInfo(client_id=i, rank=rank, num_examples=8) for i, rank in enumerate((4, 2))]
     nodes = [Node(config, i, tmp_path / "state") for i in range(2)]
-    state = strategy.init(uniform.start(config, infos))
+    state = strategy.init(uniform.seeded(config, infos))
     for round in (1, 2):
         sent = [strategy.broadcast(state, info, round) for info in infos]
         before = [node.own() for node in nodes] if round > 1 else None
@@ -273,7 +273,7 @@ def test_a_kept_factor_of_another_rank_is_refused_with_what_to_do(tmp_path, tiny
     config = fedsa(tmp_path, tiny_llama)
     strategy, info = load("fedsa"), ClientInfo(client_id=0, rank=4)
     node = Node(config, 0, tmp_path / "state")
-    start = strategy.init(uniform.start(config, [info]))
+    start = strategy.init(uniform.seeded(config, [info]))
     node.train(strategy.broadcast(start, info, 1))
     smaller = strategy.broadcast(start, ClientInfo(client_id=0, rank=2), 2)
     answer = node.ask("evaluate", smaller)

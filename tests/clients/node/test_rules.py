@@ -178,7 +178,7 @@ def ask(config: Config, settings: dict[str, Any], kind: str = "query") -> Messag
     content = wire.encode_hello(fingerprint)
     if kind == "train":
         [client] = [wire.decode_info(ask(config, settings).content, fingerprint, "node")]
-        content = wire.encode_broadcast(Broadcast(round=1, adapter=uniform.start(config, [client])), fingerprint)
+        content = wire.encode_broadcast(Broadcast(round=1, adapter=uniform.seeded(config, [client])), fingerprint)
     [answer] = grid.send_and_receive([Message(content, 2, kind, group_id="1")])
     return answer
 
