@@ -111,7 +111,7 @@ def engine(setting: str, at_once: str, device: str, *, clients: int = CLIENTS, s
     with tempfile.TemporaryDirectory() as scratch:
         config = config_of(setting, Path(scratch), at_once, device, clients=clients, steps=steps)
         adapted.adapted_model(config.model, config.lora)
-        simulation.run(config)
+        simulation.in_process(config)
         [entry] = json.loads((folder_of(config) / "result.json").read_text())["rounds"]
     trained = sum(client["train-seconds"] for client in entry["clients"].values())
     return {"seconds": entry["seconds"]["round"], "training": trained, "megabytes": _peak(device)}

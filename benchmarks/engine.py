@@ -51,7 +51,7 @@ def engine(options: argparse.Namespace) -> dict[str, float]:
 
     config = settings(options)
     adapted.adapted_model(config.model, config.lora)
-    simulation.run(config)
+    simulation.in_process(config)
     result = json.loads((folder_of(config) / "result.json").read_text())
     wall = sum(entry["seconds"]["round"] for entry in result["rounds"])
     trained = sum(c["train-seconds"] for entry in result["rounds"] for c in entry["clients"].values())

@@ -119,10 +119,13 @@ class DataConfig:
         "", "one of the tokenizer's chat templates, where it has several by name; empty: default"
     )
     system_prompt: str = option("", "system message put before every conversation; empty: the template's own")
-    partition: str = option("natural", "how rows are dealt to clients", ("iid", "dirichlet", "natural", "sizes"))
+    partition: str = option(
+        "natural", "how rows are dealt to clients", ("iid", "dirichlet", "natural", "numbered", "sizes")
+    )
     partition_by: str = option(
         "auto",
-        "column of the key (natural, dirichlet), such as label; auto: the packaged set's own, or the label",
+        "column of the key (natural, dirichlet), such as label, or of the client's number (numbered); auto: the "
+        "packaged set's own, or the label; numbered: client",
     )
     dirichlet_alpha: float = option(0.5, "dirichlet: small values give unlike clients", low=1e-3)
     sizes: str = option("", "sizes: rows per client, '400,200,100,50'")
@@ -339,6 +342,20 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Config:
         ConfigError: the file cannot be read or parsed, or holds something that `parse` refuses.
     """
     return parse(parse_overrides(overrides), parse(read_toml(path), where=str(path)), where="-c")
+
+
+def find_preset(name: str) -> Path:
+    """The path itself, or the packaged preset of that name."""
+    path = Path(name).expanduser()
+    if path.suffix == ".toml" or path.is_file():
+        return path
+    from fedlora import configs  # pyright: ignore[reportAttributeAccessIssue]
+
+    folder = Path(configs.__path__[0])
+    presets = {preset.stem: preset for preset in folder.glob("*.toml")}
+    if name not in presets:
+        raise ConfigError(f"{name}: neither a TOML file nor a preset{suggest(name, presets)}")
+    return presets[name]
 
 
 def read_toml(path: Path) -> dict[str, Scalar]:

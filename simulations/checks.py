@@ -6,7 +6,8 @@ import functools
 
 from transformers import PreTrainedTokenizerBase
 
-from fedlora.common.errors import ConfigError, DataError
+from fedlora.common import given
+from fedlora.common.errors import ConfigError, DataError, ModelError
 from fedlora.config import Config, LoraConfig, ModelConfig, client_rank
 from fedlora.data import encode, form_of, prepare, usable_rows
 from fedlora.data.checked import warn_of_lengths
@@ -26,6 +27,12 @@ def check(config: Config) -> None:
     Raises:
         FedLoraError: none of the clients could do anything, or the run to resume would become another one.
     """
+    for key, name, error in (
+        ("data.source", config.data.source, DataError),
+        ("model.name", config.model.name, ModelError),
+    ):
+        if given.is_given(name):
+            given.find(name, key, error)
     if config.run.resume:
         check_changes(stored(folder_of(config)), config)
     task = check_task(config)

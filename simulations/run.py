@@ -1,30 +1,238 @@
-"""One federation in this process, from Python or the command line."""
+"""`fedlora.run`: one federation on this machine, from Python or from the command line."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-from fedlora.config import Config, Scalar, parse
+from fedlora.adapters import AdapterState
+from fedlora.common import events
+from fedlora.common.errors import ConfigError
+from fedlora.config import Config, Scalar, find_preset, flatten, parse, read_toml
+from fedlora.data.given import table
 from fedlora.models import adapted
-from fedlora.results.run_folder import folder_of, nothing_left, stamp
+from fedlora.models.peft_files import read_adapter
+from fedlora.results.run_folder import folder_of, nothing_left, resumed, stamp, stored
+from fedlora.trained.evaluate import score
 
 from .checks import check
 from .engines.local import SERVER, LocalGrid
+from .objects import given_in, keys_of
+
+if TYPE_CHECKING:
+    from ..strategies.base import Strategy
+
+_LIBRARIES = r"(transformers|peft|torch|accelerate|bitsandbytes|datasets|flwr|tensorboard)\b"
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a run leaves.
+
+    Attributes:
+        folder: where all of it lies.
+        rounds: the record of each round, as in result.json.
+        config: the run's.
+    """
+
+    folder: Path
+    rounds: Sequence[Mapping[str, Any]] = field(repr=False)
+    config: Config = field(repr=False)
+
+    @cached_property
+    def adapter(self) -> AdapterState:
+        """All that was learned, as one adapter on the untouched base."""
+        return read_adapter(self.folder / "adapter")
+
+    def evaluate(self, rows: Any) -> dict[str, float]:
+        """Metrics of the learned adapter on other rows.
+
+        Args:
+            rows: a list of dicts, a pandas DataFrame or a `datasets.Dataset`, with the columns of the run's rows.
+
+        Raises:
+            DataError: the rows cannot be used.
+        """
+        classes = stored(self.folder).get("classes", ())
+        with _quiet_libraries():
+            return score(self.adapter, table(rows, "evaluate"), self.config, tuple(classes))
 
 
 def run(
+    config: str | Path | Mapping[str, Any] | Config | None = None,
+    keys: Mapping[str, Any] | None = None,
+    *,
+    data: Any = None,
+    model: Any = None,
+    strategy: str | Strategy | None = None,
+    listen: events.Listener | None = None,
+    progress: bool = False,
+    engine: Literal["local", "flower"] = "local",
+    devices: Sequence[str] = (),
+    at_once: int | None = None,
+    resume: str | Path | None = None,
+) -> Result:
+    """Run a federation on this machine.
+
+    Nothing but warnings is printed, unless `progress` is set. Results go to a new folder below `run.dir`, which is
+    "runs" in the current folder; see `Result.folder`.
+
+    Args:
+        config: the name of a preset, a TOML file, keys and their values, or a `Config`; the defaults when left out.
+        keys: keys that are changed, such as `{"federation.rounds": 2}`.
+        data: a name or a path as `data.source`, a list of dicts, a pandas DataFrame or a `datasets.Dataset`; or one of
+            these for each client, in a list or by the clients' ids from 0 on, which also sets `federation.clients`.
+            One table is dealt at random, unless the configuration names a partition and its key.
+        model: a name or a path as `model.name`, or (model, tokenizer) of transformers. The run works on a copy.
+        strategy: a name as `strategy.name`, or an object of a strategy's class.
+        listen: is called with (kind, facts) of every event.
+        progress: show what `fedlora run` shows.
+        engine: "local", all clients in this process; or "flower", Flower's simulation engine.
+        devices: local: spread the clients over these, such as "cuda:0" and "cuda:1", a process for each.
+        at_once: flower: clients that train at the same time.
+        resume: go on with the run in this folder; its configuration is kept, and `config` is left out.
+
+    Raises:
+        FedLoraError: something is wrong, before the run or in it; one sentence says what.
+    """
+    with ExitStack() as held, _quiet_libraries():
+        objects = {
+            name: thing
+            for name, thing in (("data", data), ("model", model), ("strategy", strategy))
+            if thing is not None
+        }
+        if resume is None:
+            settings = _settings(held, config, flatten(keys or {}), objects)
+        else:
+            settings = _resumed(resume, config, flatten(keys or {}), objects)
+        settings = stamp(settings)
+        _refuse_elsewhere(settings, engine, devices, at_once)
+        from ..strategies.registry import check_ranks
+
+        check_ranks(settings)
+        with _listening(listen, progress):
+            if engine == "flower":
+                from .engines import flower
+
+                flower.run(settings, at_once or 1)
+            else:
+                in_process(settings, devices=devices)
+        folder = folder_of(settings)
+        result = Result(folder, stored(folder)["rounds"], settings)
+        weakref.finalize(result, held.pop_all().close)  # evaluate needs what was given
+        return result
+
+
+def _settings(
+    held: ExitStack,
+    config: str | Path | Mapping[str, Any] | Config | None,
+    changed: Mapping[str, Any],
+    objects: Mapping[str, Any],
+) -> Config:
+    """The run's configuration, in which names stand for the objects; `held` lets go of these."""
+    for name, key in (("data", "data.source"), ("model", "model.name"), ("strategy", "strategy.name")):
+        if name in objects and key in changed:
+            raise ConfigError(f"fedlora.run: {name}= and {key} = {changed[key]!r} are both given; leave out one")
+    base = _base(config)
+    return parse({**keys_of(held, base, changed, objects), **changed}, base, where="fedlora.run")
+
+
+def _resumed(resume: str | Path, config: Any, changed: Mapping[str, Any], objects: Mapping[str, Any]) -> Config:
+    """The configuration of the run in this folder, which goes on."""
+    given = [*(["its first argument"] if config is not None else []), *(f"{name}=" for name in objects)]
+    if given:
+        raise ConfigError(
+            f"fedlora.run: a run that is resumed has the configuration, the data, the model and the strategy that it "
+            f"began with; leave out {' and '.join(given)}"
+        )
+    return resumed(Path(resume), [f"{key}={_toml(value)}" for key, value in changed.items()])
+
+
+def _base(config: str | Path | Mapping[str, Any] | Config | None) -> Config:
+    if isinstance(config, Config):
+        return config
+    if config is None:
+        return Config()
+    if isinstance(config, Mapping):
+        return parse(flatten(config), where="fedlora.run")
+    if not isinstance(config, str | Path):
+        raise ConfigError(
+            f"fedlora.run: got {type(config).__name__} as configuration, expected the name of a preset, a TOML file, "
+            "or a dict of keys"
+        )
+    path = find_preset(str(config))
+    return parse(read_toml(path), where=str(path))
+
+
+def _toml(value: Scalar) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _refuse_elsewhere(config: Config, engine: str, devices: Sequence[str], at_once: int | None) -> None:
+    """Raises ConfigError where clients of other processes would need what this one alone has, or options do not fit."""
+    if engine not in ("local", "flower"):
+        raise ConfigError(f"fedlora.run: engine = {engine!r}, expected 'local' or 'flower'")
+    if isinstance(devices, str):
+        raise ConfigError(f"fedlora.run: devices = {devices!r}, expected a list of names, such as ['cuda:0', 'cuda:1']")
+    if engine == "flower" and devices:
+        raise ConfigError("fedlora.run: devices are of engine = 'local'; Flower's engine has clients of its own")
+    if engine == "local" and at_once is not None:
+        raise ConfigError("fedlora.run: at_once is of engine = 'flower'; the local engine has train.clients-at-once")
+    objects = given_in(config)
+    where = "engine = 'flower'" if engine == "flower" else "several devices" if len(devices) > 1 else ""
+    if where and objects:
+        raise ConfigError(
+            f"fedlora.run: {where}: its clients are other processes, which cannot have the object given as "
+            f"{' and '.join(objects)}; give a file, a folder or package.module:Class, or use the local engine on one "
+            "device"
+        )
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Within the block, libraries do not tell of their own and each other's deprecations."""
+    with warnings.catch_warnings():
+        for kind in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=kind, module=_LIBRARIES)
+        yield
+
+
+@contextmanager
+def _listening(listener: events.Listener | None, progress: bool) -> Iterator[None]:
+    """Within the block, events go to the listener and the display; a run without either would narrate itself."""
+    with ExitStack() as stack:
+        stack.enter_context(events.listen(listener or _ignore))
+        if progress:
+            from rich.console import Console
+
+            from fedlora.results.display import RunDisplay
+
+            stack.enter_context(events.listen(stack.enter_context(RunDisplay(Console(highlight=False)))))
+        yield
+
+
+def _ignore(kind: str, facts: Mapping[str, Any]) -> None:
+    """An event that nobody asked for."""
+
+
+def in_process(
     config: Config,
     server_app: ServerApp | None = None,
     client_app: ClientApp | None = None,
     devices: Sequence[str] = (),
 ) -> None:
-    """Run a federation in this process.
+    """Run the server, and the clients unless they are on several devices, in this process.
 
     Args:
         config: the run.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from fedlora.common.errors import StrategyError
@@ -70,7 +69,8 @@ def load(name: str, **options: Option) -> Strategy:
 def configured(config: Config) -> Strategy:
     """The strategy that a run's config names, inside the wrappers that it asks for.
 
-    The run's seed and its anchor settings go to a strategy that has fields `seed`, `max_rank` or `compact`.
+    The run's seed and its anchor settings go to a strategy that has fields `seed`, `max_rank` or `compact`, unless the
+    caller gave the strategy as an object in which they are set.
     From the outside in: `Private` has the privacy stages' places on the server, `Robust` filters the replies, `Restart`
     folds what the optimizer made and drops its moments,
     `ServerOptimizer` takes the strategy's change of the adapter for a gradient.
@@ -81,7 +81,7 @@ def configured(config: Config) -> Strategy:
         "compact": config.anchor.base_update == "anchor",
         "prune_gamma": config.lora.prune_gamma,
     }
-    known = {f.name for f in fields(STRATEGIES.resolve(config.strategy.name))}
+    known = STRATEGIES.unset(config.strategy.name)
     options = {name: value for name, value in run_wide.items() if name in known}
     strategy = load(config.strategy.name, **(options | STRATEGIES.parse(config.strategy.options)))
     chosen: Any = config.strategy  # its choices are the wrappers' Literals

@@ -102,6 +102,6 @@ def hears_ctrl_c() -> None:
 
 def run_locally(config: Config) -> tuple[Path, dict[str, Any]]:
     """Run in this process; `(folder, result)`."""
-    simulation.run(config)
+    simulation.in_process(config)
     folder = folder_of(config)
     return folder, json.loads((folder / "result.json").read_text(encoding="utf-8"))

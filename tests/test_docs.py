@@ -23,6 +23,14 @@ def test_the_strategy_of_your_own_runs_as_shown():
     assert done.failed == 0
 
 
+def test_what_the_page_on_python_shows_is_what_python_says(tmp_path, monkeypatch, tiny_llama):
+    monkeypatch.chdir(tmp_path)
+    page = str(DOCS / "python.md")
+    done = doctest.testfile(page, module_relative=False, encoding="utf-8", globs={"tiny_model": str(tiny_llama)})
+    assert done.attempted >= 20
+    assert done.failed == 0
+
+
 @pytest.mark.parametrize("page", ["README.md", *sorted(str(path.relative_to(ROOT)) for path in DOCS.glob("**/*.md"))])
 def test_a_page_links_to_the_terms_that_it_uses(page):
     if "/tables/" in page or page == "docs/concepts.md":  # made by `fedlora report`, or the page itself

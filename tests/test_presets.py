@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(preset: str, tmp_path: Path, *overrides: str):
     config = load(ROOT / "configs" / f"{preset}.toml", [f"run.dir={tmp_path}", "run.id=one", *overrides])
-    simulation.run(config)
+    simulation.in_process(config)
     adapted.forget()
     return json.loads((folder_of(config) / "result.json").read_text())
 

@@ -176,7 +176,7 @@ def _one(
     from fedlora.trained import export as exporting
     from fedlora.trained.model_card import citation
 
-    strategy = registry.resolve(source.config.strategy.name)
+    strategy = registry.STRATEGIES.resolve(source.config.strategy.name)
     facts: dict[str, Any] = {"rank": rank} if rank else {}
     personal = "".join(sorted(strategy.personal))
     if client is None and personal:
@@ -297,7 +297,7 @@ def kept_by_clients(strategy: str) -> str:
     from fedlora.strategies import registry  # pyright: ignore[reportMissingImports]
 
     try:
-        return " and ".join(sorted(registry.resolve(strategy).personal))
+        return " and ".join(sorted(registry.STRATEGIES.resolve(strategy).personal))
     except StrategyError:  # of somebody's own module, which is not here
         return ""
 

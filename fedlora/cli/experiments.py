@@ -49,10 +49,11 @@ def compare(
 
       fedlora report runs/compare/sentiment
     """
+    from fedlora.config import find_preset
     from fedlora.simulations.comparison import compare as comparison  # pyright: ignore[reportMissingImports]
     from fedlora.simulations.comparison import grid as grids  # pyright: ignore[reportMissingImports]
 
-    from .main import find_preset, quiet
+    from .main import quiet
 
     planned = grids.load(find_preset(grid), find_preset, overrides or [])
     places = comparison.slots_of(slots)

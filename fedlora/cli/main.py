@@ -142,7 +142,6 @@ def run(
         from fedlora.simulations.engines.devices import devices_of  # pyright: ignore[reportMissingImports]
 
         places = devices_of(devices)
-    from fedlora.common.events import listen
     from fedlora.results.display import RunDisplay, cut_line, result_table
     from fedlora.results.profile import Profiler, profiled, show
     from fedlora.results.run_folder import folder_of, stamp
@@ -158,20 +157,18 @@ def run(
         markup=False,
     )
     watcher: Profiler | None = None
-    with _results_after_an_error(folder), _interruptible(folder, server), RunDisplay(out) as display, listen(display):
+    with _results_after_an_error(folder), _interruptible(folder, server), RunDisplay(out) as display:
         if server is not None:
+            from fedlora.common.events import listen
             from fedlora.deployment import watched
 
-            watched.run(settings, server, ca, insecure)
-        elif engine is Engine.flower:
-            from fedlora.simulations.engines import flower  # pyright: ignore[reportMissingImports]
-
-            flower.run(settings, at_once or 1)
+            with listen(display):
+                watched.run(settings, server, ca, insecure)
         else:
-            from fedlora.simulations import run as simulation  # pyright: ignore[reportMissingImports]
+            from fedlora.simulations.run import run as run_here  # pyright: ignore[reportMissingImports]
 
             with profiled(settings, folder) if profile else nullcontext() as watcher:
-                simulation.run(settings, devices=places)
+                run_here(settings, listen=display, engine=engine.value, devices=places, at_once=at_once)
     if not (folder / "result.json").is_file():
         out.print(f"completed; the record and the adapter are on the server's machine, in {folder}", soft_wrap=True)
         return
@@ -625,20 +622,6 @@ def version() -> None:
     out.print(__version__)
 
 
-def find_preset(name: str) -> Path:
-    """The path itself, or the packaged preset of that name."""
-    path = Path(name).expanduser()
-    if path.suffix == ".toml" or path.is_file():
-        return path
-    from fedlora import configs  # pyright: ignore[reportAttributeAccessIssue]
-
-    folder = Path(configs.__path__[0])
-    presets = {preset.stem: preset for preset in folder.glob("*.toml")}
-    if name not in presets:
-        raise ConfigError(f"{name}: neither a TOML file nor a preset{suggest(name, presets)}")
-    return presets[name]
-
-
 def _check_names(settings: configuration.Config, *, here: bool) -> None:
     """Refuse a task or a strategy that cannot be, before anything is loaded.
 
@@ -658,7 +641,7 @@ def _check_names(settings: configuration.Config, *, here: bool) -> None:
 
 
 def _load(config: str, overrides: list[str] | None) -> configuration.Config:
-    return configuration.load(find_preset(config), overrides or [])
+    return configuration.load(configuration.find_preset(config), overrides or [])
 
 
 def _state_folder(*parts: str) -> Path:

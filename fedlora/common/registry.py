@@ -1,4 +1,4 @@
-"""Things by name: built-in ones from a table, a user's own as package.module:Class, each with options.
+"""Things by name: built-in ones from a table, a user's own as package.module:Class or as an object, each with options.
 
 A thing is a frozen dataclass; its fields, each with a default, are its options. It is imported only when it is asked
 for, and what is wrong with a name or an option is said before anything is loaded.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib import import_module
 from inspect import isabstract
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from . import given
 from .errors import ConfigError, FedLoraError, suggest
 
 Option = bool | int | float | str
@@ -45,7 +46,7 @@ class Registry:
         return self.load(name, **self.parse(options))
 
     def load(self, name: str, **options: Option) -> Any:
-        """A thing with its options set; the others keep their defaults.
+        """A thing with its options set; the others keep their defaults, or what a given object has.
 
         Raises:
             FedLoraError: of the class `error`: there is no such thing, it cannot be imported, or an option has a wrong
@@ -60,12 +61,14 @@ class Registry:
                 raise self.error(f"{self.options_key}: {name} has no option {option!r}{hint}")
         checked = {option: self._check(name, option, value, hints[option]) for option, value in options.items()}
         try:
-            return cls(**checked)
+            return replace(self._given(name), **checked) if given.is_given(name) else cls(**checked)
         except (TypeError, ValueError) as error:
             raise self.error(f"{self.options_key}: {name} refuses {checked}: {error}") from error
 
     def resolve(self, name: str) -> type[Any]:
         """The class that a name stands for; see `load` for errors."""
+        if given.is_given(name):
+            return self._fitting(name, type(self._given(name)))
         target = self.names.get(name, name)
         module_name, colon, class_name = target.partition(":")
         if not colon:
@@ -83,12 +86,25 @@ class Registry:
         cls = getattr(module, class_name, None)
         if cls is None:
             raise self.error(f"{self.key} = {name!r}: module {module_name!r} has no class {class_name!r}")
+        return self._fitting(name, cls)
+
+    def unset(self, name: str) -> frozenset[str]:
+        """The options that a thing leaves to others: all of a class, of a given object those with their defaults."""
+        options = [f for f in fields(self.resolve(name)) if f.init]
+        made = self._given(name) if given.is_given(name) else None
+        return frozenset(f.name for f in options if made is None or getattr(made, f.name) == f.default)
+
+    def _given(self, name: str) -> Any:
+        return given.find(name, self.key, self.error)
+
+    def _fitting(self, name: str, cls: Any) -> type[Any]:
+        """The class, if things of this kind can be made of it."""
         base_module, _, base_name = self.base.partition(":")
         base = getattr(import_module(base_module), base_name)
         if not (isinstance(cls, type) and issubclass(cls, base) and is_dataclass(cls)) or isabstract(cls):
             raise self.error(
-                f"{self.key} = {name!r}: {class_name} is no {self.noun}; write a frozen dataclass that extends "
-                f"{base_module}.{base_name} and has a method {self.method}"
+                f"{self.key} = {name!r}: {getattr(cls, '__name__', cls)} is no {self.noun}; write a frozen dataclass "
+                f"that extends {base_module}.{base_name} and has a method {self.method}"
             )
         return cls
 

@@ -15,19 +15,25 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def numbered(rows: Dataset, data: DataConfig) -> Dataset:
+def numbered(rows: Dataset, data: DataConfig, names: tuple[str, ...] = ()) -> Dataset:
     """The rows with whole numbers as classes, in place of names, of digits, and of 1.0; blank ones are none (null).
 
     Names are numbered as `data.label-names` lists them, or else in alphabetical order over all rows. They stay with
     the column as a `datasets.ClassLabel`.
 
+    Args:
+        rows: of any clients.
+        data: names the column.
+        names: of the classes, in order, in place of those in `data`.
+
     Raises:
-        DataError: a name is none of `data.label-names`; says where.
+        DataError: a name is none of these; says where.
     """
     from datasets import ClassLabel, Value
 
     feature = rows.features.get(data.label_column)
-    names = label_names(data)
+    listed = ", ".join(names) or data.label_names
+    names = names or label_names(data)
     if feature is None or data.form not in ("auto", "label"):
         return rows
     cells: list[Any] = rows.with_format("arrow")[:][data.label_column].to_pylist()
@@ -50,7 +56,7 @@ def numbered(rows: Dataset, data: DataConfig) -> Dataset:
         if unknown:
             raise DataError(
                 f"{data.source}: column {data.label_column!r} holds a name that is none of data.label-names = "
-                f"{data.label_names!r} in {places(rows, unknown, data)}; mend these rows, or name all classes"
+                f"{listed!r} in {places(rows, unknown, data)}; mend these rows, or name all classes"
             )
         return _with_classes(rows, data, [None if word is None else numbers[word] for word in words], names)
     if all(cell is None or (isinstance(cell, float) and cell.is_integer()) for cell in cells):

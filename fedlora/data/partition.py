@@ -75,8 +75,9 @@ def split_rows(rows: Dataset, data: DataConfig, clients: int, seed: int) -> Spli
     """A held-out split, then one part per client.
 
     Natural: a client is one value of the key column. Of more values than clients, those with the most rows are
-    taken, largest first and equal ones by name; held-out rows come from the taken values only. Natural and
-    dirichlet partitions hold out about the same share of each value, and never all of its rows.
+    taken, largest first and equal ones by name; held-out rows come from the taken values only. Numbered: the key
+    column holds each row's client, from 0. Natural, numbered and dirichlet partitions hold out about the same share of
+    each value, and never all of its rows.
 
     Args:
         rows: at least one.
@@ -90,11 +91,14 @@ def split_rows(rows: Dataset, data: DataConfig, clients: int, seed: int) -> Spli
     """
     codes = np.zeros(len(rows), dtype=np.int64)
     names: tuple[str, ...] = ()
-    if data.partition in ("natural", "dirichlet"):
+    if data.partition in ("natural", "numbered", "dirichlet"):
         column = key_column(rows.column_names, data)
         codes, values = _keys(rows, column, data)
         if data.partition == "natural":
             codes, names = _choose(codes, values, column, data, clients)
+        elif data.partition == "numbered":
+            check_numbers(rows, column, data, clients)
+            codes, names = np.array(values, dtype=np.int64)[codes], tuple(map(str, range(clients)))
     order = _rng(seed, _ORDER).permutation(np.flatnonzero(codes >= 0))
     held = _held_out(codes[order], data.heldout_fraction)
     heldout, kept = order[held], order[~held]
@@ -171,12 +175,14 @@ def most_kept_back(left: int, fraction: float) -> int:
 
 
 def key_column(columns: Sequence[str], data: DataConfig) -> str:
-    """The column whose values make natural clients, or are spread by dirichlet.
+    """The column whose values make natural clients, are numbers of clients, or are spread by dirichlet.
 
     Raises:
         DataError: it is not there, or "auto" finds none.
     """
     own = PACKAGED[data.source].key if data.source in PACKAGED else data.label_column
+    if data.partition == "numbered":
+        own = "client"
     column = own if data.partition_by == "auto" else data.partition_by
     if column not in columns:
         raise DataError(
@@ -231,6 +237,17 @@ def _choose(
     return client_of[codes], tuple(str(values[code]) for code in chosen)
 
 
+def check_numbers(rows: Dataset, column: str, data: DataConfig, clients: int) -> None:
+    """Raises DataError unless a column holds the number of a client in every row, from 0."""
+    cells = rows.select_columns([column])[:][column]
+    wrong = [at for at, cell in enumerate(cells) if type(cell) is not int or not 0 <= cell < clients]
+    if wrong:
+        raise DataError(
+            f"{data.source}: column {column!r} holds something else than a client's number, 0 to {clients - 1}, in "
+            f"{places(rows, wrong, data)}; set federation.clients to the number of clients, or mend these rows"
+        )
+
+
 def _held_out(codes: np.ndarray, fraction: float) -> np.ndarray:
     """Which of these shuffled rows are held out: an even share of each code, but never all of it."""
     by_code = np.argsort(codes, kind="stable")
@@ -244,7 +261,7 @@ def _held_out(codes: np.ndarray, fraction: float) -> np.ndarray:
 
 def _deal(kept: np.ndarray, codes: np.ndarray, data: DataConfig, clients: int, seed: int) -> list[np.ndarray]:
     """The shuffled training rows, one part per client."""
-    if data.partition == "natural":
+    if data.partition in ("natural", "numbered"):
         # Not flwr_datasets' NaturalIdPartitioner: it numbers clients by name, and draws a progress bar.
         by_client = np.argsort(codes, kind="stable")
         return np.split(kept[by_client], np.cumsum(np.bincount(codes, minlength=clients))[:-1])

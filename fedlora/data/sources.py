@@ -1,4 +1,4 @@
-"""Where rows come from: packaged sets by name, files, and the hub."""
+"""Where rows come from: packaged sets by name, files, the hub, and the program that started the run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from fedlora.common import given
 from fedlora.common.assets import fetch
 from fedlora.common.errors import DataError, suggest
 from fedlora.config import DataConfig
@@ -57,6 +58,8 @@ def load_rows(config: DataConfig) -> Dataset:
         import pyarrow as pa
 
         rows = Dataset(pa.table(dict(PACKAGED[config.source].read(fetch(config.source)))))
+    elif given.is_given(config.source):
+        rows = given.find(config.source, "data.source", DataError)
     elif (path := Path(config.source).expanduser()).exists() or files.kind_of(path):
         texts = [config.prompt_column, config.response_column, config.text_column, *TEXT_COLUMNS]
         rows = Dataset(files.read(path, texts))

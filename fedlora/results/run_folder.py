@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,14 @@ _PATHS = frozenset({"model.name", "data.source"})
 
 
 def stamp(config: Config) -> Config:
-    """The config with the time as `run.id`, where it has none."""
+    """The config with the time as `run.id`, where it has none; with a number after it where that folder is there."""
+    if config.run.id:
+        return config
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return config if config.run.id else replace(config, run=replace(config.run, id=now))
+    place = Path(config.run.dir).expanduser() / config.run.name
+    names = chain([now], (f"{now}-{number}" for number in count(2)))
+    name = next(name for name in names if not (place / name).exists())
+    return replace(config, run=replace(config.run, id=name))
 
 
 def folder_of(config: Config) -> Path:

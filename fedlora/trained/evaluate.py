@@ -1,24 +1,32 @@
-"""PEFT checkpoints on held-out rows, beside the base that they were trained on."""
+"""Adapters on rows: PEFT checkpoints beside the base that they were trained on, and one that is in memory."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
 
+from fedlora.adapters import AdapterState
 from fedlora.common.errors import AdapterError, ModelError
 from fedlora.config import Config
-from fedlora.data import encode, prepare
-from fedlora.models import BaseModel, check_length, load_base, longest
+from fedlora.data import encode, form_of, prepare
+from fedlora.data.classes import numbered
+from fedlora.data.places import kept
+from fedlora.models import BaseModel, adapted, check_length, load_base, longest
 from fedlora.models.injection import ties_may_be_adapted
+from fedlora.tasks.predict import evaluate
 from fedlora.tasks.registry import task_of
 from fedlora.tasks.scores import scores
 
 from .mixed import BASE, predict_many
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def compare_with_base(
@@ -118,3 +126,24 @@ def _common(paths: Sequence[Sequence[str]]) -> int:
 
 def _name(index: int) -> str:
     return f"adapter{index}"
+
+
+def score(adapter: AdapterState, rows: Dataset, config: Config, classes: tuple[str, ...] = ()) -> dict[str, float]:
+    """Metrics of an adapter in memory on any rows.
+
+    Args:
+        adapter: all that was learned, on the untouched base, as pairs of factors.
+        rows: with the columns that `config.data` names.
+        config: the run's that learned it.
+        classes: what the run called them, in order; nothing where they have numbers alone.
+
+    Raises:
+        DataError: rows cannot be used.
+    """
+    model = adapted.adapted_model(config.model, replace(config.lora, kind="lora", kind_options=""))
+    form_of(rows.column_names, config.data, model.task)
+    examples = encode(kept(numbered(rows, config.data, classes)), model.base.tokenizer, config.data, model.task)
+    adapted.merge_folds(model, None, ())  # a run may have left its own in the weights
+    adapted.install(model, adapter)
+    adapted.install_anchor(model, ())
+    return evaluate(model.task, model.model, examples, config.evaluate.batch_size, model.base.pad_id)

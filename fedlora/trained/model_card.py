@@ -147,7 +147,7 @@ def _training(card: Card) -> list[tuple[str, str]]:
     source = Path(config.data.source).name if "/" in config.data.source else config.data.source
     rounds = sum(1 for entry in card.result.get("rounds", []) if entry.get("round", 0) > 0)
     partition = config.data.partition
-    if partition == "natural":
+    if partition in ("natural", "numbered"):
         partition += f", by {config.data.partition_by}"
     elif partition == "dirichlet":
         partition += f", alpha {config.data.dirichlet_alpha:g}"

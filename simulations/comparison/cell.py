@@ -61,7 +61,7 @@ def run(cell: Cell, work: Path) -> dict[str, Any]:
             everyone = replace(each.federation, lost_clients="accept")
             here = replace(each.run, dir=str(work), name="run", id=str(number), resume=False)
             placed = replace(each, run=here, federation=everyone)
-            simulation.run(placed)
+            simulation.in_process(placed)
             folder = folder_of(placed)
             records.append(json.loads((folder / "result.json").read_text(encoding="utf-8")))
             learned += _learned(placed, folder, records[-1]["key"])

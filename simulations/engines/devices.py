@@ -11,12 +11,15 @@ import logging
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import connection, get_context, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
@@ -131,7 +134,7 @@ class Child:
         self._pipe, theirs = context.Pipe()
         given = (os.getpid(), f"{__name__}:serve", theirs, self._threads, self._log)
         self._process = context.Process(target=call_with_parent, args=given, name=f"fedlora {self.device}", daemon=True)
-        with _no_ctrl_c():
+        with _no_ctrl_c(), _no_main():
             self._process.start()
         theirs.close()
 
@@ -252,6 +255,13 @@ class DevicesGrid(LocalGrid):
 
     def _requests(self, messages: Iterable[Message]) -> Requests:
         return [(message.content, self._context(message)) for message in messages]
+
+
+@contextmanager
+def _no_main() -> Iterator[None]:
+    """A process that is started within the block does not run this one's script again: it needs none of it."""
+    with mock.patch.dict(sys.modules, {"__main__": ModuleType("__main__")}):
+        yield
 
 
 @contextmanager

@@ -160,7 +160,7 @@ def test_what_is_killed_comes_back_and_the_run_completes(tmp_path, tiny_llama):
     assert re.match("client 2 (failed|did not answer)", failures[2]["2"])
     # The same rounds in one process, with the same clients away: equal to the last bit, folds of late clients included.
     again = replace(config, run=replace(config.run, id="again"))
-    simulation.run(again, client_app=missing(counted))
+    simulation.in_process(again, client_app=missing(counted))
     one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, folder_of(again)))
     assert one.keys() == two.keys()
     assert all(one[name].equal(two[name]) for name in one)

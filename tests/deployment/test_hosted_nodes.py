@@ -83,7 +83,7 @@ def test_the_documented_commands_train_cohorts_on_two_nodes(tmp_path, tiny_llama
         ]  # fmt: skip
         assert sum(event["event"] == "worker-start" for event in events) == 1
     here = replace(config, run=replace(config.run, id="here"))
-    simulation.run(here)
+    simulation.in_process(here)
     assert apart(saved_adapter(folder_of(here)), saved_adapter(folder_of(config))) < 1e-4
 
 

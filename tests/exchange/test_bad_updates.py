@@ -392,7 +392,7 @@ def a_module_less(record: RecordDict) -> None:
 )
 def test_the_round_is_what_it_is_without_that_client(tmp_path, tiny_llama, fresh_process, change, says):
     config = tiny(tmp_path, tiny_llama, federation__rounds=1)
-    simulation.run(config, client_app=one_bad(change))
+    simulation.in_process(config, client_app=one_bad(change))
     [entry] = json.loads((folder_of(config) / "result.json").read_text())["rounds"]
     assert list(entry["failures"]) == ["2"]
     assert set(entry["clients"]) == {"0", "1", "3"}
@@ -405,7 +405,7 @@ def test_the_round_is_what_it_is_without_that_client(tmp_path, tiny_llama, fresh
 
         chosen = session.sample
         patch.setattr(session, "sample", lambda *args: [c for c in chosen(*args) if c != 2])
-        simulation.run(other)
+        simulation.in_process(other)
     assert apart(saved_adapter(folder_of(config)), saved_adapter(folder_of(other))) == 0.0
 
 
@@ -421,7 +421,7 @@ def test_a_reply_that_is_played_again_in_a_later_round_is_refused(tmp_path, tiny
             first.append(copy.deepcopy(record))
 
     config = tiny(tmp_path, tiny_llama, strategy__name="fedavg", lora__ranks="", lora__rank=2)
-    simulation.run(config, client_app=one_bad(replay))
+    simulation.in_process(config, client_app=one_bad(replay))
     one, two = json.loads((folder_of(config) / "result.json").read_text())["rounds"]
     assert one["failures"] == {}
     assert two["failures"] == {"2": "client 2 sent round 1, expected 2"}
@@ -438,11 +438,11 @@ class Echo(local.LocalGrid):
 
 def test_a_reply_that_comes_twice_counts_once(tmp_path, tiny_llama, fresh_process, monkeypatch):
     config = tiny(tmp_path, tiny_llama)
-    simulation.run(config)
+    simulation.in_process(config)
     held_folds._held.clear()
     other = tiny(tmp_path, tiny_llama, run__id="two")
     monkeypatch.setattr(local, "LocalGrid", Echo)
-    simulation.run(other)
+    simulation.in_process(other)
     assert apart(saved_adapter(folder_of(config)), saved_adapter(folder_of(other))) == 0.0
     one, two = (json.loads((folder_of(c) / "result.json").read_text())["rounds"] for c in (config, other))
     assert [e["upload-bytes"] for e in one] == [e["upload-bytes"] for e in two]
@@ -454,7 +454,7 @@ def test_bad_evaluations_are_left_out_of_the_means(tmp_path, tiny_llama, fresh_p
     def spoil(record: RecordDict) -> None:
         record["metrics"]["loss"] = float("nan")
 
-    simulation.run(config, client_app=one_bad(spoil, "evaluate"))
+    simulation.in_process(config, client_app=one_bad(spoil, "evaluate"))
     [entry] = json.loads((folder_of(config) / "result.json").read_text())["rounds"]
     assert set(entry["client-test"]["clients"]) == {"0", "1", "3"}
     assert "client 2: metric 'loss' is nan" in entry["client-test"]["failures"]["2"]
@@ -465,12 +465,12 @@ def test_an_evaluation_counts_for_no_more_rows_than_the_client_can_have(tmp_path
     """Its number of training rows is known from the start, and the run says which share of its rows it tests on."""
     keys = {"evaluate__clients": True, "data__client_test_fraction": 0.3, "federation__max_share": 0.0}
     config = tiny(tmp_path, tiny_llama, federation__rounds=1, **keys)
-    simulation.run(config)
+    simulation.in_process(config)
     [entry] = json.loads((folder_of(config) / "result.json").read_text())["rounds"]
     assert set(entry["client-test"]["clients"]) == set("0123")
     honest = entry["client-test"]["clients"]["2"]["num-examples"]
     other = tiny(tmp_path, tiny_llama, federation__rounds=1, run__id="two", **keys)
-    simulation.run(other, client_app=one_bad(set_head(**{"num-examples": 1000}), "evaluate"))
+    simulation.in_process(other, client_app=one_bad(set_head(**{"num-examples": 1000}), "evaluate"))
     [entry] = json.loads((folder_of(other) / "result.json").read_text())["rounds"]
     assert set(entry["client-test"]["clients"]) == set("013")
     assert (
@@ -499,10 +499,10 @@ def test_the_most_test_rows_are_those_that_a_client_could_have(fraction):
 )
 def test_a_node_that_says_what_it_cannot_be_takes_no_part(tmp_path, tiny_llama, fresh_process, change, says):
     config = tiny(tmp_path, tiny_llama, federation__rounds=1)
-    simulation.run(config, client_app=one_bad(change, "query"))
+    simulation.in_process(config, client_app=one_bad(change, "query"))
     result = json.loads((folder_of(config) / "result.json").read_text())
     assert [client["client-id"] for client in result["clients"]] == [0, 1, 3]
     with pytest.raises(RunError, match=f"3 of 4 clients can take part.*{says}"):
-        simulation.run(
+        simulation.in_process(
             tiny(tmp_path, tiny_llama, federation__min_clients=4, run__id="two"), client_app=one_bad(change, "query")
         )

@@ -41,7 +41,7 @@ def test_a_run_in_the_middle_of_a_round_and_one_that_died(tmp_path, tiny_llama):
             raise KeyboardInterrupt
 
     with listen(look), pytest.raises(KeyboardInterrupt):
-        simulation.run(config)
+        simulation.in_process(config)
     [now] = seen
     assert (now.status, now.round) == ("running", 1)
     assert now.quiet_seconds is not None

@@ -39,7 +39,7 @@ def rows(path: Path, *found: dict[str, Any]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("engine", [simulation.run, flower.run])
+@pytest.mark.parametrize("engine", [simulation.in_process, flower.run])
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
@@ -68,7 +68,7 @@ def test_rows_that_no_client_can_read_are_a_common_mistake(tmp_path: Path, tiny_
     keys = {"model__task": "classification", "data__partition": "iid", "strategy__name": "fedavg", "lora__ranks": "2"}
     keys["data__source"] = rows(tmp_path / "classes.jsonl", *found)
     with pytest.raises(DataError, match=r"'label' holds classes outside 0 to 1 in lines? .* set model\.labels"):
-        simulation.run(tiny(tmp_path, tiny_llama, **keys))
+        simulation.in_process(tiny(tmp_path, tiny_llama, **keys))
     assert not (tmp_path / "runs").exists()
 
 
@@ -79,7 +79,7 @@ def test_a_tokenizer_without_a_default_template_is_refused_before_the_run(tmp_pa
     (model / "chat_template.jinja").unlink()
     tokenizer.save_pretrained(model)
     with pytest.raises(DataError, match=r"choose one of 'rag', 'tool_use' as data\.chat-template"):
-        simulation.run(tiny(tmp_path, model))
+        simulation.in_process(tiny(tmp_path, model))
     assert not (tmp_path / "runs").exists()
     _, result = run_locally(tiny(tmp_path, model, data__chat_template="rag", federation__rounds=1))
     assert result["status"] == "completed"
@@ -133,7 +133,7 @@ def closed() -> ClientApp:
 def test_nothing_is_left_of_what_was_not_run(tmp_path: Path, tiny_llama: Path) -> None:
     config = tiny(tmp_path, tiny_llama)
     with pytest.raises(RunError, match="0 of 4 clients can take part"):
-        simulation.run(config, client_app=closed())
+        simulation.in_process(config, client_app=closed())
     assert not (tmp_path / "runs").exists()
 
     def stop(kind: str, facts: dict[str, Any]) -> None:
@@ -141,23 +141,23 @@ def test_nothing_is_left_of_what_was_not_run(tmp_path: Path, tiny_llama: Path) -
             raise KeyboardInterrupt
 
     with listen(stop), pytest.raises(KeyboardInterrupt):
-        simulation.run(config)
+        simulation.in_process(config)
     assert not (tmp_path / "runs").exists()
 
 
 def test_what_was_run_or_was_there_before_stays(tmp_path: Path, tiny_llama: Path) -> None:
     config = tiny(tmp_path, tiny_llama, evaluate__server=False, federation__min_clients=4)
     with pytest.raises(RunError, match="3 of 4 clients answered"):
-        simulation.run(config, client_app=crashing(0, "train"))
+        simulation.in_process(config, client_app=crashing(0, "train"))
     assert json.loads((folder_of(config) / "result.json").read_text())["status"] == "failed"
     with pytest.raises(RunError, match="exists already"):
-        simulation.run(config)
+        simulation.in_process(config)
     assert (folder_of(config) / "result.json").is_file()
     (tmp_path / "b").mkdir()
     mine = tmp_path / "b" / "runs"
     mine.mkdir()
     with pytest.raises(ModelError):
-        simulation.run(tiny(tmp_path / "b", tiny_llama, model__device="cuda:7"))
+        simulation.in_process(tiny(tmp_path / "b", tiny_llama, model__device="cuda:7"))
     assert mine.is_dir()
 
 
@@ -175,7 +175,7 @@ def test_results_are_told_of_once_there_are_some(tmp_path: Path, tiny_llama: Pat
     logging.getLogger("fedlora").addHandler(handler)
     logging.getLogger("fedlora").setLevel(logging.INFO)
     try:
-        simulation.run(config)
+        simulation.in_process(config)
     finally:
         logging.getLogger("fedlora").removeHandler(handler)
     assert held == [True]

@@ -128,7 +128,7 @@ def models(tiny_llama, tiny_bert) -> dict[str, Path]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_gives_the_recorded_adapter(tmp_path, models, case):
     config = config_of(tmp_path, models, case)
-    simulation.run(config)
+    simulation.in_process(config)
     assert_as_recorded(figures(folder_of(config)), case)
 
 
@@ -137,7 +137,7 @@ def test_a_killed_and_resumed_run_gives_it_too(tmp_path, models, name):
     case = f"{name} nf4 1"
     forget()
     folder = die(config_of(tmp_path, models, case), amid_round(2))
-    simulation.run(resumed(folder))
+    simulation.in_process(resumed(folder))
     assert_as_recorded(figures(folder), case)
 
 
@@ -166,7 +166,7 @@ def record(folder: Path) -> None:
         place = folder / str(number)
         place.mkdir()
         config = config_of(place, models, case)
-        simulation.run(config)
+        simulation.in_process(config)
         cases[case] = figures(folder_of(config))
     RECORDED.write_text(json.dumps({"platform": platform(), "cases": cases}, indent=1) + "\n", encoding="utf-8")
 

@@ -94,7 +94,7 @@ def test_a_round_goes_on_whatever_one_message_lacks(tmp_path, tiny_llama, kind, 
         lora__target_modules="q_proj",
         strategy__name="lora-fair",
     )
-    simulation.run(config, client_app=cutting.app)
+    simulation.in_process(config, client_app=cutting.app)
     entries = json.loads((folder_of(config) / "result.json").read_text())["rounds"]
     assert 8 < len(cutting.left) < 36
     for entry in entries:
@@ -130,7 +130,7 @@ def test_a_run_starts_whatever_one_introduction_lacks(tmp_path, tiny_llama, ques
             train__steps=1,
             evaluate__server=False,
         )
-        simulation.run(config, client_app=cutting.app)
+        simulation.in_process(config, client_app=cutting.app)
         result = json.loads((folder_of(config) / "result.json").read_text())
         if not cutting.left:
             assert done > (2 if question else 8)

@@ -76,7 +76,7 @@ def test_the_adapter_of_a_run_that_kept_the_head_holds_it(classifier: Path, tmp_
 def test_what_the_base_cannot_do_is_said_before_the_first_round(tmp_path: Path, keys, error, words) -> None:
     config = tiny(tmp_path, save_gpt2(tmp_path / "gpt2"), **{"lora__target_modules": "c_attn", **keys})
     with pytest.raises(error, match=words):
-        simulation.run(config)
+        simulation.in_process(config)
     record = folder_of(config) / "result.json"
     assert not record.exists() or not json.loads(record.read_text())["rounds"]
 
@@ -109,5 +109,5 @@ def test_an_encoder_is_refused_once_before_anybody_trains(tmp_path: Path, tiny_b
         evaluate__server=server,
     )
     with pytest.raises(ModelError, match="predicts a token from later ones too"):
-        simulation.run(config)
+        simulation.in_process(config)
     assert not folder_of(config).exists()

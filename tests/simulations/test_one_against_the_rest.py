@@ -57,7 +57,7 @@ def scaled(size: float, round: int = 1, client: int = 2) -> ClientApp:
 
 
 def played(config, app: ClientApp | None = None) -> dict:
-    simulation.run(config, client_app=app)
+    simulation.in_process(config, client_app=app)
     return record_of(config)
 
 
@@ -155,7 +155,7 @@ def test_a_round_on_which_nobody_can_train_is_taken_back_without_the_suspect(tmp
 def test_where_all_diverge_alike_the_rate_is_to_blame(tmp_path, tiny_llama):
     config = tiny(tmp_path, tiny_llama, train__lr=1e30, federation__rounds=3)
     with pytest.raises(RunError, match=r"round \d: 0 of 4 clients answered.*training diverged.*lower train\.lr"):
-        simulation.run(config)
+        simulation.in_process(config)
 
 
 def test_a_start_that_has_no_finite_loss_is_not_blamed_on_the_rate(tmp_path, tiny_llama):
@@ -172,7 +172,7 @@ def test_a_start_that_has_no_finite_loss_is_not_blamed_on_the_rate(tmp_path, tin
     with pytest.raises(
         RunError, match="at step 1 of round 1, before anything was trained: the adapter that the"
     ) as got:
-        simulation.run(tiny(tmp_path, tiny_llama), client_app=app)
+        simulation.in_process(tiny(tmp_path, tiny_llama), client_app=app)
     assert "lower train.lr" not in str(got.value)
 
 
@@ -193,7 +193,7 @@ def test_after_a_divergence_the_process_trains_as_before(tmp_path, tiny_llama, t
     good = tiny(tmp_path, tiny_llama, federation__rounds=1, **keys)
     before = played(good)["rounds"][0]["train-loss"]
     with pytest.raises(FedLoraError, match="diverged"):
-        simulation.run(tiny(tmp_path, tiny_llama, run__id="bad", train__lr=1e20, federation__rounds=3, **keys))
+        simulation.in_process(tiny(tmp_path, tiny_llama, run__id="bad", train__lr=1e20, federation__rounds=3, **keys))
     again = tiny(tmp_path, tiny_llama, federation__rounds=1, run__id="again", **keys)
     assert played(again)["rounds"][0]["train-loss"] == before
 
@@ -242,7 +242,7 @@ def test_a_client_that_is_refused_every_time_is_no_success(tmp_path, tiny_llama,
     with pytest.raises(
         RunError, match=r"all 2 rounds are done and the adapter is saved, but without .*client 2 \w+: not I"
     ):
-        simulation.run(config, client_app=app)
+        simulation.in_process(config, client_app=app)
     result = record_of(config)
     assert (result["status"], len(result["rounds"])) == ("failed", 2)
     assert (folder_of(config) / "adapter" / "adapter_model.safetensors").exists()
@@ -270,7 +270,7 @@ def test_an_app_that_cannot_be_loaded_is_told_at_once_and_not_waited_for(tmp_pat
     )
     config = tiny(tmp_path, tiny_llama, federation__wait_timeout=3600.0)
     with pytest.raises(RunError, match=r"0 of 4 clients can take part.*failed: no such module"):
-        simulation.run(config, client_app=app)
+        simulation.in_process(config, client_app=app)
 
 
 def test_a_client_that_is_refused_at_the_start_is_lost_too(tmp_path, tiny_llama):
@@ -283,7 +283,7 @@ def test_a_client_that_is_refused_at_the_start_is_lost_too(tmp_path, tiny_llama)
     )
     config = tiny(tmp_path, tiny_llama, federation__lost_clients="fail")
     with pytest.raises(RunError, match=r"refused every time: node 4 refused: not I"):
-        simulation.run(config, client_app=app)
+        simulation.in_process(config, client_app=app)
 
 
 @dataclass(frozen=True)
@@ -338,7 +338,7 @@ class Broken(FedAvgZeropad):
 def test_what_a_users_own_strategy_returns_is_checked_and_named(tmp_path, tiny_llama, strategy: type[Strategy], says):
     name = f"tests.simulations.test_one_against_the_rest:{strategy.__name__}"
     with pytest.raises(StrategyError, match=f"strategy.name = '{name}': {says}"):
-        simulation.run(tiny(tmp_path, tiny_llama, strategy__name=name))
+        simulation.in_process(tiny(tmp_path, tiny_llama, strategy__name=name))
 
 
 def test_two_nodes_that_say_they_are_one_client_do_not_stop_the_run(tmp_path, tiny_llama, caplog):

@@ -113,7 +113,7 @@ def die(config: Config, when: Callable[[str, dict[str, Any]], bool]) -> Path:
             raise Killed
 
     with listen(listener), pytest.raises(Killed):
-        simulation.run(config)
+        simulation.in_process(config)
     forget()
     return folder_of(config)
 
@@ -131,7 +131,7 @@ def amid_round(number: int) -> Callable[[str, dict[str, Any]], bool]:
 
 
 def go_on(folder: Path, *overrides: str, from_round: int = -1) -> dict[str, Any]:
-    simulation.run(resumed(folder, overrides, from_round))
+    simulation.in_process(resumed(folder, overrides, from_round))
     return result_of(folder)
 
 
@@ -139,10 +139,10 @@ def go_on(folder: Path, *overrides: str, from_round: int = -1) -> dict[str, Any]
 def test_a_run_goes_back_to_an_earlier_round_with_all_that_was_kept_then(tmp_path, tiny_llama, name):
     """Also what clients keep for themselves, and also after a process that died: the same bits from there on."""
     whole = config_of(tmp_path, tiny_llama, name, run__id="whole")
-    simulation.run(whole)
+    simulation.in_process(whole)
     forget()
     config = config_of(tmp_path, tiny_llama, name)
-    simulation.run(config)
+    simulation.in_process(config)
     forget()
     folder = folder_of(config)
     assert sorted(path.name for path in (folder / "state").iterdir()) == [
@@ -171,7 +171,7 @@ def test_a_run_goes_back_to_an_earlier_round_with_all_that_was_kept_then(tmp_pat
 
 def test_a_run_goes_back_after_another_learning_went_wrong_and_keeps_as_many_states_as_asked(tmp_path, tiny_llama):
     config = config_of(tmp_path, tiny_llama, "flora", run__keep=1)
-    simulation.run(config)
+    simulation.in_process(config)
     folder = folder_of(config)
     assert [path.name for path in (folder / "state").iterdir()] == ["round-4.safetensors"]
     with pytest.raises(RunError, match=r"all 4 rounds are complete.*to go back give --from-round"):
@@ -183,7 +183,7 @@ def test_a_run_goes_back_after_another_learning_went_wrong_and_keeps_as_many_sta
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RUNS])
 def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(tmp_path, tiny_llama, name):
     whole = config_of(tmp_path, tiny_llama, name, run__id="whole")
-    simulation.run(whole)
+    simulation.in_process(whole)
     forget()
     config = parse({"run.id": "broken"}, whole)
     folder = die(config, amid_round(3))
@@ -207,7 +207,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(tmp_pa
 def test_it_may_die_anywhere_and_again(tmp_path, tiny_llama, monkeypatch, name):
     """In round 1; after round 2 was recorded, before its checkpoint; right after a checkpoint; after the last one."""
     whole = config_of(tmp_path, tiny_llama, name, run__id="whole")
-    simulation.run(whole)
+    simulation.in_process(whole)
     forget()
     folder = die(parse({"run.id": "broken"}, whole), amid_round(1))
     assert result_of(folder)["rounds"] == []
@@ -227,7 +227,7 @@ def test_it_may_die_anywhere_and_again(tmp_path, tiny_llama, monkeypatch, name):
         with monkeypatch.context() as patch:
             patch.setattr(saved_state, "save", dies)
             with pytest.raises(Killed):
-                simulation.run(resumed(folder))
+                simulation.in_process(resumed(folder))
         forget()
         key = result_of(folder)["key"]
         saved = saved_state.load(folder / "state", key)
@@ -244,10 +244,10 @@ def test_it_may_die_anywhere_and_again(tmp_path, tiny_llama, monkeypatch, name):
 def test_a_complete_run_goes_on_to_more_rounds(tmp_path, tiny_llama):
     steady = {"train__schedule": "constant", "train__warmup_fraction": 0.0}
     whole = config_of(tmp_path, tiny_llama, "momentum-fedavg", run__id="whole", **steady)
-    simulation.run(whole)
+    simulation.in_process(whole)
     forget()
     config = parse({"run.id": "grown", "federation.rounds": 2}, whole)
-    simulation.run(config)
+    simulation.in_process(config)
     forget()
     folder = folder_of(config)
     with pytest.raises(RunError, match=r"all 2 rounds are complete; for more of them set a larger federation\.rounds"):
@@ -285,7 +285,7 @@ def test_what_would_make_it_another_run_is_refused_by_name(tmp_path, tiny_llama,
     if not override.startswith("train.rl"):  # as Flower's own command would: the same keys, and run.resume
         changed = parse_overrides([override]) | {"run.resume": True}
         with pytest.raises(ConfigError, match=says):
-            simulation.run(parse(changed, parse(result_of(folder)["config"])))
+            simulation.in_process(parse(changed, parse(result_of(folder)["config"])))
     assert (folder / "result.json").read_bytes() == before
 
 
@@ -345,14 +345,14 @@ def test_two_processes_cannot_be_at_one_run(tmp_path, tiny_llama):
         resumed(record.folder)
     again = replace(config, run=replace(config.run, resume=True))
     with pytest.raises(RunError, match=says):
-        simulation.run(again)
+        simulation.in_process(again)
     record.finish("interrupted")
     assert go_on(record.folder)["status"] == "completed"
 
 
 def test_too_few_clients_fail_the_run_and_it_can_go_on(tmp_path, tiny_llama):
     whole = config_of(tmp_path, tiny_llama, "flora", run__id="whole", federation__min_clients=3)
-    simulation.run(whole)
+    simulation.in_process(whole)
     forget()
     config = parse({"run.id": "broken"}, whole)
     gone: list[int] = []
@@ -365,7 +365,7 @@ def test_too_few_clients_fail_the_run_and_it_can_go_on(tmp_path, tiny_llama):
         return other_base(*gone)(message, context)
 
     with listen(two_leave), pytest.raises(RunError, match=r"round 3: 2 of 4 clients answered.*min-clients = 3"):
-        simulation.run(config, client_app=answer)
+        simulation.in_process(config, client_app=answer)
     folder = folder_of(config)
     result = result_of(folder)
     assert result["status"] == "failed"
@@ -377,7 +377,7 @@ def test_too_few_clients_fail_the_run_and_it_can_go_on(tmp_path, tiny_llama):
 
 def test_a_full_disk_fails_the_run_and_it_can_go_on(tmp_path, tiny_llama, monkeypatch):
     whole = config_of(tmp_path, tiny_llama, "lora-fair-int8", run__id="whole")
-    simulation.run(whole)
+    simulation.in_process(whole)
     forget()
     config = parse({"run.id": "broken"}, whole)
     folder = folder_of(config)
@@ -391,7 +391,7 @@ def test_a_full_disk_fails_the_run_and_it_can_go_on(tmp_path, tiny_llama, monkey
     with monkeypatch.context() as patch:
         patch.setattr(saved_state, "save_file", full)
         with pytest.raises(RunError, match=r"state/round-3\.safetensors: .*No space left on device; make room"):
-            simulation.run(config)
+            simulation.in_process(config)
     result = result_of(folder)
     assert result["status"] == "failed"
     assert "round-3.safetensors" in result["error"]
@@ -417,7 +417,7 @@ def test_a_record_that_cannot_be_written_names_the_file_and_not_the_record_of_th
     with monkeypatch.context() as patch:
         patch.setattr(results, "write_json", full)
         with pytest.raises(RunError, match=r"result\.json: cannot be written: .*No space left"):
-            simulation.run(config)
+            simulation.in_process(config)
     forget()
     assert go_on(folder_of(config))["status"] == "completed"
 
@@ -479,7 +479,7 @@ def fedlora(*words: str, cwd: Path) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("name", KILLED)
 def test_a_process_that_is_killed_in_a_round_is_resumed_to_the_same_bits(tmp_path, tiny_llama, name):
     whole = config_of(tmp_path, tiny_llama, name, run__id="whole", train__steps=20)
-    simulation.run(whole)
+    simulation.in_process(whole)
     config = parse({"run.id": "broken"}, whole)
     (tmp_path / "run.toml").write_text(config_table(config), encoding="utf-8")
     folder = folder_of(config)
@@ -509,7 +509,7 @@ def test_flowers_engine_goes_on_too(tmp_path, tiny_llama):
     from fedlora.simulations.engines import flower
 
     whole = config_of(tmp_path, tiny_llama, "flora", run__id="whole")
-    simulation.run(whole)
+    simulation.in_process(whole)
     forget()
     folder = die(parse({"run.id": "broken"}, whole), amid_round(3))
     flower.run(resumed(folder))

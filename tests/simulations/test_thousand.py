@@ -183,7 +183,7 @@ def test_what_clients_keep_lies_on_disk_alone_and_only_of_those_that_were_at_wor
 def test_the_preset_with_fewer_rounds_and_clients_at_work(tmp_path):
     keys = ["federation.rounds=2", "federation.fraction=0.008", "data.heldout-max=16"]
     config = load(PRESET, [f"run.dir={tmp_path}", "run.id=one", *keys])
-    simulation.run(config)
+    simulation.in_process(config)
     result = json.loads((folder_of(config) / "result.json").read_text(encoding="utf-8"))
     one, two = sampled(result)
     assert len(one) == len(two) == 8

@@ -16,7 +16,7 @@ from unittest import mock
 
 from filelock import FileLock
 
-from fedlora.common import assets
+from fedlora.common import assets, given
 from fedlora.common.assets import LOG, Say
 from fedlora.common.errors import ModelError, suggest
 
@@ -31,7 +31,7 @@ def resolve(name: str, revision: str = "", say: Say = LOG.info, weights: bool = 
 
     Args:
         name: a packaged model, a local folder (config.json and safetensors, or one GGUF file), a GGUF file,
-            or a hub id. Pickled weights (.bin) are never read.
+            a hub id, or a model that was given to a run. Pickled weights (.bin) are never read.
         revision: branch, tag or commit of a hub id; empty for the default branch.
         say: gets a line of text before and during anything that takes long.
         weights: False leaves a hub model's weights where they are, for a server that needs its shapes alone.
@@ -46,6 +46,8 @@ def resolve(name: str, revision: str = "", say: Say = LOG.info, weights: bool = 
         version = assets.known()[name].version
         converted = assets.cache_dir() / "models" / f"{name}-{version}"
         folder = converted if converted.is_dir() else _usable(assets.fetch(name, say), name, say, converted)
+    elif given.is_given(name):
+        folder = _complete(given.find(name, "model.name", ModelError), name)
     elif local.exists() or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
         if not local.exists():
             raise ModelError(f"model.name = {name!r}: no such file or folder")
@@ -62,6 +64,8 @@ def resolve(name: str, revision: str = "", say: Say = LOG.info, weights: bool = 
 def at_hand(name: str) -> bool:
     """Whether a model can be looked at without a download or a conversion."""
     asset = assets.known().get(name)
+    if given.is_given(name):
+        return given.is_here(name)
     if asset is None:
         return (Path(name).expanduser() / "config.json").is_file()
     if (assets.cache_dir() / "models" / f"{name}-{asset.version}").is_dir():

@@ -108,7 +108,7 @@ def factors(answer: Message) -> dict[str, bytes]:
 def test_a_federation_through_workers_is_the_same_federation(tmp_path, tiny_llama, socket):
     """Bitwise, strategies that fold included; one worker from the first message to the last."""
     config = stamp(tiny(tmp_path, tiny_llama, strategy__name="flora", evaluate__clients=True, run__id="plain"))
-    simulation.run(config)
+    simulation.in_process(config)
     other = tiny(tmp_path, tiny_llama, strategy__name="flora", evaluate__clients=True, run__id="workers")
     state = tmp_path / "state"
     state.mkdir()

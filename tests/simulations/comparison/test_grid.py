@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.cli.main import find_preset
 from fedlora.common.errors import ConfigError, FedLoraError, StrategyError
-from fedlora.config import client_rank
+from fedlora.config import client_rank, find_preset
 from fedlora.simulations.comparison.grid import BASELINES, Grid, load
 
 ROOT = Path(__file__).resolve().parents[3]

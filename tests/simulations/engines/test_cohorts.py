@@ -44,7 +44,7 @@ def config_of(folder, model, at_once: int, **keys) -> Config:
 
 def played(config: Config) -> tuple[dict[str, torch.Tensor], dict]:
     held_folds._held.clear()
-    simulation.run(config)
+    simulation.in_process(config)
     return saved_adapter(folder_of(config)), json.loads((folder_of(config) / "result.json").read_text())
 
 

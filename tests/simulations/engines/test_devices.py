@@ -82,7 +82,7 @@ def test_what_is_learned_does_not_depend_on_the_number_of_devices(tmp_path, tiny
         held_folds._held.clear()
         heard = told[name]
         with listen(lambda kind, facts, heard=heard: heard.append((kind, facts.get("client_id"), facts.get("round")))):
-            simulation.run(configs[name], devices=devices)
+            simulation.in_process(configs[name], devices=devices)
         assert children() == []
     one, two = (result_of(config) for config in configs.values())
     assert apart(*(saved_adapter(folder_of(config)) for config in configs.values())) < 1e-4
@@ -117,7 +117,7 @@ def test_a_process_that_dies_fails_its_own_messages_and_is_started_again(tmp_pat
 
     with pytest.MonkeyPatch.context() as patch, listen(kill):
         patch.setattr(Child, "_start", started)
-        simulation.run(config, devices=TWO)
+        simulation.in_process(config, devices=TWO)
     first, second, third = result_of(config)["rounds"]
     assert first["failures"] == third["failures"] == {}
     assert set(second["clients"]) == {"0", "2"}
@@ -141,7 +141,7 @@ def test_no_process_outlives_the_run(tmp_path, tiny_llama, when):
             raise KeyboardInterrupt if when == "interrupt" else RunError("no more")
 
     with listen(stop), pytest.raises(KeyboardInterrupt if when == "interrupt" else RunError):
-        simulation.run(config, devices=TWO)
+        simulation.in_process(config, devices=TWO)
     assert len(seen) == 2
     assert not any(psutil.pid_exists(pid) for pid in seen)
     assert children() == []
@@ -181,13 +181,13 @@ def test_no_process_outlives_a_command_that_is_stopped(tmp_path, tiny_llama, how
 def test_one_device_needs_no_other_process(tmp_path, tiny_llama, monkeypatch):
     monkeypatch.setattr(Child, "_start", lambda child: pytest.fail("a process was started"))
     config = tiny(tmp_path, tiny_llama, federation__rounds=1, model__device="auto")
-    simulation.run(config, devices=("cpu",))
+    simulation.in_process(config, devices=("cpu",))
     assert result_of(config)["config"]["model.device"] == "cpu"
 
 
 def test_a_client_app_of_ones_own_is_not_spread(tmp_path, tiny_llama):
     with pytest.raises(ValueError, match="leave out devices"):
-        simulation.run(tiny(tmp_path, tiny_llama), client_app=crashing(0, "train"), devices=TWO)
+        simulation.in_process(tiny(tmp_path, tiny_llama), client_app=crashing(0, "train"), devices=TWO)
 
 
 def test_names_of_devices(monkeypatch):

@@ -49,7 +49,7 @@ def test_this_project_is_itself_a_valid_flower_app():
 def test_both_engines_give_the_same_adapter(tmp_path, tiny_llama):
     """Same seed, fp32, same thread count."""
     config = tiny(tmp_path, tiny_llama)
-    simulation.run(config)
+    simulation.in_process(config)
     other = parse({"run.id": "two"}, config)
     flower.run(other)
     assert apart(saved_adapter(folder_of(config)), saved_adapter(folder_of(other))) <= 1e-6
@@ -62,7 +62,7 @@ def test_both_engines_give_the_same_adapter(tmp_path, tiny_llama):
 def test_flwr_run_on_a_checkout_gives_the_same_adapter(tmp_path, tiny_llama):
     """`flwr run .` as a user types it, with the config as overrides."""
     config = tiny(tmp_path, tiny_llama)
-    simulation.run(config)
+    simulation.in_process(config)
     adapted.forget()
     other = parse({"run.id": "two"}, config)
     overrides = tmp_path / "run.toml"

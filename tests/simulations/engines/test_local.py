@@ -203,7 +203,7 @@ def test_a_client_on_another_base_is_refused_by_name_and_the_rest_go_on(tmp_path
     config = tiny(tmp_path, tiny_llama, federation__min_clients=3)
     told = []
     with listen(lambda kind, facts: told.append((kind, facts))):
-        simulation.run(config, client_app=other_base(2))
+        simulation.in_process(config, client_app=other_base(2))
     result = json.loads((folder_of(config) / "result.json").read_text())
     for entry in result["rounds"]:
         assert set(entry["clients"]) == {"0", "1", "3"}
@@ -214,7 +214,7 @@ def test_a_client_on_another_base_is_refused_by_name_and_the_rest_go_on(tmp_path
 def test_too_few_answers_fail_the_run_and_keep_its_record(tmp_path, tiny_llama):
     config = tiny(tmp_path, tiny_llama, federation__min_clients=3)
     with pytest.raises(RunError, match=r"round 1: 2 of 4 clients answered, and federation.min-clients = 3: client 1"):
-        simulation.run(config, client_app=other_base(1, 2))
+        simulation.in_process(config, client_app=other_base(1, 2))
     result = json.loads((folder_of(config) / "result.json").read_text())
     assert result["status"] == "failed"
     assert "2 of 4 clients answered" in result["error"]
@@ -235,7 +235,7 @@ def crashing(partition: int, when: str) -> ClientApp:
 
 def test_a_client_that_crashes_fails_alone(tmp_path, tiny_llama):
     config = tiny(tmp_path, tiny_llama)
-    simulation.run(config, client_app=crashing(0, "train"))
+    simulation.in_process(config, client_app=crashing(0, "train"))
     entry = json.loads((folder_of(config) / "result.json").read_text())["rounds"][0]
     assert entry["failures"] == {"0": "client 0 failed: MemoryError: no room"}
     assert set(entry["clients"]) == {"1", "2", "3"}
@@ -252,7 +252,7 @@ def test_an_update_with_a_strange_value_counts_as_failed(tmp_path, tiny_llama):
     app.query()(client_app)
     app.train()(answer)
     config = tiny(tmp_path, tiny_llama)
-    simulation.run(config, client_app=app)
+    simulation.in_process(config, client_app=app)
     entry = json.loads((folder_of(config) / "result.json").read_text())["rounds"][0]
     assert "metric 'train-loss' is nan" in entry["failures"]["1"]
 
@@ -261,7 +261,7 @@ def test_nobody_home_is_a_clear_failure(tmp_path, tiny_llama):
     app = ClientApp()
     app.query()(lambda message, context: Message(Error(wire.REFUSED, "closed"), reply_to=message))
     with pytest.raises(RunError, match=r"0 of 4 clients can take part.*the first said: node 2 refused: closed"):
-        simulation.run(tiny(tmp_path, tiny_llama), client_app=app)
+        simulation.in_process(tiny(tmp_path, tiny_llama), client_app=app)
 
 
 def test_fedavg_refuses_unequal_ranks_before_anything_is_trained(tmp_path, tiny_llama):
@@ -279,7 +279,7 @@ def test_an_interrupted_run_leaves_a_valid_result(tmp_path, tiny_llama):
             raise KeyboardInterrupt
 
     with listen(interrupt), pytest.raises(KeyboardInterrupt):
-        simulation.run(config)
+        simulation.in_process(config)
     folder = folder_of(config)
     result = json.loads((folder / "result.json").read_text())
     assert result["status"] == "interrupted"
@@ -294,9 +294,9 @@ def test_an_interrupted_run_leaves_a_valid_result(tmp_path, tiny_llama):
 
 def test_a_folder_is_never_written_over(tmp_path, tiny_llama):
     config = tiny(tmp_path, tiny_llama, federation__rounds=1)
-    simulation.run(config)
+    simulation.in_process(config)
     with pytest.raises(RunError, match="exists already"):
-        simulation.run(config)
+        simulation.in_process(config)
 
 
 def test_a_nodes_own_config_decides_its_rank_and_its_data(tmp_path, tiny_llama):

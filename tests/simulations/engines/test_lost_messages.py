@@ -56,11 +56,11 @@ class Losing(local.LocalGrid):
 )
 def test_lost_replies_are_asked_for_again_to_the_same_bits(tmp_path, tiny_llama, fresh_process, monkeypatch, keys):
     config = tiny(tmp_path, tiny_llama, federation__rounds=3, **keys)
-    simulation.run(config)
+    simulation.in_process(config)
     held_folds._held.clear()
     other = tiny(tmp_path, tiny_llama, federation__rounds=3, run__id="lossy", **keys)
     monkeypatch.setattr(simulation, "LocalGrid", Losing)
-    simulation.run(other)
+    simulation.in_process(other)
     one, two = saved_adapter(folder_of(config)), saved_adapter(folder_of(other))
     assert one.keys() == two.keys()
     assert all(one[name].equal(two[name]) for name in one)
@@ -212,12 +212,12 @@ def test_a_node_that_hangs_or_stays_dead_is_waited_for_no_longer_than_the_wait_t
     monkeypatch.setattr(simulation, "LocalGrid", grid)
     config = tiny(tmp_path, tiny_llama, federation__rounds=1, federation__wait_timeout=2.0)
     began = time.monotonic()
-    simulation.run(config)
+    simulation.in_process(config)
     result = json.loads((folder_of(config) / "result.json").read_text())
     assert [set(entry["clients"]) for entry in result["rounds"]] == [set("123")]
     strict = tiny(tmp_path, tiny_llama, federation__wait_timeout=2.0, federation__min_clients=4, run__id="strict")
     with pytest.raises(RunError, match=rf"3 of 4 clients connected within 2 s \({why}"):
-        simulation.run(strict)
+        simulation.in_process(strict)
     assert time.monotonic() - began < 60
 
 
@@ -246,7 +246,7 @@ def test_a_client_that_comes_later_takes_part_from_the_next_round(
     config = tiny(tmp_path, tiny_llama, federation__rounds=3, federation__wait_timeout=0.0, **keys)
     with monkeypatch.context() as patched:
         patched.setattr(simulation, "LocalGrid", Late)
-        simulation.run(config)
+        simulation.in_process(config)
     result = json.loads((folder_of(config) / "result.json").read_text())
     assert [sorted(entry["clients"]) for entry in result["rounds"]] == [list("012"), list("0123"), list("0123")]
     assert [about.get("joined-in-round") for about in result["clients"]] == [None, None, None, 2]
@@ -260,7 +260,7 @@ def test_a_client_that_comes_later_takes_part_from_the_next_round(
             return client_app(message, context)
 
     other = tiny(tmp_path, tiny_llama, federation__rounds=3, run__id="away", **keys)
-    simulation.run(other, client_app=Away())
+    simulation.in_process(other, client_app=Away())
     one, two = saved_adapter(folder_of(config)), saved_adapter(folder_of(other))
     assert one.keys() == two.keys()
     assert all(one[name].equal(two[name]) for name in one)
@@ -274,7 +274,7 @@ def test_a_client_that_comes_later_and_cannot_be_served_is_named_and_the_run_goe
     config = tiny(tmp_path, tiny_llama, federation__rounds=2, federation__wait_timeout=0.0, **ranks)
     seen: list[str] = []
     with listen(lambda kind, facts: seen.append(facts["reason"]) if kind == "client-failed" else None):
-        simulation.run(config)
+        simulation.in_process(config)
     result = json.loads((folder_of(config) / "result.json").read_text())
     assert [sorted(entry["clients"]) for entry in result["rounds"]] == [list("012"), list("012")]
     assert any("client 3 on node 5 cannot join the run: " in reason and "rank 4" in reason for reason in seen)
@@ -301,7 +301,7 @@ def test_a_node_that_is_listed_and_dead_at_the_start_is_asked_again(tmp_path, ti
     monkeypatch.setattr(simulation, "LocalGrid", Restarted)
     monkeypatch.setattr(roster, "_LOOK_SECONDS", 0.01)
     config = tiny(tmp_path, tiny_llama, federation__rounds=1, federation__min_clients=4, federation__wait_timeout=60.0)
-    simulation.run(config)
+    simulation.in_process(config)
     result = json.loads((folder_of(config) / "result.json").read_text())
     assert [set(entry["clients"]) for entry in result["rounds"]] == [set("0123")]
 

@@ -31,7 +31,7 @@ def test_a_servers_log_says_who_did_what(tmp_path, tiny_llama, fresh_process, mo
             replies[context.node_config["partition-id"]] = hashlib.sha256(data).hexdigest()
         return reply
 
-    simulation.run(config, client_app=answer)
+    simulation.in_process(config, client_app=answer)
     lines = journal.read(path)
     [begun] = [line for line in lines if line["event"] == "run-submitted"]
     assert begun["by"] == "ada@lab"
@@ -49,7 +49,7 @@ def test_a_servers_log_says_who_did_what(tmp_path, tiny_llama, fresh_process, mo
     # runs of one server share it, one that fails too
     other = tiny(tmp_path, tiny_llama, run__id="two", federation__min_clients=4, federation__rounds=1)
     with pytest.raises(RunError):
-        simulation.run(other, client_app=answer)
+        simulation.in_process(other, client_app=answer)
     assert journal.read(path)[-1]["status"] == "failed"
     assert "not today" in journal.read(path)[-1]["reason"]
     assert len({line["run"] for line in journal.read(path)}) == 2

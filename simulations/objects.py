@@ -1,0 +1,97 @@
+"""What a caller of `fedlora.run` gives as objects, as keys of a configuration."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from fedlora.common import given
+from fedlora.common.errors import ConfigError, ModelError, StrategyError
+from fedlora.config import Config
+from fedlora.data.given import is_per_client, joined, table
+from fedlora.models.base.given import write
+
+
+def keys_of(held: ExitStack, base: Config, changed: Mapping[str, Any], objects: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that stand for what is given.
+
+    Args:
+        held: lets go of the objects when it is closed.
+        base: the configuration without them.
+        changed: the keys that the caller changes in it.
+        objects: of "data", "model" and "strategy".
+
+    Raises:
+        FedLoraError: one of them cannot be used.
+    """
+    flat: dict[str, Any] = {}
+    if "data" in objects:
+        flat |= _of_data(held, base, changed, objects["data"])
+    if "model" in objects:
+        flat |= {"model.name": _of_model(held, objects["model"]), "model.revision": ""}
+    if "strategy" in objects:
+        flat |= {"strategy.name": _of_strategy(held, objects["strategy"]), "strategy.options": ""}
+    return flat
+
+
+def given_in(config: Config) -> list[str]:
+    """Which of "data", "model" and "strategy" are objects of this process."""
+    names = {"data": config.data.source, "model": config.model.name, "strategy": config.strategy.name}
+    return [what for what, name in names.items() if given.is_here(name)]
+
+
+def _of_data(held: ExitStack, base: Config, changed: Mapping[str, Any], data: Any) -> dict[str, Any]:
+    """The keys of the data section, and how many clients there are, for these rows."""
+    hub = {"data.subset": "", "data.split": "train", "data.revision": ""}  # the configuration's are of its own source
+    if isinstance(data, str | Path):
+        return hub | {"data.source": str(data)}
+    if not is_per_client(data):
+        name = _held(held, table(data), "rows")
+        partition = changed.get("data.partition", base.data.partition)
+        by = changed.get("data.partition-by", base.data.partition_by)
+        # "auto" is the packaged sets' own column
+        return (
+            hub | {"data.source": name} | ({"data.partition": "iid"} if (partition, by) == ("natural", "auto") else {})
+        )
+    rows, column, clients = joined(data)
+    for key, value in (("federation.clients", clients), ("data.partition", "numbered"), ("data.partition-by", column)):
+        if changed.get(key, value) != value:
+            raise ConfigError(
+                f"fedlora.run: {key} = {changed[key]!r}, and data has the rows of {clients} clients; leave out {key}"
+            )
+    name = _held(held, rows, "rows")
+    return hub | {
+        "data.source": name,
+        "data.partition": "numbered",
+        "data.partition-by": column,
+        "federation.clients": clients,
+    }
+
+
+def _of_model(held: ExitStack, model: Any) -> str:
+    if isinstance(model, str | Path):
+        return str(model)
+    if not isinstance(model, tuple | list) or len(model) != 2:
+        got = f"{len(model)} things" if isinstance(model, tuple | list) else f"a {type(model).__name__} alone"
+        raise ModelError(f"model: got {got}, expected a name, a path, or (model, tokenizer)")
+    folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="fedlora-model-")))
+    plain, tokenizer = model
+    write(plain, tokenizer, folder)
+    return _held(held, folder, type(plain).__name__)
+
+
+def _of_strategy(held: ExitStack, strategy: Any) -> str:
+    if isinstance(strategy, str):
+        return strategy
+    if isinstance(strategy, type):
+        raise StrategyError(f"strategy: got the class {strategy.__name__}, expected an object: {strategy.__name__}()")
+    return _held(held, strategy, type(strategy).__name__)
+
+
+def _held(held: ExitStack, thing: Any, label: str) -> str:
+    name = given.hold(thing, label)
+    held.callback(given.release, name)
+    return name
