@@ -136,13 +136,7 @@ def run(
     if profile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler talks on stderr; read when torch is loaded
     settings = _load(config, overrides) if config is not None else _resumed(resume, overrides, from_round)
-    from fedlora.tasks.registry import check_task
-
-    check_task(settings)
-    if server is None:
-        from fedlora.strategies.registry import check_ranks  # pyright: ignore[reportMissingImports]
-
-        check_ranks(settings)  # nodes have ranks of their own, which the server checks when it has met them
+    _check_names(settings, here=server is None)
     places: tuple[str, ...] = ()
     if devices is not None:
         from fedlora.simulations.engines.devices import devices_of  # pyright: ignore[reportMissingImports]
@@ -512,10 +506,11 @@ def data(
     from fedlora.results.display import data_table
     from fedlora.tasks.registry import check_task
 
+    task = check_task(settings)
     split = prepare(settings)
     out.print(
         data_table(
-            client_statistics(split, settings.data, check_task(settings)),
+            client_statistics(split, settings.data, task),
             settings,
             len(split.heldout),
             every=every_client,
@@ -533,7 +528,7 @@ def data(
     from fedlora.results.display import example_text
 
     out.print("as the model sees them; what is learned stands between ⟦ and ⟧", style="dim")
-    for example in first_examples(split.rows, show, tokenizer_of(settings.model), settings.data, check_task(settings)):
+    for example in first_examples(split.rows, show, tokenizer_of(settings.model), settings.data, task):
         out.print(example_text(example), soft_wrap=True)
 
 
@@ -625,6 +620,24 @@ def keys(
 def version() -> None:
     """Print the version."""
     out.print(__version__)
+
+
+def _check_names(settings: configuration.Config, *, here: bool) -> None:
+    """Refuse a task or a strategy that cannot be, before anything is loaded.
+
+    Args:
+        settings: of the run.
+        here: false where a server carries it out: its machine may have a task of a user's own that this one has not,
+            and its nodes have ranks of their own, which it checks when it has met them.
+    """
+    from fedlora.tasks.registry import check_task, is_own
+
+    if here or not is_own(settings.model):
+        check_task(settings)
+    if here:
+        from fedlora.strategies.registry import check_ranks  # pyright: ignore[reportMissingImports]
+
+        check_ranks(settings)
 
 
 def _load(config: str, overrides: list[str] | None) -> configuration.Config:
