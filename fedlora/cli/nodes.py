@@ -76,11 +76,11 @@ def server(
     insecure: Insecure = False,
 ) -> None:
     """Start a federation's server, which waits for nodes and runs; Ctrl-C stops it."""
-    from fedlora.deployment import watched
+    from fedlora.deployment.server import serve
 
     folder = state or _state_folder("server", str(port))
     with _told_to_stop(insecure):
-        watched.serve(
+        serve(
             certs,
             host=host,
             port=port,
@@ -140,12 +140,12 @@ def node(
       fedlora node --server fed.example.org:9092 --ca ca.crt --key north --data rows.csv
     """
     from fedlora.clients.node import rules as own  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
-    from fedlora.deployment import watched
+    from fedlora.deployment.node import data_file, join
 
     if model is not None and Path(model).expanduser().exists():
         model = str(Path(model).expanduser().resolve())
     given = {
-        "data": watched.data_file(data) if data else None,
+        "data": data_file(data) if data else None,
         "rank": rank,
         "partition-id": partition_id,
         "partition-ids": partition_ids,
@@ -166,7 +166,7 @@ def node(
         return
     folder = state or _state_folder("node", key.stem if key else str(partition_ids or partition_id or 0))
     with _told_to_stop(insecure):
-        watched.join(
+        join(
             server,
             ca,
             key,

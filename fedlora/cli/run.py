@@ -120,10 +120,10 @@ def run(
     with _results_after_an_error(folder), _interruptible(folder, server), RunDisplay(out) as display:
         if server is not None:
             from fedlora.common.events import listen
-            from fedlora.deployment import watched
+            from fedlora.deployment import connection
 
             with listen(display):
-                watched.run(settings, server, ca, insecure)
+                connection.run(settings, server, ca, insecure)
         else:
             from fedlora.simulations.run import run as run_here  # pyright: ignore[reportMissingImports]
 

@@ -294,9 +294,9 @@ def test_data_is_the_check_before_a_run(call, tmp_path, tiny_llama):
     ],
 )
 def test_a_node_whose_config_is_wrong_does_not_start(call, monkeypatch, words, says):
-    from fedlora.deployment import watched
+    from fedlora.deployment import node
 
-    monkeypatch.setattr(watched, "join", lambda *args, **keys: pytest.fail("it started"))
+    monkeypatch.setattr(node, "join", lambda *args, **keys: pytest.fail("it started"))
     done = call("node", "--insecure", *words)
     assert done.returncode == 1
     assert says in done.stderr
