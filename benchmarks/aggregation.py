@@ -22,7 +22,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +32,10 @@ from torch import Tensor, nn
 
 from benchmarks.engine import ROOT, write
 from fedlora.adapters import AdapterState, LoraFactors, initial
-from fedlora.exchange import ClientInfo, ClientUpdate
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 from fedlora.strategies import load
 from fedlora.strategies.base import ServerState, Strategy
+from fedlora.strategies.initializers.registry import INITIALIZERS
 from fedlora.strategies.registry import NAMES
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -84,23 +85,30 @@ def prepare(name: str, shapes: Shapes, ranks: Sequence[int], options: Mapping[st
     top = max(chosen)
     begun = initial(shapes, lambda _: top, lambda _: 2.0, generator)
     state = strategy.init(begun)
-    for number in (0, 1) if strategy.statistics else (1,):
-        state = strategy.aggregate(state, list(replies(strategy, state, clients[:2], number)), number)
-    return Round(strategy, state, list(replies(strategy, state, clients, 2)), 2)
+    if strategy.starts_with:
+        first = INITIALIZERS.load(strategy.starts_with)
+        asked = [first.ask(state.adapter, client) for client in clients[:2]]
+        state = strategy.begin(state, replies(asked, clients[:2]), first)
+    state = strategy.aggregate(state, list(replies(sent(strategy, state, clients[:2], 1), clients[:2])), 1)
+    return Round(strategy, state, list(replies(sent(strategy, state, clients, 2), clients)), 2)
 
 
-def replies(
-    strategy: Strategy, state: ServerState, clients: Sequence[ClientInfo], number: int
-) -> Iterator[ClientUpdate]:
+def sent(strategy: Strategy, state: ServerState, clients: Sequence[ClientInfo], number: int) -> Iterator[Broadcast]:
+    return (strategy.broadcast(state, client, number) for client in clients)
+
+
+def replies(broadcasts: Iterable[Broadcast], clients: Sequence[ClientInfo]) -> Iterator[ClientUpdate]:
     generator = torch.Generator().manual_seed(1)
-    for client in clients:
-        sent = strategy.broadcast(state, client, number)
+    for sent, client in zip(broadcasts, clients, strict=True):
 
         def trained(tensor: Tensor, part: str, upload: frozenset[str] = sent.plan.send) -> Tensor:
             moved = torch.empty_like(tensor).normal_(generator=generator).mul_(0.02).add_(tensor)
-            return moved if part in upload else torch.empty(0)
+            return moved if part in upload else torch.empty(0, 0)
 
-        lora = {n: LoraFactors(trained(f.A, "A"), trained(f.B, "B"), f.scaling) for n, f in sent.adapter.lora.items()}
+        lora = {
+            n: LoraFactors(trained(f.A, "A"), trained(f.B, "B"), f.scaling, None if f.R is None else trained(f.R, "R"))
+            for n, f in sent.adapter.lora.items()
+        }
         dense = {n: tensor + 0.02 for n, tensor in sent.adapter.tensors.items()}
         yield ClientUpdate(client.client_id, AdapterState(lora, dense), client.num_examples, sent.base_version)
 
@@ -301,7 +309,7 @@ def streamed(clients: int) -> int:
 
     def watched() -> Iterator[ClientUpdate]:
         nonlocal most
-        for update in replies(strategy, state, infos, 1):
+        for update in replies(sent(strategy, state, infos, 1), infos):
             yield update
             most = max(most, process.memory_info().rss)
 

@@ -70,10 +70,11 @@ def plain_peft(config: Config) -> float:
 
     from fedlora.clients.training.schedule import hash_seed
     from fedlora.config import client_rank
-    from fedlora.data import LazyExamples, batch_at, collate, prepare
+    from fedlora.data import LazyExamples, batch_at, prepare
     from fedlora.models import load_base
+    from fedlora.tasks.registry import task_of
 
-    base = load_base(config.model)
+    base, task = load_base(config.model), task_of(config.model)
     split = prepare(config)
     model: Any = None
     began = 0.0
@@ -90,14 +91,15 @@ def plain_peft(config: Config) -> float:
                 model.set_adapter("default")
             parameters = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(parameters, lr=config.train.lr, weight_decay=0.0, fused=True)
-            examples = LazyExamples(split.client(client), base.tokenizer, config)
+            examples = LazyExamples(split.client(client), base.tokenizer, config.data, task)
             model.train()
             for step in range(config.train.steps):
                 seed = hash_seed(config.run.seed, client)
                 index = round * config.train.steps + step
                 chosen = batch_at(len(examples), config.train.batch_size, index, seed)
                 batch = {
-                    name: t.to(base.device) for name, t in collate([examples[i] for i in chosen], base.pad_id).items()
+                    name: t.to(base.device)
+                    for name, t in task.collate([examples[i] for i in chosen], base.pad_id).items()
                 }
                 model(**batch).loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, config.train.clip)

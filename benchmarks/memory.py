@@ -49,11 +49,13 @@ def one(quantization: str, steps: int) -> dict[str, Any]:
     examples = []
     for _ in range(8):
         ids = torch.randint(5, 40_000, (64,), generator=generator).tolist()
-        examples.append(Example(ids, list(ids)))
-    start = uniform.start(config, [ClientInfo(client_id=0, rank=8)])
+        examples.append(Example({"input_ids": ids, "labels": list(ids)}))
+    start = uniform.seeded(config, [ClientInfo(client_id=0, rank=8)])
     parameters = adapted.install(bench, start, {"A", "B"})
     plan = replace(config.train, steps=steps, batch_size=2)
-    result = trainer.train(bench.model, parameters, examples, plan, pad_id=bench.base.pad_id, round=1, rounds=1, seed=0)
+    result = trainer.train(
+        bench.task, bench.model, parameters, examples, plan, pad_id=bench.base.pad_id, round=1, rounds=1, seed=0
+    )
     return {
         "load-seconds": seconds,
         "imported-bytes": imported,

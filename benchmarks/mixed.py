@@ -23,6 +23,7 @@ def measure(adapters: int, rows: list[int], repeats: int) -> Iterator[tuple[int,
     from fedlora.config import load
     from fedlora.data import Example
     from fedlora.models import load_base
+    from fedlora.tasks.registry import task_of
     from fedlora.trained.mixed import BASE, one_by_one, predict_many
 
     config = load(ROOT / "configs" / "quickstart.toml", ["model.quantization=nf4"])
@@ -43,13 +44,20 @@ def measure(adapters: int, rows: list[int], repeats: int) -> Iterator[tuple[int,
     examples: list[Example] = []
     for _ in range(max(rows)):
         ids = torch.randint(5, 40_000, (48,), generator=generator).tolist()
-        examples.append(Example(ids, [-100] * 32 + ids[32:]))
+        examples.append(Example({"input_ids": ids, "labels": [-100] * 32 + ids[32:]}))
     for count in rows:
         times: dict[str, list[float]] = {"one": [], "each": []}
         for _ in range(repeats):
             for key, way in (("one", predict_many), ("each", one_by_one)):
                 began = time.perf_counter()
-                way(model, names, examples[:count], config.evaluate.batch_size, base.pad_id)
+                way(
+                    task_of(config.model),
+                    model,
+                    names,
+                    examples[:count],
+                    batch_size=config.evaluate.batch_size,
+                    pad_id=base.pad_id,
+                )
                 times[key].append(time.perf_counter() - began)
         yield count, min(times["one"]), min(times["each"])
 

@@ -46,7 +46,10 @@ class RunConfig:
 class ModelConfig:
     name: str = option("smollm2-135m-instruct", "a packaged model, a local folder, or a hub id")
     revision: str = option("", "hub revision (branch, tag or commit); empty is the default branch")
-    task: str = option("causal-lm", "what is trained", ("causal-lm", "classification"))
+    task: str = option(
+        "causal-lm", "what it learns to do: causal-lm, classification, or your own as package.module:Class"
+    )
+    task_options: str = option("", "the task's own options, such as 'smoothing=0.1'")
     labels: int = option(2, "number of classes (classification)", low=2)
     head: str = option(
         "keep",
@@ -65,6 +68,12 @@ class ModelConfig:
 class LoraConfig:
     kind: str = option("lora", "what is trained beside a layer: lora or miss, or your own as package.module:Class")
     kind_options: str = option("", "its options, as 'name=value, name=value'")
+    init: str = option(
+        "auto",
+        "how the adapter starts: auto (as the strategy wants it, else uniform), uniform or lora-sb, or your own as "
+        "package.module:Class",
+    )
+    init_options: str = option("", "its options, as 'name=value, name=value'")
     rank: int = option(8, "rank of every client, unless lora.ranks is set", low=1)
     ranks: str = option("16,8,8,4", "rank per client, cyclic; empty: lora.rank for all")
     alpha: str = option("2r", "a number, or a multiple of the rank such as 2r")
@@ -173,6 +182,10 @@ class FederationConfig:
         "most clients that one node may say it is, and a node that says more is refused; 0: up to federation.clients",
         low=0,
     )
+    schedule: str = option(
+        "synchronous", "whom to ask and when to aggregate: synchronous, or your own as package.module:Class"
+    )
+    schedule_options: str = option("", "its options, as 'name=value, name=value'")
     lost_clients: str = option(
         "fail",
         "what a client means that was refused in every round: fail ends the run, when all is done, with an error",
@@ -256,6 +269,13 @@ class WireConfig:
 
 
 @dataclass(frozen=True)
+class PrivacyConfig:
+    stages: str = option(
+        "", "comma list of privacy stages, on clients and server: unchanged, or your own as package.module:Class"
+    )
+
+
+@dataclass(frozen=True)
 class Config:
     """One run. Every section is a frozen dataclass; `to_flat` and `parse` go to and from flat keys."""
 
@@ -269,6 +289,7 @@ class Config:
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     wire: WireConfig = field(default_factory=WireConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
     def to_flat(self) -> dict[str, Scalar]:
         """Flat kebab-case keys, in the order of the sections."""
@@ -510,12 +531,7 @@ def _check_together(config: Config, where: str) -> Config:
     ints("lora.ranks", config.lora.ranks)
     rank_pattern(config.lora)
     clients_at_once(config.train)
-    names = label_names(config.data)
-    if names and config.model.task == "classification" and len(names) != config.model.labels:
-        raise ConfigError(
-            f"{where}: data.label-names = {config.data.label_names!r} names {len(names)} classes, and model.labels = "
-            f"{config.model.labels}; make them agree"
-        )
+    label_names(config.data)
     if not alpha_of(config.lora.alpha, config.lora.rank) > 0:
         raise ConfigError(f"{where}: lora.alpha = {config.lora.alpha!r}, expected a number above 0 or such as '2r'")
     if config.anchor.base_update == "merge" and config.model.quantization != "none":

@@ -13,6 +13,8 @@ from fedlora.data import encode, form_of, prepare, usable_rows
 from fedlora.data.checked import warn_of_lengths
 from fedlora.models import base_fingerprint, injection, pick_device, tokenizer_of
 from fedlora.results.run_folder import check_changes, folder_of, stored
+from fedlora.tasks.checked import check_batch
+from fedlora.tasks.registry import check_task
 
 from ..clients.optimizers.registry import check as check_optimizer
 
@@ -33,19 +35,21 @@ def check(config: Config) -> None:
             given.find(name, key, error)
     if config.run.resume:
         check_changes(stored(folder_of(config)), config)
+    task = check_task(config)
     check_optimizer(config.train, pick_device(config.model.device))
     tokenizer, base = _looked_at(config.model, config.lora)
     _check_widths(config, base)
     split = prepare(config)
-    form_of(split.rows.column_names, config.data, config.model.task)
-    warn_of_lengths(split.rows, tokenizer, config)
+    form_of(split.rows.column_names, config.data, task)
+    warn_of_lengths(split.rows, tokenizer, config.data, task)
     faults: list[DataError] = []
     asked = split.parts[:_ASKED]
     for part in asked:
         rows = split.rows.select(part[:1])
         try:
-            if usable_rows(rows, tokenizer, config.data, config.model.task):
-                encode(rows, tokenizer, config.data, config.model.task, config.model.labels)
+            if usable_rows(rows, tokenizer, config.data, task):
+                examples = encode(rows, tokenizer, config.data, task)
+                check_batch(task, task.collate(examples, int(tokenizer.pad_token_id)), len(examples))  # pyright: ignore[reportArgumentType]
         except DataError as error:
             faults.append(error)
     if len(faults) == len(asked):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
 
 from fedlora.adapters import AdapterState, LoraFactors, first_ranks
 from fedlora.adapters.folds import Folds, concatenate
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Plan
+
+if TYPE_CHECKING:
+    from .initializers.base import Initializer
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,7 @@ class Strategy(ABC):
         any_kind: True if the method averages whatever adapters consist of, and so serves every `lora.kind`; else it
             needs LoRA's factors A and B.
         personal: the factors, of "A" and "B", that stay on the clients.
-        statistics: "gradient" if the strategy wants a round 0 in which clients send their gradients' leading
-            singular directions; see `Broadcast.job`.
+        starts_with: the initializer that the method needs, where LoRA's own start is not enough; see `lora.init`.
     """
 
     linear: ClassVar[bool] = False
@@ -52,7 +54,7 @@ class Strategy(ABC):
     steady: ClassVar[bool] = False
     any_kind: ClassVar[bool] = False
     personal: ClassVar[frozenset[str]] = frozenset()
-    statistics: ClassVar[str] = ""
+    starts_with: ClassVar[str] = ""
 
     def check(self, clients: Sequence[ClientInfo]) -> None:  # noqa: B027 - most serve everyone
         """Raises StrategyError, before the run starts, if the method cannot serve these clients."""
@@ -60,6 +62,20 @@ class Strategy(ABC):
     def init(self, adapter: AdapterState) -> ServerState:
         """The state before round 1, from a seeded adapter (B = 0) at the largest rank."""
         return ServerState(adapter=adapter)
+
+    def begin(self, state: ServerState, replies: Iterable[ClientUpdate], initializer: Initializer) -> ServerState:
+        """The state before round 1, from what clients sent in round 0; without a round 0 there are no replies.
+
+        Args:
+            state: of `init`.
+            replies: the statistics, to be consumed once.
+            initializer: makes the start of them.
+        """
+        start = initializer.start(state.adapter, replies)
+        folds = state.folds
+        for fold in start.folds:
+            folds = folds.push(fold)
+        return replace(state, adapter=start.adapter, folds=folds)
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
         """What this client needs for this round (rounds count from 1): its slice, and the folds that it lacks.

@@ -71,7 +71,8 @@ def configured(config: Config) -> Strategy:
 
     The run's seed and its anchor settings go to a strategy that has fields `seed`, `max_rank` or `compact`, unless the
     caller gave the strategy as an object in which they are set.
-    From the outside in: `Robust` filters the replies, `Restart` folds what the optimizer made and drops its moments,
+    From the outside in: `Private` has the privacy stages' places on the server, `Robust` filters the replies, `Restart`
+    folds what the optimizer made and drops its moments,
     `ServerOptimizer` takes the strategy's change of the adapter for a gradient.
     """
     run_wide: dict[str, Option] = {
@@ -117,6 +118,13 @@ def configured(config: Config) -> Strategy:
             byzantine=chosen.robust_byzantine,
             keep=chosen.robust_keep,
         )
+    if config.privacy.stages:
+        from fedlora.exchange.stages import stages
+
+        from .wrappers.private import Private
+
+        with naming_others():
+            strategy = Private(strategy, stages=stages(config.privacy.stages))
     return strategy
 
 

@@ -20,7 +20,7 @@ from fedlora.results import journal
 from fedlora.results.display import ConsoleLog, RunDisplay
 from fedlora.results.record import RunRecord
 
-from .schedules import synchronous
+from .schedules import registry
 from .server import audit, link
 
 app = ServerApp()
@@ -60,7 +60,7 @@ def main(grid: Grid, context: Context) -> None:
 def _run(grid: Grid, config: Config, run_id: int, record: RunRecord) -> None:
     try:
         with _narrated(), journal.journal_to(record.folder / journal.NAME):
-            synchronous.run(grid, config, record, run_id)
+            registry.run(grid, config, record, run_id)
     except FedLoraError as error:
         record.finish("failed", str(error))
         raise

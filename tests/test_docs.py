@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.config import describe
+from tests.federation import run_locally, tiny, write_labels
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -70,3 +71,27 @@ def test_the_site_is_built_without_a_warning_and_asks_no_network(tmp_path):
                 page.read_text(encoding="utf-8"),
             )
             assert not fetched, page
+
+
+def code_under(page: str, heading: str) -> str:
+    """The first block of Python below a heading of the second level."""
+    section = (DOCS / page).read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return section.split("```python\n")[1].split("```")[0]
+
+
+def test_the_task_of_your_own_runs_as_shown(tmp_path, tiny_bert, monkeypatch):
+    code = code_under("extending.md", "A task")
+    assert 15 <= len([line for line in code.splitlines() if line.strip()]) <= 30
+    (tmp_path / "shown_task.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = tiny(
+        tmp_path,
+        tiny_bert,
+        lora__target_modules="query,value",
+        data__source=str(write_labels(tmp_path / "labels.jsonl")),
+        data__partition="iid",
+        model__task="shown_task:Smoothed",
+        model__task_options="smoothing=0.2",
+    )
+    _, result = run_locally(config)
+    assert 0.5 <= result["rounds"][-1]["heldout"]["confidence"] <= 1

@@ -9,6 +9,7 @@ from fedlora.config import Config, Scalar
 from fedlora.data import kept_back, prepare
 from fedlora.data.checked import told
 from fedlora.models import at_hand, tokenizer_of
+from fedlora.tasks.registry import check_task
 
 from ..node import rules
 from ..training import schedule
@@ -29,6 +30,7 @@ def check(config: Config, settings: Mapping[str, Scalar]) -> list[str]:
     config = rules.ruled(config, settings)
     own, said = rules.own_data(settings), []
     clients = rules.hosted(settings) or (int(settings.get("partition-id", 0)),)
+    task = check_task(config)
     tokenizer = tokenizer_of(config.model) if at_hand(config.model.name) else None
     for client in clients:
         rows = prepare(config).client(0 if own else client)
@@ -37,7 +39,7 @@ def check(config: Config, settings: Mapping[str, Scalar]) -> list[str]:
         rules.check_steps(config.train, settings, steps)
         rank = rules.rank(config, settings, client)
         said.append(f"client {client}: rank {rank}, {len(rows) - kept} training rows, {steps} steps in a round")
-        found, fault = told(rows, tokenizer, config)
+        found, fault = told(rows, tokenizer, config.data, task, config.model.name)
         said += [f"  {line}" for line in found]
         if fault:
             raise DataError(fault)

@@ -12,6 +12,7 @@ from fedlora.config import Config
 from fedlora.data import LazyExamples, client_split, kept_back, prepare
 from fedlora.data.checked import warn_of_lengths
 from fedlora.models import shared_tokenizer
+from fedlora.tasks.registry import task_of
 
 from ..node import rules
 from ..node.rules import client_id_of
@@ -48,9 +49,12 @@ def train_and_test(config: Config, client_id: int, own_data: str) -> tuple[LazyE
     tokenizer = shared_tokenizer(config.model)
     rows = prepare(config).client(0 if own_data else client_id)
     seed = schedule.hash_seed(config.run.seed, client_id)
-    found = [LazyExamples(part, tokenizer, config) for part in client_split(rows, _test_fraction(config), seed)]
+    task = task_of(config.model)
+    found = [
+        LazyExamples(part, tokenizer, config.data, task) for part in client_split(rows, _test_fraction(config), seed)
+    ]
     if own_data:  # which nobody but this node has seen
-        warn_of_lengths(rows, tokenizer, config)
+        warn_of_lengths(rows, tokenizer, config.data, task)
     for examples in found:
         if examples and examples.left_out:
             _log.warning("client %d: %s", client_id, examples.left_out)

@@ -21,17 +21,20 @@ from fedlora.common.assets import cache_dir
 from fedlora.common.errors import ConfigError, DivergedError
 from fedlora.common.events import emit
 from fedlora.config import Config
-from fedlora.data import LazyExamples, class_names, form_of, prepare
+from fedlora.data import LazyExamples, form_of, prepare
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Plan, wire
+from fedlora.exchange.stages import stages
 from fedlora.models import adapted, base_fingerprint, pick_device
 from fedlora.models.trainable import Trainable
 from fedlora.results.environment import peak_memory_bytes
+from fedlora.tasks.checked import check_batch
 from fedlora.tasks.predict import evaluate as evaluate_model
+from fedlora.tasks.registry import check_task
 
 from ..node import memory, own_rows, own_state, rules
 from ..node.held_folds import folds_up_to
 from ..node.rules import client_id_of, config_of
-from ..statistics.gradients import leading_directions
+from ..statistics.registry import STATISTICS
 from ..training import schedule, terms, trainer
 from .refusals import refusal
 from .rows import train_and_test, train_rows, training_examples
@@ -115,6 +118,7 @@ def begin(content: RecordDict, context: Context) -> TrainingJob:
     if broadcast.job == "train":  # a row that cannot be one fails its client alone, before others share its batches
         for place in schedule.examples_of(config.train, len(examples), broadcast.round, seed):
             examples[place]
+    check_batch(bench.task, bench.task.collate(examples[:1], bench.base.pad_id), 1)
     emit("client-start", client_id=client_id, rank=info.rank, round=broadcast.round)
     return TrainingJob(config, client_id, bench, broadcast, context, examples, began)
 
@@ -123,10 +127,12 @@ def train_alone(work: TrainingJob) -> RecordDict:
     """Train one client by itself; the reply."""
     config, broadcast, bench = work.config, work.broadcast, work.bench
     trained = _set_up(work, broadcast.plan)
-    if broadcast.job == "gradient":
-        adapter, result = _gradient(bench, config, work.client_id, broadcast, work.examples)
+    if broadcast.job != "train":
+        statistic = STATISTICS.make(broadcast.job)
+        adapter, result = statistic.measure(bench, broadcast.adapter, work.examples, config.train, work.seed)
     else:
         result = trainer.train(
+            bench.task,
             bench.model,
             trained,
             work.examples,
@@ -137,6 +143,7 @@ def train_alone(work: TrainingJob) -> RecordDict:
             seed=work.seed,
             on_step=work.tell,
             penalty=_penalty(trained, config),
+            stages=stages(config.privacy.stages),
         )
         adapter = adapted.read(bench)
     return finish(work, adapter, result)
@@ -151,6 +158,8 @@ def finish(work: TrainingJob, adapter: AdapterState, result: trainer.TrainResult
     if broadcast.plan.keep:
         personal = _personal_part(adapter, broadcast.plan.keep)
         own_state.save(folder, "personal", personal, broadcast.round, keep=config.run.keep + 1)
+    for stage in stages(config.privacy.stages):
+        adapter = stage.leaving(adapter, broadcast, schedule.hash_seed(work.seed, broadcast.round))
     to_send, codec_error = encode_upload(adapter, broadcast, config.wire.upload_dtype, folder, keep=config.run.keep + 1)
     update = ClientUpdate(
         client_id=client_id,
@@ -193,22 +202,6 @@ def _penalty(trained: Trainable, config: Config) -> Callable[[], None]:
     return functools.partial(terms.add_tail_penalty, trained.pairs, *prune) if prune else lambda: None
 
 
-def _gradient(
-    bench: adapted.AdaptedModel, config: Config, client_id: int, broadcast: Broadcast, examples: LazyExamples
-) -> tuple[AdapterState, trainer.TrainResult]:
-    """The gradient's leading directions, as many for each module as its factors in the broadcast have rows."""
-    lora, result = leading_directions(
-        bench.model,
-        bench.layers,
-        {name: factors.rank for name, factors in broadcast.adapter.lora.items()},
-        examples,
-        config.train,
-        pad_id=bench.base.pad_id,
-        seed=schedule.hash_seed(config.run.seed, client_id),
-    )
-    return AdapterState(lora=lora, tensors=broadcast.adapter.tensors), result
-
-
 def evaluate(content: RecordDict, context: Context) -> RecordDict:
     """The server's adapter on this client's own test rows."""
     began = time.perf_counter()
@@ -223,9 +216,10 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
     def tell(done: int, total: int) -> None:
         emit("client-evaluate-step", client_id=client_id, done=done, total=total, round=broadcast.round)
 
-    metrics = evaluate_model(bench.model, examples, config.evaluate.batch_size, bench.base.pad_id, tell)
+    size, pad_id = config.evaluate.batch_size, bench.base.pad_id
+    metrics = evaluate_model(bench.task, bench.model, examples, size, pad_id, on_batch=tell)
     emit("client-evaluated", client_id=client_id, round=broadcast.round, **metrics)
-    return wire.encode_evaluation(len(examples), metrics, bench.base.fingerprint)
+    return wire.encode_evaluation(len(examples), metrics, bench.base.fingerprint, bench.task.metrics)
 
 
 _TASKS = {"describe": describe, "train": train, "evaluate": evaluate}
@@ -287,7 +281,8 @@ def _check_ranks(bench: adapted.AdaptedModel, broadcast: Broadcast, info: Client
 def _info(config: Config, context: Context) -> ClientInfo:
     client_id = client_id_of(context)
     rank = rules.rank(config, context.node_config, client_id)
-    form_of(prepare(config).rows.column_names, config.data, config.model.task)  # a column that is missing is said first
+    task, split = check_task(config), prepare(config)
+    form_of(split.rows.column_names, config.data, task)  # a column that is missing is said first
     rows = train_rows(config, client_id, rules.own_data(context.node_config))
     rules.check_steps(config.train, context.node_config, schedule.steps_per_round(config.train, rows))
     return ClientInfo(
@@ -297,11 +292,5 @@ def _info(config: Config, context: Context) -> ClientInfo:
         num_examples=rows,
         rslora=config.lora.rslora,
         rank_pattern=configuration.rank_pattern(config.lora),
-        class_names=_class_names(config),
+        class_names=task.class_names(split.rows, config.data),
     )
-
-
-def _class_names(config: Config) -> tuple[str, ...]:
-    if config.model.task != "classification":
-        return ()
-    return class_names(prepare(config).rows, config.data, config.model.labels)

@@ -13,6 +13,7 @@ from flwr.app import Context, Error, RecordDict
 from fedlora.adapters import AdapterState
 from fedlora.common.errors import FedLoraError
 from fedlora.config import clients_at_once
+from fedlora.exchange.stages import stages
 from fedlora.models import adapted
 from fedlora.models.stacked import NotStackable
 
@@ -42,7 +43,7 @@ def how_many(context: Context) -> int:
             return clients_at_once(config.train)
         bench = adapted.adapted_model(config.model, config.lora)
         examples = rows.training_examples(config, context)
-        tokens = config.train.batch_size * max(len(example.input_ids) for example in examples[:_LOOKED_AT])
+        tokens = config.train.batch_size * max(example.size for example in examples[:_LOOKED_AT])
     except Exception:
         return 1
     device = bench.base.device
@@ -56,7 +57,7 @@ def bytes_per_token(bench: adapted.AdaptedModel) -> int:
     config = bench.base.model.config.get_text_config(decoder=True)
     layers, hidden = getattr(config, "num_hidden_layers", 12), getattr(config, "hidden_size", 768)
     wide = getattr(config, "intermediate_size", None) or 4 * hidden
-    outputs = config.vocab_size if bench.config.task == "causal-lm" else 0
+    outputs = bench.task.outputs(config)
     return bench.base.compute_dtype.itemsize * layers * (16 * hidden + 6 * wide) + 4 * 4 * outputs
 
 
@@ -113,6 +114,7 @@ def _as_one(works: Sequence[TrainingJob], folds: Folds) -> list[RecordDict | Err
         rounds=one.config.federation.rounds,
         on_step=lambda member, step, steps, loss: works[member].tell(step, steps, loss),
         prune=single.pruning(one.config),
+        stages=stages(one.config.privacy.stages),
     )
     answers: list[RecordDict | Error] = []
     for work, end in zip(works, ends, strict=True):

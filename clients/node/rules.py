@@ -24,6 +24,7 @@ from fedlora.data import PACKAGED
 
 # Set by whoever starts a simulation, in which server and clients are one user; a run config cannot set it.
 ALLOW_FILES = "FEDLORA_ALLOW_FILES"
+PLUGINS = "FEDLORA_PLUGINS"
 # Node key -> the run's key that it replaces. The server compares fingerprints, so that another model is refused.
 _OF_MODEL = {"device": "model.device", "model": "model.name"}
 _OF_DATA = {
@@ -35,7 +36,17 @@ _OF_DATA = {
     "label-column": "data.label-column",
 }
 _LIMITS = ("max-rank", "max-steps", "max-length", "max-batch", "max-memory-mb")
-_OTHERS = ("partition-id", "partition-ids", "num-partitions", "data", "rank", "state", "resident", "allow-files")
+_OTHERS = (
+    "partition-id",
+    "partition-ids",
+    "num-partitions",
+    "data",
+    "rank",
+    "state",
+    "resident",
+    "allow-files",
+    "plugins",
+)
 _OF_WORKER = ("worker", "worker-idle", "worker-stall", "node-pid", "server", "ca", "key")
 _KNOWN = (*_OF_MODEL, *_OF_DATA, *_LIMITS, *_OTHERS, *_OF_WORKER)
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -58,6 +69,7 @@ def ruled(config: Config, node: Mapping[str, Scalar]) -> Config:
         ConfigError: names the node's key that refuses the run, or that is wrong itself.
     """
     _check_names(node)
+    _check_plugins(config, node)
     config = _with_own_data(config, node)
     own = {ours: node[key] for key, ours in _OF_MODEL.items() if key in node}
     if "model" in node and node["model"] != config.model.name:
@@ -92,6 +104,7 @@ def check(node: Mapping[str, Scalar]) -> None:
     if type(client) is not int or client < 0:
         raise ConfigError(f"node config: partition-id = {client!r}, expected a number from 0")
     _allows_files(node)
+    _check_plugins(Config(), node)
     if own_data(node) or any(key in node for key in _OF_DATA):
         _with_own_data(Config(), node)
     configuration.parse({ours: node[key] for key, ours in _OF_MODEL.items() if key in node}, where="node config")
@@ -216,6 +229,22 @@ def _allows_files(node: Mapping[str, Scalar]) -> bool:
     if type(own) is not bool:
         raise ConfigError(f"node config: allow-files = {own!r}, expected true or false")
     return own
+
+
+def _check_plugins(config: Config, node: Mapping[str, Scalar]) -> None:
+    """Raises ConfigError where the run names code that this node does not allow, before it is imported."""
+    allowed = node.get("plugins", os.environ.get(PLUGINS, ""))
+    if not isinstance(allowed, str):
+        raise ConfigError(f"node config: plugins = {allowed!r}, expected names such as 'mypkg.mine:MyTask', or any")
+    names = {name.strip() for name in allowed.split(",")}
+    named = {"model.task": config.model.task, "train.optimizer": config.train.optimizer, "lora.kind": config.lora.kind}
+    for key, name in named.items():
+        if ":" in name and not {"any", name} & names:
+            shown = repr(name) if len(name) <= 80 else f"{name[:77]!r}..."
+            raise ConfigError(
+                f"{key} = {shown} is code of its own, and this node imports none that a server names; set plugins = "
+                "that name in the node's config, if it is to be imported here"
+            )
 
 
 def _check_public(key: str, name: str, packaged: Mapping[str, object] | frozenset[str], own_key: str) -> None:

@@ -4,31 +4,58 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fedlora.adapters import LoraFactors, first_ranks, leading, lowrank, pad, stack
+from fedlora.adapters import AdapterState, LoraFactors, first_ranks, leading, lowrank, pad, stack
 from fedlora.config import TrainConfig
-from fedlora.data import Example, batch_at, collate
-from fedlora.tasks.losses import token_loss
+from fedlora.data import Example, LazyExamples, batch_at
+from fedlora.models.adapted import AdaptedModel
+from fedlora.tasks.base import Task
+from fedlora.tasks.checked import mean_loss
 
 from ..training.schedule import hash_seed
-from ..training.trainer import TrainResult, count_labels
+from ..training.trainer import TrainResult
+from .base import Statistic
 
 # Between batches this many times the wanted directions are kept, as in LoRA-GA (https://arxiv.org/abs/2407.05000).
 _SPARE = 4
 
 
+@dataclass(frozen=True)
+class LeadingDirections(Statistic):
+    """The best approximations of each module's gradient, at the ranks that the server asks for."""
+
+    def measure(
+        self, model: AdaptedModel, asked: AdapterState, examples: LazyExamples, config: TrainConfig, seed: int
+    ) -> tuple[AdapterState, TrainResult]:
+        """`leading_directions` of all modules; the head as it was sent."""
+        ranks = {name: factors.rank for name, factors in asked.lora.items()}
+        lora, result = leading_directions(
+            model.task,
+            model.model,
+            model.layers,
+            ranks,
+            examples,
+            config=config,
+            pad_id=model.base.pad_id,
+            seed=seed,
+        )
+        return AdapterState(lora=lora, tensors=asked.tensors), result
+
+
 def leading_directions(
+    task: Task,
     model: nn.Module,
     layers: Mapping[str, LoraLayer],
     ranks: Mapping[str, int],
     examples: Sequence[Example],
-    config: TrainConfig,
     *,
+    config: TrainConfig,
     pad_id: int,
     seed: int,
 ) -> tuple[dict[str, LoraFactors], TrainResult]:
@@ -39,6 +66,7 @@ def leading_directions(
     optimizer step of round 1: `train.accumulate` batches of `train.batch_size` examples.
 
     Args:
+        task: says what the loss is.
         model: gives logits; nothing in it needs a gradient of its own.
         layers: module name -> layer.
         ranks: how many directions of each layer.
@@ -65,13 +93,13 @@ def leading_directions(
     torch.manual_seed(hash_seed(seed, 0))  # dropout
     model.train()
     chosen = [batch_at(len(examples), config.batch_size, index, seed) for index in range(config.accumulate)]
-    batches = [collate([examples[i] for i in batch], pad_id) for batch in chosen]
-    labelled = [count_labels(batch["labels"]) for batch in batches]
+    batches = [task.collate([examples[i] for i in batch], pad_id) for batch in chosen]
+    labelled = [int(task.counts(batch).sum()) for batch in batches]
     total = 0.0
     handles = [cast("nn.Module", layer).register_forward_hook(_watch(name, add)) for name, layer in layers.items()]
     try:
         for batch, count in zip(batches, labelled, strict=True):
-            loss = token_loss(model, batch) * (count / sum(labelled))
+            loss = mean_loss(task, model, batch) * (count / sum(labelled))
             loss.backward()
             total += float(loss.detach())
     finally:
@@ -83,7 +111,7 @@ def leading_directions(
         some = found.get(name, LoraFactors(A=torch.zeros(0, d_in), B=torch.zeros(d_out, 0), scaling=1.0))
         whole = pad(first_ranks(some, min(some.rank, ranks[name]), 1.0), ranks[name])
         factors[name] = LoraFactors(A=whole.A.cpu(), B=whole.B.cpu(), scaling=1.0)
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    tokens = sum(int(task.tokens(batch).sum()) for batch in batches)
     return factors, TrainResult(total, total, steps=0, tokens=tokens, seconds=time.perf_counter() - began)
 
 

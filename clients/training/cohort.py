@@ -14,17 +14,18 @@ from torch.profiler import record_function
 from fedlora.adapters import AdapterState
 from fedlora.common.errors import AdapterError
 from fedlora.config import TrainConfig
-from fedlora.data import Example, collate
+from fedlora.data import Example
 from fedlora.exchange import Plan
+from fedlora.exchange.stages import Stage
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.dropout import Draws, draws_per_client
 from fedlora.models.stacked import Stack, stacked
 from fedlora.models.trainable import Trainable
-from fedlora.tasks.losses import each_loss
-from fedlora.tasks.predict import Batch
+from fedlora.tasks.base import Batch, Task
+from fedlora.tasks.checked import each_loss
 
 from .terms import add_tail_penalty
-from .trainer import LocalSteps, TrainResult, count_labels
+from .trainer import LocalSteps, TrainResult
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def train(
     rounds: int,
     on_step: Callable[[int, int, int, float], None] = lambda member, step, steps, loss: None,
     prune: tuple[float, float] | None = None,
+    stages: Sequence[Stage] = (),
 ) -> list[tuple[AdapterState, TrainResult] | AdapterError]:
     """Train each member for one round, as `trainer.train` trains it alone: the same batches, losses and steps.
 
@@ -68,6 +70,7 @@ def train(
         rounds: of the whole run.
         on_step: called for each member's step with (member, step, steps, loss).
         prune: HetLoRA's gamma and weight of `add_tail_penalty`.
+        stages: of privacy; see `trainer.train`.
 
     Returns:
         In the order of the members: the trained adapter, or why there is none.
@@ -91,6 +94,7 @@ def train(
                 rounds=rounds,
                 seed=members[m].seed,
                 penalty=_penalty(slot, prune),
+                stages=stages,
             )
             for m, slot in zip(order, stack.slots, strict=True)
         ]
@@ -129,29 +133,30 @@ def _gradients(
     """Each client's loss of a step; the stack gets the gradients."""
     with record_function("fedlora/data"):
         parts = zip(*(local.batches(step) for local in everyone), strict=True)
-        batches = [collate([e for examples in part for e in examples], bench.base.pad_id) for part in parts]
-        counts = [[count_labels(labels) for labels in batch["labels"].chunk(len(everyone))] for batch in batches]
+        batches = [bench.task.collate([e for examples in part for e in examples], bench.base.pad_id) for part in parts]
+        counts = [[int(own.sum()) for own in bench.task.counts(batch).chunk(len(everyone))] for batch in batches]
     totals = [sum(of_client) for of_client in zip(*counts, strict=True)]
     losses = [0.0] * len(everyone)
     for batch in batches:
-        masks = batch["attention_mask"].chunk(len(everyone))
-        for local, mask in zip(everyone, masks, strict=True):
-            local.tokens += int(mask.sum())
-        stack.rows = tuple(batch["input_ids"].shape)
-        lengths = [int(mask.sum(dim=1).max()) for mask in masks]
+        tokens = bench.task.tokens(batch)
+        own_tokens = tokens.chunk(len(everyone))
+        for local, own in zip(everyone, own_tokens, strict=True):
+            local.tokens += int(own.sum())
+        stack.rows = len(tokens), int(tokens.max())
+        lengths = [int(own.max()) for own in own_tokens]
         draws = Draws([local.draws for local in everyone], lengths) if own_dropout else nullcontext()
         with record_function("fedlora/forward"), draws:
-            each = _losses(bench.model, batch, totals)
+            each = _losses(bench.task, bench.model, batch, len(tokens), totals)
         with record_function("fedlora/backward"):
             each.sum().backward()
             losses = [loss + float(more) for loss, more in zip(losses, each.detach(), strict=True)]
     return losses
 
 
-def _losses(model: nn.Module, batch: Batch, totals: Sequence[int]) -> Tensor:
+def _losses(task: Task, model: nn.Module, batch: Batch, rows: int, totals: Sequence[int]) -> Tensor:
     """Each client's share of its step's loss: its summed cross-entropy over its labels in the whole step."""
-    each, rows = each_loss(model, batch)
-    client = rows // (len(batch["labels"]) // len(totals))
+    each, row = each_loss(task, model, batch)
+    client = row // (rows // len(totals))
     summed = torch.zeros(len(totals), device=each.device).index_add(0, client, each)
     return summed / torch.tensor(totals, device=each.device)
 

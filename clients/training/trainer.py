@@ -9,15 +9,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import record_function
 
 from fedlora.common.errors import DivergedError
 from fedlora.config import TrainConfig
-from fedlora.data import Example, batch_at, collate
+from fedlora.data import Example, batch_at
+from fedlora.exchange.stages import Stage
 from fedlora.models.dropout import Draws, draws_per_client
 from fedlora.models.trainable import Trainable
-from fedlora.tasks.losses import token_loss
+from fedlora.tasks.base import Task
+from fedlora.tasks.checked import mean_loss
 
 from ..optimizers.registry import optimizer
 from .schedule import hash_seed, lr_factor, steps_per_round
@@ -42,6 +44,7 @@ class TrainResult:
 
 
 def train(
+    task: Task,
     model: nn.Module,
     trained: Trainable,
     examples: Sequence[Example],
@@ -53,6 +56,7 @@ def train(
     seed: int,
     on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
     penalty: Callable[[], None] = lambda: None,
+    stages: Sequence[Stage] = (),
 ) -> TrainResult:
     """Train what is trainable in place for one round.
 
@@ -62,6 +66,7 @@ def train(
     optimizer's state starts anew each round, since the server has changed the factors.
 
     Args:
+        task: says what the losses are.
         model: gives logits; the adapter is in place.
         trained: what is trained.
         examples: the client's own.
@@ -72,21 +77,22 @@ def train(
         seed: of this client's order of examples and dropout.
         on_step: called after each step with (step, steps, loss).
         penalty: called before each optimizer step, to add a term's gradient to the parameters'.
+        stages: of privacy, which may change the gradients before that.
 
     Raises:
         DivergedError: the loss is not finite.
     """
     began = time.perf_counter()
-    local = LocalSteps(trained, examples, config, round=round, rounds=rounds, seed=seed, penalty=penalty)
+    local = LocalSteps(trained, examples, config, round=round, rounds=rounds, seed=seed, penalty=penalty, stages=stages)
     torch.manual_seed(hash_seed(seed, round))  # whatever draws from torch's own generator
     model.train()
     own_dropout = draws_per_client(model)
     try:
         for step in range(local.steps):
-            total = _gradients(model, local, step, pad_id, own_dropout)
+            total = _gradients(task, model, local, step, pad_id, own_dropout=own_dropout)
             for number in range(local.passes - 1):
                 local.after_pass(number)
-                _gradients(model, local, step, pad_id, own_dropout)
+                _gradients(task, model, local, step, pad_id, own_dropout=own_dropout)
             with record_function("fedlora/optimizer"):
                 local.take(step, total)
             on_step(step + 1, local.steps, total)
@@ -96,17 +102,18 @@ def train(
     return local.result(time.perf_counter() - began)
 
 
-def _gradients(model: nn.Module, local: LocalSteps, step: int, pad_id: int, own_dropout: bool) -> float:
+def _gradients(task: Task, model: nn.Module, local: LocalSteps, step: int, pad_id: int, *, own_dropout: bool) -> float:
     """The loss of a step; the parameters get its gradients."""
     with record_function("fedlora/data"):
-        batches = [collate(part, pad_id) for part in local.batches(step)]
-        labelled = [count_labels(batch["labels"]) for batch in batches]
+        batches = [task.collate(part, pad_id) for part in local.batches(step)]
+        labelled = [int(task.counts(batch).sum()) for batch in batches]
     total = 0.0
     for batch, count in zip(batches, labelled, strict=True):
-        local.tokens += int(batch["attention_mask"].sum())
-        draws = Draws([local.draws], [batch["input_ids"].shape[1]]) if own_dropout else nullcontext()
+        tokens = task.tokens(batch)
+        local.tokens += int(tokens.sum())
+        draws = Draws([local.draws], [int(tokens.max())]) if own_dropout else nullcontext()
         with record_function("fedlora/forward"), draws:
-            loss = token_loss(model, batch) * (count / sum(labelled))
+            loss = mean_loss(task, model, batch) * (count / sum(labelled))
         with record_function("fedlora/backward"):
             loss.backward()
             total += float(loss.detach())
@@ -134,6 +141,7 @@ class LocalSteps:
         rounds: int,
         seed: int,
         penalty: Callable[[], None] = lambda: None,
+        stages: Sequence[Stage] = (),
     ) -> None:
         """As for `train`."""
         self.steps = steps_per_round(config, len(examples))
@@ -142,7 +150,7 @@ class LocalSteps:
         parameters = trained.parameters
         self.draws = torch.Generator(parameters[0].device).manual_seed(hash_seed(seed, round))
         self._parameters, self._examples, self._config, self._penalty = parameters, examples, config, penalty
-        self._seed, self._round, self._rounds = seed, round, rounds
+        self._seed, self._round, self._rounds, self._stages = seed, round, rounds, stages
         method = optimizer(config)
         self.passes = method.passes
         self._optimizer = method.begin(trained, config)
@@ -164,6 +172,8 @@ class LocalSteps:
         config = self._config
         if not math.isfinite(loss):
             raise DivergedError(diverged(loss, step, self._round))
+        for stage in self._stages:
+            stage.gradients(self._parameters)
         if config.prox_mu:
             add_proximal(self._parameters, self._start, config.prox_mu)
         self._penalty()
@@ -202,8 +212,3 @@ def diverged(loss: float, step: int, round: int) -> str:
         f"training diverged: loss {loss} at step 1 of round {round}, before anything was trained: the adapter that the "
         "server sent gives no finite loss here"
     )
-
-
-def count_labels(labels: Tensor) -> int:
-    """What a batch's mean loss is taken over: labelled next tokens, or examples."""
-    return labels.shape[0] if labels.ndim == 1 else int((labels[:, 1:] != -100).sum())

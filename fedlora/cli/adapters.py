@@ -86,7 +86,8 @@ def evaluate(
 
         rows = compare_with_base(adapter, settings)
         title = f"{settings.model.name} on {settings.data.source}, held-out rows"
-        names = [name for name in _METRICS if name in next(iter(rows.values()))]
+        measured = next(iter(rows.values()))
+        names = sorted(measured, key=lambda name: (*_METRICS, name).index(name))  # a task's own come last
     out.print(_table(title, rows, names))
     if as_json is not None:
         from fedlora.common.files import write_json

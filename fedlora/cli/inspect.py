@@ -65,11 +65,12 @@ def data(
     quiet()
     from fedlora.data import client_statistics, prepare
     from fedlora.results.display import data_table
+    from fedlora.tasks.registry import check_task
 
     split = prepare(settings)
     out.print(
         data_table(
-            client_statistics(split, settings.data, settings.model.task),
+            client_statistics(split, settings.data, check_task(settings)),
             settings,
             len(split.heldout),
             every=every_client,
@@ -87,7 +88,7 @@ def data(
     from fedlora.results.display import example_text
 
     out.print("as the model sees them; what is learned stands between ⟦ and ⟧", style="dim")
-    for example in first_examples(split.rows, show, tokenizer_of(settings.model), settings):
+    for example in first_examples(split.rows, show, tokenizer_of(settings.model), settings.data, check_task(settings)):
         out.print(example_text(example), soft_wrap=True)
 
 
@@ -107,8 +108,15 @@ def _tell_of_rows(rows: Dataset, settings: configuration.Config, *, here: bool) 
     """
     from fedlora.data.checked import told
     from fedlora.models import tokenizer_of
+    from fedlora.tasks.registry import task_of
 
-    found, fault = told(rows, tokenizer_of(settings.model) if here else None, settings)
+    found, fault = told(
+        rows,
+        tokenizer_of(settings.model) if here else None,
+        settings.data,
+        task_of(settings.model),
+        settings.model.name,
+    )
     for line in found:
         out.print(line, soft_wrap=True, markup=False)
     if fault:

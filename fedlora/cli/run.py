@@ -93,6 +93,9 @@ def run(
     if profile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler talks on stderr; read when torch is loaded
     settings = load(config, overrides) if config is not None else _resumed(resume, overrides, from_round)
+    from fedlora.tasks.registry import check_task
+
+    check_task(settings)
     if server is None:
         from fedlora.strategies.registry import check_ranks  # pyright: ignore[reportMissingImports]
 

@@ -66,6 +66,10 @@ class StrategyError(FedLoraError):
         self.needs = needs
 
 
+class TaskError(FedLoraError):
+    """A task gave something else than what `fedlora.tasks.base.Task` says."""
+
+
 class WireError(FedLoraError):
     """A message is malformed, of another protocol version, or made for another base model."""
 

@@ -13,7 +13,7 @@ from fedlora.config import Config, DataConfig, client_parts
 from .batches import batch_at, collate, eval_batches
 from .classes import class_names
 from .examples import Example
-from .forms import encode, form_of, usable_rows
+from .forms import RowReader, encode, form_of, usable_rows
 from .lazy import LazyExamples
 from .partition import Split, client_split, joined, kept_back, most_kept_back, split_rows
 from .sources import PACKAGED, load_rows
@@ -24,6 +24,7 @@ __all__ = [
     "ClientStatistics",
     "Example",
     "LazyExamples",
+    "RowReader",
     "Split",
     "batch_at",
     "class_names",

@@ -2,43 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .examples import IGNORED, Example
+from .examples import Example
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """One batch, padded on the right to its longest example.
+def collate(examples: Sequence[Example], fill: Mapping[str, float]) -> dict[str, Tensor]:
+    """The examples' arrays as one batch: each padded along its first axis, on the right, to the longest of its name.
 
     Args:
         examples: at least one, all of one task.
-        pad_id: fills `input_ids`; it may be the end token, since labels are masked by position.
+        fill: by the name of an array, what it is padded with.
 
     Returns:
-        `input_ids` and `attention_mask` [B, T], and `labels`: [B, T] with -100 at padding, or [B] for
-        classification; all int64.
+        Name -> [B, …]; one number of each example is [B].
     """
     import torch
 
-    ids = torch.full((len(examples), max(len(example.input_ids) for example in examples)), pad_id)
-    mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, IGNORED)
-    classes = []
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        ids[row, :length] = torch.tensor(example.input_ids)
-        mask[row, :length] = 1
-        if isinstance(example.labels, int):
-            classes.append(example.labels)
-        else:
-            labels[row, :length] = torch.tensor(example.labels)
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor(classes) if classes else labels}
+    batch: dict[str, Tensor] = {}
+    for name in examples[0].arrays:
+        values = [torch.as_tensor(example[name]) for example in examples]
+        if not values[0].ndim:
+            batch[name] = torch.stack(values)
+            continue
+        longest = max(len(value) for value in values)
+        whole = values[0].new_full((len(values), longest, *values[0].shape[1:]), fill.get(name, 0))
+        for place, value in zip(whole, values, strict=True):
+            place[: len(value)] = value
+        batch[name] = whole
+    return batch
 
 
 def batch_at(num_examples: int, batch_size: int, index: int, seed: int) -> list[int]:
@@ -62,6 +60,6 @@ def batch_at(num_examples: int, batch_size: int, index: int, seed: int) -> list[
 
 def eval_batches(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
     """Every example's place once, those of like length together: the order does not matter, and padding costs least."""
-    ordered = sorted(range(len(examples)), key=lambda place: len(examples[place].input_ids))
+    ordered = sorted(range(len(examples)), key=lambda place: examples[place].size)
     for start in range(0, len(ordered), batch_size):
         yield ordered[start : start + batch_size]

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .conversations import Conversation, RowError
-from .examples import IGNORED, Example
 from .rendering import Template, spans
 
 if TYPE_CHECKING:
@@ -17,6 +16,23 @@ if TYPE_CHECKING:
 
 _ANSWERING = ("assistant", "tool", "system")  # who else speaks asks
 _OTHER = "\ue000"  # a text that no question begins with
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation in tokens.
+
+    Args:
+        ids: at most `data.max-length`.
+        learned: which of them the loss is taken of.
+        whole: how many tokens the conversation has.
+        cut: what was cut to fit, as in `Example.cut`.
+    """
+
+    ids: np.ndarray
+    learned: np.ndarray
+    whole: int
+    cut: str
 
 
 @dataclass(frozen=True)
@@ -33,13 +49,12 @@ class _Tokens:
     last: np.ndarray
     text: str
 
-    def example(self, cut: str, whole: int, kept: np.ndarray | slice = slice(None)) -> Example:
-        ids = self.ids[kept]
-        return Example(ids.tolist(), np.where(self.learned[kept], ids, IGNORED).tolist(), whole, cut)
+    def encoded(self, cut: str, whole: int, kept: np.ndarray | slice = slice(None)) -> Encoded:
+        return Encoded(self.ids[kept], self.learned[kept], whole, cut)
 
 
-def encode_chat(chat: Conversation, render: Template, length: int) -> Example:
-    """One conversation as an example of at most `length` tokens.
+def encode_chat(chat: Conversation, render: Template, length: int) -> Encoded:
+    """One conversation as at most `length` tokens.
 
     What is too long loses its earlier exchanges, one by one from the front; then, where the last exchange fits
     alone, its own system prompt; and else a part of the last exchange: of the question the start, of the answer the
@@ -51,16 +66,16 @@ def encode_chat(chat: Conversation, render: Template, length: int) -> Example:
     """
     whole = _tokens(chat, render)
     if len(whole.ids) <= length:
-        return whole.example("", len(whole.ids))
+        return whole.encoded("", len(whole.ids))
     system = chat.messages[: chat.messages[0]["role"] == "system"]
     starts = _exchanges(chat)
     shorter = [replace(chat, messages=[*system, *chat.messages[start:]]) for start in starts]
     first = _first_that_fits(shorter, render, length)
     if first is not None:
-        return first.example("turns", len(whole.ids))
+        return first.encoded("turns", len(whole.ids))
     last = replace(chat, messages=chat.messages[starts[-1] :])
     if system and (found := _within(last, render, length)):
-        return found.example("system", len(whole.ids))
+        return found.encoded("system", len(whole.ids))
     return _cut_inside(shorter[-1], len(system), render, length, len(whole.ids))
 
 
@@ -95,7 +110,7 @@ def _within(chat: Conversation, render: Template, length: int) -> _Tokens | None
     return tokens if len(tokens.ids) <= length else None
 
 
-def _cut_inside(last: Conversation, asked: int, render: Template, length: int, whole: int) -> Example:
+def _cut_inside(last: Conversation, asked: int, render: Template, length: int, whole: int) -> Encoded:
     """A part of the last exchange, under what comes before its first words where that leaves half of the room."""
     tokens = _tokens(last, render)
     question = {**last.messages[asked], "content": _OTHER}
@@ -103,7 +118,7 @@ def _cut_inside(last: Conversation, asked: int, render: Template, length: int, w
     front = int(np.searchsorted(tokens.last, _common(tokens.text, other), side="right"))
     front = 0 if front > length // 2 or tokens.learned[:front].any() else front
     at = front + _window_start(tokens.learned[front:], length - front)
-    return tokens.example("inside", whole, np.r_[0:front, at : at + length - front])
+    return tokens.encoded("inside", whole, np.r_[0:front, at : at + length - front])
 
 
 def _common(one: str, other: str) -> int:

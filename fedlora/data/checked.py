@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedlora.common.errors import DataError
-from fedlora.config import Config, DataConfig
+from fedlora.config import DataConfig
 
-from .classes import check_classes, class_names
-from .forms import encode_each, left_out, looked_at
+from .forms import RowReader, left_out
 from .places import places
 
 if TYPE_CHECKING:
@@ -68,37 +67,40 @@ class Checked:
 
 
 def check_rows(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase | None, config: Config, measured: int = _MEASURED
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: DataConfig,
+    task: RowReader,
+    measured: int = _MEASURED,
 ) -> Checked:
-    """Look at rows as a run with this config would.
+    """Look at rows as a run would.
 
     Args:
         rows: of the source, all or some.
         tokenizer: of the model; without it, no tokens are counted.
-        config: the run's.
+        data: of the run.
+        task: what the rows are for.
         measured: of at most so many rows, evenly spaced, tokens are counted.
 
     Raises:
         DataError: a column is missing, or the form does not fit the task.
     """
-    data, task = config.data, config.model.task
-    idle, wrong = looked_at(rows, tokenizer, data, task)
+    idle, wrong = task.unusable(rows, tokenizer, data)
     usable = [at for at in range(len(rows)) if at not in idle and at not in wrong]
     faults: list[str] = []
     classes: dict[str, int] = {}
     names: tuple[str, ...] = ()
-    if task == "classification":
-        try:
-            check_classes(rows.select(usable), data, config.model.labels)
-            names = class_names(rows, data, config.model.labels)
-            classes = _classes(rows.select(usable), names, config)
-        except DataError as error:
-            faults.append(str(error).removeprefix(f"{data.source}: "))
+    try:
+        task.check_rows(rows.select(usable), data)
+        names = task.class_names(rows, data)
+        classes = _classes(rows.select(usable), names, data, task.classes) if task.classes else {}
+    except DataError as error:
+        faults.append(str(error).removeprefix(f"{data.source}: "))
     lengths = np.zeros(0, dtype=np.int64)
     cut: Counter[str] = Counter()
     if tokenizer is not None and not faults:
         chosen = [usable[at] for at in np.linspace(0, len(usable) - 1, min(measured, len(usable))).astype(int)]
-        examples, unread = encode_each(rows.select(chosen), tokenizer, data, task)
+        examples, unread = task.encode(rows.select(chosen), tokenizer, data)
         wrong |= {chosen[at]: why for at, why in unread.items()}
         lengths = np.array([example.whole for example in examples if example is not None], dtype=np.int64)
         cut = Counter(example.cut for example in examples if example is not None and example.cut)
@@ -116,29 +118,29 @@ def check_rows(
     return replace(found, measured=len(lengths), median=middle, most=most, longest=int(lengths.max()), cut=dict(cut))
 
 
-def too_long(found: Checked, config: Config) -> str:
+def too_long(found: Checked, data: DataConfig) -> str:
     """A warning, where many rows are longer than `data.max-length`; else empty."""
     if found.cut_share <= _MANY:
         return ""
     return (
-        f"{found.cut_share:.0%} of the rows are longer than data.max-length = {config.data.max_length} tokens and are "
+        f"{found.cut_share:.0%} of the rows are longer than data.max-length = {data.max_length} tokens and are "
         f"cut; data.max-length = {found.most} would hold 95 % of them whole"
     )
 
 
-def warn_of_lengths(rows: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+def warn_of_lengths(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, task: RowReader) -> None:
     """Log `too_long`, by some of the rows, evenly spaced."""
     some = rows.select(range(0, len(rows), max(1, len(rows) // _ENOUGH)))
-    if said := too_long(check_rows(some, tokenizer, config), config):
+    if said := too_long(check_rows(some, tokenizer, data, task), data):
         _log.warning("%s", said)
 
 
-def lines(found: Checked, config: Config) -> list[str]:
+def lines(found: Checked, data: DataConfig) -> list[str]:
     """What was found, for people: a line for each thing but the faults."""
     said = [f"rows: {found.left_out}"] if found.left_out else []
     if found.classes:
         said.append("classes: " + ", ".join(f"{name} ({count})" for name, count in found.classes.items()))
-    if found.names and not config.data.label_names:
+    if found.names and not data.label_names:
         said.append(
             f"classes are numbered by the alphabet; data.label-names = {', '.join(found.names)!r} numbers them so in "
             "every file"
@@ -148,23 +150,25 @@ def lines(found: Checked, config: Config) -> list[str]:
     of = "" if found.measured == found.usable else f" of {found.measured} rows that were measured"
     said.append(
         f"tokens{of}: median {found.median}, 95 % within {found.most}, longest {found.longest}; "
-        f"data.max-length = {config.data.max_length}"
+        f"data.max-length = {data.max_length}"
     )
     kinds = "; ".join(f"{count} {_CUTS[kind]}" for kind, count in sorted((found.cut or {}).items()))
     said.append(f"cut{of}: {kinds or 'none'}")
-    return [*said, *filter(None, [too_long(found, config)])]
+    return [*said, *filter(None, [too_long(found, data)])]
 
 
-def told(rows: Dataset, tokenizer: PreTrainedTokenizerBase | None, config: Config) -> tuple[list[str], str]:
+def told(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase | None, data: DataConfig, task: RowReader, model: str
+) -> tuple[list[str], str]:
     """`check_rows` for people: a line for each thing, and what is said of rows that a run cannot use, if there are any.
 
     Without a tokenizer, it is said that no tokens were counted.
     """
-    found = check_rows(rows, tokenizer, config)
-    said = lines(found, config)
+    found = check_rows(rows, tokenizer, data, task)
+    said = lines(found, data)
     if tokenizer is None:
-        said.append(f"tokens: not counted, since model.name = {config.model.name} is not on this machine yet")
-    return said, f"{config.data.source}: {'; '.join(found.faults)}" if found.faults else ""
+        said.append(f"tokens: not counted, since model.name = {model} is not on this machine yet")
+    return said, f"{data.source}: {'; '.join(found.faults)}" if found.faults else ""
 
 
 def _grouped(rows: Dataset, wrong: Mapping[int, str], data: DataConfig) -> list[str]:
@@ -174,9 +178,9 @@ def _grouped(rows: Dataset, wrong: Mapping[int, str], data: DataConfig) -> list[
     return [f"{places(rows, at, data)}: {why}" for why, at in kinds.items()]
 
 
-def _classes(rows: Dataset, names: Sequence[str], config: Config) -> dict[str, int]:
+def _classes(rows: Dataset, names: Sequence[str], data: DataConfig, classes: int) -> dict[str, int]:
     """How many rows each class of the model has."""
-    column = config.data.label_column
+    column = data.label_column
     counts = Counter(int(cell) for cell in rows.select_columns([column])[:][column])
-    called = [names[place] if place < len(names) else str(place) for place in range(config.model.labels)]
+    called = [names[place] if place < len(names) else str(place) for place in range(classes)]
     return {name: counts.get(place, 0) for place, name in enumerate(called)}

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, overload
 
-from fedlora.config import Config
+from fedlora.config import DataConfig
 
-from .classes import check_classes
 from .examples import Example
-from .forms import encode_usable, left_out, nothing_to_predict, usable_of
+from .forms import RowReader, encode_usable, left_out, nothing_to_predict, usable_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,18 +22,17 @@ class LazyExamples(Sequence[Example]):
         left_out: a sentence on the rows that have nothing to predict, and are not counted; empty without any.
     """
 
-    def __init__(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+    def __init__(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, task: RowReader) -> None:
         """Find the rows that have something to predict; there may be none.
 
         Raises:
             DataError: a column is missing, a value is no text, or a class is out of range.
         """
-        idle = nothing_to_predict(rows, tokenizer, config.data, config.model.task)
-        self.left_out = left_out(rows, idle, config.data) if idle else ""
+        idle = nothing_to_predict(rows, tokenizer, data, task)
+        self.left_out = left_out(rows, idle, data) if idle else ""
         self._rows = rows.select(usable_of(rows, idle)) if idle else rows
-        if config.model.task == "classification":
-            check_classes(self._rows, config.data, config.model.labels)
-        self._tokenizer, self._config = tokenizer, config
+        task.check_rows(self._rows, data)
+        self._tokenizer, self._data, self._task = tokenizer, data, task
         self._done: dict[int, Example] = {}
 
     @property
@@ -60,5 +58,5 @@ class LazyExamples(Sequence[Example]):
         at = range(len(self))[index]
         if at not in self._done:
             row = self._rows.select([at])
-            self._done[at] = encode_usable(row, self._tokenizer, self._config.data, self._config.model.task)[0]
+            self._done[at] = encode_usable(row, self._tokenizer, self._data, self._task)[0]
         return self._done[at]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from fedlora.config import Config
+from fedlora.config import DataConfig
 
-from .classes import check_classes
-from .examples import IGNORED
-from .forms import encode_usable, usable_rows
+from .forms import RowReader, encode_usable, usable_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,38 +39,35 @@ class Shown:
         return "".join(text for text, _ in self.parts)
 
 
-def first_examples(rows: Dataset, count: int, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[Shown]:
+def first_examples(
+    rows: Dataset, count: int, tokenizer: PreTrainedTokenizerBase, data: DataConfig, task: RowReader
+) -> list[Shown]:
     """The first rows of a source, as its examples are made of them.
 
     Args:
         rows: the source's, in its order.
         count: how many at most.
         tokenizer: of the model.
-        config: of the data and the task.
+        data: of the run.
+        task: what the rows are for.
 
     Raises:
         DataError: as `encode` raises it.
     """
     rows = rows.select(range(min(count, len(rows))))
-    data, task = config.data, config.model.task
     usable = usable_rows(rows, tokenizer, data, task)
     chosen = rows.select(usable)
     found = {row: Shown(row) for row in range(1, len(rows) + 1)}
-    names = getattr(rows.features.get(data.label_column), "names", None)
-    if task == "classification":
-        check_classes(chosen, data, config.model.labels)
+    task.check_rows(chosen, data)
+    names = task.class_names(chosen, data)
     for row, example in zip(usable, encode_usable(chosen, tokenizer, data, task), strict=True):
-        ids, label = example.input_ids, ""
-        if isinstance(example.labels, int):
-            learned = [False] * len(ids)
-            label = str(names[example.labels]) if names else str(example.labels)
-        else:  # nothing predicts the first token
-            learned = [place > 0 and token != IGNORED for place, token in enumerate(example.labels)]
-        found[row + 1] = Shown(row + 1, len(ids), example.whole, _parts(ids, learned, tokenizer), label)
+        ids: list[int] = example["input_ids"]
+        parts = _parts(ids, task.learned(example), tokenizer)
+        found[row + 1] = Shown(row + 1, len(ids), example.whole, parts, task.answer(example, names))
     return list(found.values())
 
 
-def _parts(ids: list[int], learned: list[bool], tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, bool], ...]:
+def _parts(ids: list[int], learned: Sequence[bool], tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, bool], ...]:
     """The text in pieces that are learned or not; each decoded after those before it: spaces depend on them."""
     parts: list[tuple[str, bool]] = []
     done, end = "", 0

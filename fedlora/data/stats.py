@@ -11,7 +11,7 @@ import numpy as np
 from fedlora.config import DataConfig
 
 from .conversations import conversation, text
-from .forms import each, form_of
+from .forms import RowReader, each, form_of
 from .partition import Split
 
 
@@ -34,13 +34,13 @@ class ClientStatistics:
     labels: Mapping[str, int]
 
 
-def client_statistics(split: Split, data: DataConfig, task: str) -> list[ClientStatistics]:
+def client_statistics(split: Split, data: DataConfig, task: RowReader) -> list[ClientStatistics]:
     """The numbers of every client, in order.
 
     Args:
         split: as `prepare` gives it.
         data: form and names of the columns.
-        task: "causal-lm" or "classification".
+        task: what the rows are for.
 
     Raises:
         DataError: a column is missing, or the form does not fit the task.

@@ -21,7 +21,6 @@ from fedlora.adapters import keep_factors, map_tensors
 from fedlora.adapters.flat import OWN
 from fedlora.common.errors import ConfigError, WireError
 from fedlora.config import MOST_RANK, alpha_of
-from fedlora.tasks.scores import METRICS
 
 from .arrays import finite_sum, get, put, value_bytes
 from .codec import FORMATS, round_trip
@@ -285,20 +284,22 @@ def decode_info(record: RecordDict, fingerprint: str, who: str) -> ClientInfo:
     )
 
 
-def encode_evaluation(num_examples: int, metrics: Mapping[str, float], fingerprint: str) -> RecordDict:
-    """A client's answer to an evaluate message: numbers only, by the names of `METRICS`."""
+def encode_evaluation(
+    num_examples: int, metrics: Mapping[str, float], fingerprint: str, names: frozenset[str]
+) -> RecordDict:
+    """A client's answer to an evaluate message: numbers only, by the names of the task's metrics."""
     head = _head(fingerprint, "fp32") | {"num-examples": num_examples}
-    return RecordDict({_HEAD: ConfigRecord(cast("Any", head)), METRICS_RECORD: metrics_record(metrics, METRICS)})
+    return RecordDict({_HEAD: ConfigRecord(cast("Any", head)), METRICS_RECORD: metrics_record(metrics, names)})
 
 
 def decode_evaluation(
-    record: RecordDict, fingerprint: str, who: str, most_examples: int = MOST_EXAMPLES
+    record: RecordDict, fingerprint: str, who: str, names: frozenset[str], most_examples: int = MOST_EXAMPLES
 ) -> tuple[int, dict[str, float]]:
-    """`(num_examples, metrics)` of one client, which may claim so many examples at most."""
+    """`(num_examples, metrics)` of one client, by the names of the task's metrics, and of so many examples at most."""
     fields = _checked_head(record, fingerprint, who)
     _only(record, fields, "evaluation", (), METRICS_RECORD)
-    metrics = read_metrics(record, who, METRICS)
-    require(metrics, {"loss", "accuracy"}, who)
+    metrics = read_metrics(record, who, names)
+    require(metrics, names, who)
     return fields.positive("num-examples", most_examples), metrics
 
 

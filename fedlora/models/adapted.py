@@ -24,7 +24,8 @@ from fedlora.adapters.kinds.base import AdapterKind, Place
 from fedlora.adapters.kinds.registry import KINDS
 from fedlora.common.errors import AdapterError, ModelError
 from fedlora.config import LoraConfig, ModelConfig
-from fedlora.tasks.losses import look_at
+from fedlora.tasks.base import Task
+from fedlora.tasks.registry import task_of
 
 from . import (
     BaseModel,
@@ -66,6 +67,11 @@ class AdaptedModel:
     tensors: Mapping[str, nn.Parameter]
     kind: AdapterKind
     merged: tuple[object, tuple[AdapterState, ...]] = field(default=(None, ()))
+
+    @property
+    def task(self) -> Task:
+        """What the model learns to do."""
+        return task_of(self.config)
 
 
 # What PEFT calls its layer over each kind of linear layer.
@@ -119,8 +125,7 @@ def _build(config: ModelConfig, lora: LoraConfig) -> AdaptedModel:
                 "choose another model.quantization"
             )
     dense = head_parameters(model, base.heads)
-    if config.task == "causal-lm":
-        look_at(model)
+    task_of(config).prepare(model)
     return AdaptedModel(config=config, base=base, model=model, layers=layers, tensors=dense, kind=kind)
 
 

@@ -17,6 +17,7 @@ from fedlora.adapters.flat import PEFT
 from fedlora.common.assets import hub_name
 from fedlora.common.errors import AdapterError
 from fedlora.config import ModelConfig
+from fedlora.tasks.registry import task_of
 
 
 def save_checkpoint(adapter: AdapterState, folder: Path, model: ModelConfig, about: Mapping[str, object]) -> None:
@@ -41,7 +42,7 @@ def save_checkpoint(adapter: AdapterState, folder: Path, model: ModelConfig, abo
         rank_pattern={name: rank for name, rank in ranks.items() if rank != top},
         alpha_pattern={name: rank for name, rank in ranks.items() if rank != top},
         modules_to_save=heads or None,
-        task_type="SEQ_CLS" if model.task == "classification" else "CAUSAL_LM",
+        task_type=task_of(model).peft_type,
         base_model_name_or_path=hub_name(model.name),
         inference_mode=True,
     )

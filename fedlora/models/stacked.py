@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.common.errors import AdapterError
-from fedlora.tasks.predict import output_layer
 
 from .adapted import AdaptedModel, fp32_copy, install, placed
 from .functional import Functional, FunctionalStack, Nothing
@@ -230,7 +229,7 @@ def stacked(
     Raises:
         AdapterError: modules or shapes do not fit the model.
     """
-    if bench.config.task == "causal-lm" and isinstance(output_layer(bench.model), LoraLayer):
+    if isinstance(bench.task.narrowed(bench.model), LoraLayer):
         raise NotStackable("the output layer has an adapter, and sees the labelled tokens alone, not whole rows")
     for adapter in adapters:  # the same refusals as one at a time
         install(bench, adapter, train, modules, folds)

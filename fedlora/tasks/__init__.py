@@ -1,1 +1,4 @@
-"""What a model learns to do: its losses, its predictions, its metrics."""
+"""What a model learns to do: from rows to examples, batches, losses, predictions and metrics.
+
+A task is one class in one file, and one line in the table of `registry.py`.
+"""

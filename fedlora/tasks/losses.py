@@ -1,35 +1,73 @@
-"""Training losses of a batch's labelled positions, without ever holding all their logits."""
+"""Cross-entropy of a causal model's labelled tokens, without ever holding all their logits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .predict import Batch, labelled_logits, labelled_positions, output_layer
+from .base import Batch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IGNORED = -100  # torch's cross entropy leaves this label out
 _LOGITS_AT_ONCE = 2**23  # values; 32 MiB in fp32
 _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-def token_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy over the labelled next tokens of a batch, or over its examples (classification)."""
-    return each_loss(model, batch)[0].mean()
+def inputs_of(model: nn.Module, batch: Batch) -> Batch:
+    """The tokens of a batch and their mask, where the model is."""
+    device = next(model.parameters()).device
+    return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
-def each_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy `[n]` of each labelled next token (or example), and its row of the batch `[n]`.
+def labelled_positions(model: nn.Module, batch: Batch) -> tuple[Batch, Tensor, Tensor, Tensor]:
+    """The model's inputs, and where there is a token to predict: targets, rows and columns, each `[n]`.
+
+    The logits at position t predict the label at t + 1.
+    """
+    inputs = inputs_of(model, batch)
+    labels = batch["labels"].to(inputs["input_ids"].device)
+    rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return inputs, labels[rows, columns + 1], rows, columns
+
+
+def labelled_logits(
+    model: nn.Module, batch: Batch, adapters: Sequence[str] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits `[n, vocabulary]`, targets `[n]` and rows of the batch `[n]` where there is a token to predict.
+
+    The output layer runs on these positions alone: prompts and padding cost nothing there.
+
+    Args:
+        model: with its adapter in place.
+        batch: of tokens, their mask and labels.
+        adapters: the adapter of each row, by PEFT's names; the active one for all when left out.
+    """
+    inputs, targets, rows, columns = labelled_positions(model, batch)
+    more = {} if adapters is None else {"adapter_names": list(adapters)}
+    handle = output_layer(model).register_forward_pre_hook(lambda layer, given: (given[0][rows, columns],))
+    try:
+        return model(**inputs, **more).logits, targets, rows
+    finally:
+        handle.remove()
+
+
+def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Cross-entropy `[n]` of each labelled next token, and its row of the batch `[n]`.
 
     Where the model's logits are a frozen linear map of its last hidden state (see `look_at`), a part of the positions
     goes through that map at a time, and its gradient by the hidden state is computed on the spot: logits
     are by far the largest tensor of a small model with a large vocabulary.
     """
-    if batch["labels"].ndim == 1 or not _plain.get(model):
+    if not _plain.get(model):
         logits, targets, rows = labelled_logits(model, batch)
         return F.cross_entropy(logits.float(), targets, reduction="none"), rows
     inputs, targets, rows, columns = labelled_positions(model, batch)
@@ -95,3 +133,9 @@ def look_at(model: nn.Module) -> None:
     finally:
         handle.remove()
     _plain[model] = len(made) == 1 and torch.equal(made[0].to(logits.dtype), logits)
+
+
+def output_layer(model: nn.Module) -> nn.Module:
+    """What makes a causal model's logits."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast("nn.Module", cast("PreTrainedModel", inner).get_output_embeddings())

@@ -20,6 +20,7 @@ from fedlora.data.places import kept
 from fedlora.models import BaseModel, adapted, check_length, load_base, longest
 from fedlora.models.injection import ties_may_be_adapted
 from fedlora.tasks.predict import evaluate
+from fedlora.tasks.registry import task_of
 from fedlora.tasks.scores import scores
 
 from .mixed import BASE, predict_many
@@ -45,11 +46,13 @@ def compare_with_base(
     base = load_base(config.model, seed=config.run.seed)
     check_length(longest(base.model), config)
     model = load(base, adapters, config)
-    examples = encode(prepare(config).heldout, base.tokenizer, config.data, config.model.task, config.model.labels)
+    task = task_of(config.model)
+    examples = encode(prepare(config).heldout, base.tokenizer, config.data, task)
     names = [BASE, *map(_name, range(len(adapters)))]
-    found = predict_many(model, names, examples, config.evaluate.batch_size, base.pad_id, on_batch=on_batch)
+    size = config.evaluate.batch_size
+    found = predict_many(task, model, names, examples, batch_size=size, pad_id=base.pad_id, on_batch=on_batch)
     labels = ["untouched base" + (f" with {base.head.partition(':')[0]}" if base.head else ""), *titles(adapters)]
-    return {label: scores(predictions) for label, predictions in zip(labels, found.values(), strict=True)}
+    return {label: scores(task, predictions) for label, predictions in zip(labels, found.values(), strict=True)}
 
 
 def load(base: BaseModel, adapters: Sequence[Path], config: Config) -> PeftModel:
@@ -138,15 +141,9 @@ def score(adapter: AdapterState, rows: Dataset, config: Config, classes: tuple[s
         DataError: rows cannot be used.
     """
     model = adapted.adapted_model(config.model, replace(config.lora, kind="lora", kind_options=""))
-    form_of(rows.column_names, config.data, config.model.task)
-    examples = encode(
-        kept(numbered(rows, config.data, classes)),
-        model.base.tokenizer,
-        config.data,
-        config.model.task,
-        config.model.labels,
-    )
+    form_of(rows.column_names, config.data, model.task)
+    examples = encode(kept(numbered(rows, config.data, classes)), model.base.tokenizer, config.data, model.task)
     adapted.merge_folds(model, None, ())  # a run may have left its own in the weights
     adapted.install(model, adapter)
     adapted.install_anchor(model, ())
-    return evaluate(model.model, examples, config.evaluate.batch_size, model.base.pad_id)
+    return evaluate(model.task, model.model, examples, config.evaluate.batch_size, model.base.pad_id)

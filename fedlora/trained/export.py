@@ -27,6 +27,7 @@ from fedlora.models.intruders import BaseSpectra, without_intruders
 from fedlora.models.peft_files import save_checkpoint
 from fedlora.results.run_folder import stored
 from fedlora.results.runs import adapter_folder
+from fedlora.tasks.registry import task_of
 
 from .model_card import Card, class_names, render
 
@@ -165,7 +166,7 @@ def write_adapter(
     facts = {**facts, "relative-error": error, "ranks": sorted(set(ranks))}
     with _new_folder(out) as part:
         save_checkpoint(replace(changed, lora=small), part, source.config.model, {**source.about, "export": facts})
-        if source.config.model.task == "classification" and at_hand(source.config.model.name):
+        if task_of(source.config.model).classes and at_hand(source.config.model.name):
             _name_classes(part, _base_config(source), source)
         _write_card(part, Card(source.config, source.about, source.result, facts, paper, out.name))
     return Exported(out, error, (min(ranks), max(ranks)), facts.get("intruders", {}))
@@ -200,7 +201,7 @@ def write_merged(
         with quiet():
             base.model.save_pretrained(part)
             base.tokenizer.save_pretrained(part)
-        if source.config.model.task == "classification":
+        if task_of(source.config.model).classes:
             _name_classes(part, part / "config.json", source)
         (part / "fedlora.json").write_text(json.dumps({**source.about, "export": facts}, indent=2) + "\n")
         _write_card(part, Card(source.config, source.about, source.result, facts, paper, out.name))

@@ -10,6 +10,7 @@ from typing import Any
 from fedlora.common.errors import ConfigError, suggest
 from fedlora.config import Config
 from fedlora.models import load_base
+from fedlora.tasks.registry import task_of
 
 from .evaluate import load, titles
 
@@ -35,8 +36,8 @@ def scores(
         ConfigError: the harness is not installed, a task is unknown, or the model is a classifier.
     """
     api = _api()
-    if config.model.task != "causal-lm":
-        raise ConfigError("--lm-eval: its tasks need model.task = causal-lm; leave it out for a classifier")
+    if task_of(config.model).pipeline != "text-generation":
+        raise ConfigError("--lm-eval: its tasks need a model that writes, as model.task = causal-lm; leave it out")
     manager = api.tasks.TaskManager(include_path=str(path) if path else None)
     known = set(manager.all_tasks)
     for task in tasks:

@@ -14,6 +14,7 @@ from fedlora import config as configuration
 from fedlora.common.assets import hub_name, known
 from fedlora.config import Config
 from fedlora.results.record import cut_share
+from fedlora.tasks.registry import task_of
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,11 @@ def _weights(name: str) -> str:
 
 
 def _front(card: Card) -> dict[str, Any]:
-    merged, task = bool(card.facts.get("merged")), card.config.model.task
+    merged = bool(card.facts.get("merged"))
     return {
         "base_model": base_name(card.config.model.name),
         "library_name": "transformers" if merged else "peft",
-        "pipeline_tag": "text-classification" if task == "classification" else "text-generation",
+        "pipeline_tag": task_of(card.config.model).pipeline,
         "tags": ["lora", "federated-learning", "fedlora", card.config.strategy.name],
     }
 
@@ -115,7 +116,7 @@ def _what(card: Card) -> str:
     if facts.get("merged"):
         code = f'from transformers import {_auto(card)}\n\nmodel = {_auto(card)}.from_pretrained("{card.name}")'
     else:
-        classes = _labels(card) if card.config.model.task == "classification" else ""
+        classes = _labels(card) if task_of(card.config.model).classes else ""
         code = (
             f"from peft import PeftModel\nfrom transformers import {_auto(card)}\n\n"
             f'base = {_auto(card)}.from_pretrained("{base}"{classes})\n'
@@ -133,8 +134,7 @@ def _labels(card: Card) -> str:
 
 
 def _auto(card: Card) -> str:
-    classifies = card.config.model.task == "classification"
-    return "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
+    return task_of(card.config.model).auto_class().__name__
 
 
 def _training(card: Card) -> list[tuple[str, str]]:

@@ -23,10 +23,11 @@ from fedlora.models import adapted
 from fedlora.results.environment import code_version, device_facts, versions
 from fedlora.results.run_folder import folder_of
 from fedlora.tasks.predict import predict
+from fedlora.tasks.registry import task_of
 from fedlora.tasks.scores import Predictions, scores
 
 from ...clients.node import own_state
-from ...strategies.initializers.uniform import start
+from ...strategies.initializers.uniform import seeded
 from ...strategies.registry import configured, simulated
 from ...strategies.server import saved_state
 from .. import personal
@@ -53,7 +54,7 @@ def run(cell: Cell, work: Path) -> dict[str, Any]:
     learned: list[AdapterState] = []
     config = cell.configs[0]
     if cell.label == "base":
-        learned = [start(config, simulated(config))]
+        learned = [seeded(config, simulated(config))]
     else:
         for number, each in enumerate(cell.configs):
             # a rate at which a client diverges is a result, which the score shows
@@ -119,13 +120,13 @@ def _scores(config: Config, learned: Sequence[AdapterState]) -> dict[str, dict[s
         made: list[Predictions] = []
         for adapter in learned:
             adapted.install(bench, adapter)
-            made.append(predict(bench.model, examples, config.evaluate.batch_size, bench.base.pad_id))
-        found[name] = {**_mean([scores(each) for each in made]), "examples": len(examples), "clients": {}}
+            made.append(predict(bench.task, bench.model, examples, config.evaluate.batch_size, bench.base.pad_id))
+        found[name] = {**_mean([scores(bench.task, each) for each in made]), "examples": len(examples), "clients": {}}
         for client in range(clients) if len(owners) else ():
             rows = (owners == client).nonzero()[:, 0]
             if len(rows):
                 own = made[client % len(made)]
-                found[name]["clients"][str(client)] = {**scores(own, rows), "examples": len(rows)}
+                found[name]["clients"][str(client)] = {**scores(bench.task, own, rows), "examples": len(rows)}
     return found
 
 
@@ -133,13 +134,14 @@ def _scores(config: Config, learned: Sequence[AdapterState]) -> dict[str, dict[s
 def _rows(model: Any, lora: Any, data: Any, clients: int, seed: int) -> dict[str, tuple[list[Any], torch.Tensor]]:
     config = Config(model=model, lora=lora, data=data)
     config = replace(config, federation=replace(config.federation, clients=clients), run=replace(config.run, seed=seed))
-    split, tokenizer = prepare(config), adapted.adapted_model(model, lora).base.tokenizer
+    bench = adapted.adapted_model(model, lora)
+    split, tokenizer, task = prepare(config), bench.base.tokenizer, bench.task
     if not len(split.test):
         raise RunError(f"data.test-fraction = {data.test_fraction} leaves no rows to test on; raise it")
     found: dict[str, tuple[list[Any], torch.Tensor]] = {}
     for name, rows, owners in zip(("validation", "test"), (split.heldout, split.test), split.owners, strict=True):
-        usable = usable_rows(rows, tokenizer, data, model.task) if len(owners) else []
-        examples = encode(rows, tokenizer, data, model.task, model.labels)
+        usable = usable_rows(rows, tokenizer, data, task) if len(owners) else []
+        examples = encode(rows, tokenizer, data, task)
         found[name] = (examples, torch.from_numpy(owners[usable]))
     return found
 
@@ -154,7 +156,7 @@ def _partition(cell: Cell) -> list[dict[str, Any]]:
     """The clients' rows by class, as the federation of this scenario has them."""
     found = []
     for config in cell.configs:
-        for row in client_statistics(prepare(config), config.data, config.model.task):
+        for row in client_statistics(prepare(config), config.data, task_of(config.model)):
             rank = client_rank(config.lora, row.client_id)
             labels = dict(row.labels)
             found.append({"client-id": len(found), "name": row.name, "rank": rank, "rows": row.rows, "labels": labels})

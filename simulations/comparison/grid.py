@@ -11,13 +11,13 @@ from typing import Any
 
 from fedlora.common.errors import ConfigError, StrategyError, suggest
 from fedlora.config import Config, Scalar, client_rank, clients_per_round, flatten, parse, parse_overrides, read_toml
+from fedlora.tasks.registry import check_task
 
 from ...strategies.registry import STRATEGIES, check_ranks
+from .ranking import lower_is_better
 
 SCHEMA = 1  # of what a comparison leaves on the disk
 BASELINES = ("base", "local", "centralised")
-METRICS = ("accuracy", "macro-f1", "exact-match", "loss", "perplexity", "calibration-error")
-_OF_CAUSAL, _OF_CLASSES = ("exact-match", "perplexity"), ("macro-f1",)
 _KEYS = {
     "name": "a name for its folder and its title, such as 'sentiment'",
     "config": "the preset or TOML file that every cell starts from",
@@ -25,7 +25,7 @@ _KEYS = {
     "learning-rates": "a list of peak learning rates, the same for every strategy",
     "seeds": "a list of seeds; ranks and tests need at least two",
     "baselines": f"a list out of {', '.join(BASELINES)}",
-    "metric": f"what ranks the strategies, one of {', '.join(METRICS)}",
+    "metric": "what ranks the strategies, one of the task's metrics, such as accuracy or loss",
     "reference": "the strategy that the others are compared with",
     "settings": "a table of configuration keys for every cell",
     "scenarios": "a table of tables: configuration keys by scenario",
@@ -179,8 +179,18 @@ def _arm(path: Path, grid: Grid, scenario: str, label: str, setting: Config) -> 
         personal = STRATEGIES.resolve(arm.strategy.name).personal
     except StrategyError as error:
         raise StrategyError(f"{where}: {label!r} in scenario {scenario!r}: {error}") from None
-    if grid.metric in (_OF_CLASSES if arm.model.task == "causal-lm" else _OF_CAUSAL):
-        raise ConfigError(f"{path}: metric = {grid.metric!r} is not known for model.task = {arm.model.task!r}")
+    task = check_task(arm)
+    if grid.metric not in task.metrics:
+        raise ConfigError(
+            f"{path}: metric = {grid.metric!r} is not known for model.task = {arm.model.task!r}"
+            f"{suggest(grid.metric, task.metrics)}"
+        )
+    if (grid.metric in task.lower) != lower_is_better(grid.metric):
+        raise ConfigError(
+            f"{path}: metric = {grid.metric!r} of model.task = {arm.model.task!r} is better when it is "
+            f"{'lower' if grid.metric in task.lower else 'higher'}, and a comparison would rank by the opposite; give "
+            "it another name or sign"
+        )
     if not (arm.data.heldout_fraction > 0 and arm.data.test_fraction > 0):
         raise ConfigError(
             f"{path}: data.heldout-fraction is {arm.data.heldout_fraction} and data.test-fraction "
@@ -241,8 +251,6 @@ def _at(config: Config, lr: float | None, seed: int) -> Config:
 
 
 def _check(path: Path, grid: Grid) -> None:
-    if grid.metric not in METRICS:
-        raise ConfigError(f"{path}: metric = {grid.metric!r}{suggest(grid.metric, METRICS)}")
     for baseline in grid.baselines:
         if baseline not in BASELINES:
             raise ConfigError(f"{path}: baselines: {baseline!r}{suggest(baseline, BASELINES)}")

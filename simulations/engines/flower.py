@@ -20,7 +20,7 @@ from fedlora.deployment import flower_programs
 from fedlora.deployment.flower_programs import Connection, absolute, write_bundle
 from fedlora.results.run_folder import nothing_left, stamp
 
-from ...clients.node.rules import ALLOW_FILES
+from ...clients.node.rules import ALLOW_FILES, PLUGINS
 from ..checks import check
 
 _log = logging.getLogger("fedlora")
@@ -57,6 +57,7 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
         "FLWR_LOCAL_CONTROL_API_PORT": str(control),
         "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
+        PLUGINS: "any",
         ALLOW_FILES: "1",  # clients run here, as the user who named the files; their node configs are Flower's to set
     }
     command = [flower_programs.program("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]

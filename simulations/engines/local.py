@@ -38,7 +38,8 @@ class LocalGrid(Grid):
 
     Args:
         client_app: handles every message.
-        node_configs: one per client; `allow-files` is true where they do not say: server and clients are one user.
+        node_configs: one per client; server and clients are one user, so that `allow-files` is true, and `plugins` any,
+            where they do not say.
         run_config: what each client's context carries.
         run_id: of this run.
         cohorts: trains several clients as one batch, in the ClientApp's place.
@@ -58,7 +59,9 @@ class LocalGrid(Grid):
         self._app, self._run_id, self._cohorts = client_app, run_id, cohorts
         self.window = WINDOW
         self._contexts = {
-            node: Context(run_id, node, {"allow-files": True, **node_config}, RecordDict(), run_config)
+            node: Context(
+                run_id, node, {"allow-files": True, "plugins": "any", **node_config}, RecordDict(), run_config
+            )
             for node, node_config in enumerate(node_configs, start=SERVER + 1)
         }
         self._waiting: dict[str, Message] = {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -10,11 +11,22 @@ from fedlora.adapters import AdapterState, initial
 from fedlora.adapters.kinds.base import Place
 from fedlora.adapters.kinds.registry import KINDS
 from fedlora.config import Config
-from fedlora.exchange import ClientInfo
+from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.models import fresh_head, injection
 
+from .base import Initializer, Start
 
-def start(config: Config, clients: Sequence[ClientInfo], base: injection.Shapes | None = None) -> AdapterState:
+
+@dataclass(frozen=True)
+class Uniform(Initializer):
+    """LoRA's own start (Hu et al. 2021, https://arxiv.org/abs/2106.09685): A uniform as PEFT draws it, B = 0."""
+
+    def start(self, adapter: AdapterState, replies: Iterable[ClientUpdate]) -> Start:
+        """The adapter as it is."""
+        return Start(adapter)
+
+
+def seeded(config: Config, clients: Sequence[ClientInfo], base: injection.Shapes | None = None) -> AdapterState:
     """The seeded adapter of round 1, from the base model's shapes: at each module's largest rank, B = 0.
 
     A classifier's head is the base's own, or a seeded one; see `model.head`.

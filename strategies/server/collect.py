@@ -16,6 +16,7 @@ from fedlora.common.events import emit
 from fedlora.config import Config
 from fedlora.data import most_kept_back
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, wire
+from fedlora.tasks.registry import task_of
 
 from . import answers as of_client
 from . import audit, guard
@@ -222,7 +223,9 @@ def evaluate_on_clients(
             who = f"client {client}"
             most = most_kept_back(roster.infos[client].num_examples, config.data.client_test_fraction)
             try:
-                count, metrics = wire.decode_evaluation(of_client.content(answer, who), fingerprint, who, most)
+                count, metrics = wire.decode_evaluation(
+                    of_client.content(answer, who), fingerprint, who, task_of(config.model).metrics, most
+                )
                 answers[client] = metrics | {"num-examples": count}
             except WireError as error:
                 failures[client] = str(error)

@@ -29,9 +29,7 @@ class HeldOutEvaluator:
             raise RunError(
                 "no held-out rows to evaluate on; raise data.heldout-fraction or set evaluate.server = false"
             )
-        self._examples: list[Example] = encode(
-            rows, self._bench.base.tokenizer, config.data, config.model.task, config.model.labels
-        )
+        self._examples: list[Example] = encode(rows, self._bench.base.tokenizer, config.data, self._bench.task)
 
     def __call__(self, strategy: Strategy, state: ServerState, learned: AdapterState) -> dict[str, float]:
         """Metrics of what is learned: the strategy's global adapter at this state."""
@@ -42,6 +40,7 @@ class HeldOutEvaluator:
         adapted.install(self._bench, learned)
         adapted.install_anchor(self._bench, ())
         return evaluate(
+            self._bench.task,
             self._bench.model,
             self._examples,
             self._config.evaluate.batch_size,

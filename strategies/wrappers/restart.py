@@ -28,7 +28,7 @@ class Restart(Wrapper):
     Memory and download: one fold of the inner adapter's rank more every E rounds, until folds are compacted.
 
     Args:
-        inner: a strategy without personal factors and without statistics.
+        inner: a strategy without personal factors, that starts as LoRA does.
         every: E, at least 1.
         seed: of the restarts; a run's seed.
         max_rank: the largest rank of the accumulated folds; 0: min(d_out, d_in), where nothing is lost.
@@ -53,7 +53,7 @@ class Restart(Wrapper):
                 f"strategy.restart-every = {self.every} folds the whole adapter, and {name} leaves "
                 f"{' and '.join(sorted(self.inner.personal))} on the clients; set strategy.restart-every = 0"
             )
-        if self.inner.statistics:
+        if self.inner.starts_with:
             raise StrategyError(
                 f"strategy.restart-every = {self.every} draws a fresh A, and {name} needs one made from statistics; "
                 "set strategy.restart-every = 0"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median_low
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from ..base import ServerState, completed
 from ..tools.replies import arrivals
 from .distances import Move, squared_distances
 from .wrapper import Wrapper, innermost
+
+if TYPE_CHECKING:
+    from ..initializers.base import Initializer
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Robust(Wrapper):
     Memory: the factors of all replies. Cost: O(d (sum r_k)^2) for the distances, O(K d r^2) for the norms.
 
     Args:
-        inner: a strategy without personal factors; for "median" and "trimmed-mean", without statistics.
+        inner: a strategy without personal factors.
         rule: see above.
         bound: of "norm-bound", at least 1; 2 leaves honest clients alone, which differ in their data.
         trim: of "trimmed-mean", in [0, 0.5): the share of poisoned clients that it withstands.
@@ -66,11 +69,8 @@ class Robust(Wrapper):
                 f"strategy.robust = {self.rule} compares whole updates, and {name} leaves "
                 f"{' and '.join(sorted(self.inner.personal))} on the clients; set strategy.robust = none"
             )
-        if self._by_entry and self.inner.statistics:
-            raise StrategyError(
-                f"strategy.robust = {self.rule} compares entries, and {name}'s statistics have a basis for each "
-                "client; set strategy.robust = norm-bound, krum or multi-krum"
-            )
+        if self._by_entry and self.inner.starts_with:
+            raise self._no_entries(name)
         for option, value, good, expected in (
             ("bound", self.bound, 1 <= self.bound < float("inf"), "a number of at least 1"),
             ("trim", self.trim, 0 <= self.trim < 0.5, "0 or more, below 0.5"),
@@ -105,19 +105,41 @@ class Robust(Wrapper):
         Raises:
             StrategyError: too few replies for the rule, or unequal ranks under a rule of entries.
         """
-        held = sorted(arrivals(updates, round), key=lambda update: update.client_id)
-        self._enough(len(held), f"round {round}")
+        held = self._arrived(updates, round)
         if self.rule == "norm-bound":
-            held = self._bounded(held, state, round)
+            held = self._bounded(held, [self._start(update, state, round) for update in held])
         elif self._by_entry:
             held = [self._middle(held, state)]
         else:
-            held = [held[i] for i in self._nearest(squared_distances(held, state))]
+            held = self._nearest(held, state)
         return self.inner.aggregate(state, held, round)
 
-    def _bounded(self, updates: Sequence[ClientUpdate], state: ServerState, round: int) -> list[ClientUpdate]:
+    def begin(self, state: ServerState, replies: Iterable[ClientUpdate], initializer: Initializer) -> ServerState:
+        """What the inner strategy begins with, from the statistics that the rule lets through.
+
+        Raises:
+            StrategyError: too few replies for the rule, or a rule of entries: each client's statistics have a basis of
+                their own.
+        """
+        if not initializer.statistic:
+            return self.inner.begin(state, replies, initializer)
+        if self._by_entry:
+            raise self._no_entries(type(initializer).__name__)
+        held = self._arrived(replies, 0)
+        if self.rule == "norm-bound":
+            held = self._bounded(held, [_asked(update, state) for update in held])
+        else:
+            held = self._nearest(held, state)
+        return self.inner.begin(state, held, initializer)
+
+    def _arrived(self, updates: Iterable[ClientUpdate], round: int) -> list[ClientUpdate]:
+        """The replies in the order of client ids, enough of them for the rule."""
+        held = sorted(arrivals(updates, round), key=lambda update: update.client_id)
+        self._enough(len(held), f"round {round}")
+        return held
+
+    def _bounded(self, updates: Sequence[ClientUpdate], starts: Sequence[AdapterState]) -> list[ClientUpdate]:
         """Each reply, or where it would have been on its way at the largest distance allowed."""
-        starts = [self._start(update, state, round) for update in updates]
         moves = [Move.between(*pair) for pair in zip(starts, updates, strict=True)]
         limit = self.bound * median_low(move.norm(1.0) for move in moves)
         most = int(self.bound * median_low(update.num_examples for update in updates))
@@ -171,13 +193,14 @@ class Robust(Wrapper):
         dropped = (count - 1) // 2 if self.rule == "median" else _trimmed(self.trim, count)
         return torch.stack(list(tensors)).sort(dim=0).values[dropped : count - dropped].mean(dim=0)
 
-    def _nearest(self, distances: Tensor) -> list[int]:
-        """The indices of the clients with the lowest scores, ascending; of equal ones, the lower ids."""
+    def _nearest(self, updates: Sequence[ClientUpdate], state: ServerState) -> list[ClientUpdate]:
+        """The replies with the lowest scores, in order; of equal ones, those of the lower ids."""
+        distances = squared_distances(updates, state)
         count = len(distances)
         others = distances.masked_fill(torch.eye(count, dtype=torch.bool), float("inf"))
         scores = others.sort(dim=1).values[:, : count - self.byzantine - 2].sum(dim=1).tolist()
         wanted = 1 if self.rule == "krum" else self.keep or count - self.byzantine
-        return sorted(sorted(range(count), key=scores.__getitem__)[:wanted])
+        return [updates[i] for i in sorted(sorted(range(count), key=scores.__getitem__)[:wanted])]
 
     def _enough(self, count: int, where: str) -> None:
         if self.rule == "trimmed-mean" and 2 * _trimmed(self.trim, count) >= count:
@@ -193,6 +216,12 @@ class Robust(Wrapper):
                     f"{f' and strategy.robust-keep = {self.keep}' if self.keep else ''} needs {least} clients, "
                     f"got {count}; sample more clients, or lower these"
                 )
+
+    def _no_entries(self, name: str) -> StrategyError:
+        return StrategyError(
+            f"strategy.robust = {self.rule} compares entries, and {name}'s statistics have a basis for each client; "
+            "set strategy.robust = norm-bound, krum or multi-krum"
+        )
 
     def _unequal(self, where: str, ranks: Sequence[int]) -> StrategyError:
         return StrategyError(
@@ -212,6 +241,12 @@ class _AsReplied(ClientInfo):
 
     def scaling_of(self, module: str) -> float:
         return self.factors[module].scaling
+
+
+def _asked(update: ClientUpdate, state: ServerState) -> AdapterState:
+    """Where a client's statistics are measured: at factors of zero, and the server's tensors."""
+    zeros = map_tensors(lambda name, tensor: torch.zeros_like(tensor), AdapterState(lora=update.adapter.lora))
+    return AdapterState(lora=zeros.lora, tensors=state.adapter.tensors)
 
 
 def _drawn_back(update: ClientUpdate, start: AdapterState, share: float) -> ClientUpdate:

@@ -71,8 +71,6 @@ class ServerOptimizer(Wrapper):
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
         """The inner strategy's next state, with the optimizer's step in place of its own."""
         new = self.inner.aggregate(state, updates, round)
-        if round == 0:  # statistics choose the start; there is nothing to step from
-            return new
         first, second = (state.memory.get(key, AdapterState()) for key in (_FIRST, _SECOND))
         lora, lora_m, lora_v = dict(new.adapter.lora), dict(first.lora), dict(second.lora)
         for name, old in state.adapter.lora.items():

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fedlora.adapters import AdapterState
 from fedlora.common.errors import StrategyError
-from fedlora.exchange import Broadcast, ClientInfo
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 from ..base import ServerState, Strategy
+
+if TYPE_CHECKING:
+    from ..initializers.base import Initializer
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ class Wrapper(Strategy):
         return self.inner.personal
 
     @property
-    def statistics(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.inner.statistics
+    def starts_with(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.starts_with
 
     def check(self, clients: Sequence[ClientInfo]) -> None:
         """As the inner strategy's."""
@@ -64,6 +68,10 @@ class Wrapper(Strategy):
     def init(self, adapter: AdapterState) -> ServerState:
         """As the inner strategy's."""
         return self.inner.init(adapter)
+
+    def begin(self, state: ServerState, replies: Iterable[ClientUpdate], initializer: Initializer) -> ServerState:
+        """As the inner strategy's."""
+        return self.inner.begin(state, replies, initializer)
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
         """As the inner strategy's."""

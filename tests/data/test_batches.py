@@ -6,7 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.data import Example, batch_at, collate, eval_batches
+from fedlora.data import Example, batch_at, eval_batches
+from fedlora.tasks.causal_lm import CausalLM
+from fedlora.tasks.classification import Classification
 
 
 @given(n=st.integers(1, 40), batch_size=st.integers(1, 90), seed=st.integers(0, 2**40), epochs=st.integers(1, 4))
@@ -32,7 +34,11 @@ def test_epochs_and_seeds_differ() -> None:
 
 def test_collate_masks_by_position_when_pad_is_the_end_token() -> None:
     end = 2
-    batch = collate([Example([5, 6, end], [-100, 6, end]), Example([5], [5])], pad_id=end)
+    examples = [
+        Example({"input_ids": [5, 6, end], "labels": [-100, 6, end]}),
+        Example({"input_ids": [5], "labels": [5]}),
+    ]
+    batch = CausalLM().collate(examples, pad_id=end)
     assert batch["input_ids"].tolist() == [[5, 6, 2], [5, 2, 2]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 2], [5, -100, -100]]
@@ -40,16 +46,17 @@ def test_collate_masks_by_position_when_pad_is_the_end_token() -> None:
 
 
 def test_collate_classes() -> None:
-    batch = collate([Example([5, 6], 0), Example([5], 3)], pad_id=0)
+    examples = [Example({"input_ids": [5, 6], "labels": 0}), Example({"input_ids": [5], "labels": 3})]
+    batch = Classification(4).collate(examples, pad_id=0)
     assert batch["labels"].tolist() == [0, 3]
     assert batch["labels"].dtype == torch.int64
 
 
 @given(lengths=st.lists(st.integers(1, 30), max_size=40), batch_size=st.integers(1, 9))
 def test_eval_batches_give_each_example_once(lengths: list[int], batch_size: int) -> None:
-    examples = [Example([i] * length, i) for i, length in enumerate(lengths)]
+    examples = [Example({"input_ids": [i] * length, "labels": i}) for i, length in enumerate(lengths)]
     batches = [[examples[place] for place in places] for places in eval_batches(examples, batch_size)]
-    assert sorted(example.labels for batch in batches for example in batch) == list(range(len(lengths)))
+    assert sorted(example["labels"] for batch in batches for example in batch) == list(range(len(lengths)))
     assert all(len(batch) == batch_size for batch in batches[:-1])
-    ordered = [len(example.input_ids) for batch in batches for example in batch]
+    ordered = [len(example["input_ids"]) for batch in batches for example in batch]
     assert ordered == sorted(lengths)

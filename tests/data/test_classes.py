@@ -14,6 +14,8 @@ from fedlora.common.errors import ConfigError, DataError
 from fedlora.config import Config, DataConfig, parse
 from fedlora.data import class_names, load_rows, split_rows
 from fedlora.data.classes import numbered
+from fedlora.tasks.classification import Classification
+from fedlora.tasks.registry import check_task
 
 
 def written(folder: Path, labels: list[Any], names: str = "") -> DataConfig:
@@ -83,7 +85,8 @@ def test_a_list_of_names_that_is_none(text: str) -> None:
 def test_as_many_names_as_classes() -> None:
     keys = {"data.label-names": "a,b,c", "model.task": "classification"}
     with pytest.raises(ConfigError, match=r"names 3 classes, and model\.labels = 2; make them agree"):
-        parse(keys, Config())
+        check_task(parse(keys, Config()))
+    assert check_task(parse({**keys, "model.labels": 3}, Config())) == Classification(3)
     assert parse({**keys, "model.labels": 3}, Config()).data.label_names == "a,b,c"
 
 

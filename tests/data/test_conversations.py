@@ -14,6 +14,7 @@ from fedlora.common.errors import DataError
 from fedlora.config import DataConfig
 from fedlora.data import encode
 from fedlora.data.conversations import conversation
+from fedlora.tasks.causal_lm import CausalLM
 from tests.data.conftest import CHATML, wrap
 
 DATA = DataConfig(source="mine.jsonl", max_length=4096)
@@ -29,11 +30,11 @@ def read(rows: dict[str, list[Any]], form: str, data: DataConfig = DATA) -> list
 
 def seen(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
     """All that the model sees of the one row, and what it learns of it."""
-    (example,) = encode(Dataset.from_dict(rows), tokenizer, DATA, "causal-lm")
-    assert isinstance(example.labels, list)
+    (example,) = encode(Dataset.from_dict(rows), tokenizer, DATA, CausalLM())
+    assert isinstance(example["labels"], list)
     return (
-        str(tokenizer.decode(example.input_ids)),
-        str(tokenizer.decode([label for label in example.labels if label != -100])),
+        str(tokenizer.decode(example["input_ids"])),
+        str(tokenizer.decode([label for label in example["labels"] if label != -100])),
     )
 
 

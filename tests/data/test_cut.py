@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fedlora.config import DataConfig
 from fedlora.data import Example, encode
+from fedlora.tasks.causal_lm import CausalLM
+from fedlora.tasks.classification import Classification
 from tests.data.conftest import CHATML
 
 DATA = DataConfig(source="mine.jsonl", max_length=4096)
@@ -19,18 +21,18 @@ PLAIN = CHATML.replace("{% if loop.first and m['role'] != 'system' %}", "{% if f
 
 def example(messages: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, length: int) -> Example:
     rows = Dataset.from_dict({"messages": [[{"role": role, "content": text} for role, text in messages]]})
-    (found,) = encode(rows, tokenizer, replace(DATA, max_length=length), "causal-lm")
-    assert len(found.input_ids) <= length
-    assert isinstance(found.labels, list)
+    (found,) = encode(rows, tokenizer, replace(DATA, max_length=length), CausalLM())
+    assert len(found["input_ids"]) <= length
+    assert isinstance(found["labels"], list)
     return found
 
 
 def shown(found: Example, tokenizer: PreTrainedTokenizerFast) -> str:
-    return str(tokenizer.decode(found.input_ids))
+    return str(tokenizer.decode(found["input_ids"]))
 
 
 def long(messages: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> int:
-    return len(example(messages, tokenizer, 4096).input_ids)
+    return len(example(messages, tokenizer, 4096)["input_ids"])
 
 
 SYSTEM = ("system", "You are kind")
@@ -45,8 +47,8 @@ def test_earlier_exchanges_go_first_and_whole(chatml: PreTrainedTokenizerFast) -
         room = long(kept, chatml)
         for length in (room, room + 3):
             found = example(chat, chatml, length)
-            assert (found.input_ids, found.cut, found.whole) == (
-                example(kept, chatml, 4096).input_ids,
+            assert (found["input_ids"], found.cut, found.whole) == (
+                example(kept, chatml, 4096)["input_ids"],
                 "turns",
                 long(chat, chatml),
             )
@@ -63,7 +65,7 @@ def test_a_system_prompt_goes_before_the_question_does(byte_level: object) -> No
 
     tokenizer = wrap(byte_level, PLAIN)  # pyright: ignore[reportArgumentType]
     found = example([SYSTEM, *FIRST, *LAST], tokenizer, long(LAST, tokenizer))
-    assert (found.cut, found.input_ids) == ("system", example(LAST, tokenizer, 4096).input_ids)
+    assert (found.cut, found["input_ids"]) == ("system", example(LAST, tokenizer, 4096)["input_ids"])
 
 
 def test_a_long_question_loses_its_start_under_the_system_prompt(chatml: PreTrainedTokenizerFast) -> None:
@@ -82,7 +84,7 @@ def test_a_long_answer_loses_its_end(chatml: PreTrainedTokenizerFast) -> None:
     assert text.startswith(
         "<|im_start|>system\nYou are kind<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nthank"
     )
-    assert (found.cut, len(found.input_ids)) == ("inside", 64)
+    assert (found.cut, len(found["input_ids"])) == ("inside", 64)
 
 
 @settings(max_examples=60, deadline=None)
@@ -106,14 +108,14 @@ def test_no_answer_is_learned_without_its_question(
         assert whole[0] % 2 == 0
         assert (SYSTEM[1] in text) == (system and found.cut != "system")
     else:
-        assert len(found.input_ids) == length
+        assert len(found["input_ids"]) == length
         assert all(f" {place}." not in text for place in range(len(turns) - len(turns) % 2 - 2))
 
 
 def test_texts_lose_their_end_and_say_so(plain: PreTrainedTokenizerFast) -> None:
     rows = Dataset.from_dict({"text": ["hello there", "hello" * 50], "label": [0, 1]})
-    for task in ("causal-lm", "classification"):
+    for task in (CausalLM(), Classification()):
         short, cut = encode(rows, plain, replace(DATA, max_length=16), task)
         assert (short.cut, cut.cut) == ("", "end")
-        assert short.whole == len(short.input_ids)
-        assert cut.whole > len(cut.input_ids) == 16
+        assert short.whole == len(short["input_ids"])
+        assert cut.whole > len(cut["input_ids"]) == 16

@@ -14,11 +14,13 @@ from transformers import PreTrainedTokenizerFast
 
 from fedlora.common.errors import DataError
 from fedlora.config import DataConfig
-from fedlora.data import Example, encode, form_of, usable_rows
+from fedlora.data import Example, RowReader, encode, form_of, usable_rows
+from fedlora.tasks.causal_lm import CausalLM
+from fedlora.tasks.classification import Classification
 from tests.data.conftest import CHATML, wrap
 
 DATA = DataConfig(source="mine.jsonl", max_length=4096)
-CAUSAL = "causal-lm"
+CAUSAL = CausalLM()
 texts = st.text(st.sampled_from("ab hello\n\t.,é🙂?"), max_size=20)
 answers = texts.filter(str.strip)
 
@@ -40,10 +42,10 @@ def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> py
 
 
 def learned(example: Example) -> list[int]:
-    assert isinstance(example.labels, list)
-    assert len(example.labels) == len(example.input_ids)
-    assert all(label in (-100, token) for label, token in zip(example.labels, example.input_ids, strict=True))
-    return [label for label in example.labels if label != -100]
+    assert isinstance(example["labels"], list)
+    assert len(example["labels"]) == len(example["input_ids"])
+    assert all(label in (-100, token) for label, token in zip(example["labels"], example["input_ids"], strict=True))
+    return [label for label in example["labels"] if label != -100]
 
 
 def text_of(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
@@ -51,8 +53,8 @@ def text_of(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
 
 
 def prompt_ids(example: Example) -> list[int]:
-    assert isinstance(example.labels, list)
-    return example.input_ids[: next(i for i, label in enumerate(example.labels) if label != -100)]
+    assert isinstance(example["labels"], list)
+    return example["input_ids"][: next(i for i, label in enumerate(example["labels"]) if label != -100)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -81,7 +83,7 @@ def test_context_is_the_prompt_as_it_is_tokenized_for_generation(
 def test_a_token_across_the_boundary_is_split(chatml: PreTrainedTokenizerFast) -> None:
     assert len(chatml("\n\n")["input_ids"]) == 1
     (example,) = encode(pairs(("hi", "\nhello")), chatml, DATA, CAUSAL)
-    assert example.input_ids[: -len(learned(example))][-1] == chatml("\n")["input_ids"][0]
+    assert example["input_ids"][: -len(learned(example))][-1] == chatml("\n")["input_ids"][0]
     assert text_of(chatml, learned(example)) == "\nhello<|im_end|>"
 
 
@@ -111,7 +113,7 @@ def test_turns_that_the_template_rewrites_are_context(byte_level: Any) -> None:
     tokenizer = wrap(byte_level, drops_early_thoughts)
     (example,) = encode(chat("a", "think!b", "c", "think!d"), tokenizer, DATA, CAUSAL)
     assert text_of(tokenizer, learned(example)) == "think!d<|im_end|>"
-    assert "think!b" not in text_of(tokenizer, example.input_ids)
+    assert "think!b" not in text_of(tokenizer, example["input_ids"])
 
 
 def test_word_marks_stay_those_of_the_whole_text(sentencepiece_like: PreTrainedTokenizerFast) -> None:
@@ -122,13 +124,13 @@ def test_word_marks_stay_those_of_the_whole_text(sentencepiece_like: PreTrainedT
         {"role": "assistant", "content": "I am fine, thank you!"},
     ]
     whole = tokenizer.apply_chat_template(messages, return_dict=False)
-    assert whole[: len(example.input_ids)] == example.input_ids
+    assert whole[: len(example["input_ids"])] == example["input_ids"]
     assert text_of(tokenizer, learned(example)).replace(" ", "") == "Iamfine,thankyou!<|im_end|>"
 
 
 def test_no_template_joins_by_a_newline(plain: PreTrainedTokenizerFast) -> None:
     (example,) = encode(pairs(("how are", "you today")), plain, DATA, CAUSAL)
-    assert text_of(plain, example.input_ids) == "how are\nyou today<|im_end|>"
+    assert text_of(plain, example["input_ids"]) == "how are\nyou today<|im_end|>"
 
 
 def test_system_prompt_comes_first_and_once(chatml: PreTrainedTokenizerFast) -> None:
@@ -137,7 +139,7 @@ def test_system_prompt_comes_first_and_once(chatml: PreTrainedTokenizerFast) -> 
     rows = Dataset.from_dict({"messages": [own, own[1:]]})
     with_own, without = encode(rows, chatml, data, CAUSAL)
     assert with_own == without
-    decoded = text_of(chatml, without.input_ids)
+    decoded = text_of(chatml, without["input_ids"])
     assert decoded.startswith("<|im_start|>system\nBe brief<|im_end|>")
     assert decoded.count("system") == 1
     assert encode(rows, chatml, DATA, CAUSAL)[1] != without
@@ -151,45 +153,45 @@ def test_truncation_keeps_response_tokens(
     rows = pairs((" hello" * prompt, " hello" * response))
     (whole,) = encode(rows, chatml, DATA, CAUSAL)
     (cut,) = encode(rows, chatml, replace(DATA, max_length=length), CAUSAL)
-    assert len(cut.input_ids) == min(length, len(whole.input_ids))
+    assert len(cut["input_ids"]) == min(length, len(whole["input_ids"]))
     assert len(learned(cut)) >= min(length // 4, len(learned(whole)))  # half of what the system prompt leaves
     assert learned(whole)[: len(learned(cut))] == learned(cut)
-    assert isinstance(cut.labels, list)
-    assert cut.labels[0] == -100
+    assert isinstance(cut["labels"], list)
+    assert cut["labels"][0] == -100
 
 
 def test_a_long_prompt_loses_its_start_not_its_response(chatml: PreTrainedTokenizerFast) -> None:
     (example,) = encode(pairs((" hello" * 500 + " today?", "fine")), chatml, replace(DATA, max_length=32), CAUSAL)
     assert text_of(chatml, learned(example)) == "fine<|im_end|>"
-    assert "today?<|im_end|>\n<|im_start|>assistant\n" in text_of(chatml, example.input_ids)
+    assert "today?<|im_end|>\n<|im_start|>assistant\n" in text_of(chatml, example["input_ids"])
 
 
 def test_text_learns_every_token_and_the_end(plain: PreTrainedTokenizerFast) -> None:
     rows = Dataset.from_dict({"text": ["hello there", "hello" * 50]})
     short, long = encode(rows, plain, replace(DATA, max_length=16), CAUSAL)
-    assert learned(short) == short.input_ids
-    assert text_of(plain, short.input_ids) == "hello there<|im_end|>"
-    assert len(long.input_ids) == 16
-    assert long.input_ids[-1] != plain.eos_token_id
+    assert learned(short) == short["input_ids"]
+    assert text_of(plain, short["input_ids"]) == "hello there<|im_end|>"
+    assert len(long["input_ids"]) == 16
+    assert long["input_ids"][-1] != plain.eos_token_id
 
 
 def test_text_does_not_double_an_end_token_that_the_text_has(plain: PreTrainedTokenizerFast) -> None:
     (example,) = encode(Dataset.from_dict({"text": ["hello<|im_end|>"]}), plain, DATA, CAUSAL)
-    assert [token == plain.eos_token_id for token in example.input_ids].count(True) == 1
+    assert [token == plain.eos_token_id for token in example["input_ids"]].count(True) == 1
 
 
 def test_label(plain: PreTrainedTokenizerFast) -> None:
     rows = Dataset.from_dict({"text": ["hello", "you " * 99], "label": [1, 0]})
-    one, two = encode(rows, plain, replace(DATA, max_length=8), "classification")
-    assert (one.labels, two.labels) == (1, 0)
-    assert text_of(plain, one.input_ids) == "hello"
-    assert len(two.input_ids) == 8
+    one, two = encode(rows, plain, replace(DATA, max_length=8), Classification())
+    assert (one["labels"], two["labels"]) == (1, 0)
+    assert text_of(plain, one["input_ids"]) == "hello"
+    assert len(two["input_ids"]) == 8
 
 
 def test_named_classes_are_numbers(plain: PreTrainedTokenizerFast) -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b", "c"])})
     rows = Dataset.from_dict({"text": ["x", "y"], "label": ["c", "a"]}, features=features)
-    assert [example.labels for example in encode(rows, plain, DATA, "classification", labels=3)] == [2, 0]
+    assert [example["labels"] for example in encode(rows, plain, DATA, Classification(3))] == [2, 0]
 
 
 @pytest.mark.parametrize(
@@ -205,12 +207,12 @@ def test_named_classes_are_numbers(plain: PreTrainedTokenizerFast) -> None:
 def test_label_out_of_range(plain: PreTrainedTokenizerFast, labels: list[Any], says: str) -> None:
     rows = Dataset.from_dict({"text": ["hello", "there", "you"], "label": labels})
     with pytest.raises(DataError, match=says):
-        encode(rows, plain, DATA, "classification")
+        encode(rows, plain, DATA, Classification())
 
 
 def test_a_blank_label_is_no_class(plain: PreTrainedTokenizerFast, log: pytest.LogCaptureFixture) -> None:
     rows = Dataset.from_dict({"text": ["hello", "there", None], "label": [1.0, None, 0.0]})
-    assert [example.labels for example in encode(rows, plain, DATA, "classification")] == [1]
+    assert [example["labels"] for example in encode(rows, plain, DATA, Classification())] == [1]
     assert (
         "2 of 3 rows have nothing to predict and are left out: a blank text (row 3); a blank label (row 2)" in log.text
     )
@@ -220,7 +222,7 @@ def test_more_names_than_classes_are_refused(plain: PreTrainedTokenizerFast) -> 
     features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b", "c"])})
     rows = Dataset.from_dict({"text": ["x", "y"], "label": ["b", "a"]}, features=features)
     with pytest.raises(DataError, match=r"has 3 different names, and model\.labels = 2; set model\.labels"):
-        encode(rows, plain, DATA, "classification")
+        encode(rows, plain, DATA, Classification())
 
 
 def test_no_rows_no_examples(plain: PreTrainedTokenizerFast) -> None:
@@ -233,13 +235,13 @@ def test_no_rows_no_examples(plain: PreTrainedTokenizerFast) -> None:
         (["prompt", "response", "topic"], CAUSAL, "prompt"),
         (["messages", "prompt", "response"], CAUSAL, "chat"),
         (["text", "label"], CAUSAL, "text"),
-        (["text", "label"], "classification", "label"),
+        (["text", "label"], Classification(), "label"),
         (["instruction", "input", "output", "text"], CAUSAL, "alpaca"),
         (["instruction", "output"], CAUSAL, "alpaca"),
         (["id", "conversations", "system", "tools"], CAUSAL, "sharegpt"),
     ],
 )
-def test_auto_form(columns: list[str], task: str, form: str) -> None:
+def test_auto_form(columns: list[str], task: RowReader, form: str) -> None:
     assert form_of(columns, DATA, task) == form
 
 
@@ -248,12 +250,17 @@ def test_auto_form(columns: list[str], task: str, form: str) -> None:
     [
         (["question", "answer"], "auto", CAUSAL, r"mine\.jsonl: .*'question', 'answer'.*data\.prompt-column"),
         (["prompt", "answer"], "prompt", CAUSAL, r"mine\.jsonl: no column 'response'.*'prompt', 'answer'"),
-        (["text", "stars"], "auto", "classification", r"no column 'label'.*'text', 'stars'"),
-        (["text", "label"], "label", CAUSAL, r"'label' does not fit model\.task = 'causal-lm'"),
-        (["text", "label"], "text", "classification", r"'text' does not fit model\.task = 'classification'"),
+        (["text", "stars"], "auto", Classification(), r"no column 'label'.*'text', 'stars'"),
+        (
+            ["text", "label"],
+            "label",
+            CAUSAL,
+            r"'label' does not fit model\.task, which takes the form 'chat' or 'prompt'",
+        ),
+        (["text", "label"], "text", Classification(), r"'text' does not fit model\.task, which takes the form 'label'"),
     ],
 )
-def test_wrong_columns(columns: list[str], form: str, task: str, message: str) -> None:
+def test_wrong_columns(columns: list[str], form: str, task: RowReader, message: str) -> None:
     with pytest.raises(DataError, match=message):
         form_of(columns, replace(DATA, form=form), task)
 
@@ -324,10 +331,10 @@ def test_templates_by_name(byte_level: Any, left: list[str]) -> None:
     named = {"rag": CHATML.replace("Be kind", "Use the text"), **dict.fromkeys(left, CHATML)}
     tokenizer = wrap(byte_level, named)
     (chosen,) = encode(pairs(("a", "b")), tokenizer, replace(DATA, chat_template="rag"), CAUSAL)
-    assert ("Use the text" in text_of(tokenizer, chosen.input_ids)) == ("rag" not in left)
+    assert ("Use the text" in text_of(tokenizer, chosen["input_ids"])) == ("rag" not in left)
     if "default" in left:
         (usual,) = encode(pairs(("a", "b")), tokenizer, DATA, CAUSAL)
-        assert "Be kind" in text_of(tokenizer, usual.input_ids)
+        assert "Be kind" in text_of(tokenizer, usual["input_ids"])
     else:
         with pytest.raises(DataError, match=r"by name and no default; choose one of 'rag'.* as data\.chat-template"):
             encode(pairs(("a", "b")), tokenizer, DATA, CAUSAL)
@@ -347,7 +354,7 @@ def test_rows_with_nothing_to_predict_are_counted_and_left_out(
     plain: PreTrainedTokenizerFast, log: pytest.LogCaptureFixture
 ) -> None:
     rows = Dataset.from_dict({"text": ["hello", "<|im_end|>", "", " \n", "a"], "label": [0, 1, 1, 0, 1]})
-    assert [text_of(plain, example.input_ids) for example in encode(rows, plain, DATA, CAUSAL)] == [
+    assert [text_of(plain, example["input_ids"]) for example in encode(rows, plain, DATA, CAUSAL)] == [
         "hello<|im_end|>",
         "a<|im_end|>",
     ]
@@ -355,8 +362,8 @@ def test_rows_with_nothing_to_predict_are_counted_and_left_out(
         "mine.jsonl: 3 of 5 rows have nothing to predict and are left out: a text of fewer than two tokens, its end "
         "token included (row 2); a blank text (rows 3 and 4)" in log.text
     )
-    assert [example.labels for example in encode(rows, plain, DATA, "classification")] == [0, 1, 1]
-    assert usable_rows(rows, plain, DATA, "classification") == [0, 1, 4]
+    assert [example["labels"] for example in encode(rows, plain, DATA, Classification())] == [0, 1, 1]
+    assert usable_rows(rows, plain, DATA, Classification()) == [0, 1, 4]
     conversations = [
         [{"role": "user", "content": "a"}],
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],

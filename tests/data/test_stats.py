@@ -11,6 +11,8 @@ from fedlora.common.errors import DataError
 from fedlora.config import DataConfig, parse
 from fedlora.data import ClientStatistics, client_statistics, split_rows
 from fedlora.results.display import data_table
+from fedlora.tasks.causal_lm import CausalLM
+from fedlora.tasks.classification import Classification
 
 DATA = DataConfig(source="mine.jsonl", heldout_fraction=0.0)
 
@@ -21,7 +23,7 @@ def test_labels_by_name() -> None:
         {"text": ["ab", "abcd", "x"], "label": [1, 1, 0], "who": ["p", "p", "q"]}, features=features
     )
     split = split_rows(rows, replace(DATA, partition_by="who"), 2, 0)
-    assert client_statistics(split, DATA, "classification") == [
+    assert client_statistics(split, DATA, Classification()) == [
         ClientStatistics(client_id=0, name="p", rows=2, mean_characters=3.0, labels={"yes": 2}),
         ClientStatistics(client_id=1, name="q", rows=1, mean_characters=1.0, labels={"no": 1}),
     ]
@@ -30,9 +32,9 @@ def test_labels_by_name() -> None:
 def test_characters_of_pairs_and_chats() -> None:
     data = replace(DATA, partition="iid")
     pairs = Dataset.from_dict({"prompt": ["abc", "d"], "response": ["é", "xyz"], "other": ["long text", ""]})
-    (pair,) = client_statistics(split_rows(pairs, data, 1, 0), data, "causal-lm")
+    (pair,) = client_statistics(split_rows(pairs, data, 1, 0), data, CausalLM())
     messages = [[{"role": "user", "content": "abc"}, {"role": "assistant", "content": "de"}]]
-    (chat,) = client_statistics(split_rows(Dataset.from_dict({"messages": messages}), data, 1, 0), data, "causal-lm")
+    (chat,) = client_statistics(split_rows(Dataset.from_dict({"messages": messages}), data, 1, 0), data, CausalLM())
     assert (pair.rows, pair.mean_characters, pair.labels, pair.name) == (2, 4.0, {}, "")
     assert chat.mean_characters == 5.0
 
@@ -40,7 +42,7 @@ def test_characters_of_pairs_and_chats() -> None:
 def test_numbers_without_names() -> None:
     rows = Dataset.from_dict({"text": ["a"] * 12, "label": [0, 1, 10] * 4})
     data = replace(DATA, partition="iid")
-    (client,) = client_statistics(split_rows(rows, data, 1, 0), data, "classification")
+    (client,) = client_statistics(split_rows(rows, data, 1, 0), data, Classification())
     assert client.labels == {"0": 4, "1": 4, "10": 4}
 
 
@@ -48,7 +50,7 @@ def test_missing_column() -> None:
     data = replace(DATA, partition="iid")
     split = split_rows(Dataset.from_dict({"words": ["a"]}), data, 1, 0)
     with pytest.raises(DataError, match="no column 'text'"):
-        client_statistics(split, data, "classification")
+        client_statistics(split, data, Classification())
 
 
 def test_very_many_clients_are_a_line_for_each_rank() -> None:

@@ -320,18 +320,19 @@ def test_a_client_that_nobody_can_be_is_refused(fields):
         wire.decode_info(info(**fields), BASE, "node 5")
 
 
+SCORES = frozenset({"loss", "accuracy"})
+
+
 def test_no_metric_but_the_known_ones_is_sent_or_taken():
     with pytest.raises(WireError, match="metric 'longest-row' is not sent"):
-        wire.encode_evaluation(3, {"longest-row": 1.0}, BASE)
+        wire.encode_evaluation(3, {"longest-row": 1.0}, BASE, SCORES)
     update = ClientUpdate(client_id=7, adapter=adapter(1, False), num_examples=1, metrics={"first-token": 5.0})
     with pytest.raises(WireError, match="metric 'first-token' is not sent"):
         wire.encode_update(update, BASE)
-    record = wire.encode_evaluation(3, {"loss": 1.0}, BASE)
+    record = wire.encode_evaluation(3, {"loss": 1.0}, BASE, SCORES)
     record["metrics"]["longest-row"] = 1.0
-    with pytest.raises(
-        WireError, match="client 4 sent metric 'longest-row', expected only accuracy, calibration-error"
-    ):
-        wire.decode_evaluation(record, BASE, "client 4")
+    with pytest.raises(WireError, match="client 4 sent metric 'longest-row', expected only accuracy, loss"):
+        wire.decode_evaluation(record, BASE, "client 4", SCORES)
 
 
 def test_a_mean_is_over_those_who_sent_the_metric():
@@ -400,10 +401,10 @@ def test_the_round_is_what_it_is_without_that_client(tmp_path, tiny_llama, fresh
     held_folds._held.clear()
     other = tiny(tmp_path, tiny_llama, federation__rounds=1, run__id="two")
     with pytest.MonkeyPatch.context() as patch:  # the same round, from which that client is left out
-        from fedlora.strategies.schedules import synchronous
+        from fedlora.strategies.schedules import session
 
-        chosen = synchronous.sample
-        patch.setattr(synchronous, "sample", lambda *args: [c for c in chosen(*args) if c != 2])
+        chosen = session.sample
+        patch.setattr(session, "sample", lambda *args: [c for c in chosen(*args) if c != 2])
         simulation.in_process(other)
     assert apart(saved_adapter(folder_of(config)), saved_adapter(folder_of(other))) == 0.0
 

@@ -50,8 +50,8 @@ DECODERS: dict[str, tuple[list[RecordDict], Callable[[RecordDict], object]]] = {
     ),
     "info": ([wire.encode_info(INFO, BASE)], lambda record: wire.decode_info(record, BASE, "node 1")),
     "evaluation": (
-        [wire.encode_evaluation(12, {"loss": 0.5, "accuracy": 1.0}, BASE)],
-        lambda record: wire.decode_evaluation(record, BASE, "client 0"),
+        [wire.encode_evaluation(12, {"loss": 0.5, "accuracy": 1.0}, BASE, frozenset({"loss", "accuracy"}))],
+        lambda record: wire.decode_evaluation(record, BASE, "client 0", frozenset({"loss", "accuracy"})),
     ),
     "hello": ([wire.encode_hello(BASE)], lambda record: wire.check_hello(record, BASE)),
 }

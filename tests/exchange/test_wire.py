@@ -267,5 +267,6 @@ def test_who_a_client_is_arrives():
 
 
 def test_an_evaluation_arrives():
-    record = wire.encode_evaluation(12, {"loss": 0.5, "accuracy": 1.0}, BASE)
-    assert wire.decode_evaluation(record, BASE, "client 0") == (12, {"loss": 0.5, "accuracy": 1.0})
+    names = frozenset({"loss", "accuracy"})
+    record = wire.encode_evaluation(12, {"loss": 0.5, "accuracy": 1.0}, BASE, names)
+    assert wire.decode_evaluation(record, BASE, "client 0", names) == (12, {"loss": 0.5, "accuracy": 1.0})

@@ -15,7 +15,7 @@ from fedlora.common.errors import AdapterError, ConfigError, ModelError
 from fedlora.config import LoraConfig, ModelConfig
 from fedlora.models import adapted, fresh_head, injection, load_base, peft_files
 from fedlora.models.stacked import NotStackable, stacked
-from fedlora.tasks.losses import token_loss
+from fedlora.tasks.checked import mean_loss
 from tests.tiny import save_gpt2
 
 LORA = LoraConfig(target_modules="q_proj,v_proj,down_proj")
@@ -350,7 +350,9 @@ def test_an_output_layer_gets_lora_on_a_quantized_base_too(tiny_llama):
     parameters = adapted.install(bench, adapter, {"A", "B"}).parameters
     with pytest.raises(NotStackable, match="the output layer has an adapter"), stacked(bench, [adapter] * 2, {"A"}):
         pass
-    token_loss(bench.model, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}).backward()
+    mean_loss(
+        bench.task, bench.model, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+    ).backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in parameters)
 
 

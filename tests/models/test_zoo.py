@@ -22,11 +22,11 @@ from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.clients.training import trainer
 from fedlora.common.errors import ModelError
 from fedlora.config import Config, TrainConfig, parse
-from fedlora.data import LazyExamples, collate
+from fedlora.data import LazyExamples
 from fedlora.models import adapted, fresh_head, injection, load_base, peft_files
 from fedlora.models.base.limits import longest
 from fedlora.models.base.read import quiet
-from fedlora.tasks.losses import token_loss
+from fedlora.tasks.checked import mean_loss
 from fedlora.tasks.predict import evaluate, predict
 from fedlora.trained import evaluate as checkpoint_scores
 from fedlora.trained import export
@@ -103,25 +103,25 @@ def train(config: Config) -> Trained:
     bench = adapted.adapted_model(config.model, config.lora)
     assert shapes.lora == {name: (layer.out_features, layer.in_features) for name, layer in bench.layers.items()}
     rows = Dataset.from_list([{"text": text, "label": number % 2} for number, text in enumerate(TEXTS)])
-    examples = LazyExamples(rows, bench.base.tokenizer, config)
+    examples = LazyExamples(rows, bench.base.tokenizer, config.data, bench.task)
     parameters = adapted.install(bench, drawn(shapes), "AB")
     pad = bench.base.pad_id
     close = 5e-2 if config.model.quantization == "int8" else 5e-5  # int8 rounds activations too
-    before = [evaluate(bench.model, [one], 1, pad)["loss"] for one in examples]
+    before = [evaluate(bench.task, bench.model, [one], 1, pad)["loss"] for one in examples]
 
-    found = predict(bench.model, examples, len(examples), pad)
+    found = predict(bench.task, bench.model, examples, len(examples), pad)
     padded = [float(found.losses[found.rows == row].mean()) for row in range(len(examples))]
     assert padded == pytest.approx(before, abs=close)  # padding is not seen, and nothing stays of another batch
 
     bench.model.train()
-    trained = [float(token_loss(bench.model, collate([one], pad)).detach()) for one in examples]
+    trained = [float(mean_loss(bench.task, bench.model, bench.task.collate([one], pad)).detach()) for one in examples]
     assert trained == pytest.approx(before, abs=close)  # as no dropout is there
 
     settings = TrainConfig(steps=1, batch_size=len(examples), lr=1e-2)
-    trainer.train(bench.model, parameters, examples, settings, pad_id=pad, round=1, rounds=1, seed=0)
+    trainer.train(bench.task, bench.model, parameters, examples, settings, pad_id=pad, round=1, rounds=1, seed=0)
     bench.model.eval()
-    after = [evaluate(bench.model, [one], 1, pad)["loss"] for one in examples]
-    return Trained(config, bench, examples, before, after, adapted.read(bench), logits(bench.model, examples, pad))
+    after = [evaluate(bench.task, bench.model, [one], 1, pad)["loss"] for one in examples]
+    return Trained(config, bench, examples, before, after, adapted.read(bench), logits(bench, examples, pad))
 
 
 def drawn(shapes: injection.Shapes) -> AdapterState:
@@ -136,12 +136,12 @@ def drawn(shapes: injection.Shapes) -> AdapterState:
     return AdapterState(lora=lora, tensors=fresh_head(shapes.tensors, 1))
 
 
-def logits(model: Any, examples: LazyExamples, pad: int) -> Tensor:
+def logits(bench: adapted.AdaptedModel, examples: LazyExamples, pad: int) -> Tensor:
     """Of all examples in one batch; of a causal model where no padding is."""
-    batch = collate(list(examples), pad)
+    batch = bench.task.collate(list(examples), pad)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        found = model.eval()(**inputs).logits
+        found = bench.model.eval()(**inputs).logits
     return found if found.ndim == 2 else found[batch["attention_mask"].bool()]
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from fedlora.adapters import AdapterState, LoraFactors, delta, initial
 from fedlora.adapters.folds import concatenate
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
+from fedlora.strategies.base import ServerState, Strategy
+from fedlora.strategies.initializers.registry import INITIALIZERS
 
 # d_out != d_in both ways, a square one as small as the ranks, and one that any stack outgrows
 SHAPES = {"layers.0.q": (6, 9), "layers.0.v": (8, 5), "layers.1.q": (4, 4), "layers.1.v": (3, 2)}
@@ -59,6 +61,23 @@ def train(broadcast: Broadcast, client: ClientInfo, seed: int, size: float = 0.3
         num_examples=client.num_examples,
         base_version=broadcast.base_version,
     )
+
+
+def asked(strategy: Strategy, state: ServerState, client: ClientInfo) -> Broadcast:
+    """What a client is asked in round 0, by the initializer that the strategy needs."""
+    return INITIALIZERS.load(strategy.starts_with).ask(state.adapter, client)
+
+
+def begin(strategy: Strategy, state: ServerState, replies: Sequence[ClientUpdate], **options: float) -> ServerState:
+    """The state before round 1, from the replies of round 0."""
+    return strategy.begin(state, replies, INITIALIZERS.load(strategy.starts_with, **options))
+
+
+def started(strategy: Strategy, state: ServerState, clients: Sequence[ClientInfo], seed: int = 0) -> ServerState:
+    """The state before round 1, after a round 0 where the strategy needs one."""
+    if not strategy.starts_with:
+        return state
+    return begin(strategy, state, [train(asked(strategy, state, client), client, seed) for client in clients])
 
 
 def _gradient(broadcast: Broadcast, client: ClientInfo, generator: torch.Generator) -> ClientUpdate:

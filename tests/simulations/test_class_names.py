@@ -169,4 +169,4 @@ def test_a_models_own_head_has_the_classes_in_the_rows_order(tmp_path: Path, tin
 
 def test_as_many_names_as_classes_are_asked_for_before_the_run(tmp_path: Path, tiny_llama: Path) -> None:
     with pytest.raises(ConfigError, match=r"names 2 classes, and model\.labels = 3"):
-        federation(tmp_path, tiny_llama, data__label_names="benign,malignant")
+        run_locally(federation(tmp_path, tiny_llama, data__label_names="benign,malignant"))

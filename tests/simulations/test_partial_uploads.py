@@ -24,7 +24,8 @@ from fedlora.models import adapted, base_fingerprint, load_base
 from fedlora.simulations.engines import local
 from fedlora.strategies import load
 from fedlora.strategies.initializers import uniform
-from fedlora.strategies.schedules import synchronous
+from fedlora.strategies.schedules.session import Session
+from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.predict import evaluate
 from tests.federation import run_locally, tiny, write_labels
 
@@ -60,8 +61,10 @@ def test_what_is_learned_lowers_the_loss_exactly_and_peft_loads_it(tmp_path, tin
     assert max(entry["aggregation-error"] for entry in entries) < 1e-5
     base = load_base(config.model)
     model = PeftModel.from_pretrained(base.model, str(folder / "adapter"))
-    examples = encode(prepare(config).heldout, base.tokenizer, config.data, "causal-lm")
-    assert evaluate(model, examples, 16, base.pad_id)["loss"] == pytest.approx(entries[-1]["heldout"]["loss"], rel=1e-4)
+    examples = encode(prepare(config).heldout, base.tokenizer, config.data, CausalLM())
+    assert evaluate(CausalLM(), model, examples, 16, base.pad_id)["loss"] == pytest.approx(
+        entries[-1]["heldout"]["loss"], rel=1e-4
+    )
 
 
 def sent_values(strategy: str, round: int) -> int:
@@ -100,31 +103,32 @@ def test_the_start_is_the_svd_of_the_gradient_by_the_full_weights(tmp_path, tiny
         tmp_path,
         tiny_llama,
         strategy__name="fedsb",
-        strategy__options="first_step=1e-3",
+        lora__init_options="first_step=1e-3",
         lora__ranks="3",
         federation__clients=1,
         federation__rounds=1,
         train__lr=0.0,
     )
     states = []
-    aggregate = synchronous._aggregate
+    aggregate = Session._aggregate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synchronous, "_aggregate", lambda *args: states.append(aggregate(*args)) or states[-1])
+        patch.setattr(Session, "_aggregate", lambda *args: states.append(aggregate(*args)) or states[-1])
         run_locally(config)
     learned = load("fedsb").global_adapter(states[0])
     after = load("fedsb").global_adapter(states[1])
 
     from fedlora.clients.answering.rows import train_and_test
     from fedlora.clients.training.schedule import hash_seed
-    from fedlora.data import batch_at, collate
-    from fedlora.tasks.losses import token_loss
+    from fedlora.data import batch_at
+    from fedlora.tasks.checked import mean_loss
 
     base = load_base(config.model)
     for name in learned.lora:
         base.model.get_submodule(name).weight.requires_grad_()
     examples = train_and_test(config, 0, "")[0]
     chosen = batch_at(len(examples), config.train.batch_size, 0, hash_seed(config.run.seed, 0))
-    token_loss(base.model, collate([examples[i] for i in chosen], base.pad_id)).backward()
+    task = CausalLM()
+    mean_loss(task, base.model, task.collate([examples[i] for i in chosen], base.pad_id)).backward()
     for name, factors in learned.lora.items():
         u, s, vh = torch.linalg.svd(base.model.get_submodule(name).weight.grad)
         best = -(u[:, :3] * s[:3]) @ vh[:3]
@@ -212,7 +216,7 @@ class Node:
 
     def loss(self, broadcast: Broadcast) -> float:
         content = self.content("evaluate", broadcast)
-        return wire.decode_evaluation(content, self._fingerprint, "client")[1]["loss"]
+        return wire.decode_evaluation(content, self._fingerprint, "client", CausalLM.metrics)[1]["loss"]
 
     def own(self) -> AdapterState:
         kept = own_state.load(own_state.folder_of(self._folder, 7, self._partition), "personal", 99)
@@ -228,7 +232,8 @@ def reference_loss(config: Config, partition: int, adapter: AdapterState, own: A
     for name, f in adapter.lora.items():
         update = delta(LoraFactors(A=f.A, B=own.lora[name].B, scaling=f.scaling))
         base.model.get_submodule(name).weight.data += update
-    return evaluate(base.model, train_and_test(config, partition, "")[1], 16, base.pad_id)["loss"]
+    own_rows = train_and_test(config, partition, "")[1]
+    return evaluate(CausalLM(), base.model, own_rows, 16, base.pad_id)["loss"]
 
 
 def test_each_client_goes_on_from_its_own_b_also_in_a_fresh_process(tmp_path, tiny_llama):
@@ -236,7 +241,7 @@ def test_each_client_goes_on_from_its_own_b_also_in_a_fresh_process(tmp_path, ti
     strategy = load("fedsa")
     infos = [ClientInfo(client_id=i, rank=rank, num_examples=8) for i, rank in enumerate((4, 2))]
     nodes = [Node(config, i, tmp_path / "state") for i in range(2)]
-    state = strategy.init(uniform.start(config, infos))
+    state = strategy.init(uniform.seeded(config, infos))
     for round in (1, 2):
         sent = [strategy.broadcast(state, info, round) for info in infos]
         before = [node.own() for node in nodes] if round > 1 else None
@@ -268,7 +273,7 @@ def test_a_kept_factor_of_another_rank_is_refused_with_what_to_do(tmp_path, tiny
     config = fedsa(tmp_path, tiny_llama)
     strategy, info = load("fedsa"), ClientInfo(client_id=0, rank=4)
     node = Node(config, 0, tmp_path / "state")
-    start = strategy.init(uniform.start(config, [info]))
+    start = strategy.init(uniform.seeded(config, [info]))
     node.train(strategy.broadcast(start, info, 1))
     smaller = strategy.broadcast(start, ClientInfo(client_id=0, rank=2), 2)
     answer = node.ask("evaluate", smaller)

@@ -26,7 +26,7 @@ from fedlora.strategies.wrappers.restart import Restart
 from fedlora.strategies.wrappers.robust import Robust
 from fedlora.strategies.wrappers.server_optimizer import ServerOptimizer
 from tests.naive import dense as naive
-from tests.naive.clients import SHAPES, HeldBase, dense_deltas, start, train, whole
+from tests.naive.clients import SHAPES, HeldBase, dense_deltas, start, started, train, whole
 
 MORE_OPTIONS: dict[str, list[dict[str, Any]]] = {
     "flora": [{"compact": False}],
@@ -101,8 +101,7 @@ def begin(strategy: Strategy, clients: Sequence[ClientInfo], seed: int) -> tuple
 
 def begun(strategy: Strategy, clients: Sequence[ClientInfo], seed: int = 0) -> ServerState:
     """The state before round 1, after the statistics that the strategy asks for."""
-    state = strategy.init(start(clients, seed))
-    return strategy.aggregate(state, replies(strategy, state, clients, 0, seed), 0) if strategy.statistics else state
+    return started(strategy, strategy.init(start(clients, seed)), clients, seed)
 
 
 def replies(
@@ -405,7 +404,7 @@ def test_bf16_replies_are_summed_in_fp32(strategy: Strategy) -> None:
 ROUNDS_OF = {1: (0, 1, 2), 2: (0, 2), 3: (0, 1), 4: (0, 1, 2, 3), 5: (0, 3), 6: (0, 1, 2, 3)}
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if not load(n).personal and not load(n).statistics])
+@pytest.mark.parametrize("name", [n for n in NAMES if not load(n).personal and not load(n).starts_with])
 def test_rounds_match_a_dense_reference(name: str) -> None:
     """Base, anchor and adapter tracked densely; partial participation, a late client; training sees the base.
 

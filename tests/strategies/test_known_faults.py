@@ -23,9 +23,9 @@ from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies import load
 from fedlora.strategies.registry import NAMES
 from tests.naive import dense as naive
-from tests.naive.clients import SHAPES, dense_deltas, start, train, whole
+from tests.naive.clients import SHAPES, asked, begin, dense_deltas, start, train, whole
 
-WITH_TWIN = [name for name in NAMES if not load(name).personal and not load(name).statistics]
+WITH_TWIN = [name for name in NAMES if not load(name).personal and not load(name).starts_with]
 UNEQUAL = [name for name in WITH_TWIN if load(name).unequal_ranks]
 
 
@@ -90,12 +90,12 @@ def test_fault_5_every_client_counts(name: str) -> None:
     strategy = load(name)
     clients = [ClientInfo(client_id=i, rank=3) for i in range(4)]
     state = strategy.init(start(clients))
-    round = 0 if strategy.statistics else 1
-    sent = strategy.broadcast(state, clients[0], round)
+    zero = bool(strategy.starts_with)
+    sent = asked(strategy, state, clients[0]) if zero else strategy.broadcast(state, clients[0], 1)
     updates = [train(sent, c, seed=3) for c in clients]
 
     def learned(replies: Sequence[ClientUpdate]) -> Tensor:
-        new = strategy.aggregate(state, replies, round)
+        new = begin(strategy, state, replies) if zero else strategy.aggregate(state, replies, 1)
         made = new.adapter.lora["layers.0.q"].A if strategy.personal else None
         return made if made is not None else dense_deltas(strategy.global_adapter(new))["layers.0.q"]
 

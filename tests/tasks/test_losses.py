@@ -7,10 +7,12 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from fedlora.adapters import initial
 from fedlora.config import LoraConfig, ModelConfig
-from fedlora.data import Example, collate
+from fedlora.data import Example
 from fedlora.models import adapted, injection
 from fedlora.tasks import losses
-from fedlora.tasks.predict import labelled_logits
+from fedlora.tasks.causal_lm import CausalLM
+from fedlora.tasks.checked import mean_loss
+from fedlora.tasks.losses import labelled_logits
 
 
 @pytest.fixture
@@ -29,8 +31,8 @@ def batch(count: int = 5):
     made = []
     for index in range(count):
         ids = torch.randint(5, 200, (5 + 2 * index,), generator=g).tolist()
-        made.append(Example(ids, [-100] * index + ids[index:]))
-    return collate(made, 3)
+        made.append(Example({"input_ids": ids, "labels": [-100] * index + ids[index:]}))
+    return CausalLM().collate(made, 3)
 
 
 def gradients(loss: torch.Tensor, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
@@ -44,7 +46,7 @@ def test_losses_and_gradients_are_those_of_whole_logits(trained, monkeypatch, at
     assert losses._plain[model]
     logits, targets, rows = labelled_logits(model, batch())
     expected = F.cross_entropy(logits, targets, reduction="none")
-    got, same_rows = losses.each_loss(model, batch())
+    got, same_rows = losses.token_losses(model, batch())
     assert torch.equal(rows, same_rows)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     weights = torch.linspace(0.1, 2.0, len(got))  # each loss has its own weight in a cohort
@@ -52,14 +54,16 @@ def test_losses_and_gradients_are_those_of_whole_logits(trained, monkeypatch, at
         gradients((got * weights).sum(), parameters), gradients((expected * weights).sum(), parameters), strict=True
     ):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
-    assert float(losses.token_loss(model, batch()).detach()) == pytest.approx(float(expected.detach().mean()), rel=1e-5)
+    assert float(mean_loss(CausalLM(), model, batch()).detach()) == pytest.approx(
+        float(expected.detach().mean()), rel=1e-5
+    )
 
 
 def test_without_a_gradient_to_take_it_is_the_same_loss(trained):
     model, _ = trained
     with torch.no_grad():
-        one = losses.token_loss(model, batch())
-    assert float(one.detach()) == pytest.approx(float(losses.token_loss(model, batch()).detach()), rel=1e-6)
+        one = mean_loss(CausalLM(), model, batch())
+    assert float(one.detach()) == pytest.approx(float(mean_loss(CausalLM(), model, batch()).detach()), rel=1e-6)
 
 
 def test_a_model_that_does_more_to_its_logits_is_found_out():
@@ -70,7 +74,7 @@ def test_a_model_that_does_more_to_its_logits_is_found_out():
     losses.look_at(model)
     assert losses._plain[model] is False
     expected = float(model(**batch()).loss.detach())
-    assert float(losses.token_loss(model, batch()).detach()) == pytest.approx(expected, rel=1e-5)
+    assert float(mean_loss(CausalLM(), model, batch()).detach()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_model_that_nobody_looked_at_or_whose_output_is_trained_takes_the_whole_logits():

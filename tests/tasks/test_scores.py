@@ -1,6 +1,7 @@
 """Metrics against loops written from their definitions, and against scikit-learn."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
 from fedlora.common.errors import DataError
-from fedlora.tasks.scores import METRICS, Predictions, calibration_error, scores
+from fedlora.tasks.causal_lm import CausalLM
+from fedlora.tasks.classification import Classification
+from fedlora.tasks.scores import Predictions, calibration_error, scores
 
 
-def predictions(seed: int, n: int = 40, examples: int = 7, classes: int = 3, *, causal: bool = False) -> Predictions:
+def predictions(seed: int, n: int = 40, examples: int = 7, classes: int = 3) -> Predictions:
     g = torch.Generator().manual_seed(seed)
     return Predictions(
         rows=torch.randint(0, examples, (n,), generator=g),
@@ -20,7 +23,6 @@ def predictions(seed: int, n: int = 40, examples: int = 7, classes: int = 3, *, 
         predicted=torch.randint(0, classes, (n,), generator=g),
         probabilities=torch.rand(n, generator=g),
         losses=torch.rand(n, generator=g) * 3,
-        classes=0 if causal else classes,
     )
 
 
@@ -60,7 +62,7 @@ def test_confidence_on_an_edge_belongs_to_the_lower_bin():
 @given(st.integers(0, 10_000), st.integers(1, 60))
 def test_macro_f1_is_the_mean_of_the_classes(seed, n):
     made = predictions(seed, n)
-    got = scores(made)
+    got = scores(Classification(3), made)
     assert got.keys() == {"loss", "accuracy", "calibration-error", "macro-f1"}
     assert got["macro-f1"] == pytest.approx(loop_f1(made.predicted.tolist(), made.targets.tolist()))
     assert got["macro-f1"] == pytest.approx(f1_score(made.targets, made.predicted, average="macro"))
@@ -69,9 +71,9 @@ def test_macro_f1_is_the_mean_of_the_classes(seed, n):
 
 @given(st.integers(0, 10_000))
 def test_exact_match_wants_every_token_of_an_example(seed):
-    made = predictions(seed, classes=2, causal=True)
-    got = scores(made)
-    assert got.keys() == METRICS - {"macro-f1"}
+    made = predictions(seed, classes=2)
+    got = scores(CausalLM(), made)
+    assert got.keys() == {"loss", "accuracy", "calibration-error", "perplexity", "exact-match"}
     whole = [
         all(p == t for p, t, r in zip(made.predicted, made.targets, made.rows, strict=True) if r == row)
         for row in made.rows.unique()
@@ -80,15 +82,16 @@ def test_exact_match_wants_every_token_of_an_example(seed):
     assert got["perplexity"] == pytest.approx(math.exp(got["loss"]))
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_scores_of_some_examples_see_those_alone(causal):
-    made = predictions(3, causal=causal)
+@pytest.mark.parametrize("task", [CausalLM(), Classification(3)])
+def test_scores_of_some_examples_see_those_alone(task):
+    made = replace(predictions(3), more={"ranks": torch.arange(40)})
     keep = [i for i, row in enumerate(made.rows.tolist()) if row in (1, 4)]
     columns = (made.rows, made.targets, made.predicted, made.probabilities, made.losses)
-    alone = Predictions(*(column[keep] for column in columns), classes=made.classes)
-    assert scores(made, torch.tensor([4, 1])) == scores(alone)
+    alone = Predictions(*(column[keep] for column in columns))
+    assert scores(task, made, torch.tensor([4, 1])) == scores(task, alone)
+    assert made.of(torch.tensor([4, 1])).more["ranks"].tolist() == keep
 
 
 def test_no_labelled_position_is_one_sentence():
     with pytest.raises(DataError, match="no labelled token"):
-        scores(predictions(1), torch.tensor([99]))
+        scores(CausalLM(), predictions(1), torch.tensor([99]))

@@ -35,8 +35,8 @@ class BaseModel:
         quantization: none, int8 or nf4.
         compute_dtype: of activations.
         folder: the full-precision files.
-        heads: modules that are trained in full; none for causal-lm.
-        head: what a classifier's head holds at the start, in words; empty for causal-lm.
+        heads: modules that are trained in full; none where the model has no head of its own.
+        head: what a classifier's head holds at the start, in words; empty without a head.
         uncalled: linear layers that a text does not go through.
     """
 

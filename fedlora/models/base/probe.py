@@ -1,4 +1,4 @@
-"""First passes of a few tokens through a base: that it runs, is causal and leaves padding out; and where it goes."""
+"""First passes of a few tokens through a base: it runs, serves its task and leaves padding out; and where they go."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.common.errors import ModelError
 from fedlora.config import ModelConfig
+from fedlora.tasks.registry import task_of
 
 from .devices import DTYPES
 
-_LENGTH, _PADS = 12, 5
-# What earlier logits may change by when later tokens do, as a share of what later logits change by: none but rounding
-# and int8's outliers in a causal model, a third and more in an encoder.
-_LEAK = 0.03
+_PADS = 5
 # What a row's logits may change by with padding beside it, as a share of their norm: rounding, in bf16 and int8.
 _PADDING = 0.1
 _FAULTS = (ValueError, KeyError, IndexError, AttributeError, TypeError, NotImplementedError, RuntimeError)
@@ -29,14 +27,15 @@ def uncalled(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config:
     """The linear layers that a text does not go through; an expert among them may serve another text.
 
     Raises:
-        ModelError: the model cannot compute; what it says of a row depends on padding beside it; or, for causal-lm,
-            what it predicts depends on later tokens.
+        ModelError: the model cannot compute; what it says of a row depends on padding beside it; or the task finds
+            that it cannot serve.
     """
-    texts = _tokens(model, tokenizer, config)
+    task = task_of(config)
+    ids = task.first_tokens(tokenizer, vocabulary(model)).to(model.device)
+    texts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with _watched(model) as called:
         alone = _logits(model, texts, config)
-    if config.task == "causal-lm":
-        _check_causal(alone, model, config)
+    task.check_first(alone, config.name, type(model).__name__)
     longer = _with_a_longer_row(model, tokenizer, texts)
     _check_padding(alone, _logits(model, longer, config)[: len(alone)], model, config)
     return frozenset(
@@ -74,7 +73,7 @@ def _with_a_longer_row(
 
 
 def _check_padding(alone: Tensor, padded: Tensor, model: PreTrainedModel, config: ModelConfig) -> None:
-    same = padded if padded.ndim == 2 else padded[:, : alone.shape[1]]
+    same = padded[:, : alone.shape[1]]  # of each token alone, or of each class
     change = float((alone - same).norm() / alone.norm().clamp(min=1e-12))
     if change > _PADDING:
         raise ModelError(
@@ -86,28 +85,6 @@ def _check_padding(alone: Tensor, padded: Tensor, model: PreTrainedModel, config
 def vocabulary(model: PreTrainedModel) -> int:
     """The rows of the input embeddings."""
     return cast("nn.Embedding", model.get_input_embeddings()).weight.shape[0]
-
-
-def _tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> dict[str, Tensor]:
-    """A text with the tokenizer's own start and end; for causal-lm two rows of tokens with the same first half."""
-    if config.task == "classification":
-        ids = tokenizer(["one text"], return_tensors="pt")["input_ids"].to(model.device)
-    else:
-        ids = torch.randint(vocabulary(model), (2, _LENGTH), generator=torch.Generator().manual_seed(0))
-        ids[1, : _LENGTH // 2] = ids[0, : _LENGTH // 2]
-        ids = ids.to(model.device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _check_causal(logits: Tensor, model: PreTrainedModel, config: ModelConfig) -> None:
-    change = (logits[0] - logits[1]).abs()
-    early, late = float(change[: _LENGTH // 2].max()), float(change[_LENGTH // 2 :].max())
-    if early > _LEAK * late:
-        raise ModelError(
-            f"{config.name}: {type(model).__name__} predicts a token from later ones too (with other later tokens, "
-            f"earlier logits change by {early:.2g}), so that its loss would mean nothing for model.task = 'causal-lm'; "
-            "choose a causal model, or model.task = 'classification'"
-        )
 
 
 @contextmanager

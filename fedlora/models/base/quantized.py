@@ -16,6 +16,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from fedlora.common.assets import LOG, Say, cache_dir
 from fedlora.common.errors import ModelError
+from fedlora.tasks.registry import task_of
 
 from . import read
 from .devices import DTYPES
@@ -70,11 +71,11 @@ def check(model: PreTrainedModel, recipe: Recipe) -> None:
 
 
 def _saved(recipe: Recipe, fingerprint: str) -> Path:
-    """Where the copy lies: one for each content, format and task."""
-    config = recipe.config
+    """Where the copy lies: one for each content, format, and class of model with its options."""
+    config, task = recipe.config, task_of(recipe.config)
     dtype = next(name for name, dtype in DTYPES.items() if dtype == recipe.dtype)
-    labels = f"-{config.labels}" if config.task == "classification" else ""
-    return cache_dir() / "quantized" / f"{fingerprint}-{config.quantization}-{dtype}-{config.task}{labels}"
+    made = "-".join([task.auto_class().__name__, *(f"{name}={value}" for name, value in task.model_options().items())])
+    return cache_dir() / "quantized" / f"{fingerprint}-{config.quantization}-{dtype}-{made}"
 
 
 def _made_by(saved: Path) -> dict[str, str]:

@@ -6,23 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from fedlora.common.errors import ModelError
 from fedlora.config import ModelConfig
+from fedlora.tasks.registry import task_of
 
-_CLASSES = {"causal-lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
 # What transformers raises for a file that is cut off, of another shape, or of another version.
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, ImportError, SafetensorError)
 
@@ -50,15 +43,12 @@ class Recipe:
 
 def shapes(config: ModelConfig, folder: Path) -> PreTrainedModel:
     """The unquantized model on the meta device, from the folder's config.json alone."""
+    task = task_of(config)
     try:
         with quiet(), torch.device("meta"):
-            settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, **_task_options(config))
-            if config.task == "causal-lm" and settings.is_encoder_decoder:
-                raise ModelError(
-                    f"{config.name}: a {settings.model_type} model is an encoder and a decoder, and model.task = "
-                    "'causal-lm' needs a decoder alone; choose another model, or model.task = 'classification'"
-                )
-            return _CLASSES[config.task].from_config(settings, dtype=torch.float32, trust_remote_code=False)
+            settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, **task.model_options())
+            task.check_architecture(config.name, settings)
+            return task.auto_class().from_config(settings, dtype=torch.float32, trust_remote_code=False)
     except UNREADABLE as error:
         raise _unreadable(config, error) from error
 
@@ -77,12 +67,12 @@ def weights(
     Raises:
         ModelError: the folder cannot be read, or lacks weights that the task needs.
     """
-    config = recipe.config
+    config, task = recipe.config, task_of(recipe.config)
     # The key must be absent for a quantized copy: None would be taken for "not quantized".
     quantize = {"quantization_config": quantization} if quantization else {}
     try:
         with quiet(), _same_fresh_values(recipe.device):
-            model, report = _CLASSES[config.task].from_pretrained(
+            model, report = task.auto_class().from_pretrained(
                 folder,
                 dtype=recipe.dtype,
                 device_map={"": recipe.device},
@@ -90,7 +80,7 @@ def weights(
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # checked below
-                **_task_options(config),
+                **task.model_options(),
                 **quantize,
             )
     except UNREADABLE as error:
@@ -134,14 +124,10 @@ def _same_fresh_values(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _task_options(config: ModelConfig) -> dict[str, Any]:
-    return {"num_labels": config.labels} if config.task == "classification" else {}
-
-
 def _unreadable(config: ModelConfig, error: Exception) -> ModelError:
     reason = str(error).strip().split("\n")[0][:300]
     if "Unrecognized configuration class" in reason:  # followed by the names of all others
         kind = reason.split("configuration class ")[1].split("'")[1].rsplit(".", 1)[-1].removesuffix("Config")
-        what = "causal language model" if config.task == "causal-lm" else "classifier of texts"
+        what = task_of(config).kind
         reason = f"transformers has no {what} of the kind {kind}; choose another model, or another model.task"
     return ModelError(f"{config.name} cannot be loaded for model.task = {config.task!r}: {reason}")

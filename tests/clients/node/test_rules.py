@@ -23,6 +23,7 @@ from tests.federation import tiny, write_rows
 @pytest.fixture(autouse=True)
 def _outside_of_simulations(monkeypatch):
     monkeypatch.delenv(rules.ALLOW_FILES, raising=False)
+    monkeypatch.delenv(rules.PLUGINS, raising=False)
     yield
     adapted.forget()
     held_folds._held.clear()
@@ -177,7 +178,7 @@ def ask(config: Config, settings: dict[str, Any], kind: str = "query") -> Messag
     content = wire.encode_hello(fingerprint)
     if kind == "train":
         [client] = [wire.decode_info(ask(config, settings).content, fingerprint, "node")]
-        content = wire.encode_broadcast(Broadcast(round=1, adapter=uniform.start(config, [client])), fingerprint)
+        content = wire.encode_broadcast(Broadcast(round=1, adapter=uniform.seeded(config, [client])), fingerprint)
     [answer] = grid.send_and_receive([Message(content, 2, kind, group_id="1")])
     return answer
 
@@ -249,6 +250,22 @@ def test_a_strategy_of_ones_own_is_never_imported_on_a_node(tmp_path, tiny_llama
     answer = ask(config, {"allow-files": True}, "train")
     assert not answer.has_error()
     assert "evil_strategy" not in sys.modules
+
+
+@pytest.mark.parametrize("key", ["model.task", "train.optimizer", "lora.kind"])
+def test_code_that_a_run_names_is_imported_where_the_node_says_so(tmp_path, tiny_llama, monkeypatch, key):
+    name = "evil_plugin:Class"
+    (tmp_path / "evil_plugin.py").write_text("raise SystemExit('imported')\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = parse({key: name}, tiny(tmp_path, tiny_llama, federation__clients=1))
+    for allowed in ({"plugins": ""}, {"plugins": "mypkg.mine:MyTask"}):
+        answer = ask(config, {"allow-files": True} | allowed)
+        assert f"{key} = 'evil_plugin:Class' is code of its own, and this node imports none" in reason(answer)
+    assert "evil_plugin" not in sys.modules
+    assert rules.ruled(config, {"allow-files": True, "plugins": f"mypkg.mine:MyTask, {name}"}) == config
+    assert rules.ruled(config, {"allow-files": True, "plugins": "any"}) == config
+    with pytest.raises(ConfigError, match=r"node config: plugins = 1, expected names such as"):
+        rules.check({"plugins": 1})
 
 
 def test_what_is_sent_holds_no_metric_beyond_the_list(tmp_path, tiny_llama):

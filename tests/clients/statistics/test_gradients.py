@@ -14,9 +14,12 @@ from fedlora.adapters import AdapterState, LoraFactors, delta
 from fedlora.clients.statistics.gradients import leading_directions
 from fedlora.clients.training.trainer import TrainResult
 from fedlora.config import LoraConfig, ModelConfig, TrainConfig
-from fedlora.data import Example, batch_at, collate
+from fedlora.data import Example, batch_at
 from fedlora.models import adapted, load_base
-from fedlora.tasks.losses import token_loss
+from fedlora.tasks.base import Task
+from fedlora.tasks.causal_lm import CausalLM
+from fedlora.tasks.checked import mean_loss
+from fedlora.tasks.classification import Classification
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 CONFIG = TrainConfig(batch_size=3)
@@ -33,22 +36,23 @@ def examples(count: int, long: int, labels: bool = False) -> list[Example]:
     made = []
     for index in range(count):
         ids = torch.randint(5, 200, (long + index % 3,), generator=g).tolist()
-        made.append(Example(ids, index % 2 if labels else [-100] * 2 + ids[2:]))
+        made.append(Example({"input_ids": ids, "labels": index % 2 if labels else [-100] * 2 + ids[2:]}))
     return made
 
 
 def dense_gradients(model: nn.Module, names: list[str], data: list[Example], config: TrainConfig) -> dict[str, Tensor]:
     """By autograd on the weights themselves, all labelled tokens of all batches in one mean."""
+    task: Task = Classification() if isinstance(data[0]["labels"], int) else CausalLM()
     weights: dict[str, Any] = {name: model.get_submodule(name).weight for name in names}
     for weight in weights.values():
         weight.requires_grad_()
     batches = [
-        collate([data[i] for i in batch_at(len(data), config.batch_size, index, 7)], 3)
+        task.collate([data[i] for i in batch_at(len(data), config.batch_size, index, 7)], 3)
         for index in range(config.accumulate)
     ]
     counts = [len(b["labels"]) if b["labels"].ndim == 1 else int((b["labels"][:, 1:] != -100).sum()) for b in batches]
     for batch, count in zip(batches, counts, strict=True):
-        (token_loss(model, batch) * count / sum(counts)).backward()
+        (mean_loss(task, model, batch) * count / sum(counts)).backward()
     return {name: weight.grad.double() for name, weight in weights.items()}
 
 
@@ -69,7 +73,14 @@ def found(
     )
     adapted.install_anchor(bench, ())
     factors, result = leading_directions(
-        bench.model, bench.layers, dict.fromkeys(bench.layers, rank), data, train, pad_id=3, seed=7
+        bench.task,
+        bench.model,
+        bench.layers,
+        dict.fromkeys(bench.layers, rank),
+        data,
+        config=train,
+        pad_id=3,
+        seed=7,
     )
     assert all(parameter.grad is None for parameter in bench.model.parameters())
     assert not any(layer._forward_hooks for layer in bench.layers.values())  # pyright: ignore[reportAttributeAccessIssue]
@@ -97,8 +108,8 @@ def test_it_is_the_best_approximation_of_the_dense_gradient(tiny_llama, long, ra
     gradients = dense_gradients(model, list(factors), data, CONFIG)
     assert_best(factors, gradients, rank)
     chosen = [data[i] for i in batch_at(7, 3, 0, 7)]
-    assert result.loss == pytest.approx(token_loss(model, collate(chosen, 3)).item(), rel=1e-5)
-    assert (result.steps, result.tokens) == (0, sum(len(e.input_ids) for e in chosen))
+    assert result.loss == pytest.approx(mean_loss(CausalLM(), model, CausalLM().collate(chosen, 3)).item(), rel=1e-5)
+    assert (result.steps, result.tokens) == (0, sum(len(e["input_ids"]) for e in chosen))
 
 
 def test_accumulated_batches_are_one_mean(tiny_llama):

@@ -36,12 +36,14 @@ def sentences(count: int, seed: int, longest: int = 12) -> list[Example]:
     for _ in range(count):
         length = int(torch.randint(5, longest, (1,), generator=g))
         ids = torch.randint(5, 200, (length,), generator=g).tolist()
-        made.append(Example(ids, [-100] * 3 + ids[3:]))
+        made.append(Example({"input_ids": ids, "labels": [-100] * 3 + ids[3:]}))
     return made
 
 
 def labelled(count: int, seed: int) -> list[Example]:
-    return [Example(e.input_ids, int(e.input_ids[1] % 2)) for e in sentences(count, seed)]
+    return [
+        Example({"input_ids": e["input_ids"], "labels": int(e["input_ids"][1] % 2)}) for e in sentences(count, seed)
+    ]
 
 
 def random_adapter(bench: adapted.AdaptedModel, lora: LoraConfig, rank: int, seed: int, core: bool = False):
@@ -79,6 +81,7 @@ def both(
                 terms.add_tail_penalty(trained.pairs, *prune)
 
         result = trainer.train(
+            bench.task,
             bench.model,
             trained,
             examples,

@@ -33,7 +33,7 @@ def examples(count: int = 9, seed: int = 0) -> list[Example]:
     for _ in range(count):
         length = int(torch.randint(5, 12, (1,), generator=g))
         ids = torch.randint(5, 200, (length,), generator=g).tolist()
-        made.append(Example(ids, [-100] * 3 + ids[3:]))
+        made.append(Example({"input_ids": ids, "labels": [-100] * 3 + ids[3:]}))
     return made
 
 
@@ -49,7 +49,16 @@ def train(bench, start, config=CONFIG, trainable=("A", "B"), round=1, rounds=2, 
     parameters = adapted.install(bench, start, trainable)
     adapted.install_anchor(bench, ())
     result = trainer.train(
-        bench.model, parameters, data or examples(), config, pad_id=3, round=round, rounds=rounds, seed=5, **keywords
+        bench.task,
+        bench.model,
+        parameters,
+        data or examples(),
+        config,
+        pad_id=3,
+        round=round,
+        rounds=rounds,
+        seed=5,
+        **keywords,
     )
     return result, adapted.read(bench)
 
@@ -72,7 +81,7 @@ def test_it_is_a_plain_adamw_loop(tiny_llama):
         sequences = [data[i] for i in batch_at(len(data), 2, step, 5)]
         total, count = torch.zeros(()), 0
         for example in sequences:  # one by one: no padding at all
-            ids, labels = torch.tensor([example.input_ids]), torch.tensor(example.labels)
+            ids, labels = torch.tensor([example["input_ids"]]), torch.tensor(example["labels"])
             logits = bench.model(input_ids=ids).logits[0]
             for position in range(len(labels) - 1):
                 if labels[position + 1] != -100:
@@ -88,7 +97,7 @@ def test_it_is_a_plain_adamw_loop(tiny_llama):
     assert result.last_loss == pytest.approx(losses[-1], rel=1e-4)
     assert result.steps == 4
     used = [data[i] for step in range(4) for i in batch_at(len(data), 2, step, 5)]
-    assert result.tokens == sum(len(example.input_ids) for example in used)
+    assert result.tokens == sum(len(example["input_ids"]) for example in used)
 
 
 def test_accumulation_is_one_large_batch(tiny_llama):

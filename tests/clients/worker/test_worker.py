@@ -92,7 +92,7 @@ def ask(
         hello = Message(wire.encode_hello(fingerprint), 2, "query", group_id="0")
         [answer] = local.LocalGrid(client_app, [node_config], config.to_flat(), 7).send_and_receive([hello])
         client = wire.decode_info(answer.content, fingerprint, "node")
-        content = wire.encode_broadcast(Broadcast(round=1, adapter=uniform.start(config, [client])), fingerprint)
+        content = wire.encode_broadcast(Broadcast(round=1, adapter=uniform.seeded(config, [client])), fingerprint)
     with listen(tell):
         [answer] = grid.send_and_receive([Message(content, 2, kind, ttl=ttl, group_id="1")])
     return answer

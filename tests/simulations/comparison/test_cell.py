@@ -20,7 +20,9 @@ from fedlora.simulations.comparison import cell as cells
 from fedlora.simulations.comparison.grid import Grid, load
 from fedlora.strategies.initializers.uniform import start
 from fedlora.strategies.registry import simulated
+from fedlora.tasks.classification import Classification
 from fedlora.tasks.predict import evaluate
+from fedlora.tasks.registry import task_of
 from tests.federation import tiny, write_labels
 
 SPLIT: dict[str, Scalar] = {"data.heldout-fraction": 0.3, "data.test-fraction": 0.5, "data.heldout-max": 0}
@@ -67,8 +69,8 @@ def independent(config: Config, adapter: Path | None, rows: str) -> dict[str, fl
     """The scores of a PEFT checkpoint on the base, as anyone would load it."""
     base = load_base(config.model)
     model = base.model if adapter is None else PeftModel.from_pretrained(base.model, str(adapter))
-    examples = encode(getattr(prepare(config), rows), base.tokenizer, config.data, config.model.task)
-    return evaluate(model, examples, 16, base.pad_id)
+    examples = encode(getattr(prepare(config), rows), base.tokenizer, config.data, task_of(config.model))
+    return evaluate(task_of(config.model), model, examples, 16, base.pad_id)
 
 
 def assert_scores(found: Mapping[str, Any], expected: Mapping[str, float]) -> None:
@@ -133,10 +135,10 @@ def test_clients_with_models_of_their_own_are_scored_by_them(tmp_path: Path, tin
     losses = []
     for client, state in enumerate(learned):
         adapted.install(bench, state)
-        examples = encode(split.test, bench.base.tokenizer, cell.configs[0].data, "classification", 2)
+        examples = encode(split.test, bench.base.tokenizer, cell.configs[0].data, Classification())
         own = [example for example, owner in zip(examples, split.owners[1], strict=True) if owner == client]
-        losses.append(evaluate(bench.model, examples, 16, bench.base.pad_id)["loss"])
-        expected = evaluate(bench.model, own, 16, bench.base.pad_id)
+        losses.append(evaluate(bench.task, bench.model, examples, 16, bench.base.pad_id)["loss"])
+        expected = evaluate(bench.task, bench.model, own, 16, bench.base.pad_id)
         assert_scores(found["scores"]["test"]["clients"][str(client)], expected)
     assert losses[0] != pytest.approx(losses[1], rel=1e-4)
     assert found["scores"]["test"]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
@@ -171,7 +173,7 @@ def test_strategies_of_one_seed_have_one_start_one_sample_and_one_order(tmp_path
 
     def noted(self: Any, index: Any) -> Any:
         example = batches(self, index)
-        order[-1].append(tuple(example.input_ids))
+        order[-1].append(tuple(example["input_ids"]))
         return example
 
     monkeypatch.setattr(single.LazyExamples, "__getitem__", noted)

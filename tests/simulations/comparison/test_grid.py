@@ -194,7 +194,7 @@ WRONG = {
     "own-seed": (("train.steps = 5", "run.seed = 5"), "settings sets run.seed, .*; use 'seeds'"),
     "own-rate": (("train.steps = 5", "train.lr = 5"), "settings sets train.lr, .*; use 'learning-rates'"),
     "own-rate-of-variant": (("train.steps = 2", "train.lr = 2"), "variants.rolora-slow sets train.lr"),
-    "metric": (('"loss"', '"acuracy"'), "metric = 'acuracy'; did you mean 'accuracy'"),
+    "metric": (('"loss"', '"acuracy"'), "'acuracy' is not known for model.task = 'causal-lm'; did you mean 'accuracy'"),
     "metric-of-classes": (('"loss"', '"macro-f1"'), "metric = 'macro-f1' is not known for model.task = 'causal-lm'"),
     "metric-of-text": (
         ('"quickstart"\nmetric = "loss"', '"sentiment"\nmetric = "perplexity"'),

@@ -155,7 +155,7 @@ def test_a_client_that_cannot_take_part_fails_alone(tmp_path, tiny_llama, sizes)
     fingerprint = base_fingerprint(config.model)
     hello = [Message(wire.encode_hello(fingerprint), node, "query", group_id="0") for node in grid.get_node_ids()]
     infos = [wire.decode_info(reply.content, fingerprint, "x") for reply in grid.send_and_receive(hello)]
-    start = uniform.start(config, [replace(info, rank=2) for info in infos])
+    start = uniform.seeded(config, [replace(info, rank=2) for info in infos])
     sent = wire.encode_broadcast(Broadcast(round=1, adapter=start), fingerprint)
     asked = list(grid.push_messages([Message(sent, node, "train", group_id="1") for node in grid.get_node_ids()]))
     replies = {reply.metadata.reply_to_message_id: reply for reply in grid.pull_messages(asked)}

@@ -323,7 +323,7 @@ def test_each_hosted_client_has_its_own_rank_and_folder(tmp_path, tiny_llama):
     answer = ask(unequal, {"partition-ids": "0-3"}, wire.encode_hello(fingerprint), "query")
     infos = [wire.decode_info(part, fingerprint, "x") for part in parts.split(answer.content, "x").values()]
     assert [(info.client_id, info.rank) for info in infos] == [(0, 4), (1, 2), (2, 2), (3, 1)]
-    broadcast = Broadcast(round=1, adapter=uniform.start(unequal, infos))  # at rank 4
+    broadcast = Broadcast(round=1, adapter=uniform.seeded(unequal, infos))  # at rank 4
     sent = wire.encode_broadcast(broadcast, fingerprint)
     answered = parts.split(
         ask(unequal, {"partition-ids": "0-3"}, parts.join(dict.fromkeys(range(4), sent))).content, ""

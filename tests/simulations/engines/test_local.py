@@ -21,6 +21,7 @@ from fedlora.results.run_folder import folder_of
 from fedlora.simulations import run as simulation
 from fedlora.simulations.engines import local
 from fedlora.strategies.registry import configured
+from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.predict import evaluate
 from tests.federation import run_locally, tiny, write_labels, write_rows
 from tests.tiny import save_llama
@@ -67,19 +68,19 @@ def test_what_is_learned_lowers_the_loss_and_peft_loads_it(tmp_path, tiny_llama,
 
     base = load_base(config.model)
     model = PeftModel.from_pretrained(base.model, str(folder / "adapter"))
-    examples = encode(prepare(config).heldout, base.tokenizer, config.data, "causal-lm")
-    assert evaluate(model, examples, 16, base.pad_id)["loss"] == pytest.approx(losses[-1], rel=1e-5)
+    examples = encode(prepare(config).heldout, base.tokenizer, config.data, CausalLM())
+    assert evaluate(CausalLM(), model, examples, 16, base.pad_id)["loss"] == pytest.approx(losses[-1], rel=1e-5)
 
 
 def test_the_checkpoint_gives_the_logits_of_the_global_model(tmp_path, tiny_llama):
     """The global model of a quantized federation: the base, the folds and the adapter side by side."""
     config = tiny(tmp_path, tiny_llama, model__quantization="nf4", lora__target_modules="q_proj,v_proj")
     states = []
-    from fedlora.strategies.schedules import synchronous
+    from fedlora.strategies.schedules import session
 
-    aggregate = synchronous._aggregate
+    aggregate = session.Session._aggregate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synchronous, "_aggregate", lambda *args: states.append(aggregate(*args)) or states[-1])
+        patch.setattr(session.Session, "_aggregate", lambda *args: states.append(aggregate(*args)) or states[-1])
         folder, _ = run_locally(config)
     bench = adapted.adapted_model(config.model, config.lora)
     ids = torch.arange(40).reshape(2, 20) + 20
@@ -286,8 +287,8 @@ def test_an_interrupted_run_leaves_a_valid_result(tmp_path, tiny_llama):
     adapted.forget()
     base = load_base(config.model)
     model = PeftModel.from_pretrained(base.model, str(folder / "adapter"))
-    examples = encode(prepare(config).heldout, base.tokenizer, config.data, "causal-lm")
-    got = evaluate(model, examples, 16, base.pad_id)["loss"]
+    examples = encode(prepare(config).heldout, base.tokenizer, config.data, CausalLM())
+    got = evaluate(CausalLM(), model, examples, 16, base.pad_id)["loss"]
     assert got == pytest.approx(result["rounds"][0]["heldout"]["loss"], rel=1e-5)
 
 
@@ -343,11 +344,11 @@ def test_one_client_under_flora_is_plain_fine_tuning(tmp_path, tiny_llama):
     """One round of one client: what is saved is exactly the update that the client made."""
     config = tiny(tmp_path, tiny_llama, federation__clients=1, federation__rounds=1, lora__ranks="3")
     kept = []
-    from fedlora.strategies.schedules import synchronous
+    from fedlora.strategies.schedules import session
 
-    diagnose = synchronous.diagnose
+    diagnose = session.diagnose
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synchronous, "diagnose", lambda a, b, got, sent: kept.extend(got) or diagnose(a, b, got, sent))
+        patch.setattr(session, "diagnose", lambda a, b, got, sent: kept.extend(got) or diagnose(a, b, got, sent))
         folder, _ = run_locally(config)
     saved = saved_adapter(folder)
     for name, factors in kept[0].adapter.lora.items():

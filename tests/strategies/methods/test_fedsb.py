@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState, LoraFactors, delta
-from fedlora.common.errors import StrategyError
+from fedlora.common.errors import ConfigError
 from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies import load
 from fedlora.strategies.base import ServerState, Strategy
-from tests.naive.clients import SHAPES, dense_deltas, start, train
+from fedlora.strategies.initializers.registry import INITIALIZERS
+from tests.naive.clients import SHAPES, asked, begin, dense_deltas, start, started, train
 from tests.naive.fedsb import Module
 
 
@@ -35,7 +36,7 @@ def server(strategy: Strategy, d_out: int, d_in: int, rank: int) -> ServerState:
 def test_it_starts_along_the_best_approximation_of_minus_the_mean_gradient(
     d_out: int, d_in: int, rank: int, sent: list[tuple[int, int]], size: float, seed: int
 ) -> None:
-    strategy = load("fedsb", first_step=1e-3)
+    strategy = load("fedsb")
     generator = torch.Generator().manual_seed(seed)
     replies = [
         ClientUpdate(
@@ -55,7 +56,7 @@ def test_it_starts_along_the_best_approximation_of_minus_the_mean_gradient(
     ]
     total = sum(n for _, n in sent)
     gradient = sum(r.num_examples / total * delta(r.adapter.lora["m"]).double() for r in replies)
-    state = strategy.aggregate(server(strategy, d_out, d_in, rank), replies, 0)
+    state = begin(strategy, server(strategy, d_out, d_in, rank), replies, first_step=1e-3)
     factors, core = state.adapter.lora["m"], state.adapter.lora["m"].R
     assert core is not None
     assert (factors.A.shape, factors.B.shape, core.shape) == ((rank, d_in), (d_out, rank), (rank, rank))
@@ -80,12 +81,12 @@ def test_a_module_that_no_reply_of_round_0_had_is_trained_from_the_first_reply_t
     clients = [ClientInfo(client_id=i, rank=r) for i, r in enumerate((3, 2))]
     state = strategy.init(start(clients))
     *_, absent = state.adapter.lora
-    replies = [train(strategy.broadcast(state, client, 0), client, 0) for client in clients]
+    replies = [train(asked(strategy, state, client), client, 0) for client in clients]
     some = [
         replace(r, adapter=replace(r.adapter, lora={n: f for n, f in r.adapter.lora.items() if n != absent}))
         for r in replies
     ]
-    state = strategy.aggregate(state, some, 0)
+    state = begin(strategy, state, some)
     assert not dense_deltas(strategy.global_adapter(state))[absent].any()
     replies = [train(strategy.broadcast(state, client, 1), client, 1) for client in clients]
     new = strategy.aggregate(state, replies, 1)
@@ -102,7 +103,7 @@ def test_a_module_without_a_gradient_starts_at_zero_and_can_be_trained() -> None
     strategy = load("fedsb")
     nothing = LoraFactors(A=torch.zeros(3, 5), B=torch.zeros(4, 3), scaling=1.0)
     reply = ClientUpdate(client_id=0, adapter=AdapterState(lora={"m": nothing}), num_examples=1)
-    state = strategy.aggregate(server(strategy, 4, 5, 3), [reply], 0)
+    state = begin(strategy, server(strategy, 4, 5, 3), [reply])
     assert not state.adapter.lora["m"].R.any()
     torch.testing.assert_close(state.adapter.lora["m"].A @ state.adapter.lora["m"].A.T, torch.eye(3))
     torch.testing.assert_close(state.adapter.lora["m"].B.T @ state.adapter.lora["m"].B, torch.eye(3))
@@ -113,7 +114,7 @@ def test_round_0_asks_for_the_gradient_at_the_base_model() -> None:
     clients = [ClientInfo(client_id=i, rank=rank, alpha=8) for i, rank in enumerate((4, 2))]
     state = strategy.init(start(clients))
     for client in clients:
-        sent = strategy.broadcast(state, client, 0)
+        sent = asked(strategy, state, client)
         assert (sent.job, sent.plan.train, sent.plan.send) == ("gradient", frozenset(), {"A", "B"})
         assert not sent.steady
         for name, factors in sent.adapter.lora.items():
@@ -128,7 +129,7 @@ def test_each_client_trains_the_leading_block_of_one_r() -> None:
     strategy = load("fedsb")
     clients = [ClientInfo(client_id=i, rank=rank, alpha=8, num_examples=i + 1) for i, rank in enumerate((4, 2, 1))]
     state = strategy.init(start(clients))
-    state = strategy.aggregate(state, [train(strategy.broadcast(state, c, 0), c, 0) for c in clients], 0)
+    state = started(strategy, state, clients)
     for round in (1, 2):
         fixed = state.adapter.lora
         sent = [strategy.broadcast(state, client, round) for client in clients]
@@ -157,22 +158,22 @@ def test_each_client_trains_the_leading_block_of_one_r() -> None:
 
 
 def test_a_first_step_of_zero_starts_at_the_base_model() -> None:
-    strategy, client = load("fedsb", first_step=0.0), ClientInfo(client_id=0, rank=2)
+    strategy, client = load("fedsb"), ClientInfo(client_id=0, rank=2)
     state = strategy.init(start([client]))
-    state = strategy.aggregate(state, [train(strategy.broadcast(state, client, 0), client, 0)], 0)
+    state = begin(strategy, state, [train(asked(strategy, state, client), client, 0)], first_step=0.0)
     assert not any(delta.any() for delta in dense_deltas(strategy.global_adapter(state)).values())
     assert all(f.B.any() for f in state.adapter.lora.values())
 
 
 @pytest.mark.parametrize("size", [-1.0, float("inf"), float("nan")])
 def test_a_first_step_that_is_no_size_is_refused(size: float) -> None:
-    with pytest.raises(StrategyError, match=r"fedsb's first_step = .*, expected a number of at least 0"):
-        load("fedsb", first_step=size)
+    with pytest.raises(ConfigError, match=r"lora-sb's first_step = .*, expected a number of at least 0"):
+        INITIALIZERS.load("lora-sb", first_step=size)
 
 
 def test_rounds_match_a_dense_reference() -> None:
     """Partial participation, a late client, unequal ranks; R trained by gradient steps towards each client's target."""
-    strategy = load("fedsb", first_step=1e-2)
+    strategy = load("fedsb")
     clients = [ClientInfo(client_id=i, rank=r, num_examples=3 * i + 1) for i, r in enumerate((3, 2, 1, 3))]
     shapes = {"a": (6, 9), "b": (7, 5)}
     generator = torch.Generator().manual_seed(4)
@@ -190,7 +191,7 @@ def test_rounds_match_a_dense_reference() -> None:
         replies.append(
             ClientUpdate(client_id=client.client_id, adapter=AdapterState(lora=lora), num_examples=client.num_examples)
         )
-    state = strategy.aggregate(state, replies, 0)
+    state = begin(strategy, state, replies, first_step=1e-2)
     examples = [client.num_examples for client in clients]
     twin = {n: Module([delta(r.adapter.lora[n]) for r in replies], examples, 3, 1e-2) for n in shapes}
     for round, chosen in {1: (0, 1, 2), 2: (0, 2), 3: (0, 1), 4: (0, 1, 2, 3), 5: (1, 3)}.items():

@@ -14,7 +14,7 @@ from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 from fedlora.strategies import load
 from fedlora.strategies.base import ServerState, Strategy, completed
 from tests.naive import dense as naive
-from tests.naive.clients import SHAPES, dense_deltas, start, train, whole
+from tests.naive.clients import SHAPES, dense_deltas, start, started, train, whole
 
 EXACT = [load("ffa"), load("rolora"), load("fedsvd"), load("fedsvd", period=3), load("fedsb")]
 exact = pytest.mark.parametrize("strategy", EXACT, ids=str)
@@ -37,10 +37,7 @@ def federations(draw: st.DrawFn) -> list[ClientInfo]:
 
 
 def begun(strategy: Strategy, clients: Sequence[ClientInfo], seed: int) -> ServerState:
-    state = strategy.init(start(clients, seed))
-    if not strategy.statistics:
-        return state
-    return strategy.aggregate(state, [train(strategy.broadcast(state, c, 0), c, seed) for c in clients], 0)
+    return started(strategy, strategy.init(start(clients, seed)), clients, seed)
 
 
 def dense_mean(ended: Sequence[AdapterState], replies: Sequence[ClientUpdate]) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ from fedlora.strategies.server import saved_state
 from fedlora.strategies.wrappers.restart import Restart
 from fedlora.strategies.wrappers.robust import Robust
 from fedlora.strategies.wrappers.server_optimizer import ServerOptimizer
-from tests.naive.clients import start, train
+from tests.naive.clients import start, started, train
 
 STRATEGIES: dict[str, Strategy] = {name: load(name) for name in NAMES} | {
     "momentum-fedavg": ServerOptimizer(load("fedavg")),
@@ -41,8 +41,8 @@ def after_rounds(strategy: Strategy, rounds: int) -> ServerState:
     """A run of four clients, of unequal ranks where the strategy takes them."""
     ranks = (4, 2, 3, 1) if strategy.unequal_ranks else (3, 3, 3, 3)
     clients = [ClientInfo(client_id=i, rank=rank, num_examples=i + 1) for i, rank in enumerate(ranks)]
-    state = strategy.init(start(clients, seed=0))
-    for round in range(0 if strategy.statistics else 1, rounds + 1):
+    state = started(strategy, strategy.init(start(clients, seed=0)), clients)
+    for round in range(1, rounds + 1):
         replies = [train(strategy.broadcast(state, client, round), client, seed=round) for client in clients]
         state = strategy.aggregate(state, replies, round)
     return state

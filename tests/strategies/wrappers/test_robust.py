@@ -26,7 +26,8 @@ from fedlora.strategies.wrappers.distances import Move, squared_distances
 from fedlora.strategies.wrappers.restart import Restart
 from fedlora.strategies.wrappers.robust import Robust
 from fedlora.strategies.wrappers.server_optimizer import ServerOptimizer
-from tests.naive.clients import start, train
+from tests.naive.clients import asked, start, train
+from tests.naive.clients import begin as begin_from
 from tests.naive.dense import product
 from tests.strategies.test_invariants import assert_near, assert_same, begin, begun, dense_deltas, outcome, without
 
@@ -302,10 +303,10 @@ def test_order_and_examples_do_not_show(options: dict[str, Any]) -> None:
 def test_round_zero_and_cores_are_filtered_too() -> None:
     strategy, everyone = Robust(load("fedsb"), rule="multi-krum", byzantine=2), clients(7, (3, 2))
     state = strategy.init(start(everyone, 1))
-    updates = [train(strategy.broadcast(state, client, 0), client, 1) for client in everyone]
+    updates = [train(asked(strategy, state, client), client, 1) for client in everyone]
     bad = [poisoned(u, 50.0) if u.client_id in (2, 3) else u for u in updates]
-    begun_well = load("fedsb").aggregate(state, [u for u in updates if u.client_id not in (2, 3)], 0)
-    state = strategy.aggregate(state, bad, 0)
+    begun_well = begin_from(load("fedsb"), state, [u for u in updates if u.client_id not in (2, 3)])
+    state = begin_from(strategy, state, bad)
     assert_same(state.adapter, begun_well.adapter)
     updates = [train(strategy.broadcast(state, client, 1), client, 2) for client in everyone]
     bad = [poisoned(u, 50.0) if u.client_id in (2, 3) else u for u in updates]

@@ -1,0 +1,14 @@
+"""Statistics by the names that a server asks for."""
+
+from __future__ import annotations
+
+from fedlora.common.registry import Registry
+
+STATISTICS = Registry(
+    noun="statistic",
+    key="the server's job",
+    options_key="the server's job",
+    base="fedlora.clients.statistics.base:Statistic",
+    method="measure",
+    names={"gradient": "fedlora.clients.statistics.gradients:LeadingDirections"},
+)

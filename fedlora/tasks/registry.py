@@ -1,0 +1,67 @@
+"""Tasks by name, imported only when one is asked for: this module loads no torch."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from fedlora.common.errors import ConfigError
+from fedlora.common.registry import Registry
+from fedlora.config import Config, DataConfig, ModelConfig
+from fedlora.data.forms import columns_by_form
+
+if TYPE_CHECKING:
+    from .base import Task
+
+NAMES: dict[str, str] = {
+    "causal-lm": "fedlora.tasks.causal_lm:CausalLM",
+    "classification": "fedlora.tasks.classification:Classification",
+}
+
+TASKS = Registry(
+    noun="task",
+    key="model.task",
+    options_key="model.task-options",
+    base="fedlora.tasks.base:Task",
+    method="losses",
+    names=NAMES,
+)
+
+# What a task says of itself in attributes of its class; see `Task`.
+_SAID = ("forms", "metrics", "peft_type", "pipeline", "kind")
+
+
+@lru_cache(maxsize=32)
+def task_of(model: ModelConfig) -> Task:
+    """The task that `model.task` names, with the options of `model.task-options` and those that other keys set.
+
+    Raises:
+        ConfigError: there is no such task, it cannot be imported, it is not complete, or an option is wrong.
+    """
+    cls = TASKS.resolve(model.task)
+    if lacking := [name for name in _SAID if not hasattr(cls, name)]:
+        raise ConfigError(
+            f"model.task = {model.task!r}: {cls.__name__} has no attribute {lacking[0]!r}; see fedlora.tasks.base.Task"
+        )
+    known = columns_by_form(DataConfig())
+    if not cls.forms or not {*cls.forms} <= known.keys():
+        raise ConfigError(
+            f"model.task = {model.task!r}: {cls.__name__}.forms = {cls.forms!r}, expected some of {', '.join(known)}"
+        )
+    if "loss" not in cls.metrics:
+        raise ConfigError(f"model.task = {model.task!r}: {cls.__name__}.metrics has no 'loss', which every run records")
+    options, fixed = TASKS.parse(model.task_options), cls.options_of(model)
+    if twice := sorted(options.keys() & fixed.keys()):
+        raise ConfigError(f"model.task-options: {twice[0]} is set by model.{twice[0].replace('_', '-')}; leave it out")
+    return TASKS.load(model.task, **fixed, **options)
+
+
+def check_task(config: Config) -> Task:
+    """The run's task, once it is known and the other keys fit it; nothing is loaded.
+
+    Raises:
+        ConfigError: as for `task_of`, or another key does not fit.
+    """
+    task = task_of(config.model)
+    task.check_config(config)
+    return task

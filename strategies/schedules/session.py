@@ -1,0 +1,377 @@
+"""A run on the server: sample, broadcast, collect, aggregate, evaluate, record. The same for every engine."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from flwr.serverapp import Grid
+from torch.profiler import record_function
+
+from fedlora.adapters import AdapterState
+from fedlora.adapters.kinds.base import AdapterKind, as_factors
+from fedlora.adapters.kinds.registry import KINDS
+from fedlora.common.errors import ConfigError, FedLoraError, RunError, StrategyError
+from fedlora.common.events import emit
+from fedlora.config import Config, clients_per_round
+from fedlora.data import prepare
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
+from fedlora.models import base_fingerprint, check_length, injection
+from fedlora.results.record import RunRecord
+from fedlora.tasks.registry import check_task, task_of
+
+from ..base import ServerState, Strategy
+from ..initializers.base import Initializer
+from ..initializers.registry import initializer
+from ..initializers.uniform import seeded
+from ..registry import NAMES, check, configured, naming_others
+from ..server import guard, returned, saved_state
+from ..server.classes import out_of_order
+from ..server.collect import TrainRound, evaluate_on_clients
+from ..server.diagnostics import Diagnosis, diagnose
+from ..server.evaluation import HeldOutEvaluator
+from ..server.returned import NotFiniteError
+from ..server.roster import Meeting, Roster
+
+# A round's diagnosis needs every update at once; with more clients than this, memory and time matter more.
+_MAX_DIAGNOSED = 32
+_log = logging.getLogger("fedlora")
+
+
+@dataclass
+class Session:
+    """A run, made once from its config; a schedule plays it.
+
+    Attributes:
+        state: what the next round starts from.
+        done: the last round that is complete; 0 before round 1.
+        previous: what the last round was played from, and how far each client moved in it; None where nothing is
+            known that the run could be taken back to.
+    """
+
+    grid: Grid
+    config: Config
+    record: RunRecord
+    strategy: Strategy
+    initializer: Initializer
+    kind: AdapterKind
+    base: injection.Shapes
+    fingerprint: str
+    meeting: Meeting
+    evaluator: HeldOutEvaluator | None
+    state: ServerState
+    done: int
+    previous: tuple[ServerState, Mapping[int, float]] | None = None
+
+    @classmethod
+    def open(cls, grid: Grid, config: Config, record: RunRecord, run_id: int) -> Session:
+        """Meet the clients, and take the run up where it was left, or before its first round.
+
+        Raises:
+            RunError: fewer clients than `federation.min-clients` connected.
+            StrategyError: the strategy cannot serve these clients, or nobody could evaluate what it learns.
+        """
+        check_task(config)
+        strategy = configured(config)
+        chosen = initializer(config.lora, strategy)
+        if strategy.personal and config.evaluate.server and not config.evaluate.clients:
+            raise StrategyError(
+                f"strategy.name = {config.strategy.name}: {' and '.join(sorted(strategy.personal))} stays on the "
+                "clients, so that only they can evaluate what is learned; set evaluate.clients = true"
+            )
+        base, kind = _base(config), KINDS.make(config.lora.kind, config.lora.kind_options)
+        fingerprint = base_fingerprint(config.model)
+        saved = saved_state.load(record.folder / "state", record.key, config.run.from_round)
+        if saved and config.run.from_round >= 0:  # first what is served, and the later states last of all
+            record.save_adapter(as_factors(strategy.global_adapter(saved[0]), kind, base.lora))
+        record.go_on(saved and saved[1])
+        evaluates = config.evaluate.server and not strategy.personal
+        if saved:
+            saved_state.drop_after(record.folder / "state", saved[1])
+        meeting = Meeting(grid, config, fingerprint, _classes(config, evaluates))
+        meeting.begin()
+        clients = list(meeting.roster.infos.values())
+        check(strategy, clients, config.lora)
+        if said := out_of_order(base.classes, clients[0].class_names):
+            raise ConfigError(said)
+        record.start(clients, fingerprint, base.facts(), clients[0].class_names)
+        before = -1 if chosen.statistic else 0
+        state, done = saved or (saved_state.plain(strategy.init(seeded(config, clients, base))), before)
+        evaluator = HeldOutEvaluator(config, run_id) if evaluates else None
+        session = cls(grid, config, record, strategy, chosen, kind, base, fingerprint, meeting, evaluator, state, done)
+        session._baseline(new=saved is None)
+        return session
+
+    def _baseline(self, new: bool) -> None:
+        """Round 0 in the record: the untouched base."""
+        if self.strategy.personal:
+            _log.info(
+                "no evaluation on held-out rows: %s has no model without a client's own factors",
+                type(self.strategy).__name__,
+            )
+        if self.evaluator:
+            if new:
+                learned = self.strategy.global_adapter(self.state)
+                self.record.baseline(self.evaluator(self.strategy, self.state, learned))
+            emit("baseline", metrics=self.record.data["baseline"], head=self.base.words)
+        if self.done == self.rounds:  # died after its last round
+            self._save(self.strategy.global_adapter(self.state))
+
+    @property
+    def rounds(self) -> int:
+        """The last round of the run."""
+        return self.config.federation.rounds
+
+    def begin(self) -> None:
+        """Make the start of round 1; the clients are asked in a round 0 where the initializer wants to know of them.
+
+        That round differs in the clients' job alone: it is recorded like any round, and nothing is evaluated after it.
+        """
+        while self.done < 0:
+            self.play(0)
+        if self.done == 0 and not self.initializer.statistic:
+            self.state = saved_state.plain(self.strategy.begin(self.state, (), self.initializer))
+
+    def close(self) -> None:
+        """The end of all rounds.
+
+        Raises:
+            RunError: a client was refused in every one of them.
+        """
+        if self.config.federation.lost_clients == "fail":
+            _check_lost(self.record, self.roster, self.config)
+
+    @property
+    def roster(self) -> Roster:
+        """Who takes part."""
+        return self.meeting.roster
+
+    def play(self, number: int) -> bool:
+        """One round; False when it is to be played again, without a client that spoiled it.
+
+        Raises:
+            RunError: too few clients answered.
+            StrategyError: the strategy cannot go on.
+        """
+        seconds: dict[str, float] = {}
+        began = time.perf_counter()
+        config, before = self.config, self.state
+        self._welcome(number)
+        present = [client for client in self.roster.infos if client not in self.record.excluded]
+        chosen = sample(present, config.federation.fraction, config.run.seed, number)
+        emit("round-start", round=number, rounds=config.federation.rounds, clients=len(chosen))
+        keep = len(chosen) <= _MAX_DIAGNOSED
+        this = TrainRound(
+            self.grid, config, self.fingerprint, self.roster, number, make_broadcast=self._for(number), keep=keep
+        )
+        try:
+            self.state = saved_state.plain(self._aggregate(before, this, chosen, seconds))
+        except _EveryoneDivergedError as error:
+            self._take_back(number - 1, error)
+            return False
+        except NotFiniteError as error:
+            self._leave_out(this.moves, error, "this round begins again")
+            return False
+        self.previous = before, this.moves
+        learned = self.strategy.global_adapter(self.state)
+        with _clock(seconds, "diagnose"):
+            diagnosed = this.keep and number > 0 and not self.strategy.personal
+            numbers = diagnose(before, self.state, this.kept, this.sent) if diagnosed else Diagnosis()
+        entry = _entry(number, this, numbers)
+        if number and (number == config.federation.rounds or number % config.evaluate.every == 0):
+            with _clock(seconds, "evaluate"):
+                self._evaluate(entry, learned, chosen, number)
+        with _clock(seconds, "save"):
+            self._save(learned)
+        seconds["round"] = time.perf_counter() - began
+        entry["seconds"] = seconds
+        self.record.round(entry)
+        with _clock(seconds, "checkpoint"):  # the last of a round: a round without it is played again
+            self._checkpoint(number)
+        emit("round-end", entry=entry)
+        self.done = number
+        return True
+
+    def _welcome(self, number: int) -> None:
+        """Clients that came since the last round take part from this one, where the strategy can serve them too."""
+        for client in self.meeting.welcome():
+            info = self.roster.infos[client]
+            try:
+                check(self.strategy, list(self.roster.infos.values()), self.config.lora)
+                self._for(number)(info)  # a rank beyond the server's, for instance
+            except StrategyError as error:
+                self.meeting.turn_away(client, str(error))
+                continue
+            self.record.joined(info, number)
+            _log.info("client %d joins the run in round %d", client, number)
+            emit("client-joined", client_id=client, node=self.roster.nodes[client], round=number)
+
+    def _for(self, number: int) -> Callable[[ClientInfo], Broadcast]:
+        """What each client is sent in a round that starts from the present state."""
+        state = self.state
+        if number == 0:
+            return lambda client: replace(self.initializer.ask(state.adapter, client), run=self.record.key)
+        return lambda client: replace(self.strategy.broadcast(state, client, number), run=self.record.key)
+
+    def _evaluate(self, entry: dict[str, object], learned: AdapterState, chosen: Sequence[int], number: int) -> None:
+        if self.evaluator:
+            entry["heldout"] = self.evaluator(self.strategy, self.state, learned)
+            if self.evaluator.spectra:
+                entry["intruders"] = self.evaluator.spectra.counts()
+        if self.config.evaluate.clients:
+            entry["client-test"] = evaluate_on_clients(
+                self.grid,
+                self.config,
+                self.fingerprint,
+                self.roster,
+                chosen,
+                number=number,
+                make_broadcast=self._for(number + 1),
+            )
+
+    def _save(self, learned: AdapterState) -> None:
+        """Everything learned, as factors on the untouched base."""
+        self.record.save_adapter(as_factors(learned, self.kind, self.base.lora))
+
+    def _aggregate(
+        self, state: ServerState, this: TrainRound, chosen: Sequence[int], seconds: dict[str, float]
+    ) -> ServerState:
+        """The next state, or RunError when too few clients answered."""
+        least, name = self.config.federation.min_clients, self.config.strategy.name
+        began = time.perf_counter()
+        arrived = this.trusted(chosen)
+        first = next(arrived, None)
+        with record_function("fedlora/aggregation"):
+            made = state if first is None else self._made(state, _chain(first, arrived), this.number)
+        if len(this.answers) < min(least, len(chosen)) or first is None:
+            why = "; ".join(list(this.failures.values())[:3])
+            else_enough = len(this.answers) + len(this.diverged) >= min(least, len(chosen))
+            raise (_EveryoneDivergedError if this.diverged and else_enough else RunError)(
+                f"round {this.number}: {len(this.answers)} of {len(chosen)} clients answered, and "
+                f"federation.min-clients = {least}: {why}"
+            )
+        new = returned.check(name, state, made, this.number)
+        seconds["encode"], seconds["decode"] = this.encode_seconds, this.decode_seconds
+        seconds["clients"] = this.wait_seconds
+        seconds["aggregate"] = time.perf_counter() - began - sum(seconds.values())
+        return new
+
+    def _made(self, state: ServerState, updates: Iterator[ClientUpdate], number: int) -> ServerState:
+        """What a strategy makes of a round's replies; what goes wrong in a user's own is named as theirs."""
+        name = self.config.strategy.name
+        try:
+            with naming_others():
+                if number == 0:
+                    return self.strategy.begin(state, updates, self.initializer)
+                return self.strategy.aggregate(state, updates, number)
+        except FedLoraError:
+            raise
+        except Exception as error:
+            if name in NAMES:
+                raise
+            raise StrategyError(
+                f"strategy.name = {name!r}: its aggregate failed in round {number}: {type(error).__name__}: {error}"
+            ) from error
+
+    def _checkpoint(self, number: int) -> None:
+        saved_state.save(self.record.folder / "state", self.state, number, self.record.key, keep=self.config.run.keep)
+
+    def _take_back(self, number: int, error: _EveryoneDivergedError) -> None:
+        """Go on from before the last round, whose result no client could train on."""
+        if self.previous is None:
+            raise error
+        state, moves = self.previous
+        self._leave_out(moves, error, f"the run goes on from before round {number}", undone=number)
+        self.state, self.previous = state, None
+        self._save(self.strategy.global_adapter(state))
+        self._checkpoint(number)
+
+    def _leave_out(self, moves: Mapping[int, float], error: FedLoraError, then: str, undone: int | None = None) -> None:
+        """Go on without the client whose update is held to have spoiled a round, or raise where none stands out."""
+        client = guard.suspect(moves)
+        if client is None:
+            raise error
+        reason = f"client {client} is left out from now on, and {then}: its update was by far the largest, and {error}"
+        _log.warning("%s", reason)
+        self.record.exclude(client, reason, undone)
+
+
+def _entry(number: int, this: TrainRound, numbers: Diagnosis) -> dict[str, object]:
+    """A round in the record."""
+    coded = this.config.wire.upload_dtype != "fp32"
+    return {
+        "round": number,
+        "train-loss": this.mean("train-loss"),
+        "clients": this.weighed(),
+        "failures": this.failures,
+        "refused": sorted(this.refused),
+        "upload-bytes": this.upload_bytes,
+        "download-bytes": this.download_bytes,
+        "aggregation-error": numbers.error,
+        "drift": numbers.drift,
+        "update-cosine": numbers.update_cosine,
+        "tail-energy": numbers.tail_energy,
+        "effective-rank": numbers.effective_rank,
+        "codec-error": this.mean("codec-error") if coded else None,
+        "train-cut": this.mean("train-cut"),
+        "norms": numbers.norms,
+    }
+
+
+class _EveryoneDivergedError(RunError):
+    """A round failed since its clients had no finite loss."""
+
+
+def _check_lost(record: RunRecord, roster: Roster, config: Config) -> None:
+    """Raises RunError when a client was never counted for a reason that is no accident."""
+    counted: set[int] = set()
+    reasons: dict[int, str] = {}
+    for entry in record.data["rounds"]:
+        counted |= {int(client) for client in entry["clients"]}
+        failures = {int(client): reason for client, reason in entry["failures"].items()}
+        reasons |= {client: failures[client] for client in entry.get("refused", ())}
+    lost = [reasons[client] for client in sorted(reasons.keys() - counted)]
+    if len(roster.infos) < config.federation.clients:
+        lost += roster.refusals
+    if lost:
+        more = f"; and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise RunError(
+            f"all {config.federation.rounds} rounds are done and the adapter is saved, but without a client that was "
+            f"refused every time: {'; '.join(lost[:3])}{more}; mend that, or set federation.lost-clients = accept"
+        )
+
+
+def _base(config: Config) -> injection.Shapes:
+    """The base's shapes, once it is seen that the run can be on it."""
+    base = injection.shapes(config.model, config.lora)
+    check_length(base.longest, config)
+    return base
+
+
+def _classes(config: Config, evaluates: bool) -> tuple[str, ...] | None:
+    """What the server calls the classes; None where it does not read its rows."""
+    task = task_of(config.model)
+    return task.class_names(prepare(config).rows, config.data) if task.classes and evaluates else None
+
+
+def sample(client_ids: Sequence[int], fraction: float, seed: int, round: int) -> list[int]:
+    """The clients of a round: at least one, drawn without replacement from (seed, round), in order of id."""
+    count = clients_per_round(len(client_ids), fraction)
+    return sorted(random.Random(f"{seed}/{round}").sample(sorted(client_ids), count))
+
+
+def _chain(first: ClientUpdate, rest: Iterator[ClientUpdate]) -> Iterator[ClientUpdate]:
+    yield first
+    yield from rest
+
+
+@contextmanager
+def _clock(seconds: dict[str, float], name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    with record_function(f"fedlora/{name}"):
+        yield
+    seconds[name] = time.perf_counter() - began
