@@ -128,7 +128,8 @@ def train_alone(work: TrainingJob) -> RecordDict:
     config, broadcast, bench = work.config, work.broadcast, work.bench
     trained = _set_up(work, broadcast.plan)
     if broadcast.job != "train":
-        statistic = STATISTICS.make(broadcast.job)
+        rules.check_plugins(config, work.context.node_config, broadcast.job)
+        statistic = STATISTICS.load(broadcast.job)
         adapter, result = statistic.measure(bench, broadcast.adapter, work.examples, config.train, work.seed)
     else:
         result = trainer.train(

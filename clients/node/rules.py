@@ -69,7 +69,7 @@ def ruled(config: Config, node: Mapping[str, Scalar]) -> Config:
         ConfigError: names the node's key that refuses the run, or that is wrong itself.
     """
     _check_names(node)
-    _check_plugins(config, node)
+    check_plugins(config, node)
     config = _with_own_data(config, node)
     own = {ours: node[key] for key, ours in _OF_MODEL.items() if key in node}
     if "model" in node and node["model"] != config.model.name:
@@ -104,7 +104,7 @@ def check(node: Mapping[str, Scalar]) -> None:
     if type(client) is not int or client < 0:
         raise ConfigError(f"node config: partition-id = {client!r}, expected a number from 0")
     _allows_files(node)
-    _check_plugins(Config(), node)
+    check_plugins(Config(), node)
     if own_data(node) or any(key in node for key in _OF_DATA):
         _with_own_data(Config(), node)
     configuration.parse({ours: node[key] for key, ours in _OF_MODEL.items() if key in node}, where="node config")
@@ -231,14 +231,26 @@ def _allows_files(node: Mapping[str, Scalar]) -> bool:
     return own
 
 
-def _check_plugins(config: Config, node: Mapping[str, Scalar]) -> None:
-    """Raises ConfigError where the run names code that this node does not allow, before it is imported."""
+def check_plugins(config: Config, node: Mapping[str, Scalar], statistic: str = "") -> None:
+    """Raises ConfigError where the run names code that this node does not allow, before it is imported.
+
+    Args:
+        config: the run's.
+        node: the node's own.
+        statistic: that the server asks for.
+    """
     allowed = node.get("plugins", os.environ.get(PLUGINS, ""))
     if not isinstance(allowed, str):
         raise ConfigError(f"node config: plugins = {allowed!r}, expected names such as 'mypkg.mine:MyTask', or any")
     names = {name.strip() for name in allowed.split(",")}
-    named = {"model.task": config.model.task, "train.optimizer": config.train.optimizer, "lora.kind": config.lora.kind}
-    for key, name in named.items():
+    named = [
+        ("model.task", config.model.task),
+        ("train.optimizer", config.train.optimizer),
+        ("lora.kind", config.lora.kind),
+        *(("privacy.stages", stage.strip()) for stage in config.privacy.stages.split(",")),
+        ("the statistic of round 0", statistic),
+    ]
+    for key, name in named:
         if ":" in name and not {"any", name} & names:
             shown = repr(name) if len(name) <= 80 else f"{name[:77]!r}..."
             raise ConfigError(

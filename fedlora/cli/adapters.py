@@ -7,20 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedlora import config as configuration
-from fedlora.common.errors import AdapterError, ConfigError, StrategyError
+from fedlora.common.errors import AdapterError, ConfigError
 from fedlora.results.runs import adapter_folder
+
+from .shared import app, kept_by_clients, load, out, quiet
 
 if TYPE_CHECKING:
     from fedlora.adapters import AdapterState
     from fedlora.exchange import ClientInfo
     from fedlora.trained.export import Exported, Source
-
-adapters = typer.Typer()
-out = Console(highlight=False)
 
 # In the order in which they are shown.
 _METRICS = ("loss", "perplexity", "accuracy", "macro-f1", "exact-match", "calibration-error")
@@ -30,7 +28,7 @@ class NoFactors(AdapterError):
     """A client has no factors of its own on this machine."""
 
 
-@adapters.command()
+@app.command()
 def evaluate(
     adapter: Annotated[
         list[Path],
@@ -71,13 +69,11 @@ def evaluate(
 
       fedlora evaluate --adapter a/adapter --adapter b/adapter --json scores.json
     """
-    from . import main
-
     if lm_eval is None and (lm_eval_path or lm_eval_limit):
         raise ConfigError("evaluate: --lm-eval-path and --lm-eval-limit go with --lm-eval TASK; name a task")
     adapter = [adapter_folder(each) for each in adapter]
     settings = _settings(adapter, config, overrides)
-    main.quiet()
+    quiet()
     if lm_eval is not None:
         from fedlora.trained import harness
 
@@ -103,7 +99,7 @@ def evaluate(
             raise ConfigError(f"--json {as_json}: cannot be written: {error}") from None
 
 
-@adapters.command()
+@app.command()
 def export(
     adapter: Annotated[
         Path, typer.Argument(metavar="ADAPTER", help="A run, by its name or folder, or an adapter's folder.")
@@ -141,11 +137,9 @@ def export(
 
       fedlora export runs/personal/20260101-120000 clients --all-clients
     """
-    from . import main
-
     if all_clients and client is not None:
         raise ConfigError("export: --client names one client, --all-clients takes all; leave out one")
-    main.quiet()
+    quiet()
     from fedlora.trained import export as exporting
 
     source = exporting.find(adapter)
@@ -260,13 +254,11 @@ def _say(done: Exported) -> None:
 
 def _settings(adapters: Sequence[Path], config: str | None, overrides: list[str] | None) -> configuration.Config:
     """Of the model and the data: the named config, or that of the first adapter's run."""
-    from . import main
-
     for place, adapter in enumerate(adapters):
         if adapter in adapters[:place]:
             raise ConfigError(f"--adapter {adapter}: it is named twice; name each once")
     if config is not None:
-        return main._load(config, overrides)
+        return load(config, overrides)
     from fedlora.trained.evaluate import described
 
     trained = described(adapters[0]).get("config")
@@ -290,16 +282,6 @@ def _check_shared(adapter: Path) -> None:
             f"--adapter {adapter}: with {name}, {kept} stays on the clients, and without it this is the base; export a "
             f"client's own first: fedlora export {adapter.parent} OUT --client 0"
         )
-
-
-def kept_by_clients(strategy: str) -> str:
-    """The factors that stay on the clients with the strategy of this name, such as "B"; mostly none."""
-    from fedlora.strategies import registry  # pyright: ignore[reportMissingImports]
-
-    try:
-        return " and ".join(sorted(registry.STRATEGIES.resolve(strategy).personal))
-    except StrategyError:  # of somebody's own module, which is not here
-        return ""
 
 
 def _table(title: str, rows: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Table:

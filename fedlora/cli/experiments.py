@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fedlora.common import processes
+from fedlora.config import find_preset
 
-experiments = typer.Typer()
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+from .shared import app, err, out, quiet
 
 
-@experiments.command()
+@app.command()
 def compare(
     grid: Annotated[
         str, typer.Argument(metavar="GRID", help="A TOML file of strategies, rates, seeds and scenarios, or a preset.")
@@ -49,11 +48,8 @@ def compare(
 
       fedlora report runs/compare/sentiment
     """
-    from fedlora.config import find_preset
     from fedlora.simulations.comparison import compare as comparison  # pyright: ignore[reportMissingImports]
     from fedlora.simulations.comparison import grid as grids  # pyright: ignore[reportMissingImports]
-
-    from .main import quiet
 
     planned = grids.load(find_preset(grid), find_preset, overrides or [])
     places = comparison.slots_of(slots)
@@ -97,7 +93,7 @@ def compare(
         raise typer.Exit(1)
 
 
-@experiments.command()
+@app.command()
 def report(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="A comparison's folder, or a run by its name or folder.")

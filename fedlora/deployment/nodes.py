@@ -19,7 +19,7 @@ from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpI
 from fedlora.common.errors import ConfigError, RunError, suggest
 
 from . import certificates
-from .watched import check_server, given
+from .connection import check_server, given
 
 GONE = "unregistered"  # Flower's word; it never takes such a key again
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.cli import main
+from fedlora.cli import main, shared
 from fedlora.deployment.flower_programs import config_table
 from fedlora.models import adapted
 from tests.federation import hears_ctrl_c, tiny
@@ -58,7 +58,7 @@ def call(monkeypatch, capsys, tmp_path):
 
     yield run
     adapted.forget()
-    main._flags.clear()
+    shared.flags.clear()
 
 
 @pytest.mark.parametrize("command", [[], ["run"], ["evaluate"], ["export"], ["data"], ["fetch"], ["doctor"], ["keys"]])
@@ -143,7 +143,7 @@ def test_a_full_disk_is_a_sentence_wherever_it_is_met(call, monkeypatch):
     def full():
         raise OSError(errno.ENOSPC, "No space left on device", "/there/file")
 
-    monkeypatch.setattr(main.configuration, "describe", full)
+    monkeypatch.setattr(shared.configuration, "describe", full)
     done = call("keys")
     assert done.returncode == 1
     assert "error: /there/file: No space left on device; make room" in done.stderr
@@ -294,9 +294,9 @@ def test_data_is_the_check_before_a_run(call, tmp_path, tiny_llama):
     ],
 )
 def test_a_node_whose_config_is_wrong_does_not_start(call, monkeypatch, words, says):
-    from fedlora.deployment import watched
+    from fedlora.deployment import node
 
-    monkeypatch.setattr(watched, "join", lambda *args, **keys: pytest.fail("it started"))
+    monkeypatch.setattr(node, "join", lambda *args, **keys: pytest.fail("it started"))
     done = call("node", "--insecure", *words)
     assert done.returncode == 1
     assert says in done.stderr

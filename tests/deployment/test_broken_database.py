@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from fedlora.cli import doctor
+from fedlora.common import processes
 from fedlora.common.errors import RunError
-from fedlora.deployment import superlink_data, watched
+from fedlora.deployment import server, superlink_data
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +62,11 @@ def test_a_server_refuses_it_before_flower_starts(
     def start(*_: object, **__: object) -> None:
         raise AssertionError("started")
 
-    monkeypatch.setattr(watched.processes, "start", start)
+    monkeypatch.setattr(processes, "start", start)
     path = changed(tmp_path / "superlink.db", whole, "DELETE FROM alembic_version")
     with pytest.raises(RunError, match="a SuperLink was killed while it made this database"):
-        watched.serve(
-            None, host="127.0.0.1", port=watched.free_port(), state=tmp_path / "state", database=path, insecure=True
+        server.serve(
+            None, host="127.0.0.1", port=processes.free_port(), state=tmp_path / "state", database=path, insecure=True
         )
 
 

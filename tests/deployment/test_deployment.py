@@ -27,7 +27,9 @@ import yaml
 from fedlora.cli import main
 from fedlora.common import processes
 from fedlora.common.errors import ConfigError, DataError, RunError
-from fedlora.deployment import certificates, flower_programs, watched
+from fedlora.deployment import certificates, connection, flower_programs, watched
+from fedlora.deployment import node as nodes_program
+from fedlora.deployment import server as servers_program
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = ROOT / "docs" / "examples"
@@ -42,7 +44,7 @@ def certs(tmp_path):
 @pytest.mark.parametrize("server", ["fed.example.org", "http://fed:9092", "fed:", ":9092", "fed:99999"])
 def test_an_address_is_host_and_port(server, certs):
     with pytest.raises(ConfigError, match="expected HOST:PORT"):
-        watched.check_server(server, certs / "ca.crt")
+        connection.check_server(server, certs / "ca.crt")
 
 
 def test_the_file_of_trusted_entities_goes_to_flowers_node(tmp_path, certs, monkeypatch):
@@ -52,12 +54,12 @@ def test_the_file_of_trusted_entities_goes_to_flowers_node(tmp_path, certs, monk
         asked.append([*command])
         raise RunError("enough")
 
-    monkeypatch.setattr(watched._Programs, "start", program)
-    monkeypatch.setattr(watched, "_wait_for", lambda *_: 0.0)
+    monkeypatch.setattr(watched.Programs, "start", program)
+    monkeypatch.setattr(nodes_program, "_wait_for", lambda *_: 0.0)
     trusted, ca, key = tmp_path / "trusted.yaml", certs / "ca.crt", certs / "north"
 
     def join():
-        watched.join("127.0.0.1:9", ca, key, node_config={}, state=tmp_path / "state", trusted_entities=trusted)
+        nodes_program.join("127.0.0.1:9", ca, key, node_config={}, state=tmp_path / "state", trusted_entities=trusted)
 
     with pytest.raises(ConfigError, match=r"--trusted-entities .*trusted\.yaml: no such file"):
         join()
@@ -71,36 +73,36 @@ def test_the_file_of_trusted_entities_goes_to_flowers_node(tmp_path, certs, monk
 def test_a_missing_file_is_named(tmp_path, certs):
     (certs / "server.pem").unlink()
     with pytest.raises(ConfigError, match=r"--certs .*server\.pem: no such file"):
-        watched.serve(certs, host="127.0.0.1", port=9092, state=tmp_path / "state")
+        servers_program.serve(certs, host="127.0.0.1", port=9092, state=tmp_path / "state")
     with pytest.raises(ConfigError, match="--certs: expected the folder"):
-        watched.serve(None, host="127.0.0.1", port=9092, state=tmp_path / "state")
+        servers_program.serve(None, host="127.0.0.1", port=9092, state=tmp_path / "state")
     for ca, key, says in [
         (None, certs / "north", r"--ca: expected ca\.crt, or --insecure"),
         (certs / "ca.crt", None, "--key: expected"),
         (certs / "ca.crt", certs / "nobody", "--key .*nobody: no such file"),
     ]:
         with pytest.raises(ConfigError, match=says):
-            watched.join("127.0.0.1:9092", ca, key, node_config={}, state=tmp_path / "state")
+            nodes_program.join("127.0.0.1:9092", ca, key, node_config={}, state=tmp_path / "state")
     with pytest.raises(DataError, match=r"--data .*rows\.jsonl: no such file"):
-        watched.data_file(tmp_path / "rows.jsonl")
+        nodes_program.data_file(tmp_path / "rows.jsonl")
     assert not (tmp_path / "state").exists()
 
 
 def test_a_server_that_is_not_there_and_one_without_tls(certs):
     with pytest.raises(RunError, match="nobody answers at"):
-        watched.check_server(f"127.0.0.1:{processes.free_port()}", certs / "ca.crt")
+        connection.check_server(f"127.0.0.1:{processes.free_port()}", certs / "ca.crt")
     server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
         address = f"127.0.0.1:{server.server_port}"
         with pytest.raises(RunError, match="does not speak TLS"):
-            watched.check_server(address, certs / "ca.crt")
+            connection.check_server(address, certs / "ca.crt")
         with pytest.raises(ConfigError, match="holds no certificate in PEM format"):
-            watched.check_server(address, certs / "north")
-        watched.check_server(address, None)
+            connection.check_server(address, certs / "north")
+        connection.check_server(address, None)
         with pytest.raises(RunError, match=f"cannot listen on 127.0.0.1:{server.server_port}: Address already in use"):
-            watched.serve(certs, host="127.0.0.1", port=server.server_port, state=certs / "state")
+            servers_program.serve(certs, host="127.0.0.1", port=server.server_port, state=certs / "state")
     finally:
         server.shutdown()
         thread.join()
@@ -153,15 +155,15 @@ def test_a_server_is_reached_through_the_proxy_of_the_environment(certs, proxy, 
     address = f"127.0.0.1:{server.server_port}"
     try:
         monkeypatch.setenv("HTTPS_PROXY", f"http://me:a%20secret@127.0.0.1:{port}")
-        watched.check_server(address, certs / "ca.crt")
+        connection.check_server(address, certs / "ca.crt")
         assert asked == [address]
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        watched.check_server(address, certs / "ca.crt")
+        connection.check_server(address, certs / "ca.crt")
         assert asked == [address]
         monkeypatch.delenv("NO_PROXY")
         monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
         with pytest.raises(RunError, match=r"nobody answers at .*407"):
-            watched.check_server(address, certs / "ca.crt")
+            connection.check_server(address, certs / "ca.crt")
     finally:
         server.shutdown()
         thread.join()
@@ -202,18 +204,18 @@ def clock():
 def test_a_clock_that_is_off_is_named_before_flowers_node_starts(tmp_path, monkeypatch, clock, there, says):
     address, ahead = clock
     ahead[0] = there
-    monkeypatch.setattr(watched, "_Programs", lambda *_: pytest.fail("Flower's node was started"))
+    monkeypatch.setattr(nodes_program, "Programs", lambda *_: pytest.fail("Flower's node was started"))
     with pytest.raises(RunError, match=f"{says}.*more than 5 s ahead or 305 s behind; set the clock"):
-        watched.join(address, None, None, node_config={}, state=tmp_path / "state", insecure=True)
+        nodes_program.join(address, None, None, node_config={}, state=tmp_path / "state", insecure=True)
 
 
 @pytest.mark.parametrize("there", [0, 3, -3, 200, -4.6, 304.4])
 def test_clocks_may_differ_a_little(clock, there):
     address, ahead = clock
     ahead[0] = there
-    off = watched.check_server(address, None)
+    off = connection.check_server(address, None)
     assert abs(off + there) <= 2.0
-    watched.check_clock(watched._exactly(off, address, None), address)
+    connection.check_clock(connection.exactly_ahead(off, address, None), address)
 
 
 def test_a_node_whose_signature_is_refused_says_so(tmp_path, monkeypatch, clock):
@@ -237,9 +239,9 @@ def test_a_node_whose_signature_is_refused_says_so(tmp_path, monkeypatch, clock)
         def wait(self, meanwhile=None):
             return "flower-supernode", "INFO: Finished server process [42]"
 
-    monkeypatch.setattr(watched, "_Programs", Programs)
+    monkeypatch.setattr(nodes_program, "Programs", Programs)
     with pytest.raises(RunError, match="does not take any more what this node signs: its key is no longer registered"):
-        watched.join(clock[0], None, None, node_config={}, state=tmp_path / "state", insecure=True)
+        nodes_program.join(clock[0], None, None, node_config={}, state=tmp_path / "state", insecure=True)
 
 
 def test_an_expired_certificate_is_named_at_once(tmp_path, monkeypatch):
@@ -247,27 +249,27 @@ def test_an_expired_certificate_is_named_at_once(tmp_path, monkeypatch):
     old = tmp_path / "old"
     says = r"old/ca\.crt: the certificate expired on \d{4}-.* UTC, and this machine's clock says .*; make new ones"
     with pytest.raises(ConfigError, match=says):
-        watched.serve(old, host="127.0.0.1", port=9092, state=tmp_path / "state")
+        servers_program.serve(old, host="127.0.0.1", port=9092, state=tmp_path / "state")
     with pytest.raises(ConfigError, match=says):
-        watched.join("127.0.0.1:9", old / "ca.crt", old / "north", node_config={}, state=tmp_path / "state")
-    with pytest.raises(ConfigError, match=says), watched._connection("127.0.0.1:9", old / "ca.crt", insecure=False):
+        nodes_program.join("127.0.0.1:9", old / "ca.crt", old / "north", node_config={}, state=tmp_path / "state")
+    with pytest.raises(ConfigError, match=says), connection._connection("127.0.0.1:9", old / "ca.crt", insecure=False):
         pass
     assert not (tmp_path / "state").exists()
     certificates.make(tmp_path / "new", nodes=["north"])
-    watched.check_dates(tmp_path / "new" / "server.pem")
+    connection.check_dates(tmp_path / "new" / "server.pem")
 
     class Early(datetime):
         @classmethod
         def now(cls, tz=None):
             return datetime(2001, 1, 1, tzinfo=tz)
 
-    monkeypatch.setattr(watched, "datetime", Early)
+    monkeypatch.setattr(connection, "datetime", Early)
     with pytest.raises(ConfigError, match=r"server\.pem: the certificate is not valid before 20.*set the clock"):
-        watched.check_dates(tmp_path / "new" / "server.pem")
+        connection.check_dates(tmp_path / "new" / "server.pem")
 
 
 def test_a_server_that_tells_no_time_is_taken():
-    assert watched._ahead("", 0.0, 1.0) == watched._ahead("soon", 0.0, 1.0) == 0.0
+    assert connection._ahead("", 0.0, 1.0) == connection._ahead("soon", 0.0, 1.0) == 0.0
 
 
 def test_a_certificate_of_another_time_asks_for_the_clock(certs, monkeypatch):
@@ -281,7 +283,7 @@ def test_a_certificate_of_another_time_asks_for_the_clock(certs, monkeypatch):
     with pytest.raises(
         RunError, match=r"is not yet valid; this machine's clock says \d{4}-.* UTC: set it if it is wrong"
     ):
-        watched.check_server("127.0.0.1:1", certs / "ca.crt")
+        connection.check_server("127.0.0.1:1", certs / "ca.crt")
 
 
 def test_what_flower_says_is_found_in_its_log():
@@ -302,13 +304,13 @@ def test_a_workers_socket_has_a_path_that_the_system_takes(tmp_path, monkeypatch
     far = tmp_path / ("x" * 90)
     far.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(far))
-    with watched._worker(True) as settings:
+    with nodes_program._worker(True) as settings:
         socket = Path(str(settings["worker"]))
         assert len(str(socket)) < 100
         assert socket.parent.stat().st_mode & 0o777 == 0o700
         assert settings["node-pid"] == os.getpid()
     assert not socket.parent.exists()
-    with watched._worker(False) as settings:
+    with nodes_program._worker(False) as settings:
         assert settings == {}
 
 

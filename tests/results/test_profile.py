@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
-from fedlora.cli import main
+from fedlora.cli.run import Engine, run
 from fedlora.common.errors import ConfigError
 from fedlora.deployment.flower_programs import config_table
 from fedlora.exchange import wire
@@ -150,26 +150,26 @@ def test_the_command_prints_the_table_and_goes_with_resume(tmp_path, tiny_llama,
     monkeypatch.setenv("COLUMNS", "160")
     preset = tmp_path / "run.toml"
     preset.write_text(config_table(tiny(tmp_path, tiny_llama, federation__rounds=1)), encoding="utf-8")
-    main.run(str(preset), profile=True)
+    run(str(preset), profile=True)
     shown = capsys.readouterr().out
     assert "where the time went: round 1" in shown
     assert "adapters, backward" in shown
     assert TRACE in shown
 
     folder = tmp_path / "runs" / "tiny" / "one"
-    main.run(None, ["federation.rounds=2"], resume=folder, profile=True)
+    run(None, ["federation.rounds=2"], resume=folder, profile=True)
     assert "where the time went: round 2" in capsys.readouterr().out
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     (folder / "result.json").write_text(json.dumps(result | {"status": "interrupted"}), encoding="utf-8")
-    main.run(None, resume=folder, profile=True)
+    run(None, resume=folder, profile=True)
     assert "no profile: this run had no round to play" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("elsewhere", "says"),
-    [({"engine": main.Engine.flower}, "--engine flower"), ({"server": "localhost:9092"}, "--server")],
+    [({"engine": Engine.flower}, "--engine flower"), ({"server": "localhost:9092"}, "--server")],
     ids=["flower", "server"],
 )
 def test_it_refuses_what_computes_elsewhere(elsewhere, says):
     with pytest.raises(ConfigError, match=f"--profile times this process, and with {says}"):
-        main.run("quickstart", profile=True, **elsewhere)
+        run("quickstart", profile=True, **elsewhere)

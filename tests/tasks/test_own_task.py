@@ -133,7 +133,7 @@ def test_a_task_of_ones_own_runs_with_its_options_and_its_metric(tmp_path, tiny_
 def test_both_engines_learn_the_same_of_a_task_of_ones_own(tmp_path, tiny_llama, own):
     keys: dict[str, Any] = {"model__task": f"{own}:MyTask", "model__task_options": "weight=3"}
     config = tiny(tmp_path, tiny_llama, **keys, evaluate__clients=True)
-    simulation.run(config)
+    simulation.in_process(config)
     other = parse({"run.id": "two"}, config)
     flower.run(other)
     assert apart(saved_adapter(folder_of(config)), saved_adapter(folder_of(other))) <= 1e-6
@@ -189,7 +189,7 @@ def test_a_bad_one_is_named_before_any_weight_is_read(tmp_path, tiny_llama, own,
     monkeypatch.setattr(read, "weights", nothing)
     config = tiny(tmp_path, tiny_llama, model__task=task, model__task_options=options)
     with pytest.raises((ConfigError, TaskError), match=message):
-        simulation.run(config)
+        simulation.in_process(config)
     assert not folder_of(config).exists()
 
 
@@ -215,7 +215,7 @@ def test_a_bad_one_is_named_before_any_weight_is_read(tmp_path, tiny_llama, own,
 )
 def test_what_a_method_gives_is_checked_where_it_is_used(tmp_path, tiny_llama, own, task, error, message):
     with pytest.raises(error, match=message):
-        simulation.run(tiny(tmp_path, tiny_llama, model__task=f"{own}:{task}"))
+        simulation.in_process(tiny(tmp_path, tiny_llama, model__task=f"{own}:{task}"))
 
 
 @pytest.mark.parametrize("name", NAMES)

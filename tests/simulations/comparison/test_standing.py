@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from fedlora.cli.experiments import experiments
+from fedlora.cli.main import app
 from fedlora.common.errors import FedLoraError
 from fedlora.simulations.comparison.compare import Slot, Standing
 from fedlora.simulations.comparison.grid import Cell, Grid
@@ -119,7 +119,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "mine.toml").write_text(WHOLE, encoding="utf-8")
     runner = CliRunner()
-    return lambda *words: runner.invoke(experiments, list(words))
+    return lambda *words: runner.invoke(app, list(words))
 
 
 def test_a_dry_run_lists_cells_and_runs_nothing(call, tmp_path: Path) -> None:
