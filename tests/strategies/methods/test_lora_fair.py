@@ -118,7 +118,7 @@ def test_a_small_lam_approaches_no_lam() -> None:
 def test_cosine_ends_where_the_gradient_of_the_dense_objective_is_zero(parts: list[naive.Part], lam: float) -> None:
     mean_a, mean_b = reference.padded_means(parts)
     exact = naive.ideal(parts)
-    # With more rows than inputs the objective is all but flat along some of X, and the search ends short of its minimum.
+    # With more rows than inputs the objective is all but flat along some of X, and the search ends before its minimum
     assume(mean_a.shape[0] <= mean_a.shape[1])
 
     def objective(x: Tensor) -> Tensor:
