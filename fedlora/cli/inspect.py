@@ -67,10 +67,11 @@ def data(
     from fedlora.results.display import data_table
     from fedlora.tasks.registry import check_task
 
+    task = check_task(settings)
     split = prepare(settings)
     out.print(
         data_table(
-            client_statistics(split, settings.data, check_task(settings)),
+            client_statistics(split, settings.data, task),
             settings,
             len(split.heldout),
             every=every_client,
@@ -88,7 +89,7 @@ def data(
     from fedlora.results.display import example_text
 
     out.print("as the model sees them; what is learned stands between ⟦ and ⟧", style="dim")
-    for example in first_examples(split.rows, show, tokenizer_of(settings.model), settings.data, check_task(settings)):
+    for example in first_examples(split.rows, show, tokenizer_of(settings.model), settings.data, task):
         out.print(example_text(example), soft_wrap=True)
 
 

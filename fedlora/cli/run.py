@@ -93,13 +93,7 @@ def run(
     if profile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler talks on stderr; read when torch is loaded
     settings = load(config, overrides) if config is not None else _resumed(resume, overrides, from_round)
-    from fedlora.tasks.registry import check_task
-
-    check_task(settings)
-    if server is None:
-        from fedlora.strategies.registry import check_ranks  # pyright: ignore[reportMissingImports]
-
-        check_ranks(settings)  # nodes have ranks of their own, which the server checks when it has met them
+    _check_names(settings, here=server is None)
     places: tuple[str, ...] = ()
     if devices is not None:
         from fedlora.simulations.engines.devices import devices_of  # pyright: ignore[reportMissingImports]
@@ -153,6 +147,24 @@ def _resumed(folder: Path | None, overrides: list[str] | None, from_round: int |
 
     assert folder is not None
     return resumed(folder, overrides or [], -1 if from_round is None else from_round)
+
+
+def _check_names(settings: configuration.Config, *, here: bool) -> None:
+    """Refuse a task or a strategy that cannot be, before anything is loaded.
+
+    Args:
+        settings: of the run.
+        here: false where a server carries it out: its machine may have a task of a user's own that this one has not,
+            and its nodes have ranks of their own, which it checks when it has met them.
+    """
+    from fedlora.tasks.registry import check_task, is_own
+
+    if here or not is_own(settings.model):
+        check_task(settings)
+    if here:
+        from fedlora.strategies.registry import check_ranks  # pyright: ignore[reportMissingImports]
+
+        check_ranks(settings)
 
 
 def _check_options(

@@ -82,7 +82,7 @@ def get(
     given = dict(zip(modules, scalings, strict=True))
     for module in given if like is None else like.lora:
         scaling, sent = given[module], None if like is None else like.lora[module]
-        if not 0 < scaling < math.inf:
+        if not (0 < scaling < math.inf or (like is None and -math.inf < scaling < 0)):  # a fold may take away
             raise WireError(f"{short(module)}: {who} sent scaling {scaling!r}, expected a positive number")
         if sent is not None:
             if not math.isclose(scaling, sent.scaling, rel_tol=_ROUNDING):  # it may have been computed in fp32

@@ -31,6 +31,11 @@ TASKS = Registry(
 _SAID = ("forms", "metrics", "peft_type", "pipeline", "kind")
 
 
+def is_own(model: ModelConfig) -> bool:
+    """Whether the task is a user's own, which another machine may have and this one not."""
+    return ":" in model.task
+
+
 @lru_cache(maxsize=32)
 def task_of(model: ModelConfig) -> Task:
     """The task that `model.task` names, with the options of `model.task-options` and those that other keys set.

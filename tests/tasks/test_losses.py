@@ -22,7 +22,7 @@ def trained(tiny_llama):
     bench = adapted.adapted_model(ModelConfig(name=str(tiny_llama), quantization="none", device="cpu"), lora)
     g = torch.Generator().manual_seed(0)
     start = initial(injection.shapes(bench.config, lora).lora, lambda name: 3, lambda name: 1.0, g)
-    yield bench.model, adapted.install(bench, start, "AB")
+    yield bench.model, adapted.install(bench, start, "AB").parameters
     adapted.forget()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +228,8 @@ def test_every_built_in_task_says_what_it_is(name):
 
 def test_a_task_is_a_value():
     assert task_of(ModelConfig()) == CausalLM()
+
+
+def test_the_table_of_tasks_loads_no_torch() -> None:
+    code = "import sys, fedlora.tasks.registry; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)

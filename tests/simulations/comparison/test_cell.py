@@ -18,7 +18,7 @@ from fedlora.data import encode, prepare
 from fedlora.models import adapted, load_base
 from fedlora.simulations.comparison import cell as cells
 from fedlora.simulations.comparison.grid import Grid, load
-from fedlora.strategies.initializers.uniform import start
+from fedlora.strategies.initializers.uniform import seeded
 from fedlora.strategies.registry import simulated
 from fedlora.tasks.classification import Classification
 from fedlora.tasks.predict import evaluate
@@ -180,7 +180,7 @@ def test_strategies_of_one_seed_have_one_start_one_sample_and_one_order(tmp_path
     starts, runs = [], []
     for cell in grid_of(tmp_path, config, ["fedavg", "flora"]).cells:
         order.append([])
-        starts.append(start(cell.configs[0], simulated(cell.configs[0])))
+        starts.append(seeded(cell.configs[0], simulated(cell.configs[0])))
         (run,) = cells.run(cell, tmp_path / "work")["runs"]
         runs.append(run)
         adapted.forget()

@@ -1,0 +1,105 @@
+"""A privacy stage of a user's own, at all four places; and one that changes nothing. Both engines."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fedlora.common.errors import ConfigError, StrategyError
+from fedlora.config import parse
+from fedlora.results.run_folder import folder_of
+from fedlora.simulations.engines import flower
+from tests.federation import run_locally, tiny
+from tests.plugins.module import write_module
+from tests.simulations.engines.test_local import apart, saved_adapter
+
+MINE = '''
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from fedlora.adapters import map_tensors
+from fedlora.exchange.stages import Stage
+
+
+@dataclass(frozen=True)
+class Noisy(Stage):
+    """Clipped gradients and noise on what leaves a client; the server counts all clients alike, and adds noise."""
+
+    clip: float = 0.05
+    noise: float = 1e-3
+    linear: ClassVar[bool] = True
+
+    def gradients(self, parameters):
+        for p in parameters:
+            if p.grad is not None:
+                p.grad.mul_(min(1.0, self.clip / (float(p.grad.norm()) + 1e-12)))
+
+    def leaving(self, adapter, sent, seed):
+        g = torch.Generator().manual_seed(seed)
+        return map_tensors(lambda name, x: x + self.noise * torch.randn(x.shape, generator=g), adapter)
+
+    def arriving(self, updates, number):
+        for update in updates:
+            yield replace(update, num_examples=1)
+
+    def aggregated(self, before, after, number):
+        g = torch.Generator().manual_seed(number)
+        return map_tensors(lambda name, x: x + self.noise * torch.randn(x.shape, generator=g), after)
+
+
+@dataclass(frozen=True)
+class NotOne:
+    pass
+'''
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    return write_module(tmp_path, monkeypatch, "stages_of_mine", MINE) + ":Noisy"
+
+
+def config_of(folder, model, stages, **keys):
+    common = {"strategy__name": "fedavg", "lora__ranks": "", "lora__rank": 2, "train__lr": 2e-2, "train__steps": 6}
+    return tiny(folder, model, privacy__stages=stages, **common, **keys)
+
+
+@pytest.mark.parametrize("at_once", ["1", "auto"])
+def test_each_place_counts_and_the_run_learns(tmp_path, tiny_llama, mine, at_once):
+    plain, before = run_locally(config_of(tmp_path, tiny_llama, "", train__clients_at_once=at_once))
+    noisy, result = run_locally(config_of(tmp_path, tiny_llama, mine, run__id="two", train__clients_at_once=at_once))
+    assert apart(saved_adapter(plain), saved_adapter(noisy)) > 1e-3
+    assert result["rounds"][-1]["heldout"]["loss"] < result["baseline"]["loss"]
+    same, _ = run_locally(config_of(tmp_path, tiny_llama, "unchanged", run__id="three", train__clients_at_once=at_once))
+    assert apart(saved_adapter(plain), saved_adapter(same)) == 0.0
+    assert before["status"] == "completed"
+
+
+@pytest.mark.slow
+def test_flowers_engine_runs_it_too(tmp_path, tiny_llama, mine):
+    config = config_of(tmp_path, tiny_llama, mine)
+    folder, _ = run_locally(config)
+    other = parse({"run.id": "two"}, config)
+    flower.run(other)
+    assert json.loads((folder_of(other) / "result.json").read_text())["status"] == "completed"
+    assert apart(saved_adapter(folder), saved_adapter(folder_of(other))) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("stages", "keys", "error", "message"),
+    [
+        ("noise", {}, ConfigError, r"privacy\.stages: unknown privacy stage 'noise'"),
+        ("stages_of_mine:NotOne", {}, ConfigError, "NotOne is no privacy stage; write a frozen dataclass that extends"),
+        (
+            "stages_of_mine:Noisy",
+            {"strategy.name": "flora"},
+            StrategyError,
+            r"Noisy needs a result that is a weighted mean.*Flora is not; .*strategy\.name = .*fedavg",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_run(tmp_path, tiny_llama, mine, stages, keys, error, message):
+    with pytest.raises(error, match=message):
+        run_locally(parse(keys, config_of(tmp_path, tiny_llama, stages)))
