@@ -149,6 +149,24 @@ def _resumed(folder: Path | None, overrides: list[str] | None, from_round: int |
     return resumed(folder, overrides or [], -1 if from_round is None else from_round)
 
 
+def _check_names(settings: configuration.Config, *, here: bool) -> None:
+    """Refuse a task or a strategy that cannot be, before anything is loaded.
+
+    Args:
+        settings: of the run.
+        here: false where a server carries it out: its machine may have a task of a user's own that this one has not,
+            and its nodes have ranks of their own, which it checks when it has met them.
+    """
+    from fedlora.tasks.registry import check_task, is_own
+
+    if here or not is_own(settings.model):
+        check_task(settings)
+    if here:
+        from fedlora.strategies.registry import check_ranks  # pyright: ignore[reportMissingImports]
+
+        check_ranks(settings)
+
+
 def _check_options(
     config: str | None,
     resume: Path | None,

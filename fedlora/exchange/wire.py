@@ -9,13 +9,15 @@ out of a decoder is a value or a `WireError`.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 from flwr.app import ConfigRecord, RecordDict
+from torch.profiler import record_function
 
 from fedlora.adapters import keep_factors, map_tensors
 from fedlora.adapters.flat import OWN
@@ -71,6 +73,19 @@ _KEYS = MappingProxyType(
         "evaluation": frozenset({*_COMMON, "num-examples"}),
     }
 )
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
+
+
+def _timed(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """Coding and reading of messages is a section of a profile."""
+
+    @functools.wraps(function)
+    def within(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+        with record_function("fedlora/codec"):
+            return function(*args, **kwargs)
+
+    return within
 
 
 @dataclass(frozen=True)
@@ -81,6 +96,7 @@ class Reply:
     known_base_version: int
 
 
+@_timed
 def encode_broadcast(broadcast: Broadcast, fingerprint: str, dtype: str = "fp32") -> RecordDict:
     """A train or evaluate message for one client.
 
@@ -109,6 +125,7 @@ def encode_broadcast(broadcast: Broadcast, fingerprint: str, dtype: str = "fp32"
     return record
 
 
+@_timed
 def decode_broadcast(record: RecordDict, fingerprint: str) -> Broadcast:
     """The message as a client reads it.
 
@@ -138,6 +155,7 @@ def decode_broadcast(record: RecordDict, fingerprint: str) -> Broadcast:
     )
 
 
+@_timed
 def encode_update(
     update: ClientUpdate,
     fingerprint: str,
@@ -177,6 +195,7 @@ def encode_update(
     return record
 
 
+@_timed
 def decode_update(
     record: RecordDict, client_id: int, sent: Broadcast, fingerprint: str, most_examples: int = MOST_EXAMPLES
 ) -> Reply:
@@ -225,6 +244,7 @@ def most_bytes(sent: Broadcast) -> int:
     return _ROOM + value_bytes(sent.adapter) + _NAME * len(OWN.put(sent.adapter))
 
 
+@_timed
 def as_received(broadcast: Broadcast, dtype: str) -> Broadcast:
     """The broadcast as its client reads it: the adapter rounded to the number format that carried it."""
     return broadcast if dtype == "fp32" else replace(broadcast, adapter=round_trip(broadcast.adapter, dtype))

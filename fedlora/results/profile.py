@@ -1,16 +1,15 @@
 """Where the time of a round goes: a table by section, and a trace for a browser.
 
 The code marks its sections with `torch.profiler.record_function`, which does next to nothing while no profiler runs.
-What is too fine for that, every LoRA layer and every message, is marked from here while one does.
+LoRA layers, which run too often for that, are marked by hooks while one does.
 """
 
 from __future__ import annotations
 
-import functools
 import gzip
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,7 +51,6 @@ ROWS = {
 }
 _SAME_ROW = {_BASE: _FORWARD}
 _BATCHES = frozenset({"client-step", "evaluate-step", "client-evaluated"})
-_WIRE = ("encode_broadcast", "decode_broadcast", "as_received", "encode_update", "decode_update")
 _NODE = "autograd::engine::evaluate_function"
 
 
@@ -112,7 +110,6 @@ class Profiler:
         bench = adapted_model(self._config.model, self._config.lora)
         self._covers = f"round {number}"
         self._open = ExitStack()
-        self._open.enter_context(_messages_marked())
         self._open.enter_context(_layers_marked(bench))
         self._torch = self._open.enter_context(profiler.profile(activities=profiler.supported_activities()))
         self._open.enter_context(profiler.record_function(_PREFIX + _ROUND))
@@ -306,29 +303,3 @@ def _hooks(module: nn.Module, section: str) -> list[Any]:
         marks.pop().__exit__(None, None, None)
 
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
-
-
-@contextmanager
-def _messages_marked() -> Iterator[None]:
-    """Coding and reading of messages, on both sides, is a section."""
-    from fedlora.exchange import wire
-
-    plain = {name: getattr(wire, name) for name in _WIRE}
-    for name, function in plain.items():
-        setattr(wire, name, _marked(function))
-    try:
-        yield
-    finally:
-        for name, function in plain.items():
-            setattr(wire, name, function)
-
-
-def _marked(function: Callable[..., Any]) -> Callable[..., Any]:
-    from torch.profiler import record_function
-
-    @functools.wraps(function)
-    def within(*args: Any, **kwargs: Any) -> Any:
-        with record_function(_PREFIX + _CODEC):
-            return function(*args, **kwargs)
-
-    return within

@@ -72,13 +72,13 @@ def test_the_result_is_bitwise_that_of_a_run_without_it(tmp_path, tiny_llama):
     for name in ("plain", "watched"):
         (tmp_path / name).mkdir()
     plain, expected = run_locally(tiny(tmp_path / "plain", tiny_llama))
-    before = {name: getattr(wire, name) for name in profile._WIRE}
+    before = dict(vars(wire))
     folder, _, _, result = watched(tiny(tmp_path / "watched", tiny_llama))
     for name, values in tensors(plain).items():
         assert (tensors(folder)[name] == values).all()
     assert [r["train-loss"] for r in result["rounds"]] == [r["train-loss"] for r in expected["rounds"]]
     assert result["baseline"] == expected["baseline"]
-    assert {name: getattr(wire, name) for name in profile._WIRE} == before
+    assert vars(wire) == before
     assert adapted._current is not None
     layers = adapted._current[1].layers.values()
     assert not any(layer._forward_hooks or layer.get_base_layer()._forward_hooks for layer in layers)
