@@ -224,21 +224,3 @@ def _interruptible(folder: Path, server: str | None) -> Iterator[None]:
                 end = "before anything was run" if server is None else f"and stopped on the server at {server}"
                 err.print(f"[yellow]interrupted[/yellow] {end}", soft_wrap=True)
             raise typer.Exit(128 + (told.number or signal.SIGINT)) from None
-
-
-def _check_names(settings: configuration.Config, *, here: bool) -> None:
-    """Refuse a task or a strategy that cannot be, before anything is loaded.
-
-    Args:
-        settings: of the run.
-        here: false where a server carries it out: its machine may have a task of a user's own that this one has not,
-            and its nodes have ranks of their own, which it checks when it has met them.
-    """
-    from fedlora.tasks.registry import check_task, is_own
-
-    if here or not is_own(settings.model):
-        check_task(settings)
-    if here:
-        from fedlora.strategies.registry import check_ranks  # pyright: ignore[reportMissingImports]
-
-        check_ranks(settings)
