@@ -26,6 +26,7 @@ from fedlora.data import LazyExamples
 from fedlora.models import adapted, fresh_head, injection, load_base, peft_files
 from fedlora.models.base.limits import longest
 from fedlora.models.base.read import quiet
+from fedlora.tasks.base import Task
 from fedlora.tasks.checked import mean_loss
 from fedlora.tasks.predict import evaluate, predict
 from fedlora.trained import evaluate as checkpoint_scores
@@ -121,7 +122,9 @@ def train(config: Config) -> Trained:
     trainer.train(bench.task, bench.model, parameters, examples, settings, pad_id=pad, round=1, rounds=1, seed=0)
     bench.model.eval()
     after = [evaluate(bench.task, bench.model, [one], 1, pad)["loss"] for one in examples]
-    return Trained(config, bench, examples, before, after, adapted.read(bench), logits(bench, examples, pad))
+    return Trained(
+        config, bench, examples, before, after, adapted.read(bench), logits(bench.task, bench.model, examples, pad)
+    )
 
 
 def drawn(shapes: injection.Shapes) -> AdapterState:
@@ -136,12 +139,12 @@ def drawn(shapes: injection.Shapes) -> AdapterState:
     return AdapterState(lora=lora, tensors=fresh_head(shapes.tensors, 1))
 
 
-def logits(bench: adapted.AdaptedModel, examples: LazyExamples, pad: int) -> Tensor:
+def logits(task: Task, model: Any, examples: LazyExamples, pad: int) -> Tensor:
     """Of all examples in one batch; of a causal model where no padding is."""
-    batch = bench.task.collate(list(examples), pad)
+    batch = task.collate(list(examples), pad)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        found = bench.model.eval()(**inputs).logits
+        found = model.eval()(**inputs).logits
     return found if found.ndim == 2 else found[batch["attention_mask"].bool()]
 
 
@@ -161,11 +164,13 @@ def check_files(done: Trained, species: Species, out: Path) -> None:
     with_adapter = PeftModel.from_pretrained(
         plain(Path(done.config.model.name), species, **classes), str(out / "adapter")
     )
-    torch.testing.assert_close(logits(with_adapter, done.examples, pad), done.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(done.bench.task, with_adapter, done.examples, pad), done.logits, rtol=1e-4, atol=1e-4
+    )
     source = export.find(out / "adapter")
     export.write_merged(source, peft_files.read_adapter(source.adapter), out / "merged", lambda state: state, {})
     merged = plain(out / "merged", species)
-    torch.testing.assert_close(logits(merged, done.examples, pad), done.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(done.bench.task, merged, done.examples, pad), done.logits, rtol=1e-4, atol=1e-4)
 
 
 def check_length(done: Trained) -> None:
@@ -276,7 +281,9 @@ def test_a_quantized_model_is_served(name: str, quantization: str, folders: Path
     base = load_base(config.model)  # from the copy on disk
     again = checkpoint_scores.load(base, [tmp_path / "adapter"], config)
     close = 5e-2 if quantization == "int8" else 1e-4
-    torch.testing.assert_close(logits(again, done.examples, base.pad_id), done.logits, rtol=close, atol=close)
+    torch.testing.assert_close(
+        logits(done.bench.task, again, done.examples, base.pad_id), done.logits, rtol=close, atol=close
+    )
 
 
 def test_a_model_whose_layers_cannot_be_quantized_is_refused(folders: Path) -> None:
