@@ -4,13 +4,17 @@ import doctest
 import html
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from fedlora.config import describe
+from fedlora.clients.node.rules import check_plugins
+from fedlora.common.errors import ConfigError
+from fedlora.config import Scalar, describe, find_preset, load, parse, parse_overrides
+from fedlora.strategies.registry import check_ranks
 from tests.federation import run_locally, tiny, write_labels
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,25 +77,91 @@ def test_the_site_is_built_without_a_warning_and_asks_no_network(tmp_path):
             assert not fetched, page
 
 
-def code_under(page: str, heading: str) -> str:
-    """The first block of Python below a heading of the second level."""
+def shown_under(page: str, heading: str, language: str) -> str:
+    """The first block of a language below a heading of the second level."""
     section = (DOCS / page).read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return section.split("```python\n")[1].split("```")[0]
+    return section.split(f"```{language}\n")[1].split("```")[0]
 
 
-def test_the_task_of_your_own_runs_as_shown(tmp_path, tiny_bert, monkeypatch):
-    code = code_under("extending.md", "A task")
-    assert 15 <= len([line for line in code.splitlines() if line.strip()]) <= 30
-    (tmp_path / "shown_task.py").write_text(code, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
+def keys_of(command: str) -> dict[str, Scalar]:
+    """What `-c KEY=VALUE` sets in a command."""
+    words = shlex.split(command)
+    return parse_overrides(words[i + 1] for i, word in enumerate(words) if word == "-c")
+
+
+@pytest.fixture
+def shown(tmp_path, monkeypatch):
+    """Writes the module that a section of extending.md shows; the keys of the command below it."""
+
+    def write(heading: str) -> dict[str, Scalar]:
+        code, command = (shown_under("extending.md", heading, language) for language in ("python", "sh"))
+        assert 12 <= len([line for line in code.splitlines() if line.strip()]) <= 40
+        keys = keys_of(command)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "mypkg"]:
+            monkeypatch.delitem(sys.modules, name)
+        (module,) = {value.split(":")[0] for value in map(str, keys.values()) if value.startswith("mypkg.")}
+        (tmp_path / "mypkg").mkdir()
+        (tmp_path / "mypkg" / f"{module.partition('.')[2]}.py").write_text(code, encoding="utf-8")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        check_ranks(parse(keys, load(find_preset(shlex.split(command)[2]))))  # the preset in the command fits
+        return keys
+
+    return write
+
+
+def test_the_task_of_your_own_runs_as_shown(tmp_path, tiny_bert, shown):
     config = tiny(
         tmp_path,
         tiny_bert,
         lora__target_modules="query,value",
         data__source=str(write_labels(tmp_path / "labels.jsonl")),
         data__partition="iid",
-        model__task="shown_task:Smoothed",
-        model__task_options="smoothing=0.2",
     )
-    _, result = run_locally(config)
+    _, result = run_locally(parse(shown("A task"), config))
     assert 0.5 <= result["rounds"][-1]["heldout"]["confidence"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("heading", "without"),
+    [
+        ("A strategy", "strategy.options"),
+        ("An initializer", "lora.init-options"),
+        ("A client optimizer", "train.optimizer-options"),
+        ("An adapter kind", "lora.kind-options"),
+        ("A layer rule", "strategy.options"),
+        ("A privacy stage", "privacy.stages"),
+    ],
+)
+def test_a_plug_in_of_your_own_runs_as_shown_and_its_option_counts(tmp_path, tiny_llama, shown, heading, without):
+    base = tiny(tmp_path, tiny_llama, train__lr=2e-2, train__clients_at_once="auto")
+    keys = shown(heading)
+    _, result = run_locally(parse(keys, base))
+    assert result["rounds"][-1]["heldout"]["loss"] < result["baseline"]["loss"]
+    plain = {key: value for key, value in keys.items() if key != without} | {"run.id": "two"}
+    _, other = run_locally(parse(plain, base))
+    assert other["rounds"][-1]["heldout"]["loss"] != result["rounds"][-1]["heldout"]["loss"]
+
+
+def test_the_schedule_of_your_own_runs_as_shown(tmp_path, tiny_llama, shown):
+    keys = shown("A schedule")
+    config = tiny(tmp_path, tiny_llama)
+    _, result = run_locally(parse(keys, config))
+    assert [entry["round"] for entry in result["rounds"]] == [1]
+    _, whole = run_locally(parse({**keys, "federation.schedule-options": "", "run.id": "two"}, config))
+    assert len(whole["rounds"]) == config.federation.rounds
+
+
+def test_the_plug_ins_that_nodes_have_to_allow_are_those_that_the_page_names():
+    page = (DOCS / "extending.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[.* \| `([a-z.]+)` \| .* \| (.*) \|$", page, flags=re.MULTILINE)
+    assert len(rows) == 7
+    for key, importers in rows:
+        config = parse({key: "mypkg.mine:Mine"})
+        if "nodes" not in importers or "statistic" in importers:
+            check_plugins(config, {})
+            continue
+        with pytest.raises(ConfigError, match=f"{key} = 'mypkg.mine:Mine' is code of its own"):
+            check_plugins(config, {})
+        check_plugins(config, {"plugins": "mypkg.mine:Mine"})
+    with pytest.raises(ConfigError, match=r"the statistic of round 0 = 'mypkg.mine:Mine' is code of its own"):
+        check_plugins(parse({}), {}, "mypkg.mine:Mine")
