@@ -46,6 +46,7 @@ class Strategy(ABC):
         any_kind: True if the method averages whatever adapters consist of, and so serves every `lora.kind`; else it
             needs LoRA's factors A and B.
         personal: the factors, of "A" and "B", that stay on the clients.
+        cores: True if the method keeps and aggregates a core R between A and B.
         starts_with: the initializer that the method needs, where LoRA's own start is not enough; see `lora.init`.
     """
 
@@ -55,6 +56,7 @@ class Strategy(ABC):
     any_kind: ClassVar[bool] = False
     personal: ClassVar[frozenset[str]] = frozenset()
     starts_with: ClassVar[str] = ""
+    cores: ClassVar[bool] = False
 
     def check(self, clients: Sequence[ClientInfo]) -> None:  # noqa: B027 - most serve everyone
         """Raises StrategyError, before the run starts, if the method cannot serve these clients."""

@@ -144,7 +144,10 @@ def check(strategy: Strategy, clients: Sequence[ClientInfo], lora: LoraConfig) -
     from fedlora.adapters.kinds.registry import KINDS
 
     kind = KINDS.make(lora.kind, lora.kind_options)
+    from .initializers.registry import initializer
+
     with naming_others():
+        initializer(lora, strategy)
         if not (kind.pairs or strategy.any_kind):
             raise StrategyError(
                 f"lora.kind = {lora.kind} has no factors A and B, which strategy.name and its wrappers need here; "

@@ -35,9 +35,11 @@ class Initializer(ABC):
     Attributes:
         statistic: what clients measure in a round 0, before round 1: a name of `clients/statistics`, or a user's own as
             package.module:Class. Empty: nothing is asked, and there is no round 0.
+        cores: True if the start has a core R between A and B; only strategies that keep cores can go on from it.
     """
 
     statistic: ClassVar[str] = ""
+    cores: ClassVar[bool] = False
 
     def ask(self, adapter: AdapterState, client: ClientInfo) -> Broadcast:
         """What one client is asked in round 0: the statistic at the base model, at the client's own ranks.

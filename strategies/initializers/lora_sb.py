@@ -38,6 +38,7 @@ class LoraSb(Initializer):
     first_step: float = 1e-5
 
     statistic: ClassVar[str] = "gradient"
+    cores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.first_step < float("inf"):

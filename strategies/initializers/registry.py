@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fedlora.adapters.kinds.registry import KINDS
 from fedlora.common.errors import StrategyError
 from fedlora.common.registry import Registry
 
@@ -31,7 +32,7 @@ def initializer(lora: LoraConfig, strategy: Strategy) -> Initializer:
 
     Raises:
         ConfigError: there is no such initializer, or it has no such options.
-        StrategyError: the strategy needs another start.
+        StrategyError: the strategy needs another start, or cannot go on from this one.
     """
     needed = strategy.starts_with
     if needed and lora.init not in ("auto", needed):
@@ -39,4 +40,18 @@ def initializer(lora: LoraConfig, strategy: Strategy) -> Initializer:
             f"lora.init = {lora.init}: this strategy trains between factors that start as {needed} makes them; "
             f"set lora.init = auto, or {needed}"
         )
-    return INITIALIZERS.make(needed or "uniform" if lora.init == "auto" else lora.init, lora.init_options)
+    name = (needed or "uniform") if lora.init == "auto" else lora.init
+    made: Initializer = INITIALIZERS.make(name, lora.init_options)
+    if made.cores and not strategy.cores:
+        raise StrategyError(
+            f"lora.init = {name} starts with a core between A and B, which this strategy does not keep; "
+            "set lora.init = auto",
+            needs="cores",
+        )
+    kind = KINDS.make(lora.kind, lora.kind_options)
+    if not kind.pairs and name != "uniform":
+        raise StrategyError(
+            f"lora.init = {name} starts LoRA's A and B, and lora.kind = {lora.kind} has none; set lora.init = auto, or "
+            "lora.kind = lora"
+        )
+    return made

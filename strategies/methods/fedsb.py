@@ -30,6 +30,7 @@ class FedSb(Strategy):
 
     steady: ClassVar[bool] = True
     starts_with: ClassVar[str] = "lora-sb"
+    cores: ClassVar[bool] = True
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
         """A, B, and the client's block of R, which alone is trained and sent back."""

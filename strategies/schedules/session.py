@@ -77,7 +77,8 @@ class Session:
         """
         check_task(config)
         strategy = configured(config)
-        chosen = initializer(config.lora, strategy)
+        with naming_others():
+            chosen = initializer(config.lora, strategy)
         if strategy.personal and config.evaluate.server and not config.evaluate.clients:
             raise StrategyError(
                 f"strategy.name = {config.strategy.name}: {' and '.join(sorted(strategy.personal))} stays on the "

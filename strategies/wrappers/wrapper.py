@@ -58,6 +58,10 @@ class Wrapper(Strategy):
         return self.inner.personal
 
     @property
+    def cores(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.cores
+
+    @property
     def starts_with(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.inner.starts_with
 

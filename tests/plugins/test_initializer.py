@@ -125,6 +125,13 @@ def test_flowers_engine_runs_it_too(tmp_path, tiny_llama, mine):
         ("initializers_of_mine:MeanInput", {}, ConfigError, "MeanInput is no initializer; write a frozen dataclass"),
         ("lora-sb", {"lora__init_options": "step=1"}, ConfigError, "lora-sb has no option 'step'"),
         ("uniform", {"strategy__name": "fedsb"}, StrategyError, r"lora\.init = uniform: this strategy trains between"),
+        ("lora-sb", {"strategy__name": "flora"}, StrategyError, r"does not keep; .*or use strategy\.name = fedsb"),
+        (
+            "lora-sb",
+            {"strategy__name": "fedavg", "lora__ranks": "2", "lora__kind": "miss"},
+            StrategyError,
+            "does not keep|lora.kind = miss has none",
+        ),
         ("initializers_of_mine:Spoiled", {}, (StrategyError, RunError), r"returned .*q_proj|shape|A \["),
     ],
 )
