@@ -108,6 +108,7 @@ def test_a_run_starts_from_what_clients_measured(tmp_path, tiny_llama, mine, qua
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_flowers_engine_runs_it_too(tmp_path, tiny_llama, mine):
     config = config_of(tmp_path, tiny_llama, mine)
     folder, _ = run_locally(config)

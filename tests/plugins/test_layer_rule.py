@@ -72,6 +72,7 @@ def test_modules_outside_the_plan_stay_where_they_are_and_are_not_sent(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_flowers_engine_runs_it_too(tmp_path, tiny_llama, mine):
     config = tiny(tmp_path, tiny_llama, strategy__name=mine)
     folder, _ = run_locally(config)

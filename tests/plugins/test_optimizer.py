@@ -98,6 +98,7 @@ def test_its_options_and_both_passes_count(tmp_path, tiny_llama, mine):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_flowers_engine_runs_it_too(tmp_path, tiny_llama, mine):
     config = config_of(tmp_path, tiny_llama, mine)
     folder, _ = run_locally(config)

@@ -56,6 +56,7 @@ def test_it_decides_how_many_rounds_there_are(tmp_path, tiny_llama, mine):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_flowers_engine_runs_it_too(tmp_path, tiny_llama, mine):
     config = tiny(tmp_path, tiny_llama, federation__schedule=mine)
     folder, _ = run_locally(config)

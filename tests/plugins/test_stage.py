@@ -78,6 +78,7 @@ def test_each_place_counts_and_the_run_learns(tmp_path, tiny_llama, mine, at_onc
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_flowers_engine_runs_it_too(tmp_path, tiny_llama, mine):
     config = config_of(tmp_path, tiny_llama, mine)
     folder, _ = run_locally(config)
