@@ -17,6 +17,7 @@ from fedlora.tasks.checked import check_batch
 from fedlora.tasks.registry import check_task
 
 from ..clients.optimizers.registry import check as check_optimizer
+from ..strategies.schedules.registry import SCHEDULES
 
 _ASKED = 8  # clients whose first row stands for all rows
 
@@ -36,6 +37,7 @@ def check(config: Config) -> None:
     if config.run.resume:
         check_changes(stored(folder_of(config)), config)
     task = check_task(config)
+    SCHEDULES.make(config.federation.schedule, config.federation.schedule_options)
     check_optimizer(config.train, pick_device(config.model.device))
     tokenizer, base = _looked_at(config.model, config.lora)
     _check_widths(config, base)
