@@ -319,7 +319,7 @@ def decode_evaluation(
     fields = _checked_head(record, fingerprint, who)
     _only(record, fields, "evaluation", (), METRICS_RECORD)
     metrics = read_metrics(record, who, names)
-    require(metrics, names, who)
+    require(metrics, names & {"loss", "accuracy"}, who)
     return fields.positive("num-examples", most_examples), metrics
 
 
