@@ -1,7 +1,7 @@
 """Strategies by name, imported only when one is asked for: this module loads no torch.
 
 A strategy is a frozen dataclass that extends `base.Strategy`; its fields, each with a default, are its
-options. The round loop sets the field `seed`, where a class has one, to the run's seed.
+options. `configured` sets the field `seed`, where a class has one, to the run's seed.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def configured(config: Config) -> Strategy:
     The run's seed and its anchor settings go to a strategy that has fields `seed`, `max_rank` or `compact`, unless the
     caller gave the strategy as an object in which they are set.
     From the outside in: `Private` has the privacy stages' places on the server, `Robust` filters the replies, `Restart`
-    folds what the optimizer made and drops its moments,
-    `ServerOptimizer` takes the strategy's change of the adapter for a gradient.
+    folds what the optimizer made and drops its moments, `ServerOptimizer` takes the strategy's change of the adapter
+    for a gradient.
     """
     run_wide: dict[str, Option] = {
         "seed": config.run.seed,
@@ -143,9 +143,9 @@ def check(strategy: Strategy, clients: Sequence[ClientInfo], lora: LoraConfig) -
     """
     from fedlora.adapters.kinds.registry import KINDS
 
-    kind = KINDS.make(lora.kind, lora.kind_options)
     from .initializers.registry import initializer
 
+    kind = KINDS.make(lora.kind, lora.kind_options)
     with naming_others():
         initializer(lora, strategy)
         if not (kind.pairs or strategy.any_kind):

@@ -62,7 +62,7 @@ def bytes_per_token(bench: adapted.AdaptedModel) -> int:
 
 
 def train(requests: Sequence[tuple[RecordDict, Context]]) -> list[RecordDict | Error]:
-    """The answers to several clients' training messages, in their order; each is what `tasks.answer` gives it."""
+    """The answers to several clients' training messages, in their order; each is what `single.answer` gives it."""
     answers: dict[int, RecordDict | Error] = {}
     groups: dict[tuple[object, ...], dict[int, TrainingJob]] = {}
     beside: dict[tuple[object, ...], Folds] = {}

@@ -80,7 +80,7 @@ _current: tuple[tuple[object, ...], AdaptedModel] | None = None
 
 
 def adapted_model(model: ModelConfig, lora: LoraConfig) -> AdaptedModel:
-    """The process's one workbench; loaded on the first call and kept until another base is asked for, or its files
+    """The process's one model; loaded on the first call and kept until another base is asked for, or its files
     change.
 
     Raises:
@@ -96,7 +96,7 @@ def adapted_model(model: ModelConfig, lora: LoraConfig) -> AdaptedModel:
 
 
 def forget() -> None:
-    """Drop the workbench; the next call loads the base anew."""
+    """Drop the model; the next call loads the base anew."""
     global _current  # noqa: PLW0603
     _current = None
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.common.errors import AdapterError
 
-from .adapted import AdaptedModel, fp32_copy, install, placed
+from .adapted import AdaptedModel, fp32_copy, install, install_anchor, placed
 from .functional import Functional, FunctionalStack, Nothing
 from .injection import ADAPTER
 from .trainable import Pair, Trainable
@@ -232,7 +232,8 @@ def stacked(
     if isinstance(bench.task.narrowed(bench.model), LoraLayer):
         raise NotStackable("the output layer has an adapter, and sees the labelled tokens alone, not whole rows")
     for adapter in adapters:  # the same refusals as one at a time
-        install(bench, adapter, train, modules, folds)
+        install(bench, adapter, train, modules)
+    install_anchor(bench, folds)
     active = {name: layer.active_adapters for name, layer in bench.layers.items()}
     stack = Stack(bench, adapters, train, modules)
     kept = {name: (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]) for name, layer in bench.layers.items()}

@@ -145,5 +145,4 @@ def score(adapter: AdapterState, rows: Dataset, config: Config, classes: tuple[s
     examples = encode(kept(numbered(rows, config.data, classes)), model.base.tokenizer, config.data, model.task)
     adapted.merge_folds(model, None, ())  # a run may have left its own in the weights
     adapted.install(model, adapter)
-    adapted.install_anchor(model, ())
     return evaluate(model.task, model.model, examples, config.evaluate.batch_size, model.base.pad_id)

@@ -109,7 +109,6 @@ def _scores(config: Config, learned: Sequence[AdapterState]) -> dict[str, dict[s
     `clients` has each client's model on the rows with that client's key, where the partition is natural.
     """
     bench = adapted.adapted_model(config.model, config.lora)
-    adapted.install_anchor(bench, ())
     if config.anchor.base_update == "merge":
         adapted.merge_folds(bench, "scores", ())
     deal = replace(config.data, parts="")

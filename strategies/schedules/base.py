@@ -14,6 +14,6 @@ class Schedule(ABC):
     def play(self, session: Session) -> None:
         """Play the rounds from `session.done + 1` to `session.rounds`.
 
-        A run that is resumed has some of them behind it. A round that returns False was spoiled by one client, who is
-        left out from then on: it, or the one before it, is to be played again, from `session.done + 1`.
+        A run that is resumed has some of them behind it. Where one client spoiled a round, `session.done` stays as it
+        was, and that client is left out from then on: the round is to be played again.
         """

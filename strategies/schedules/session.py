@@ -151,8 +151,8 @@ class Session:
         """Who takes part."""
         return self.meeting.roster
 
-    def play(self, number: int) -> bool:
-        """One round; False when it is to be played again, without a client that spoiled it.
+    def play(self, number: int) -> None:
+        """One round; `done` stays as it was when the round is to be played again, without a client that spoiled it.
 
         Raises:
             RunError: too few clients answered.
@@ -172,11 +172,9 @@ class Session:
         try:
             self.state = saved_state.plain(self._aggregate(before, this, chosen, seconds))
         except _EveryoneDivergedError as error:
-            self._take_back(number - 1, error)
-            return False
+            return self._take_back(number - 1, error)
         except NotFiniteError as error:
-            self._leave_out(this.moves, error, "this round begins again")
-            return False
+            return self._leave_out(this.moves, error, "this round begins again")
         self.previous = before, this.moves
         learned = self.strategy.global_adapter(self.state)
         with _clock(seconds, "diagnose"):
@@ -195,7 +193,6 @@ class Session:
             self._checkpoint(number)
         emit("round-end", entry=entry)
         self.done = number
-        return True
 
     def _welcome(self, number: int) -> None:
         """Clients that came since the last round take part from this one, where the strategy can serve them too."""

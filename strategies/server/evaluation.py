@@ -38,7 +38,6 @@ class HeldOutEvaluator:
             adapted.merge_folds(self._bench, self._run_id, state.folds.parts)
             learned = strategy.global_adapter(replace(state, folds=Folds()))
         adapted.install(self._bench, learned)
-        adapted.install_anchor(self._bench, ())
         return evaluate(
             self._bench.task,
             self._bench.model,

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
+
+from fedlora.config import Config, parse
+from fedlora.results.run_folder import folder_of
+from fedlora.simulations.engines import flower
+from tests.federation import run_locally
+from tests.simulations.engines.test_local import apart, saved_adapter
 
 
 def write_module(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str) -> str:
@@ -16,3 +23,12 @@ def write_module(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, code:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
     monkeypatch.delitem(sys.modules, name, raising=False)
     return name
+
+
+def assert_flower_gives_the_same(config: Config) -> None:
+    """The same run on the local engine and on Flower's completes, with the same adapter."""
+    folder, _ = run_locally(config)
+    other = parse({"run.id": "on-flower"}, config)
+    flower.run(other)
+    assert json.loads((folder_of(other) / "result.json").read_text(encoding="utf-8"))["status"] == "completed"
+    assert apart(saved_adapter(folder), saved_adapter(folder_of(other))) <= 1e-6

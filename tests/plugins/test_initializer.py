@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from fedlora.common.errors import ConfigError, RunError, StrategyError
-from fedlora.config import parse
-from fedlora.results.run_folder import folder_of
-from fedlora.simulations.engines import flower
 from tests.federation import run_locally, tiny
-from tests.plugins.module import write_module
+from tests.plugins.module import assert_flower_gives_the_same, write_module
 from tests.simulations.engines.test_local import apart, saved_adapter
 
 MINE = '''
@@ -110,12 +105,7 @@ def test_a_run_starts_from_what_clients_measured(tmp_path, tiny_llama, mine, qua
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_flowers_engine_runs_it_too(tmp_path, tiny_llama, mine):
-    config = config_of(tmp_path, tiny_llama, mine)
-    folder, _ = run_locally(config)
-    other = parse({"run.id": "two"}, config)
-    flower.run(other)
-    assert json.loads((folder_of(other) / "result.json").read_text())["status"] == "completed"
-    assert apart(saved_adapter(folder), saved_adapter(folder_of(other))) <= 1e-6
+    assert_flower_gives_the_same(config_of(tmp_path, tiny_llama, mine))
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
-from fedlora.config import parse
-from fedlora.results.run_folder import folder_of
-from fedlora.simulations.engines import flower
 from fedlora.strategies.schedules import session
 from tests.federation import run_locally, tiny
-from tests.plugins.module import write_module
-from tests.simulations.engines.test_local import apart, saved_adapter
+from tests.plugins.module import assert_flower_gives_the_same, write_module
 
 MINE = '''
 import random
@@ -74,9 +68,4 @@ def test_modules_outside_the_plan_stay_where_they_are_and_are_not_sent(
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_flowers_engine_runs_it_too(tmp_path, tiny_llama, mine):
-    config = tiny(tmp_path, tiny_llama, strategy__name=mine)
-    folder, _ = run_locally(config)
-    other = parse({"run.id": "two"}, config)
-    flower.run(other)
-    assert json.loads((folder_of(other) / "result.json").read_text())["status"] == "completed"
-    assert apart(saved_adapter(folder), saved_adapter(folder_of(other))) <= 1e-6
+    assert_flower_gives_the_same(tiny(tmp_path, tiny_llama, strategy__name=mine))

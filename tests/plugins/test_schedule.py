@@ -8,12 +8,10 @@ import pytest
 
 from fedlora.common.errors import ConfigError
 from fedlora.config import parse
-from fedlora.results.run_folder import folder_of, resumed
+from fedlora.results.run_folder import resumed
 from fedlora.simulations import run as simulation
-from fedlora.simulations.engines import flower
 from tests.federation import run_locally, tiny
-from tests.plugins.module import write_module
-from tests.simulations.engines.test_local import apart, saved_adapter
+from tests.plugins.module import assert_flower_gives_the_same, write_module
 
 MINE = '''
 from dataclasses import dataclass
@@ -58,12 +56,7 @@ def test_it_decides_how_many_rounds_there_are(tmp_path, tiny_llama, mine):
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_flowers_engine_runs_it_too(tmp_path, tiny_llama, mine):
-    config = tiny(tmp_path, tiny_llama, federation__schedule=mine)
-    folder, _ = run_locally(config)
-    other = parse({"run.id": "two"}, config)
-    flower.run(other)
-    assert json.loads((folder_of(other) / "result.json").read_text())["status"] == "completed"
-    assert apart(saved_adapter(folder), saved_adapter(folder_of(other))) <= 1e-6
+    assert_flower_gives_the_same(tiny(tmp_path, tiny_llama, federation__schedule=mine))
 
 
 @pytest.mark.parametrize(

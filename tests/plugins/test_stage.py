@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from fedlora.common.errors import ConfigError, StrategyError
 from fedlora.config import parse
-from fedlora.results.run_folder import folder_of
-from fedlora.simulations.engines import flower
 from tests.federation import run_locally, tiny
-from tests.plugins.module import write_module
+from tests.plugins.module import assert_flower_gives_the_same, write_module
 from tests.simulations.engines.test_local import apart, saved_adapter
 
 MINE = '''
@@ -80,12 +76,7 @@ def test_each_place_counts_and_the_run_learns(tmp_path, tiny_llama, mine, at_onc
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_flowers_engine_runs_it_too(tmp_path, tiny_llama, mine):
-    config = config_of(tmp_path, tiny_llama, mine)
-    folder, _ = run_locally(config)
-    other = parse({"run.id": "two"}, config)
-    flower.run(other)
-    assert json.loads((folder_of(other) / "result.json").read_text())["status"] == "completed"
-    assert apart(saved_adapter(folder), saved_adapter(folder_of(other))) <= 1e-6
+    assert_flower_gives_the_same(config_of(tmp_path, tiny_llama, mine))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 1. A rank-1 client is broadcast over the others' rows. 2. One alpha over unequal ranks, and the effective scales
 4, 2, 1 are ignored. 3. Every client gets the last client's rank (test_invariants). 4. The root of S is missing from
-one factor. 5. Only the first client counts. 6. Updates of Conv1D layers are transposed (test_peft_io). 7. Factors
+one factor. 5. Only the first client counts. 6. Updates of Conv1D layers are transposed (test_adapted). 7. Factors
 are told apart by their shapes, which are alike where d = r. 8. Replies of earlier rounds count again
 (test_invariants). 9. A is trained while B = 0 (test_ffa). 10. A client that skipped rounds trains on another base
 (test_invariants).

@@ -18,7 +18,7 @@ from fedlora.common.errors import AdapterError, ModelError
 from fedlora.config import ModelConfig
 from fedlora.deployment.flower_programs import config_table
 from fedlora.exchange import ClientInfo
-from fedlora.models import adapted as peft_io
+from fedlora.models import adapted as adapted_models
 from fedlora.models import load_base, peft_files
 from fedlora.models.base.read import quiet
 from fedlora.strategies.server import saved_state
@@ -34,7 +34,7 @@ IDS = torch.tensor([[5, 17, 40, 99, 23]])
 def run(tmp_path_factory, tiny_llama):
     folder, _ = run_locally(tiny(tmp_path_factory.mktemp("run"), tiny_llama, strategy__name="flora"))
     yield folder
-    peft_io.forget()
+    adapted_models.forget()
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_evaluate_begins_with_the_head_of_round_0(tmp_path, tiny_bert, fedlora, 
         lora__target_modules="query,value",
     )
     folder, _ = run_locally(config)
-    peft_io.forget()
+    adapted_models.forget()
     assert fedlora("evaluate", "--adapter", folder, "--json", tmp_path / "scores.json")[0] == 0
     scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
     result = json.loads((folder / "result.json").read_text())

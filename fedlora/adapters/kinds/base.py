@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..algebra import stack
 from ..state import AdapterState, LoraFactors
 
 Parts = Mapping[str, Tensor]
@@ -103,14 +104,7 @@ def as_factors(adapter: AdapterState, kind: AdapterKind, shapes: Mapping[str, tu
             continue
         place = Place(module, d_out, d_in, rank=kind.rank(parts))
         found = kind.factors(parts, kind.constants(place), place)
-        lora[module] = found if module not in lora else _sum(lora[module], found)
+        lora[module] = stack([lora[module], found]) if module in lora else found
         for part in parts:
             del tensors[kind.key(module, part)]
     return AdapterState(lora=lora, tensors=tensors)
-
-
-def _sum(one: LoraFactors, other: LoraFactors) -> LoraFactors:
-    """Both updates as one stack."""
-    from ..algebra import stack
-
-    return stack([one, other])
