@@ -115,8 +115,8 @@ def test_what_goes_wrong_is_one_sentence(site):
             done = called("fedlora register certs/north.pub --server $SERVER --ca certs/ca.crt", site)
             assert answer in done.stdout, done.stderr
         impatient = (
-            "from pathlib import Path; from fedlora import deployment; "
-            f"deployment.join({environment['SERVER']!r}, Path('certs/ca.crt'), Path('certs/stranger'), "
+            "from pathlib import Path; from fedlora.deployment import node; "
+            f"node.join({environment['SERVER']!r}, Path('certs/ca.crt'), Path('certs/stranger'), "
             "node_config={}, state=Path('stranger'), patience=0)"
         )
         done = subprocess.run(
