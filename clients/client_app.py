@@ -44,7 +44,7 @@ def evaluate(message: Message, context: Context) -> Message:
 def _answer(task: str, message: Message, context: Context) -> Message:
     with _told(context):
         began = time.perf_counter()
-        with vigil.kept(message, context.node_config, context.node_id) as watch:
+        with vigil.watched_over(message, context.node_config, context.node_id) as watch:
             answer = _worked_out(task, message, context, watch)
         error = {"error": answer.reason} if isinstance(answer, Error) else {}
         seconds = {"seconds": time.perf_counter() - began, "process-seconds": time.time() - _process_began()}

@@ -82,13 +82,12 @@ class LoraConfig:
     target_modules: str = option(
         "auto", "comma list of module name endings, all-linear, or auto (attention projections)"
     )
-    prune_gamma: float = option(
-        0.0,
-        "hetlora: share of its rank that a client keeps when it is pruned, rounded up to a row; 0: never",
-        low=0.0,
-        high=0.99,
+    allocation: str = option(
+        "pattern",
+        "how a client's ranks are spread over the modules: pattern (lora.rank-pattern, else the client's own rank), or "
+        "your own as package.module:Class",
     )
-    prune_weight: float = option(1e-3, "hetlora: how strongly training shrinks the rows that may be pruned", low=0.0)
+    allocation_options: str = option("", "its options, as 'name=value, name=value'")
     rank_pattern: str = option("", "ranks of some modules, for every client: 'k_proj=4, layers.0.mlp.up_proj=2'")
 
 
@@ -272,6 +271,9 @@ class WireConfig:
 class PrivacyConfig:
     stages: str = option(
         "", "comma list of privacy stages, on clients and server: unchanged, or your own as package.module:Class"
+    )
+    stages_options: str = option(
+        "", "their options, as 'stage.name=value, stage.name=value'; your own stage is called by its class's name here"
     )
 
 

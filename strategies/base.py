@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from torch import Tensor
+
 from fedlora.adapters import AdapterState, LoraFactors, first_ranks
 from fedlora.adapters.folds import Folds, concatenate
 from fedlora.common.errors import StrategyError
@@ -24,18 +26,29 @@ class ServerState:
         adapter: the factors that the next round starts from, at the largest rank.
         folds: the frozen updates that every client adds to its base model first.
         memory: what a strategy or a wrapper remembers besides, by a name of its own (momenta, for instance).
+        seed: the run's seed, for methods that draw random numbers.
     """
 
     adapter: AdapterState
     folds: Folds = field(default_factory=Folds)
     memory: Mapping[str, AdapterState] = field(default_factory=dict)
+    seed: int = 0
+
+    def updated(self, lora: Mapping[str, LoraFactors], tensors: Mapping[str, Tensor]) -> ServerState:
+        """The state with these factors and tensors in its adapter; what is not among them stays as it was.
+
+        Args:
+            lora: new factors by module, such as the means of a round.
+            tensors: new tensors that are trained in full, by name.
+        """
+        adapter = AdapterState(lora={**self.adapter.lora, **lora}, tensors={**self.adapter.tensors, **tensors})
+        return replace(self, adapter=adapter)
 
 
 class Strategy(ABC):
     """One aggregation method: a frozen dataclass whose fields are its options, with pure methods.
 
-    Only `aggregate` must be written; what is here serves a method that averages factors. The round loop sets
-    the field `seed`, where a strategy has one, to the run's seed.
+    Only `aggregate` must be written; what is here serves a method that averages factors.
 
     Attributes:
         linear: True if the result is a weighted mean of what was uploaded (secure aggregation and
@@ -48,6 +61,8 @@ class Strategy(ABC):
         personal: the factors, of "A" and "B", that stay on the clients.
         cores: True if the method keeps and aggregates a core R between A and B.
         starts_with: the initializer that the method needs, where LoRA's own start is not enough; see `lora.init`.
+        replaces_folds: True if the method takes folds back that it sent a round before. Clients that merge folds into
+            the weights cannot do so, and links of a chain of restarts must stay.
     """
 
     linear: ClassVar[bool] = False
@@ -57,12 +72,16 @@ class Strategy(ABC):
     personal: ClassVar[frozenset[str]] = frozenset()
     starts_with: ClassVar[str] = ""
     cores: ClassVar[bool] = False
+    replaces_folds: ClassVar[bool] = False
 
     def check(self, clients: Sequence[ClientInfo]) -> None:  # noqa: B027 - most serve everyone
         """Raises StrategyError, before the run starts, if the method cannot serve these clients."""
 
     def init(self, adapter: AdapterState) -> ServerState:
-        """The state before round 1, from a seeded adapter (B = 0) at the largest rank."""
+        """The state before round 1, from a seeded adapter (B = 0) at the largest rank.
+
+        The run adds its seed, and the limits of the folds.
+        """
         return ServerState(adapter=adapter)
 
     def begin(self, state: ServerState, replies: Iterable[ClientUpdate], initializer: Initializer) -> ServerState:
@@ -131,7 +150,7 @@ def slice_adapter_for(adapter: AdapterState, client: ClientInfo) -> AdapterState
     )
 
 
-def completed(update: ClientUpdate, state: ServerState) -> AdapterState:
+def whole_adapter(update: ClientUpdate, state: ServerState) -> AdapterState:
     """The factors that a client ended with: one that it did not send is the server's, cut to its rank.
 
     Args:

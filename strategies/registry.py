@@ -1,7 +1,6 @@
 """Strategies by name, imported only when one is asked for: this module loads no torch.
 
-A strategy is a frozen dataclass that extends `base.Strategy`; its fields, each with a default, are its
-options. `configured` sets the field `seed`, where a class has one, to the run's seed.
+A strategy is a frozen dataclass that extends `base.Strategy`; its fields, each with a default, are its options.
 """
 
 from __future__ import annotations
@@ -69,21 +68,17 @@ def load(name: str, **options: Option) -> Strategy:
 def configured(config: Config) -> Strategy:
     """The strategy that a run's config names, inside the wrappers that it asks for.
 
-    The run's seed and its anchor settings go to a strategy that has fields `seed`, `max_rank` or `compact`, unless the
-    caller gave the strategy as an object in which they are set.
     From the outside in: `Private` has the privacy stages' places on the server, `Robust` filters the replies, `Restart`
     folds what the optimizer made and drops its moments, `ServerOptimizer` takes the strategy's change of the adapter
     for a gradient.
     """
-    run_wide: dict[str, Option] = {
-        "seed": config.run.seed,
-        "max_rank": config.anchor.max_rank,
-        "compact": config.anchor.base_update == "anchor",
-        "prune_gamma": config.lora.prune_gamma,
-    }
-    known = STRATEGIES.unset(config.strategy.name)
-    options = {name: value for name, value in run_wide.items() if name in known}
-    strategy = load(config.strategy.name, **(options | STRATEGIES.parse(config.strategy.options)))
+    strategy: Strategy = STRATEGIES.make(config.strategy.name, config.strategy.options)
+    if strategy.replaces_folds and config.anchor.base_update == "merge":
+        raise StrategyError(
+            f"anchor.base-update = merge: strategy.name = {config.strategy.name} with strategy.options = "
+            f"{config.strategy.options!r} takes folds back that it sent a round before, which clients that merge folds "
+            "cannot do; set anchor.base-update = anchor, or leave out strategy.options"
+        )
     chosen: Any = config.strategy  # its choices are the wrappers' Literals
     if chosen.server_optimizer != "none":
         from .wrappers.server_optimizer import ServerOptimizer
@@ -100,13 +95,7 @@ def configured(config: Config) -> Strategy:
     if chosen.restart_every:
         from .wrappers.restart import Restart
 
-        strategy = Restart(
-            strategy,
-            every=chosen.restart_every,
-            seed=config.run.seed,
-            max_rank=config.anchor.max_rank,
-            compact=config.anchor.base_update == "anchor",
-        )
+        strategy = Restart(strategy, every=chosen.restart_every)
     if chosen.robust != "none":
         from .wrappers.robust import Robust
 
@@ -124,7 +113,7 @@ def configured(config: Config) -> Strategy:
         from .wrappers.private import Private
 
         with naming_others():
-            strategy = Private(strategy, stages=stages(config.privacy.stages))
+            strategy = Private(strategy, stages=stages(config.privacy))
     return strategy
 
 
@@ -143,8 +132,10 @@ def check(strategy: Strategy, clients: Sequence[ClientInfo], lora: LoraConfig) -
     """
     from fedlora.adapters.kinds.registry import KINDS
 
+    from .initializers.ranks import ALLOCATIONS
     from .initializers.registry import initializer
 
+    ALLOCATIONS.make(lora.allocation, lora.allocation_options)
     kind = KINDS.make(lora.kind, lora.kind_options)
     with naming_others():
         initializer(lora, strategy)
@@ -156,7 +147,7 @@ def check(strategy: Strategy, clients: Sequence[ClientInfo], lora: LoraConfig) -
             )
         strategy.check(clients)
     ranks = [client.rank for client in clients]
-    if not kind.pairs and len(set(ranks)) > 1:
+    if not kind.pairs and len({client.all_ranks for client in clients}) > 1:
         raise StrategyError(
             f"lora.kind = {lora.kind} needs one rank, got ranks {', '.join(map(str, ranks[:10]))}; "
             f"set lora.ranks = '' and lora.rank = {max(ranks)}, or lora.kind = lora"

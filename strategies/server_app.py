@@ -53,7 +53,7 @@ def main(grid: Grid, context: Context) -> None:
         torch.set_num_threads(config.run.threads)
     link.bound(grid)
     record = RunRecord(config)
-    with audit.kept(config, context.run_id, record):
+    with audit.audited(config, context.run_id, record):
         _run(grid, config, context.run_id, record)
 
 

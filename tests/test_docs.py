@@ -128,8 +128,9 @@ def test_the_task_of_your_own_runs_as_shown(tmp_path, tiny_bert, shown):
         ("An initializer", "lora.init-options"),
         ("A client optimizer", "train.optimizer-options"),
         ("An adapter kind", "lora.kind-options"),
+        ("A rule for ranks", "lora.allocation"),
         ("A layer rule", "strategy.options"),
-        ("A privacy stage", "privacy.stages"),
+        ("A privacy stage", "privacy.stages-options"),
     ],
 )
 def test_a_plug_in_of_your_own_runs_as_shown_and_its_option_counts(tmp_path, tiny_llama, shown, heading, without):
@@ -154,7 +155,7 @@ def test_the_schedule_of_your_own_runs_as_shown(tmp_path, tiny_llama, shown):
 def test_the_plug_ins_that_nodes_have_to_allow_are_those_that_the_page_names():
     page = (DOCS / "extending.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| \[.* \| `([a-z.]+)` \| .* \| (.*) \|$", page, flags=re.MULTILINE)
-    assert len(rows) == 7
+    assert len(rows) == 8
     for key, importers in rows:
         config = parse({key: "mypkg.mine:Mine"})
         if "nodes" not in importers or "statistic" in importers:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from fedlora.common.errors import DataError
 from fedlora.config import Config, Scalar
 from fedlora.data import kept_back, prepare
-from fedlora.data.checked import told
+from fedlora.data.checked import report
 from fedlora.models import at_hand, tokenizer_of
 from fedlora.tasks.registry import check_task
 
@@ -39,7 +39,7 @@ def check(config: Config, settings: Mapping[str, Scalar]) -> list[str]:
         rules.check_steps(config.train, settings, steps)
         rank = rules.rank(config, settings, client)
         said.append(f"client {client}: rank {rank}, {len(rows) - kept} training rows, {steps} steps in a round")
-        found, fault = told(rows, tokenizer, config.data, task, config.model.name)
+        found, fault = report(rows, tokenizer, config.data, task, config.model.name)
         said += [f"  {line}" for line in found]
         if fault:
             raise DataError(fault)

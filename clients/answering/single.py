@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from fedlora.data import LazyExamples, form_of, prepare
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Plan, wire
 from fedlora.exchange.stages import stages
 from fedlora.models import adapted, base_fingerprint, pick_device
+from fedlora.models.injection import shape_of
 from fedlora.models.trainable import Trainable
 from fedlora.results.environment import peak_memory_bytes
 from fedlora.tasks.checked import check_batch
@@ -112,6 +112,7 @@ def begin(content: RecordDict, context: Context) -> TrainingJob:
     config, client_id, bench, broadcast = _open(content, context)
     info = _info(config, context)
     _check_ranks(bench, broadcast, info, context)
+    terms.check_terms(broadcast.plan)
     own_rows.look(context.node_config)
     examples = training_examples(config, context)
     seed = schedule.hash_seed(config.run.seed, client_id)
@@ -143,8 +144,8 @@ def train_alone(work: TrainingJob) -> RecordDict:
             rounds=config.federation.rounds,
             seed=work.seed,
             on_step=work.tell,
-            penalty=_penalty(trained, config),
-            stages=stages(config.privacy.stages),
+            penalty=functools.partial(terms.add_terms, trained.pairs, broadcast.plan),
+            stages=stages(config.privacy),
         )
         adapter = adapted.read(bench)
     return finish(work, adapter, result)
@@ -159,7 +160,7 @@ def finish(work: TrainingJob, adapter: AdapterState, result: trainer.TrainResult
     if broadcast.plan.keep:
         personal = _personal_part(adapter, broadcast.plan.keep)
         own_state.save(folder, "personal", personal, broadcast.round, keep=config.run.keep + 1)
-    for stage in stages(config.privacy.stages):
+    for stage in stages(config.privacy):
         adapter = stage.leaving(adapter, broadcast, schedule.hash_seed(work.seed, broadcast.round))
     to_send, codec_error = encode_upload(adapter, broadcast, config.wire.upload_dtype, folder, keep=config.run.keep + 1)
     update = ClientUpdate(
@@ -190,17 +191,6 @@ def finish(work: TrainingJob, adapter: AdapterState, result: trainer.TrainResult
         round=broadcast.round,
         job=broadcast.job,
     )
-
-
-def pruning(config: Config) -> tuple[float, float] | None:
-    """HetLoRA's gamma and weight of the term that shrinks what it may prune, where it is asked for."""
-    gamma, weight = config.lora.prune_gamma, config.lora.prune_weight
-    return (gamma, weight) if gamma and weight and config.strategy.name == "hetlora" else None
-
-
-def _penalty(trained: Trainable, config: Config) -> Callable[[], None]:
-    prune = pruning(config)
-    return functools.partial(terms.add_tail_penalty, trained.pairs, *prune) if prune else lambda: None
 
 
 def evaluate(content: RecordDict, context: Context) -> RecordDict:
@@ -244,11 +234,8 @@ def _set_up(work: TrainingJob, plan: Plan) -> Trainable:
 
 def folds_beside(work: TrainingJob) -> tuple[AdapterState, ...]:
     """The folds that are to be installed as the anchor: none where they are merged into the base, here."""
-    folds = folds_up_to(work.context.run_id, work.broadcast)
-    if work.config.anchor.base_update == "merge":
-        adapted.merge_folds(work.bench, work.context.run_id, folds)
-        return ()
-    return folds
+    run = work.context.run_id
+    return adapted.place(work.bench, folds_up_to(run, work.broadcast), work.config.anchor, run)
 
 
 def _personal_part(adapter: AdapterState, personal: frozenset[str]) -> AdapterState:
@@ -269,14 +256,18 @@ def _own_folder(context: Context, broadcast: Broadcast) -> Path:
 
 
 def _check_ranks(bench: adapted.AdaptedModel, broadcast: Broadcast, info: ClientInfo, context: Context) -> None:
-    """A server may not ask for more than this client's hardware affords."""
-    for module, rank in adapted.ranks(bench, broadcast.adapter).items():
-        if rank > info.rank_of(module):
-            key = next((key for key in ("max-rank", "rank") if key in context.node_config), "")
-            raise ConfigError(
-                f"{module}: the server sent rank {rank}, client {info.client_id} affords "
-                f"{info.rank_of(module)}{f' (node config: {key})' if key else ''}"
-            )
+    """A server may not ask for more than this client's hardware affords, in all modules together."""
+    ranks = adapted.ranks(bench, broadcast.adapter)
+    width = {module: sum(shape_of(bench.layers[module])) for module in ranks if module in bench.layers}
+    sent = sum(ranks[module] * width[module] for module in width)
+    affords = sum(info.rank_of(module) * width[module] for module in width)
+    if sent > affords:
+        key = next((key for key in ("max-rank", "rank") if key in context.node_config), "")
+        largest = max(width, key=lambda module: ranks[module] - info.rank_of(module))
+        raise ConfigError(
+            f"the server sent factors of {sent:,} numbers, client {info.client_id} affords {affords:,}; {largest} has "
+            f"rank {ranks[largest]}, expected {info.rank_of(largest)}{f' (node config: {key})' if key else ''}"
+        )
 
 
 def _info(config: Config, context: Context) -> ClientInfo:

@@ -113,8 +113,7 @@ def _as_one(works: Sequence[TrainingJob], folds: Folds) -> list[RecordDict | Err
         round=one.broadcast.round,
         rounds=one.config.federation.rounds,
         on_step=lambda member, step, steps, loss: works[member].tell(step, steps, loss),
-        prune=single.pruning(one.config),
-        stages=stages(one.config.privacy.stages),
+        stages=stages(one.config.privacy),
     )
     answers: list[RecordDict | Error] = []
     for work, end in zip(works, ends, strict=True):

@@ -68,7 +68,7 @@ class Vigil:
 
 
 @contextmanager
-def kept(message: Message, settings: Mapping[str, Any], node_id: int) -> Iterator[Vigil]:
+def watched_over(message: Message, settings: Mapping[str, Any], node_id: int) -> Iterator[Vigil]:
     """A vigil over this message, by a thread that ends with the block.
 
     Args:

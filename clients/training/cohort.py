@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -20,11 +21,10 @@ from fedlora.exchange.stages import Stage
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.dropout import Draws, draws_per_client
 from fedlora.models.stacked import Stack, stacked
-from fedlora.models.trainable import Trainable
 from fedlora.tasks.base import Batch, Task
 from fedlora.tasks.checked import each_loss
 
-from .terms import add_tail_penalty
+from .terms import add_terms
 from .trainer import LocalSteps, TrainResult
 
 
@@ -51,7 +51,6 @@ def train(
     round: int,
     rounds: int,
     on_step: Callable[[int, int, int, float], None] = lambda member, step, steps, loss: None,
-    prune: tuple[float, float] | None = None,
     stages: Sequence[Stage] = (),
 ) -> list[tuple[AdapterState, TrainResult] | AdapterError]:
     """Train each member for one round, as `trainer.train` trains it alone: the same batches, losses and steps.
@@ -64,12 +63,11 @@ def train(
         bench: the model.
         members: at least one.
         config: see `TrainConfig`; goes for all.
-        plan: what is trained; tensors that are trained in full are, too.
+        plan: what is trained, and the terms of the loss; tensors that are trained in full are, too.
         folds: to stand beside the adapters as the anchor.
         round: 1 for the first.
         rounds: of the whole run.
         on_step: called for each member's step with (member, step, steps, loss).
-        prune: HetLoRA's gamma and weight of `add_tail_penalty`.
         stages: of privacy; see `trainer.train`.
 
     Returns:
@@ -93,7 +91,7 @@ def train(
                 round=round,
                 rounds=rounds,
                 seed=members[m].seed,
-                penalty=_penalty(slot, prune),
+                penalty=functools.partial(add_terms, slot.pairs, plan),
                 stages=stages,
             )
             for m, slot in zip(order, stack.slots, strict=True)
@@ -159,11 +157,3 @@ def _losses(task: Task, model: nn.Module, batch: Batch, rows: int, totals: Seque
     client = row // (rows // len(totals))
     summed = torch.zeros(len(totals), device=each.device).index_add(0, client, each)
     return summed / torch.tensor(totals, device=each.device)
-
-
-def _penalty(slot: Trainable, prune: tuple[float, float] | None) -> Callable[[], None]:
-    def add() -> None:
-        if prune:
-            add_tail_penalty(slot.pairs, *prune)
-
-    return add

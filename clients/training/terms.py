@@ -1,12 +1,15 @@
-"""Terms that are added to a client's loss, as gradients."""
+"""Terms that are added to a client's loss, as gradients: FedProx's by the client's config, others by the plan."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
 from fedlora.adapters import pruned_rank
+from fedlora.common.errors import ConfigError
+from fedlora.exchange import Plan
 from fedlora.models.trainable import Pair
 
 
@@ -17,15 +20,15 @@ def add_proximal(parameters: Sequence[nn.Parameter], start: Sequence[Tensor], mu
             parameter.grad.add_(parameter.detach() - origin, alpha=mu)
 
 
-def add_tail_penalty(pairs: Sequence[Pair], gamma: float, weight: float) -> None:
+def add_tail_penalty(pairs: Sequence[Pair], weight: float, gamma: float) -> None:
     """Adds the gradient of `weight * sum |B tail|_F |A tail|_F`, so that the last ranks fade (HetLoRA's self-pruning).
 
     Cho et al. 2024, https://arxiv.org/abs/2401.06432, Section 4.
 
     Args:
         pairs: each module's factors.
+        weight: the factor of the term.
         gamma: the tail begins at row ceil(gamma r), and at the second row at the earliest.
-        weight: of the term.
     """
     for A, B in ((pair.A, pair.B) for pair in pairs):
         keep = pruned_rank(A.shape[0], gamma)
@@ -35,3 +38,27 @@ def add_tail_penalty(pairs: Sequence[Pair], gamma: float, weight: float) -> None
             A.grad[keep:].add_(a * (weight * size_b / size_a))
         if B.grad is not None and float(size_b) > 0:
             B.grad[:, keep:].add_(b * (weight * size_a / size_b))
+
+
+TERMS: Mapping[str, Callable[[Sequence[Pair], float, float], None]] = MappingProxyType({"tail": add_tail_penalty})
+
+
+def check_terms(plan: Plan) -> None:
+    """Raises ConfigError where the server asks for a term that this client does not know."""
+    for term in plan.terms:
+        if term.name not in TERMS:
+            raise ConfigError(
+                f"the server asks for the term {term.name!r} of the loss, this client knows {', '.join(TERMS)}; "
+                "install the same version of fedlora on both sides"
+            )
+
+
+def add_terms(pairs: Sequence[Pair], plan: Plan) -> None:
+    """Adds the gradients of the plan's terms.
+
+    Args:
+        pairs: the factors that are trained, by module.
+        plan: whose terms `check_terms` has seen.
+    """
+    for term in plan.terms:
+        TERMS[term.name](pairs, term.weight, term.value)

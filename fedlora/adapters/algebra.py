@@ -7,8 +7,7 @@ or fp64 where the factors are: narrower ones (bf16) are widened before they are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,10 +20,6 @@ from .state import AdapterState, LoraFactors, to_fp32
 # Numbers of a batch of equal modules: large enough that Python's loop does not show, small beside a model.
 _AT_ONCE = 1 << 23
 _ROUNDING = torch.finfo(torch.float32).eps / 2
-
-
-if TYPE_CHECKING:
-    from fedlora.exchange import ClientUpdate
 
 
 def delta(factors: LoraFactors) -> Tensor:
@@ -70,53 +65,6 @@ def initial(
     return AdapterState(lora=lora)
 
 
-def mean(parts: Sequence[LoraFactors], weights: Sequence[float] | None = None) -> LoraFactors:
-    """The weighted means of A and of B (not of the products), as in FedIT (https://arxiv.org/abs/2305.05644).
-
-    Args:
-        parts: factors of equal shapes and scaling.
-        weights: one non-negative weight each, of any sum above zero; equal when left out.
-
-    Raises:
-        AdapterError: shapes or scalings differ, or the weights do not sum to more than zero.
-    """
-    w = [1.0] * len(parts) if weights is None else [float(x) for x in weights]
-    if not w or min(w) < 0 or sum(w) <= 0:
-        raise AdapterError(f"weights must be non-negative with a sum above zero, got {w}")
-    first = parts[0]
-    for part in parts:
-        if part.A.shape != first.A.shape or part.B.shape != first.B.shape or part.scaling != first.scaling:
-            raise AdapterError(
-                f"mean of factors needs equal shapes and scalings, got ranks {[p.rank for p in parts]} and "
-                f"scalings {[p.scaling for p in parts]}; pad them to one rank, or stack them"
-            )
-    total, A, B = 0.0, None, None
-    for part, weight in zip(parts, w, strict=True):
-        if weight:
-            total += weight
-            A, B = running_mean(A, part.A, weight / total), running_mean(B, part.B, weight / total)
-    assert A is not None
-    assert B is not None
-    return LoraFactors(A=A, B=B, scaling=first.scaling)
-
-
-def running_mean(so_far: Tensor | None, tensor: Tensor, share: float) -> Tensor:
-    """`so_far + share * (tensor - so_far)`, in place; a wide copy of `tensor` when nothing came before it.
-
-    In this form one tensor is its own mean, and equal tensors are, to the last bit.
-
-    Args:
-        so_far: the mean until now, overwritten; None at the first tensor.
-        tensor: what comes next, of the same shape.
-        share: its weight over the sum of all weights until now, itself included.
-    """
-    if so_far is None:
-        return to_fp32(tensor).clone()
-    if so_far.shape != tensor.shape:
-        raise AdapterError(f"a mean needs equal shapes, got {list(tensor.shape)} after {list(so_far.shape)}")
-    return so_far.lerp_(tensor.to(so_far), share)
-
-
 def stack(parts: Sequence[LoraFactors], weights: Sequence[float] | None = None) -> LoraFactors:
     """Factors whose product is exactly `sum_k w_k dW_k`: B = [B_1|...], A = [w_1 s_1 A_1; ...], scaling 1.
 
@@ -137,21 +85,6 @@ def concatenate(parts: Sequence[AdapterState]) -> AdapterState:
     return AdapterState(lora={name: stack([p.lora[name] for p in parts if name in p.lora]) for name in names})
 
 
-def ideal(updates: Iterable[ClientUpdate]) -> dict[str, LoraFactors]:
-    """What exact aggregation gives: `sum_k p_k s_k B_k A_k` by module, as a stack.
-
-    Args:
-        updates: one round's replies with both factors. p_k = n_k / sum(n) over those that have the module.
-    """
-    parts: dict[str, list[LoraFactors]] = {}
-    examples: dict[str, list[int]] = {}
-    for update in updates:
-        for name, factors in update.adapter.lora.items():
-            parts.setdefault(name, []).append(factors)
-            examples.setdefault(name, []).append(update.num_examples)
-    return {name: stack(parts[name], [n / sum(examples[name]) for n in examples[name]]) for name in parts}
-
-
 def relative_error(aggregate: Mapping[str, LoraFactors], ideal: Mapping[str, LoraFactors]) -> float:
     """`|aggregate - ideal|_F / |ideal|_F`, all modules together; a module that `aggregate` lacks counts as zero.
 
@@ -160,7 +93,7 @@ def relative_error(aggregate: Mapping[str, LoraFactors], ideal: Mapping[str, Lor
 
     Args:
         aggregate: what the server made of the replies, by module.
-        ideal: what `ideal` gives for the same replies.
+        ideal: what exact aggregation of the same replies gives, `sum_k p_k dW_k`, by module.
     """
     difference = reference = 0.0
     for name, exact in ideal.items():
@@ -207,16 +140,6 @@ def in_chunks(names: Sequence[str], numbers: int) -> Iterator[Sequence[str]]:
     size = max(1, _AT_ONCE // max(numbers, 1))
     for begin in range(0, len(names), size):
         yield names[begin : begin + size]
-
-
-def qr_svd(factors: LoraFactors) -> lowrank.Svd:
-    """Thin SVD of dW from its factors: `U [d_out, k], S [k], Vh [k, d_in]`, k = min(R, d_out, d_in).
-
-    By QR of B and of A' and the SVD of the R x R core, in fp64: O((d_out + d_in) R^2 + R^3). `svd_each` is faster.
-    """
-    u, s, vh = lowrank.qr(factors.B, factors.scaling * to_fp32(factors.down))
-    dtype = to_fp32(factors.A).dtype
-    return u.to(dtype), s.to(dtype), vh.to(dtype)
 
 
 def leading(svd: lowrank.Svd, rank: int, scaling: float = 1.0, dtype: torch.dtype = torch.float32) -> LoraFactors:

@@ -8,7 +8,7 @@ since a client only ever concatenates what the server sends, in the order of ver
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .algebra import compress, concatenate
 from .state import AdapterState
@@ -16,33 +16,43 @@ from .state import AdapterState
 
 @dataclass(frozen=True)
 class Folds:
-    """Args:
-    parts: parts[0] leads from the untouched base to version `first`, each later one a version further.
-    first: the version that parts[0] leads to.
+    """All folds of a run so far, and how large they may grow.
+
+    Args:
+        parts: parts[0] leads from the untouched base to version `first`, each later one a version further.
+        first: the version that parts[0] leads to.
+        max_rank: the largest sum of ranks of a module; 0 means min(d_out, d_in), where compacting loses no more than
+            fp32 rounds. A run sets it to `anchor.max-rank`.
+        compact: False keeps every fold as it came, for clients that merge folds into the weights of an fp32 base
+            (`anchor.base-update = merge`).
     """
 
     parts: tuple[AdapterState, ...] = ()
     first: int = 1
+    max_rank: int = 0
+    compact: bool = True
 
     @property
     def version(self) -> int:
         return self.first + len(self.parts) - 1 if self.parts else 0
 
-    def push(self, fold: AdapterState, max_rank: int = 0, compact: bool = True) -> Folds:
-        """The folds with one more; as one fold when some module's sum of ranks exceeds its limit, and is compacted.
-
-        Args:
-            fold: the factors to add.
-            max_rank: the limit; 0 means min(d_out, d_in), where compacting loses no more than fp32 rounds.
-            compact: False keeps every fold as it came (for clients that merge folds into an fp32 base).
-        """
-        grown = Folds((*self.parts, fold), self.first)
-        full = _full(grown.parts, max_rank) if compact else set()
+    def push(self, fold: AdapterState) -> Folds:
+        """The folds with one more; as one fold when some module's sum of ranks exceeds its limit, and is compacted."""
+        grown = replace(self, parts=(*self.parts, fold))
+        full = _full(grown.parts, self.max_rank) if self.compact else set()
         if not full:
             return grown
         lora = dict(grown.total().lora)
-        lora |= compress({name: lora[name] for name in full}, max_rank)
-        return Folds((AdapterState(lora=lora),), first=grown.version)
+        lora |= compress({name: lora[name] for name in full}, self.max_rank)
+        return replace(self, parts=(AdapterState(lora=lora),), first=grown.version)
+
+    def emptied(self) -> Folds:
+        """No folds, under the same limits."""
+        return replace(self, parts=(), first=1)
+
+    def replaced(self, fold: AdapterState) -> Folds:
+        """This fold in place of all before it, as the next version."""
+        return replace(self, parts=(fold,), first=self.version + 1)
 
     def since(self, known_version: int) -> tuple[int, tuple[AdapterState, ...]]:
         """`(from_version, folds)`: what brings a client of this version up to date; from 0 means all anew."""

@@ -107,11 +107,11 @@ def _tell_of_rows(rows: Dataset, settings: configuration.Config, *, here: bool) 
     Raises:
         DataError: some of them cannot be used.
     """
-    from fedlora.data.checked import told
+    from fedlora.data.checked import report
     from fedlora.models import tokenizer_of
     from fedlora.tasks.registry import task_of
 
-    found, fault = told(
+    found, fault = report(
         rows,
         tokenizer_of(settings.model) if here else None,
         settings.data,

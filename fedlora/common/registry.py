@@ -88,12 +88,6 @@ class Registry:
             raise self.error(f"{self.key} = {name!r}: module {module_name!r} has no class {class_name!r}")
         return self._fitting(name, cls)
 
-    def unset(self, name: str) -> frozenset[str]:
-        """The options that a thing leaves to others: all of a class, of a given object those with their defaults."""
-        options = [f for f in fields(self.resolve(name)) if f.init]
-        made = self._given(name) if given.is_given(name) else None
-        return frozenset(f.name for f in options if made is None or getattr(made, f.name) == f.default)
-
     def _given(self, name: str) -> Any:
         return given.find(name, self.key, self.error)
 

@@ -157,7 +157,7 @@ def lines(found: Checked, data: DataConfig) -> list[str]:
     return [*said, *filter(None, [too_long(found, data)])]
 
 
-def told(
+def report(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase | None, data: DataConfig, task: RowReader, model: str
 ) -> tuple[list[str], str]:
     """`check_rows` for people: a line for each thing, and what is said of rows that a run cannot use, if there are any.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _MOST = 5  # that are named one by one
 
 
-def kept(rows: Dataset) -> Dataset:
+def with_places(rows: Dataset) -> Dataset:
     """The same rows, which know where they stand however they are selected from now on."""
     import pyarrow as pa
     from datasets import Dataset

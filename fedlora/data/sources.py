@@ -20,7 +20,7 @@ from fedlora.config import DataConfig
 from . import files
 from .classes import numbered
 from .conversations import TEXT_COLUMNS
-from .places import kept
+from .places import with_places
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,7 +67,7 @@ def load_rows(config: DataConfig) -> Dataset:
         rows = _read_hub(config)
     if not len(rows):
         raise DataError(f"{config.source}: holds no rows; one example per row is expected")
-    return kept(numbered(rows, config))
+    return with_places(numbered(rows, config))
 
 
 def chitchat(folder: Path) -> dict[str, list[str]]:

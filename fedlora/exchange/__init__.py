@@ -2,6 +2,6 @@
 
 from fedlora.config import matches
 
-from .messages import Broadcast, ClientInfo, ClientUpdate, Plan
+from .messages import Broadcast, ClientInfo, ClientUpdate, Plan, Term
 
-__all__ = ["Broadcast", "ClientInfo", "ClientUpdate", "Plan", "matches"]
+__all__ = ["Broadcast", "ClientInfo", "ClientUpdate", "Plan", "Term", "matches"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from fedlora.adapters import AdapterState
 from fedlora.config import alpha_of, matches
@@ -24,6 +24,8 @@ class ClientInfo:
         rank_pattern: regular expression matched against the end of a module's name -> its rank, for every
             client alike, as in PEFT; other modules have `rank`.
         class_names: what the classes of its rows are called, in the order of their numbers; nothing for numbers alone.
+        ranks: module -> rank, as the server has spread what the client affords; see `lora.allocation`. It does not
+            travel. Empty: `rank` and `rank_pattern` hold.
     """
 
     client_id: int
@@ -34,18 +36,52 @@ class ClientInfo:
     rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     class_names: tuple[str, ...] = ()
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     def rank_of(self, module: str) -> int:
         """The rank of one module's factors on this client."""
+        return self.ranks.get(module) or self._own_rank(module)
+
+    def _own_rank(self, module: str) -> int:
+        """The rank that the client affords for this module."""
         for pattern, rank in self.rank_pattern.items():
             if matches(pattern, module):
                 return rank
         return self.rank
 
     def scaling_of(self, module: str) -> float:
-        """The scaling of one module's factors on this client."""
-        rank = self.rank_of(module)
+        """The scaling of one module's factors on this client: by the rank that it affords, however that is spread."""
+        rank = self._own_rank(module)
         return alpha_of(self.alpha, rank) / (math.sqrt(rank) if self.rslora else rank)
+
+    @property
+    def all_ranks(self) -> tuple[object, ...]:
+        """Equal for two clients whose ranks are equal in every module."""
+        return self.rank, tuple(self.rank_pattern.items()), tuple(self.ranks.items())
+
+    def with_ranks(self, change: Callable[[int], int]) -> ClientInfo:
+        """The client with another rank in place of each of its own."""
+        return replace(
+            self,
+            rank=change(self.rank),
+            rank_pattern={pattern: change(rank) for pattern, rank in self.rank_pattern.items()},
+            ranks={module: change(rank) for module, rank in self.ranks.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Term:
+    """A term that a client adds to its loss.
+
+    Args:
+        name: one of the table in `clients/training/terms.py`.
+        weight: the factor of the term, at least 0.
+        value: the one number that the term needs besides; 0 where it needs none.
+    """
+
+    name: str
+    weight: float
+    value: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,12 +95,14 @@ class Plan:
             the adapter's otherwise.
         modules: the modules whose factors are trained and sent back; None means all of them. The others stay as they
             were sent. Tensors that are trained in full are trained and sent back in every plan that trains anything.
+        terms: what is added to the loss.
     """
 
     train: frozenset[str] = frozenset({"A", "B"})
     send: frozenset[str] = frozenset({"A", "B"})
     keep: frozenset[str] = frozenset()
     modules: frozenset[str] | None = None
+    terms: tuple[Term, ...] = ()
 
     def sent_back(self, adapter: AdapterState) -> AdapterState:
         """The factors of the modules that are sent back, and all tensors."""
@@ -113,6 +151,8 @@ class ClientUpdate:
         num_examples: the weight in every mean, > 0.
         base_version: the base that it was trained on.
         metrics: numbers only, such as train-loss, tokens, seconds.
+        start: the adapter that this client started from, as it was sent. The server adds it when it reads the reply; it
+            does not travel.
     """
 
     client_id: int
@@ -120,3 +160,4 @@ class ClientUpdate:
     num_examples: int
     base_version: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
+    start: AdapterState | None = None

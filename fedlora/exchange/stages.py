@@ -14,7 +14,9 @@ from typing import ClassVar
 from torch import nn
 
 from fedlora.adapters import AdapterState
-from fedlora.common.registry import Registry
+from fedlora.common.errors import ConfigError
+from fedlora.common.registry import Option, Registry
+from fedlora.config import PrivacyConfig
 
 from .messages import Broadcast, ClientUpdate
 
@@ -70,17 +72,32 @@ class Unchanged(Stage):
 STAGES = Registry(
     noun="privacy stage",
     key="privacy.stages",
-    options_key="privacy.stages",
+    options_key="privacy.stages-options",
     base="fedlora.exchange.stages:Stage",
     method="leaving",
     names={"unchanged": "fedlora.exchange.stages:Unchanged"},
 )
 
 
-def stages(names: str) -> tuple[Stage, ...]:
-    """The stages that `privacy.stages` names, in order.
+def stages(privacy: PrivacyConfig) -> tuple[Stage, ...]:
+    """The stages that `privacy.stages` names, in order, with their options.
 
     Raises:
-        ConfigError: there is no such stage.
+        ConfigError: there is no such stage, or it has no such option.
     """
-    return tuple(STAGES.load(name) for name in filter(None, (part.strip() for part in names.split(","))))
+    names = [name for name in (part.strip() for part in privacy.stages.split(",")) if name]
+    options: dict[str, dict[str, Option]] = {_short(name): {} for name in names}
+    for key, value in STAGES.parse(privacy.stages_options).items():
+        stage, _, option = key.partition(".")
+        if stage not in options or not option:
+            raise ConfigError(
+                f"privacy.stages-options: {key!r} is no option of a stage in privacy.stages = {privacy.stages!r}; "
+                "expected stage.name=value, a stage of your own being called by its class's name"
+            )
+        options[stage][option] = value
+    return tuple(STAGES.load(name, **options[_short(name)]) for name in names)
+
+
+def _short(name: str) -> str:
+    """What a stage is called among the options: its class's name, or its own, as an option's name is written."""
+    return name.rpartition(":")[2].replace("-", "_")

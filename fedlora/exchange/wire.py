@@ -10,6 +10,7 @@ out of a decoder is a value or a `WireError`.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from fedlora.config import MOST_RANK, alpha_of
 from .arrays import finite_sum, get, put, value_bytes
 from .codec import FORMATS, round_trip
 from .fields import METRICS_RECORD, Fields, metrics_record, read_metrics, require, short
-from .messages import Broadcast, ClientInfo, ClientUpdate, Plan
+from .messages import Broadcast, ClientInfo, ClientUpdate, Plan, Term
 
 PROTOCOL = 2
 # Codes of a client's error reply: a clear refusal; folds that it no longer holds; a loss that is not finite.
@@ -50,13 +51,14 @@ MOST_EXAMPLES = 10**9
 _ROOM, _NAME = 1 << 20, 1024  # bytes of a reply beside its tensors, and of one tensor beside its values
 _HEAD, _ADAPTER = "head", "adapter"
 _COMMON = ("protocol", "base", "dtype")
+_TERMS = ("terms", "term-weights", "term-values")
 _KEYS = MappingProxyType(
     {
         "broadcast": frozenset(
             {
                 *_COMMON,
                 *("round", "base-version", "folds-from", "folds"),
-                *("train", "send", "keep", "modules", "all-modules", "steady", "job", "run"),
+                *("train", "send", "keep", "modules", "all-modules", *_TERMS, "steady", "job", "run"),
             }
         ),
         "update": frozenset(
@@ -113,6 +115,9 @@ def encode_broadcast(broadcast: Broadcast, fingerprint: str, dtype: str = "fp32"
         "keep": "".join(sorted(broadcast.plan.keep)),
         "modules": sorted(broadcast.plan.modules or ()),
         "all-modules": broadcast.plan.modules is None,
+        "terms": [term.name for term in broadcast.plan.terms],
+        "term-weights": [float(term.weight) for term in broadcast.plan.terms],
+        "term-values": [float(term.value) for term in broadcast.plan.terms],
         "steady": broadcast.steady,
         "job": broadcast.job,
         "run": broadcast.run,
@@ -148,11 +153,19 @@ def decode_broadcast(record: RecordDict, fingerprint: str) -> Broadcast:
             send=fields.letters("send", "ABR"),
             keep=fields.letters("keep", "ABR"),
             modules=None if fields.flag("all-modules") else frozenset(fields.items("modules", str)),
+            terms=_terms(fields),
         ),
         steady=fields.flag("steady"),
         job=fields.name("job"),
         run=fields.run_key(),
     )
+
+
+def _terms(fields: Fields) -> tuple[Term, ...]:
+    names, numbers = fields.items(_TERMS[0], str), [fields.items(key, float) for key in _TERMS[1:]]
+    if any(len(each) != len(names) or not all(map(math.isfinite, each)) for each in numbers):
+        raise WireError(f"{fields.who}: malformed terms of the loss {short(names)}: {short(numbers)}")
+    return tuple(itertools.starmap(Term, zip(names, *numbers, strict=True)))
 
 
 @_timed
@@ -235,6 +248,7 @@ def decode_update(
         num_examples=examples,
         base_version=sent.base_version,
         metrics=metrics,
+        start=sent.adapter,
     )
     return Reply(update, known_base_version=known)
 

@@ -23,7 +23,7 @@ from fedlora.adapters import AdapterState, LoraFactors, concatenate, delta, rela
 from fedlora.adapters.kinds.base import AdapterKind, Place
 from fedlora.adapters.kinds.registry import KINDS
 from fedlora.common.errors import AdapterError, ModelError
-from fedlora.config import LoraConfig, ModelConfig
+from fedlora.config import AnchorConfig, LoraConfig, ModelConfig
 from fedlora.tasks.base import Task
 from fedlora.tasks.registry import task_of
 
@@ -197,6 +197,25 @@ def install_anchor(bench: AdaptedModel, folds: tuple[AdapterState, ...]) -> None
         if factors is not None:
             _set_factors(name, layer, ANCHOR, factors, frozenset())
         layer._active_adapter = [ADAPTER] if factors is None else [ANCHOR, ADAPTER]
+
+
+def place(
+    bench: AdaptedModel, folds: tuple[AdapterState, ...], anchor: AnchorConfig, run: object
+) -> tuple[AdapterState, ...]:
+    """Bring the base's weights to the version that a run's config asks for, whatever an earlier run left in them.
+
+    Args:
+        bench: the model.
+        folds: all folds of the version.
+        anchor: with `base-update = merge` the folds are added to the weights; else the weights are the base's own.
+        run: whose folds they are.
+
+    Returns:
+        The folds that are left to be installed beside the weights, as the anchor.
+    """
+    merged = anchor.base_update == "merge"
+    merge_folds(bench, run if merged else None, folds if merged else ())
+    return () if merged else folds
 
 
 def merge_folds(bench: AdaptedModel, run: object, folds: tuple[AdapterState, ...]) -> None:

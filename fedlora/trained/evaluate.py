@@ -16,7 +16,7 @@ from fedlora.common.errors import AdapterError, ModelError
 from fedlora.config import Config
 from fedlora.data import encode, form_of, prepare
 from fedlora.data.classes import numbered
-from fedlora.data.places import kept
+from fedlora.data.places import with_places
 from fedlora.models import BaseModel, adapted, check_length, load_base, longest
 from fedlora.models.injection import ties_may_be_adapted
 from fedlora.tasks.predict import evaluate
@@ -142,7 +142,7 @@ def score(adapter: AdapterState, rows: Dataset, config: Config, classes: tuple[s
     """
     model = adapted.adapted_model(config.model, replace(config.lora, kind="lora", kind_options=""))
     form_of(rows.column_names, config.data, model.task)
-    examples = encode(kept(numbered(rows, config.data, classes)), model.base.tokenizer, config.data, model.task)
+    examples = encode(with_places(numbered(rows, config.data, classes)), model.base.tokenizer, config.data, model.task)
     adapted.merge_folds(model, None, ())  # a run may have left its own in the weights
     adapted.install(model, adapter)
     return evaluate(model.task, model.model, examples, config.evaluate.batch_size, model.base.pad_id)

@@ -19,7 +19,7 @@ from fedlora.adapters.algebra import singular_values
 from fedlora.common.errors import RunError
 from fedlora.config import Config, client_parts, client_rank
 from fedlora.data import client_statistics, encode, prepare, usable_rows
-from fedlora.models import adapted
+from fedlora.models import adapted, injection
 from fedlora.results.environment import code_version, device_facts, versions
 from fedlora.results.run_folder import folder_of
 from fedlora.tasks.predict import predict
@@ -27,6 +27,7 @@ from fedlora.tasks.registry import task_of
 from fedlora.tasks.scores import Predictions, scores
 
 from ...clients.node import own_state
+from ...strategies.initializers.ranks import allocated
 from ...strategies.initializers.uniform import seeded
 from ...strategies.registry import configured, simulated
 from ...strategies.server import saved_state
@@ -93,13 +94,13 @@ def _learned(config: Config, folder: Path, key: str) -> list[AdapterState]:
     state, _ = found
     if not strategy.personal:
         return [strategy.global_adapter(state)]
-    own = {
-        client.client_id: own_state.folder_of(folder / "clients", key, client.client_id) for client in simulated(config)
-    }
+    shapes = injection.shapes(config.model, config.lora).lora
+    clients = [allocated(client, shapes, config.lora) for client in simulated(config)]
+    own = {client.client_id: own_state.folder_of(folder / "clients", key, client.client_id) for client in clients}
     # A client that was never sampled has what a new one is sent.
     return [
         personal.model(strategy, state, client, own[client.client_id]) or strategy.broadcast(state, client, 1).adapter
-        for client in simulated(config)
+        for client in clients
     ]
 
 
@@ -109,8 +110,7 @@ def _scores(config: Config, learned: Sequence[AdapterState]) -> dict[str, dict[s
     `clients` has each client's model on the rows with that client's key, where the partition is natural.
     """
     bench = adapted.adapted_model(config.model, config.lora)
-    if config.anchor.base_update == "merge":
-        adapted.merge_folds(bench, "scores", ())
+    adapted.place(bench, (), config.anchor, "scores")
     deal = replace(config.data, parts="")
     _, clients = client_parts(config.data, config.federation.clients)
     sets = _held_out(replace(config, data=deal, federation=replace(config.federation, clients=clients)))

@@ -216,7 +216,6 @@ def _baseline(name: str, setting: Config) -> Iterable[Config]:
         "strategy.server-optimizer": "none",
         "strategy.restart-every": 0,
         "strategy.robust": "none",
-        "lora.prune-gamma": 0.0,
         "train.prox-mu": 0.0,
         "federation.clients": 1,
         "federation.min-clients": 1,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fedlora.adapters import AdapterState, LoraFactors
+from fedlora.adapters import LoraFactors
 from fedlora.adapters.means import Means
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
@@ -32,7 +32,7 @@ class FedAvg(Strategy):
 
     def check(self, clients: Sequence[ClientInfo]) -> None:
         """Raises StrategyError if ranks or effective scalings differ between clients."""
-        if len({(client.rank, tuple(client.rank_pattern.items())) for client in clients}) > 1:
+        if len({client.all_ranks for client in clients}) > 1:
             ranks = [client.rank for client in clients]
             raise StrategyError(
                 f"fedavg averages factors and needs one rank, got ranks {_listed(ranks)}; {_one_rank(ranks)}",
@@ -80,8 +80,7 @@ class FedAvg(Strategy):
             name: LoraFactors(A=a, B=means_b.values[name], scaling=expected[name][1])
             for name, a in means_a.values.items()
         }
-        adapter = AdapterState(lora={**state.adapter.lora, **lora}, tensors={**state.adapter.tensors, **dense.values})
-        return replace(state, adapter=adapter)
+        return state.updated(lora, dense.values)
 
 
 def _check_rank(module: str, client_id: int, got: int, expected: int, verb: str) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-from fedlora.adapters import AdapterState, first_ranks
+from fedlora.adapters import LoraFactors, first_ranks
 from fedlora.exchange import ClientUpdate
 
 from ..base import ServerState, Strategy
@@ -31,8 +31,8 @@ class FedAvgZeropad(Strategy):
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
         """The padded means; a module or dense tensor that no reply has stays as it was."""
         means, dense = effective_means(updates, round, zero_pad=True)
-        lora = dict(state.adapter.lora)
+        lora = dict[str, LoraFactors]()
         for name, factors in means.items():
-            before = lora.get(name, factors)
+            before = state.adapter.lora.get(name, factors)
             lora[name] = with_rank_restored(first_ranks(factors, factors.rank, before.scaling), before)
-        return replace(state, adapter=AdapterState(lora=lora, tensors={**state.adapter.tensors, **dense}))
+        return state.updated(lora, dense)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from fedlora.adapters import AdapterState, LoraFactors, first_ranks, stack
-from fedlora.common.errors import StrategyError
 from fedlora.exchange import ClientUpdate
 
 from ..base import ServerState, Strategy
@@ -25,32 +24,19 @@ class FedEx(Strategy):
     folded into A_k, and unequal ranks zero-padded. What a smaller client's slice of the mean leaves out is then
     missing from its next update.
     Memory: the factors of all replies.
-
-    Args:
-        max_rank: the largest rank of the accumulated folds; 0: min(d_out, d_in), where nothing is lost.
-        compact: False keeps every fold as it came, for clients that merge folds into an fp32 base.
     """
 
-    max_rank: int = 0
-    compact: bool = True
-
     steady: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.max_rank < 0:
-            raise StrategyError(f"strategy.options: fedex's max_rank = {self.max_rank}, expected 0 (no limit) or more")
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
         """The means, and the residual as one more fold; what no reply has stays as it was."""
         parts, dense = gather(updates, round)
-        lora, residuals = dict(state.adapter.lora), dict[str, LoraFactors]()
+        lora, residuals = dict[str, LoraFactors](), dict[str, LoraFactors]()
         for name, part in parts.items():
             mean = padded_mean(part.factors, part.shares)
-            before = lora.get(name, mean)
+            before = state.adapter.lora.get(name, mean)
             held = first_ranks(mean, mean.rank, before.scaling)
             # against the mean as it is held and sent, so that its rounding is in the residual as well
             residuals[name] = stack([*part.factors, held], [*part.shares, -1.0])
             lora[name] = with_rank_restored(held, before)
-        adapter = AdapterState(lora=lora, tensors={**state.adapter.tensors, **dense})
-        folds = state.folds.push(AdapterState(lora=residuals), self.max_rank, self.compact)
-        return replace(state, adapter=adapter, folds=folds)
+        return replace(state.updated(lora, dense), folds=state.folds.push(AdapterState(lora=residuals)))

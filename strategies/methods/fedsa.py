@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from fedlora.adapters import AdapterState
+from fedlora.adapters import LoraFactors
 from fedlora.adapters.means import Means, RankMeans
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
@@ -47,8 +47,8 @@ class FedSa(Strategy):
                 update.client_id,
             )
             dense.add(update.adapter.tensors, update.num_examples, update.client_id)
-        lora = dict(state.adapter.lora)
+        lora = dict[str, LoraFactors]()
         for name, rows in means.values().items():
-            before = lora[name]
+            before = state.adapter.lora[name]
             lora[name] = replace(before, A=torch.cat([rows, before.A[len(rows) :].to(rows)]))
-        return replace(state, adapter=AdapterState(lora=lora, tensors={**state.adapter.tensors, **dense.values}))
+        return state.updated(lora, dense.values)

@@ -9,7 +9,6 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedlora.adapters import AdapterState
 from fedlora.adapters.means import Means
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Plan
 
@@ -46,7 +45,7 @@ class FedSb(Strategy):
             cores.add(whole, update.num_examples, update.client_id)
             tensors.add(update.adapter.tensors, update.num_examples, update.client_id)
         lora = {name: replace(f, R=cores.values.get(name, f.R)) for name, f in state.adapter.lora.items()}
-        return replace(state, adapter=AdapterState(lora=lora, tensors={**state.adapter.tensors, **tensors.values}))
+        return state.updated(lora, tensors.values)
 
 
 def _filled(block: Tensor, rank: int) -> Tensor:

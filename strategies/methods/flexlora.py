@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from fedlora.adapters import AdapterState, LoraFactors, leading, stack, svd_each
-from fedlora.adapters.folds import Folds
-from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 from ..base import ServerState, Strategy
@@ -32,29 +30,19 @@ class FlexLora(Strategy):
     With `keep_tail`, which the paper does not have, the components beyond a client's rank go with the broadcast as
     a frozen anchor, so that all clients train the same model whatever their rank. The server adds
     `sum_k p_k anchor_k` back before the next SVD, since it knows what it sent: no round loses anything.
+    `anchor.max-rank` then says how many components are kept, but never fewer than the largest rank of the clients;
+    0: min(d_out, d_in), where nothing is lost.
     Memory: the factors of all replies. Cost: O(d R^2 + R^3), R = sum of the r_k; with `keep_tail`, plus those kept.
 
     Args:
         keep_tail: see above. Off by default, as in the paper: the download grows by the rank of the tail.
-        max_rank: with `keep_tail`, the number of components kept, but never below the largest rank of the clients;
-            0: min(d_out, d_in), where nothing is lost.
-        compact: False says that clients merge folds into an fp32 base, where no anchor can be taken back.
     """
 
     keep_tail: bool = False
-    max_rank: int = 0
-    compact: bool = True
 
-    def __post_init__(self) -> None:
-        if self.max_rank < 0:
-            raise StrategyError(
-                f"strategy.options: flexlora's max_rank = {self.max_rank}, expected 0 (no limit) or more"
-            )
-        if self.keep_tail and not self.compact:
-            raise StrategyError(
-                "strategy.options: flexlora's keep_tail sends a new anchor every round, which clients that merge folds "
-                "cannot take back; set anchor.base-update = anchor, or keep_tail = false"
-            )
+    @property
+    def replaces_folds(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.keep_tail
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
         """The best rank-r_j part, and with `keep_tail` the rest as an anchor that replaces the one before.
@@ -81,27 +69,26 @@ class FlexLora(Strategy):
         stacks = {name: stack(part.factors, part.shares) for name, part in parts.items()}
         if state.folds.version:
             stacks = {name: stack([f, anchors(state, name, parts[name])]) for name, f in stacks.items()}
-        lora = dict(state.adapter.lora)
+        lora = dict[str, LoraFactors]()
         tails = {name: f for name, f in state.folds.total().lora.items() if name not in parts}
-        befores = {name: lora.get(name, max(part.factors, key=lambda f: f.rank)) for name, part in parts.items()}
+        held, limit = state.adapter.lora, state.folds.max_rank
+        befores = {name: held.get(name, max(part.factors, key=lambda f: f.rank)) for name, part in parts.items()}
         largest = max((before.rank for before in befores.values()), default=0)
-        for name, (u, s, vh) in svd_each(stacks, self._kept(largest), whole=self.keep_tail).items():
+        for name, (u, s, vh) in svd_each(stacks, self._kept(largest, limit), whole=self.keep_tail).items():
             before, dtype = befores[name], stacks[name].A.dtype
             rank, known = before.rank, int((s > _KNOWN * s[0]).sum())
             lora[name] = with_rank_restored(leading((u, s, vh), min(rank, known), before.scaling, dtype), before)
-            kept = min(known, self._kept(rank) or known)
+            kept = min(known, self._kept(rank, limit) or known)
             if kept > rank:
                 tails[name] = leading((u[:, rank:], s[rank:], vh[rank:]), kept - rank, dtype=dtype)
-        adapter = AdapterState(lora=lora, tensors={**state.adapter.tensors, **dense})
-        # One fold, replaced every round, under a version of its own.
-        folds = Folds((AdapterState(lora=tails),), first=state.folds.version + 1) if self.keep_tail else state.folds
-        return replace(state, adapter=adapter, folds=folds)
+        folds = state.folds.replaced(AdapterState(lora=tails)) if self.keep_tail else state.folds
+        return replace(state.updated(lora, dense), folds=folds)
 
-    def _kept(self, rank: int) -> int:
+    def _kept(self, rank: int, limit: int) -> int:
         """The most components that are kept of a module whose largest rank this is; 0: all."""
         if not self.keep_tail:
             return rank
-        return max(self.max_rank, rank) if self.max_rank else 0
+        return max(limit, rank) if limit else 0
 
 
 def balanced(state: ServerState, client: ClientInfo) -> ServerState:

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from fedlora.adapters import AdapterState, stack
-from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 from ..base import ServerState, Strategy
@@ -22,20 +21,7 @@ class Flora(Strategy):
     Adaptations", https://arxiv.org/abs/2409.05976, Algorithm 1. Here the scale is folded in as well, and
     the fold is kept as a frozen adapter beside the base, which may be quantized, rather than added to its weights.
     Memory: the factors of all replies.
-
-    Args:
-        seed: of the restarts; a run's round loop sets it to the run's seed.
-        max_rank: the largest rank of the accumulated folds; 0: min(d_out, d_in), where nothing is lost.
-        compact: False keeps every fold as it came, for clients that merge folds into an fp32 base.
     """
-
-    seed: int = 0
-    max_rank: int = 0
-    compact: bool = True
-
-    def __post_init__(self) -> None:
-        if self.max_rank < 0:
-            raise StrategyError(f"strategy.options: flora's max_rank = {self.max_rank}, expected 0 (no limit) or more")
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
         """The first r_j rows of the round's random A with B = 0, and the folds that this client lacks.
@@ -49,7 +35,5 @@ class Flora(Strategy):
         """The stack as one more fold, and the next round's restart."""
         parts, dense = gather(updates, round)
         fold = AdapterState(lora={name: stack(p.factors, p.shares) for name, p in parts.items()})
-        adapter = AdapterState(
-            lora=restart(state.adapter, self.seed, round + 1).lora, tensors={**state.adapter.tensors, **dense}
-        )
-        return replace(state, adapter=adapter, folds=state.folds.push(fold, self.max_rank, self.compact))
+        fresh = restart(state.adapter, state.seed, round + 1)
+        return replace(state.updated(fresh.lora, dense), folds=state.folds.push(fold))

@@ -29,23 +29,13 @@ class Florist(Strategy):
     Args:
         tau: share of the energy that is kept, in (0, 1]. At 0.99 the fold is within 10 % of the ideal, in norm, at
             a fraction of the stack's rank; at 1 it is the ideal.
-        seed: of the restarts; a run's round loop sets it to the run's seed.
-        max_rank: the largest rank of the accumulated folds; 0: min(d_out, d_in), where nothing more is lost.
-        compact: False keeps every fold as it came, for clients that merge folds into an fp32 base.
     """
 
     tau: float = 0.99
-    seed: int = 0
-    max_rank: int = 0
-    compact: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.tau <= 1:
             raise StrategyError(f"strategy.options: florist's tau = {self.tau}, expected a number above 0, at most 1")
-        if self.max_rank < 0:
-            raise StrategyError(
-                f"strategy.options: florist's max_rank = {self.max_rank}, expected 0 (no limit) or more"
-            )
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
         """The first r_j rows of the round's random A with B = 0, and the folds that this client lacks.
@@ -63,11 +53,8 @@ class Florist(Strategy):
             name: leading(svd, energy_rank(svd[1], self.tau), dtype=to_fp32(stacks[name].A).dtype)
             for name, svd in svd_each(stacks, whole=self.tau == 1).items()
         }
-        adapter = AdapterState(
-            lora=restart(state.adapter, self.seed, round + 1).lora, tensors={**state.adapter.tensors, **dense}
-        )
-        folds = state.folds.push(AdapterState(lora=fold), self.max_rank, self.compact)
-        return replace(state, adapter=adapter, folds=folds)
+        fresh = restart(state.adapter, state.seed, round + 1)
+        return replace(state.updated(fresh.lora, dense), folds=state.folds.push(AdapterState(lora=fold)))
 
 
 def energy_rank(singular_values: Tensor, tau: float) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedlora.adapters import AdapterState, LoraFactors, first_ranks, norm, pruned_rank
 from fedlora.common.errors import StrategyError
-from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Term
 
 from ..base import ServerState, Strategy
 from ..tools.averaging import padded_mean, with_rank_restored
@@ -30,19 +30,20 @@ class HetLora(Strategy):
     The numbers of examples do not count. Differences: norms are those of s_k B_k A_k, from Gram matrices instead of
     the products; A_k carries the client's scaling.
 
-    Pruning: with `prune_gamma` = g, rows from ceil(g r) on are the tail of a client of rank r. The trainer shrinks
-    `sum |B tail|_F |A tail|_F` over the modules (`lora.prune-weight`); where it ended below what the client was sent,
-    the tail is dropped from the reply, and the client's rank is ceil(g r) from then on, which the next pruning starts
-    from. The decision is made here, on the numbers that the client would use, so that its rank is part of the
-    server's state; the paper's client makes it, and saves one upload of the tail.
+    Pruning: with `prune_gamma` = g, rows from ceil(g r) on are the tail of a client of rank r. The plan asks clients to
+    add `prune_weight sum |B tail|_F |A tail|_F` over the modules to their loss; where the sum ended below that of what
+    the client was sent, the tail is dropped from the reply, and the client's rank is ceil(g r) from then on, which the
+    next pruning starts from. The decision is made here, on the numbers that the client would use, so that its rank is
+    part of the server's state; the paper's client makes it, and saves one upload of the tail.
     Memory: the factors of all replies. Cost: O(K d r^2).
 
     Args:
-        prune_gamma: the share of its rank that a client keeps when it is pruned, below 1; 0: never. A run sets it
-            to `lora.prune-gamma`, which the clients know too.
+        prune_gamma: the share of its rank that a client keeps when it is pruned, below 1; 0: never.
+        prune_weight: how strongly training shrinks the rows that may be pruned, at least 0.
     """
 
     prune_gamma: float = 0.0
+    prune_weight: float = 1e-3
 
     steady: ClassVar[bool] = True
 
@@ -50,6 +51,10 @@ class HetLora(Strategy):
         if not 0 <= self.prune_gamma < 1:
             raise StrategyError(
                 f"strategy.options: hetlora's prune_gamma = {self.prune_gamma}, expected 0 (never) or a share below 1"
+            )
+        if not 0 <= self.prune_weight < float("inf"):
+            raise StrategyError(
+                f"strategy.options: hetlora's prune_weight = {self.prune_weight}, expected a number of at least 0"
             )
 
     def check(self, clients: Sequence[ClientInfo]) -> None:
@@ -59,36 +64,37 @@ class HetLora(Strategy):
         if self.prune_gamma and ranks and all(pruned_rank(rank, self.prune_gamma) == rank for rank in ranks):
             rank = max(ranks)
             raise StrategyError(
-                f"lora.prune-gamma = {self.prune_gamma} prunes nobody: of rank {rank}, the largest, "
-                f"ceil({self.prune_gamma} * {rank}) = {rank} rows stay; set it to at most "
+                f"strategy.options: hetlora's prune_gamma = {self.prune_gamma} prunes nobody: of rank {rank}, the "
+                f"largest, ceil({self.prune_gamma} * {rank}) = {rank} rows stay; set it to at most "
                 f"{math.floor(1000 * (rank - 1) / rank) / 1000}, or to 0"
             )
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
-        """The padded means, cut to the rank that pruning has left the client.
+        """The padded means, cut to the rank that pruning has left the client, and the term that shrinks its tail.
 
         Raises:
             StrategyError: the client's rank exceeds the largest of the run.
         """
         for _ in range(_times(state, client.client_id)):
-            pattern = {module: pruned_rank(rank, self.prune_gamma) for module, rank in client.rank_pattern.items()}
-            client = replace(client, rank=pruned_rank(client.rank, self.prune_gamma), rank_pattern=pattern)
-        return super().broadcast(state, client, round)
+            client = client.with_ranks(lambda rank: pruned_rank(rank, self.prune_gamma))
+        sent = super().broadcast(state, client, round)
+        if not (self.prune_gamma and self.prune_weight):
+            return sent
+        return replace(sent, plan=replace(sent.plan, terms=(Term("tail", self.prune_weight, self.prune_gamma),)))
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
         """The padded means, with equal weights where no update moved; what no reply has stays as it was."""
         times = dict(state.memory.get(_PRUNED, AdapterState()).tensors)
         parts, dense = gather((self._pruned(update, state, times) for update in updates), round)
-        lora = dict(state.adapter.lora)
+        lora = dict[str, LoraFactors]()
         for name, part in parts.items():
             norms = [norm(factors) for factors in part.factors]
             weights = [size / sum(norms) for size in norms] if any(norms) else [1 / len(norms)] * len(norms)
             mean = padded_mean(part.factors, weights)
-            before = lora.get(name, mean)
+            before = state.adapter.lora.get(name, mean)
             lora[name] = with_rank_restored(first_ranks(mean, mean.rank, before.scaling), before)
         memory = {**state.memory, _PRUNED: AdapterState(tensors=times)} if times else state.memory
-        adapter = AdapterState(lora=lora, tensors={**state.adapter.tensors, **dense})
-        return replace(state, adapter=adapter, memory=memory)
+        return replace(state.updated(lora, dense), memory=memory)
 
     def _pruned(self, update: ClientUpdate, state: ServerState, times: dict[str, Tensor]) -> ClientUpdate:
         """The reply without its tail, where that shrank; counts it in `times`."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fedlora.adapters import AdapterState, LoraFactors, norm
+from fedlora.adapters import LoraFactors, norm
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import ClientUpdate
 
@@ -50,16 +50,16 @@ class LoraFair(Strategy):
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
         """The refined factors; a module or dense tensor that no reply has stays as it was."""
         parts, dense = gather(updates, round)
-        lora = dict(state.adapter.lora)
+        lora = dict[str, LoraFactors]()
         for batch in equal_shapes(parts):
             A, B = self._refined(batch)
             for name, a, b in zip(batch.names, A, B, strict=True):
-                before = lora.get(name, parts[name].factors[0])
+                before = state.adapter.lora.get(name, parts[name].factors[0])
                 refined = LoraFactors(
                     A=(a / before.scaling).to(batch.dtype), B=b.to(batch.dtype), scaling=before.scaling
                 )
                 lora[name] = with_rank_restored(refined, before)
-        return replace(state, adapter=AdapterState(lora=lora, tensors={**state.adapter.tensors, **dense}))
+        return state.updated(lora, dense)
 
     def _refined(self, batch: EqualShapes) -> tuple[Tensor, Tensor]:
         """The mean factors with B corrected, [n, r, d_in] and [n, d_out, r], r the largest rank, in fp64."""

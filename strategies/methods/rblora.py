@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from fedlora.adapters import AdapterState, LoraFactors, first_ranks
+from fedlora.adapters import LoraFactors, first_ranks
 from fedlora.exchange import ClientUpdate
 
 from ..base import ServerState, Strategy
@@ -33,13 +33,13 @@ class RbLora(Strategy):
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
         """The row-wise means; a module, row or dense tensor that no reply has stays as it was."""
         means, dense = effective_means(updates, round, zero_pad=False)
-        lora = dict(state.adapter.lora)
+        lora = dict[str, LoraFactors]()
         for name, factors in means.items():
-            before = lora.get(name, factors)
+            before = state.adapter.lora.get(name, factors)
             new = first_ranks(factors, factors.rank, before.scaling)
             lora[name] = LoraFactors(
                 A=torch.cat([new.A, before.A[new.rank :].to(new.A)]),
                 B=torch.cat([new.B, before.B[:, new.rank :].to(new.B)], dim=1),
                 scaling=before.scaling,
             )
-        return replace(state, adapter=AdapterState(lora=lora, tensors={**state.adapter.tensors, **dense}))
+        return state.updated(lora, dense)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from flwr.serverapp import Grid
 from torch.profiler import record_function
@@ -26,6 +27,7 @@ from fedlora.tasks.registry import check_task, task_of
 
 from ..base import ServerState, Strategy
 from ..initializers.base import Initializer
+from ..initializers.ranks import allocated
 from ..initializers.registry import initializer
 from ..initializers.uniform import seeded
 from ..registry import NAMES, check, configured, naming_others
@@ -93,7 +95,8 @@ class Session:
         evaluates = config.evaluate.server and not strategy.personal
         if saved:
             saved_state.drop_after(record.folder / "state", saved[1])
-        meeting = Meeting(grid, config, fingerprint, _classes(config, evaluates))
+        spread = partial(allocated, shapes=base.lora, lora=config.lora)
+        meeting = Meeting(grid, config, fingerprint, _classes(config, evaluates), spread)
         meeting.begin()
         clients = list(meeting.roster.infos.values())
         check(strategy, clients, config.lora)
@@ -102,6 +105,7 @@ class Session:
         record.start(clients, fingerprint, base.facts(), clients[0].class_names)
         before = -1 if chosen.statistic else 0
         state, done = saved or (saved_state.plain(strategy.init(seeded(config, clients, base))), before)
+        state = _as_configured(state, config)
         evaluator = HeldOutEvaluator(config, run_id) if evaluates else None
         session = cls(grid, config, record, strategy, chosen, kind, base, fingerprint, meeting, evaluator, state, done)
         session._baseline(new=saved is None)
@@ -296,6 +300,13 @@ class Session:
         reason = f"client {client} is left out from now on, and {then}: its update was by far the largest, and {error}"
         _log.warning("%s", reason)
         self.record.exclude(client, reason, undone)
+
+
+def _as_configured(state: ServerState, config: Config) -> ServerState:
+    """The state with what the run's config says: the seed, and the limits of the folds."""
+    compact = config.anchor.base_update == "anchor"
+    folds = replace(state.folds, max_rank=config.anchor.max_rank, compact=compact)
+    return replace(state, seed=config.run.seed, folds=folds)
 
 
 def _entry(number: int, this: TrainRound, numbers: Diagnosis) -> dict[str, object]:

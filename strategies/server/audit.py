@@ -29,7 +29,7 @@ _KEPT = frozenset(
 
 
 @contextmanager
-def kept(config: Config, run_id: int, record: RunRecord) -> Iterator[None]:
+def audited(config: Config, run_id: int, record: RunRecord) -> Iterator[None]:
     """Around a run, where its server keeps such a log; its last line is what the record ends with."""
     path = os.environ.get(VARIABLE)
     if not path:

@@ -1,24 +1,23 @@
 """What a round did, in numbers: error against the ideal, agreement of clients, spectrum and norms of the ideal.
 
-Every matrix in question is a sum of rank-1 terms `c_i b_i a_i'` over one list of columns b and rows a: what clients
-sent, what they started from, what the server made of it. With `H = (B'B) * (AA')`, entry by entry, inner products
-of such sums are `c' H d`: one pair of Gram matrices per module answers everything, in fp64, O(d N^2). Squaring
-leaves relative errors below 1e-7 to rounding.
+Every matrix in question is a sum of rank-1 terms, see `round_terms.py`. With `H = (B'B) * (AA')`, entry by entry, inner
+products of such sums are `c' H d`: one pair of Gram matrices per module answers everything, in fp64, O(d N^2).
+Squaring leaves relative errors below 1e-7 to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.adapters.lowrank import singular_values
 from fedlora.exchange import Broadcast, ClientUpdate
 
-from ..base import ServerState, completed
+from ..base import ServerState
+from .round_terms import RoundTerms
 
 # More terms than this in one module, and the round's numbers would cost more than its aggregation.
 _MOST_TERMS = 1024
@@ -49,32 +48,6 @@ class Diagnosis:
     norms: Mapping[str, float] | None = None
 
 
-@dataclass(frozen=True)
-class _Terms:
-    """One module's rank-1 terms and the coefficients of each matrix over them.
-
-    Args:
-        B: [d_out, N].
-        A: [N, d_in].
-        ideal, added: [N].
-        moves: [K, N], each client's change.
-        shares: [K], p_k.
-        who: [K], which of the round's updates these clients sent.
-        clients: the number of leading terms that are the clients' own.
-        rank: of the server's adapter.
-    """
-
-    B: Tensor
-    A: Tensor
-    ideal: Tensor
-    added: Tensor
-    moves: Tensor
-    shares: Tensor
-    who: Tensor
-    clients: int
-    rank: int
-
-
 def diagnose(
     before: ServerState, after: ServerState, updates: Sequence[ClientUpdate], sent: Mapping[int, Broadcast]
 ) -> Diagnosis:
@@ -86,7 +59,8 @@ def diagnose(
         updates: as the server read them.
         sent: client id -> its broadcast.
     """
-    modules = dict(_terms(before, after, updates, sent))
+    this = RoundTerms.of(before, after, updates, sent)
+    modules = {name: found for name in after.adapter.lora if (found := this.module(name))}
     if not modules or any(terms.B.shape[1] > _MOST_TERMS for terms in modules.values()):
         return Diagnosis()
     squares = dict.fromkeys(("error", "ideal", "apart", "moved", "tail", "energy"), 0.0)
@@ -150,91 +124,3 @@ def _mean_cosine(together: Tensor, sizes: Tensor) -> float | None:
         return None
     cosines = together / squares.sqrt() / squares.sqrt()[:, None]
     return float(cosines[*torch.triu_indices(*cosines.shape, offset=1)].mean())
-
-
-def _terms(
-    before: ServerState, after: ServerState, updates: Sequence[ClientUpdate], sent: Mapping[int, Broadcast]
-) -> Iterator[tuple[str, _Terms]]:
-    whole = {update.client_id: completed(update, before).lora for update in updates}
-    made = after.adapter.lora
-    examples = {update.client_id: update.num_examples for update in updates}
-    # Folds that all clients share cancel out; where each holds its own, they are part of what it trained on.
-    shared = all(_holds(sent[k], before.folds.parts) for k in whole)
-    own = {k: () if shared else sent[k].folds for k in whole}
-    folds_from, new = after.folds.since(before.folds.version)
-    if not shared:
-        new = after.folds.parts
-    replaced = before.folds.parts if shared and folds_from != before.folds.version else ()
-    for name in after.adapter.lora:
-        clients = [k for k in whole if name in whole[k]]
-        if not clients:
-            continue
-        total = sum(examples[k] for k in clients)
-        who = torch.tensor([place for place, k in enumerate(whole) if name in whole[k]])
-        shares = torch.tensor([examples[k] / total for k in clients], dtype=torch.float64)
-        start = before.adapter.lora[name]
-        ranks = [whole[k][name].A.shape[0] for k in clients]
-        anchors = [_of(name, own[k]) for k in clients]
-        # With a core between the factors, what a smaller client starts from is no part of the server's terms.
-        cored = start.R is not None
-        starts = [[sent[k].adapter.lora[name]] for k in clients] if cored else []
-        sums = [
-            *[[whole[k][name]] for k in clients],
-            [start],
-            *anchors,
-            [made[name], *_of(name, new)],
-            _of(name, replaced),
-            *starts,
-        ]
-        columns = torch.cat([f.B for group in sums for f in group], dim=1)
-        rows = torch.cat([f.down for group in sums for f in group])
-        scales = [_scales(group) for group in sums]
-        offsets = [0, *torch.tensor([len(s) for s in scales]).cumsum(0).tolist()]
-        count, everything = len(clients), offsets[-1]
-
-        def only(
-            group: int, scale: float = 1.0, most: int | None = None, *, s=scales, o=offsets, n=everything
-        ) -> Tensor:
-            """The coefficients of one group, of its first `most` terms, and zeros elsewhere."""
-            c = torch.zeros(n, dtype=torch.float64)
-            end = o[group + 1] if most is None else o[group] + most
-            c[o[group] : end] = scale * s[group][: end - o[group]]
-            return c
-
-        ideal = torch.stack([only(i, float(shares[i])) for i in range(count)]).sum(0)
-        held = [only(count + 1 + i, float(shares[i])) for i in range(count)]
-        added = only(2 * count + 1) - only(2 * count + 2) - torch.stack(held).sum(0)
-        moves = torch.stack(
-            [only(i) - (only(2 * count + 3 + i) if cored else only(count, most=ranks[i])) for i in range(count)]
-        )
-        yield (
-            name,
-            _Terms(
-                columns,
-                rows,
-                ideal,
-                added,
-                moves,
-                shares,
-                who,
-                clients=offsets[count],
-                rank=after.adapter.lora[name].rank,
-            ),
-        )
-
-
-def _holds(sent: Broadcast, parts: Sequence[AdapterState]) -> bool:
-    """Whether the client ends up with these folds: it got them all, or the last of them after those it had."""
-    missing = len(parts) - len(sent.folds) if sent.folds_from else 0
-    return len(sent.folds) + missing == len(parts) and all(
-        got is part for got, part in zip(sent.folds, parts[missing:], strict=True)
-    )
-
-
-def _of(name: str, parts: Sequence[AdapterState]) -> list[LoraFactors]:
-    return [part.lora[name] for part in parts if name in part.lora]
-
-
-def _scales(group: Sequence[LoraFactors]) -> Tensor:
-    """One coefficient per rank-1 term: the scaling of its factors."""
-    return torch.tensor([f.scaling for f in group for _ in range(f.rank)], dtype=torch.float64)

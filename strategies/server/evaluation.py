@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedlora.adapters import AdapterState
-from fedlora.adapters.folds import Folds
 from fedlora.common.errors import RunError
 from fedlora.common.events import emit
 from fedlora.config import Config
@@ -34,9 +33,10 @@ class HeldOutEvaluator:
     def __call__(self, strategy: Strategy, state: ServerState, learned: AdapterState) -> dict[str, float]:
         """Metrics of what is learned: the strategy's global adapter at this state."""
         emit("evaluate-start", examples=len(self._examples))
-        if self._config.anchor.base_update == "merge":  # this process's clients share the merged weights
-            adapted.merge_folds(self._bench, self._run_id, state.folds.parts)
-            learned = strategy.global_adapter(replace(state, folds=Folds()))
+        # this process's clients share the weights, into which a run may merge its folds
+        beside = adapted.place(self._bench, state.folds.parts, self._config.anchor, self._run_id)
+        if beside != state.folds.parts:
+            learned = strategy.global_adapter(replace(state, folds=state.folds.emptied()))
         adapted.install(self._bench, learned)
         return evaluate(
             self._bench.task,

@@ -95,14 +95,22 @@ class Meeting:
         config: the run's.
         fingerprint: of its base.
         classes: what the server calls them in its own rows; None where it reads none. See `disagreeing`.
+        allocated: gives a client its ranks by module, as `lora.allocation` says.
 
     Attributes:
         roster: who takes part.
     """
 
-    def __init__(self, grid: Grid, config: Config, fingerprint: str, classes: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        config: Config,
+        fingerprint: str,
+        classes: Sequence[str] | None = None,
+        allocated: Callable[[ClientInfo], ClientInfo] = lambda client: client,
+    ) -> None:
         self.roster = Roster({}, {})
-        self._classes = classes
+        self._classes, self._allocated = classes, allocated
         self._grid, self._config, self._fingerprint = grid, config, fingerprint
         self._offers: dict[int, _Offer] = {}
         self._refusals: dict[int, list[str]] = {}  # by node
@@ -228,7 +236,7 @@ class Meeting:
         who = f"node {node}" if client is None else f"client {client} on node {node}"
         try:
             content = of_client.content(answer, who)
-            info = _same_run(wire.decode_info(content, self._fingerprint, who), self._config, who)
+            info = self._allocated(_same_run(wire.decode_info(content, self._fingerprint, who), self._config, who))
             if client not in (None, info.client_id):
                 raise WireError(f"{who} says that it is client {info.client_id}")
         except AwayError as error:

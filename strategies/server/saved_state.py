@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -70,6 +71,8 @@ def save(folder: Path, state: ServerState, round: int, run: str, keep: int = 1) 
 def load(folder: Path, run: str, after: int = -1) -> tuple[ServerState, int] | None:
     """The newest state that `save` wrote there, and its round; None when there is none.
 
+    What the run's config says is not in the file: the seed, and the limits of the folds.
+
     Args:
         folder: of this run's checkpoints alone.
         run: the run's key.
@@ -125,9 +128,10 @@ def plain(state: ServerState) -> ServerState:
     Matrix products round by the layout of what they multiply: a run that goes on from a file and one that was never
     interrupted have the same bits only if both hold the same layout.
     """
-    return ServerState(
+    return replace(
+        state,
         adapter=_plain(state.adapter),
-        folds=Folds(tuple(_plain(part) for part in state.folds.parts), state.folds.first),
+        folds=replace(state.folds, parts=tuple(_plain(part) for part in state.folds.parts)),
         memory={name: _plain(adapter) for name, adapter in state.memory.items()},
     )
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedlora.adapters import AdapterState, LoraFactors, pad, to_fp32
+from fedlora.adapters import LoraFactors, pad, to_fp32
 from fedlora.adapters.means import Means, RankMeans
 from fedlora.exchange import ClientUpdate
 
@@ -91,8 +91,7 @@ def averaged(state: ServerState, updates: Iterable[ClientUpdate], round: int, fa
             means.add({name: f.B for name, f in lora.items()}, update.num_examples, update.client_id)
         dense.add(update.adapter.tensors, update.num_examples, update.client_id)
     lora = {name: _replaced(state.adapter.lora[name], factor, mean) for name, mean in means.values().items()}
-    adapter = AdapterState(lora={**state.adapter.lora, **lora}, tensors={**state.adapter.tensors, **dense.values})
-    return replace(state, adapter=adapter)
+    return state.updated(lora, dense.values)
 
 
 def _replaced(before: LoraFactors, factor: Literal["A", "B"], mean: Tensor) -> LoraFactors:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters import AdapterState, LoraFactors, inner, relative_error, stack
+from fedlora.common.errors import StrategyError
 from fedlora.exchange import ClientUpdate
 
-from ..base import ServerState, completed
+from ..base import ServerState, whole_adapter
 
 # Below this share of |dW_i|^2 + |dW_j|^2, a difference of fp64 Gram entries has lost half of its digits.
 _CANCELLED = 1e-8
@@ -27,7 +28,7 @@ def squared_distances(updates: Sequence[ClientUpdate], state: ServerState) -> Te
     """
     count = len(updates)
     total = torch.zeros(count, count, dtype=torch.float64)
-    states, server = [completed(update, state) for update in updates], state.adapter
+    states, server = [whole_adapter(update, state) for update in updates], state.adapter
     for name in dict.fromkeys(name for each in states for name in each.lora):
         held = [each.lora[name] if name in each.lora else server.lora[name] for each in states]
         parts = [LoraFactors(A=f.down.double(), B=f.B.double(), scaling=f.scaling) for f in held]
@@ -49,6 +50,17 @@ def squared_distances(updates: Sequence[ClientUpdate], state: ServerState) -> Te
     return total
 
 
+def started_from(update: ClientUpdate) -> AdapterState:
+    """What a client was sent.
+
+    Raises:
+        StrategyError: the reply does not say; a server's replies do.
+    """
+    if update.start is None:
+        raise StrategyError(f"client {update.client_id}: its ClientUpdate has no start, which this rule measures from")
+    return update.start
+
+
 @dataclass(frozen=True)
 class Move:
     """A client's way from its start, `factors = start + c (end - start)`: the coefficients of its squared length.
@@ -61,8 +73,9 @@ class Move:
     yy: float
 
     @classmethod
-    def between(cls, start: AdapterState, update: ClientUpdate) -> Move:
-        xx = xy = yy = 0.0
+    def of(cls, update: ClientUpdate) -> Move:
+        """From what the client was sent to what it sent back."""
+        start, xx, xy, yy = started_from(update), 0.0, 0.0, 0.0
         for name, end in update.adapter.lora.items():
             f = start.lora[name]
             A, B = f.A.double(), f.B.double()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import ClientUpdate
@@ -11,6 +12,9 @@ from fedlora.exchange.stages import Stage
 
 from ..base import ServerState
 from .wrapper import Wrapper, innermost
+
+if TYPE_CHECKING:
+    from ..initializers.base import Initializer
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,13 @@ class Private(Wrapper):
                 f"{type(innermost(self.inner)).__name__} is not; leave out that stage",
                 needs="linear",
             )
+
+    def begin(self, state: ServerState, replies: Iterable[ClientUpdate], initializer: Initializer) -> ServerState:
+        """What the inner strategy begins with, from the statistics that the stages let through."""
+        if initializer.statistic:
+            for stage in self.stages:
+                replies = stage.arriving(replies, 0)
+        return self.inner.begin(state, replies, initializer)
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
         """The inner strategy's next state, between the stages."""

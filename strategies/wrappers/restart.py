@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fedlora.adapters import AdapterState, stack
-from fedlora.adapters.folds import Folds
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
@@ -30,23 +29,14 @@ class Restart(Wrapper):
     Args:
         inner: a strategy without personal factors, that starts as LoRA does.
         every: E, at least 1.
-        seed: of the restarts; a run's seed.
-        max_rank: the largest rank of the accumulated folds; 0: min(d_out, d_in), where nothing is lost.
-        compact: False keeps every fold as it came, for clients that merge folds into an fp32 base.
     """
 
     every: int = 1
-    seed: int = 0
-    max_rank: int = 0
-    compact: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.every < 1 or self.max_rank < 0:
-            raise StrategyError(
-                f"strategy.restart-every = {self.every} and anchor.max-rank = {self.max_rank}, expected at least 1 "
-                "and at least 0"
-            )
+        if self.every < 1:
+            raise StrategyError(f"strategy.restart-every = {self.every}, expected at least 1")
         name = type(innermost(self.inner)).__name__
         if self.inner.personal:
             raise StrategyError(
@@ -58,10 +48,11 @@ class Restart(Wrapper):
                 f"strategy.restart-every = {self.every} draws a fresh A, and {name} needs one made from statistics; "
                 "set strategy.restart-every = 0"
             )
-        if self.every > 1 and getattr(innermost(self.inner), "keep_tail", False):
+        if self.every > 1 and self.inner.replaces_folds:
             raise StrategyError(
-                f"strategy.restart-every = {self.every}: {name}'s keep_tail takes anchors back that it sent a round "
-                "before, and folds are there to stay; set strategy.restart-every = 1, or keep_tail = false"
+                f"strategy.restart-every = {self.every}: {name} takes folds back that it sent a round before, as its "
+                "options ask for, and the links of a chain stay; set strategy.restart-every = 1, or leave out "
+                "strategy.options"
             )
 
     @property
@@ -89,7 +80,7 @@ class Restart(Wrapper):
         Raises:
             StrategyError: the inner strategy trains A alone right after a restart.
         """
-        inside = replace(state, folds=Folds())
+        inside = replace(state, folds=state.folds.emptied())
         sent = self.inner.broadcast(inside, client, round)
         if (round - 1) % self.every == 0:
             if "B" not in sent.plan.train:
@@ -109,14 +100,14 @@ class Restart(Wrapper):
 
         The inner strategy does not see the folds, which are not its own to change; those that it makes are added.
         """
-        new, folds = self.inner.aggregate(replace(state, folds=Folds()), updates, round), state.folds
+        new, folds = self.inner.aggregate(replace(state, folds=state.folds.emptied()), updates, round), state.folds
         if round % self.every:
             for fold in new.folds.parts:
-                folds = folds.push(fold, self.max_rank, self.compact)
+                folds = folds.push(fold)
             return replace(new, folds=folds)
         link = {name: stack([f]) for name, f in self.inner.global_adapter(new).lora.items() if f.B.any()}
-        fresh = restarts.restart(new.adapter, self.seed, round + 1)
+        fresh = restarts.restart(new.adapter, state.seed, round + 1)
         begun = self.inner.init(AdapterState(lora=fresh.lora, tensors=new.adapter.tensors))
         if link:
-            folds = folds.push(AdapterState(lora=link), self.max_rank, self.compact)
-        return replace(begun, folds=folds)
+            folds = folds.push(AdapterState(lora=link))
+        return replace(begun, folds=folds, seed=state.seed)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from statistics import median_low
 from typing import TYPE_CHECKING, Literal
 
@@ -15,9 +15,9 @@ from fedlora.adapters import AdapterState, LoraFactors, map_tensors, to_fp32
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import ClientInfo, ClientUpdate
 
-from ..base import ServerState, completed
+from ..base import ServerState
 from ..tools.replies import arrivals
-from .distances import Move, squared_distances
+from .distances import Move, squared_distances, started_from
 from .wrapper import Wrapper, innermost
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Robust(Wrapper):
     def check(self, clients: Sequence[ClientInfo]) -> None:
         """Raises StrategyError if the inner strategy or the rule cannot serve these clients, or so few."""
         super().check(clients)
-        if self._by_entry and len({(c.rank, tuple(c.rank_pattern.items())) for c in clients}) > 1:
+        if self._by_entry and len({client.all_ranks for client in clients}) > 1:
             raise self._unequal("the clients", [client.rank for client in clients])
         self._enough(len(clients), "the run")
 
@@ -107,7 +107,7 @@ class Robust(Wrapper):
         """
         held = self._arrived(updates, round)
         if self.rule == "norm-bound":
-            held = self._bounded(held, [self._start(update, state, round) for update in held])
+            held = self._bounded(held)
         elif self._by_entry:
             held = [self._middle(held, state)]
         else:
@@ -126,10 +126,7 @@ class Robust(Wrapper):
         if self._by_entry:
             raise self._no_entries(type(initializer).__name__)
         held = self._arrived(replies, 0)
-        if self.rule == "norm-bound":
-            held = self._bounded(held, [_asked(update, state) for update in held])
-        else:
-            held = self._nearest(held, state)
+        held = self._bounded(held) if self.rule == "norm-bound" else self._nearest(held, state)
         return self.inner.begin(state, held, initializer)
 
     def _arrived(self, updates: Iterable[ClientUpdate], round: int) -> list[ClientUpdate]:
@@ -138,27 +135,16 @@ class Robust(Wrapper):
         self._enough(len(held), f"round {round}")
         return held
 
-    def _bounded(self, updates: Sequence[ClientUpdate], starts: Sequence[AdapterState]) -> list[ClientUpdate]:
+    def _bounded(self, updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
         """Each reply, or where it would have been on its way at the largest distance allowed."""
-        moves = [Move.between(*pair) for pair in zip(starts, updates, strict=True)]
+        moves = [Move.of(update) for update in updates]
         limit = self.bound * median_low(move.norm(1.0) for move in moves)
         most = int(self.bound * median_low(update.num_examples for update in updates))
         updates = [replace(update, num_examples=min(update.num_examples, most)) for update in updates]
         return [
-            update if move.norm(1.0) <= limit else _drawn_back(update, start, move.share(limit))
-            for update, start, move in zip(updates, starts, moves, strict=True)
+            update if move.norm(1.0) <= limit else _drawn_back(update, move.share(limit))
+            for update, move in zip(updates, moves, strict=True)
         ]
-
-    def _start(self, update: ClientUpdate, state: ServerState, round: int) -> AdapterState:
-        """What this client was sent; methods are pure, so asking again gives the same."""
-        client = _AsReplied(
-            client_id=update.client_id,
-            rank=1,
-            num_examples=update.num_examples,
-            known_base_version=state.folds.version,
-            factors={**state.adapter.lora, **completed(update, state).lora},
-        )
-        return self.inner.broadcast(state, client, round).adapter
 
     def _middle(self, updates: Sequence[ClientUpdate], state: ServerState) -> ClientUpdate:
         """The median or trimmed mean of all replies, as the reply of one client that stands for them."""
@@ -230,32 +216,13 @@ class Robust(Wrapper):
         )
 
 
-@dataclass(frozen=True)
-class _AsReplied(ClientInfo):
-    """A client as its reply shows it: the ranks and scalings of its factors, module by module."""
-
-    factors: Mapping[str, LoraFactors] = field(default_factory=dict)
-
-    def rank_of(self, module: str) -> int:
-        return self.factors[module].rank
-
-    def scaling_of(self, module: str) -> float:
-        return self.factors[module].scaling
-
-
-def _asked(update: ClientUpdate, state: ServerState) -> AdapterState:
-    """Where a client's statistics are measured: at factors of zero, and the server's tensors."""
-    zeros = map_tensors(lambda name, tensor: torch.zeros_like(tensor), AdapterState(lora=update.adapter.lora))
-    return AdapterState(lora=zeros.lora, tensors=state.adapter.tensors)
-
-
-def _drawn_back(update: ClientUpdate, start: AdapterState, share: float) -> ClientUpdate:
+def _drawn_back(update: ClientUpdate, share: float) -> ClientUpdate:
     """The reply with what it sent at `start + share (end - start)`."""
 
     def point(name: str, end: Tensor, begin: Tensor) -> Tensor:
         return torch.lerp(to_fp32(begin), to_fp32(end), share)
 
-    return replace(update, adapter=map_tensors(point, update.adapter, start))
+    return replace(update, adapter=map_tensors(point, update.adapter, started_from(update)))
 
 
 def _trimmed(trim: float, count: int) -> int:

@@ -62,6 +62,10 @@ class Wrapper(Strategy):
         return self.inner.cores
 
     @property
+    def replaces_folds(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.replaces_folds
+
+    @property
     def starts_with(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.inner.starts_with
 

@@ -16,13 +16,11 @@ from fedlora.adapters import (
     compress,
     delta,
     first_ranks,
-    ideal,
     initial,
     inner,
-    mean,
+    lowrank,
     norm,
     pad,
-    qr_svd,
     relative_error,
     stack,
     truncate,
@@ -30,6 +28,7 @@ from fedlora.adapters import (
 from fedlora.common.errors import AdapterError
 from fedlora.exchange import ClientUpdate
 from tests.naive import dense as naive
+from tests.naive.factored import ideal
 
 some = settings(max_examples=30, deadline=None)
 
@@ -97,56 +96,11 @@ def test_stacking_what_was_stacked_keeps_every_bit() -> None:
 
 
 @some
-@given(f=factors(), count=st.integers(1, 4), seed=st.integers(0, 99))
-def test_mean_is_of_the_factors(f: LoraFactors, count: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    parts = [
-        LoraFactors(f.A + torch.randn(f.A.shape, generator=generator), f.B * (i + 1), f.scaling) for i in range(count)
-    ]
-    weights = torch.rand(count, generator=generator).tolist()
-    got = mean(parts, weights)
-    share = [w / sum(weights) for w in weights]
-    close(got.A, naive.mean([p.A for p in parts], share))
-    close(got.B, naive.mean([p.B for p in parts], share))
-    close(mean(parts).B, naive.mean([p.B for p in parts], [1 / count] * count))
-
-
-def test_mean_of_equal_factors_is_bitwise_equal() -> None:
-    f = LoraFactors(torch.randn(3, 7), torch.randn(5, 3), 2.0)
-    for count in (1, 2, 3, 7):
-        got = mean([f] * count, [0.1 + i for i in range(count)])
-        assert torch.equal(got.A, f.A)
-        assert torch.equal(got.B, f.B)
-        assert got.A.data_ptr() != f.A.data_ptr()
-
-
-def test_mean_skips_a_weight_of_zero() -> None:
-    f, g = (LoraFactors(torch.full((1, 2), v), torch.full((2, 1), v), 1.0) for v in (1.0, 9.0))
-    assert torch.equal(mean([g, f, g], [0.0, 2.0, 0.0]).A, f.A)
-
-
-def test_fault_1_a_mean_never_broadcasts_a_rank_1_client() -> None:
-    full = LoraFactors(torch.ones(3, 4), torch.ones(5, 3), 2.0)
-    one = LoraFactors(torch.ones(1, 4), torch.ones(5, 1), 2.0)
-    with pytest.raises(AdapterError, match=r"ranks \[3, 1\]"):
-        mean([full, one])
-    with pytest.raises(AdapterError, match=r"scalings \[2\.0, 1\.0\]"):
-        mean([full, LoraFactors(full.A, full.B, 1.0)])
-
-
-@pytest.mark.parametrize("weights", [[0.0, 0.0], [-1.0, 2.0]])
-def test_mean_refuses_weights_without_a_sum(weights: list[float]) -> None:
-    f = LoraFactors(torch.ones(1, 1), torch.ones(1, 1), 1.0)
-    with pytest.raises(AdapterError, match="non-negative"):
-        mean([f, f], weights)
-
-
-@some
 @given(parts=alike())
-def test_qr_svd_is_the_svd_of_the_dense_matrix(parts: list[LoraFactors]) -> None:
+def test_the_qr_route_is_the_svd_of_the_dense_matrix(parts: list[LoraFactors]) -> None:
     f = stack(parts)
     matrix = delta(f)
-    u, s, vh = qr_svd(f)
+    u, s, vh = lowrank.qr(f.B, f.scaling * f.A)
     k = min(f.rank, *matrix.shape)
     assert (u.shape, s.shape, vh.shape) == ((matrix.shape[0], k), (k,), (k, matrix.shape[1]))
     close(s, torch.linalg.svdvals(matrix)[:k], 1e-8)
@@ -157,11 +111,11 @@ def test_qr_svd_is_the_svd_of_the_dense_matrix(parts: list[LoraFactors]) -> None
     assert (peaks > 0).all()
 
 
-def test_qr_svd_of_a_rank_deficient_stack() -> None:
+def test_the_qr_route_of_a_rank_deficient_stack() -> None:
     torch.manual_seed(0)
     f = LoraFactors(torch.randn(2, 9).double(), torch.randn(8, 2).double(), 1.0)
     again = stack([f, f, f])
-    u, s, vh = qr_svd(again)
+    u, s, vh = lowrank.qr(again.B, again.A)
     assert s.shape == (6,)
     assert float(s[2]) < 1e-12 * float(s[0])
     close((u * s) @ vh, 3 * delta(f))
@@ -169,13 +123,11 @@ def test_qr_svd_of_a_rank_deficient_stack() -> None:
     close(delta(compress({"m": again})["m"]), 3 * delta(f))
 
 
-def test_qr_svd_signs_do_not_depend_on_the_factorisation() -> None:
+def test_the_qr_route_signs_do_not_depend_on_the_factorisation() -> None:
     """The same matrix from flipped and mixed factors gives the same vectors."""
     torch.manual_seed(0)
     A, B, mix = torch.randn(3, 7).double(), torch.randn(6, 3).double(), torch.randn(3, 3).double()
-    for left, right in zip(
-        qr_svd(LoraFactors(A, B, 1.0)), qr_svd(LoraFactors(torch.linalg.solve(mix, -A), -B @ mix, 1.0)), strict=True
-    ):
+    for left, right in zip(lowrank.qr(B, A), lowrank.qr(-B @ mix, torch.linalg.solve(mix, -A)), strict=True):
         close(left, right)
 
 
@@ -258,7 +210,6 @@ def test_fault_7_square_factors_are_told_apart_by_name_not_shape() -> None:
     close(delta(stack([f, g])), delta(f) + delta(g))
     close(delta(truncate(f, 3)), delta(f))
     close(delta(pad(f, 5)), delta(f))
-    close(mean([f, g]).A, (f.A + g.A) / 2)
     close(delta(compress({"m": f})["m"]), delta(f), 1e-6)
 
 

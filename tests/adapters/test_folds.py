@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -50,9 +52,9 @@ def test_a_client_of_an_unknown_version_starts_anew() -> None:
 @settings(max_examples=20, deadline=None)
 @given(ranks=st.lists(st.integers(1, 6), min_size=1, max_size=8), max_rank=st.integers(0, 8))
 def test_compaction_keeps_the_version_and_bounds_the_rank(ranks: list[int], max_rank: int) -> None:
-    folds, exact = Folds(), torch.zeros(9, 7)
+    folds, exact = Folds(max_rank=max_rank), torch.zeros(9, 7)
     for i, rank in enumerate(ranks):
-        folds = folds.push(fold(i, rank), max_rank=max_rank)
+        folds = folds.push(fold(i, rank))
         exact = exact + delta(fold(i, rank).lora["m"])
         assert folds.version == i + 1
         assert folds.total().lora["m"].rank <= min(max_rank or 7, 7)
@@ -65,7 +67,7 @@ def test_after_compaction_older_clients_get_everything() -> None:
     assert (len(folds.parts), folds.first, folds.version) == (1, 2, 2)
     assert folds.since(1) == (0, folds.parts)
     assert folds.since(2) == (2, ())
-    grown = Folds(folds.parts, folds.first).push(fold(3, 1), compact=False)
+    grown = replace(folds, compact=False).push(fold(3, 1))
     assert grown.since(2) == (2, grown.parts[1:])
     assert grown.since(1) == (0, grown.parts)
 
@@ -77,16 +79,16 @@ def test_one_fold_beyond_full_rank_is_compacted_at_once() -> None:
 
 
 def test_without_compaction_every_fold_stays_as_it_came() -> None:
-    folds = Folds()
+    folds = Folds(max_rank=1, compact=False)
     for i in range(6):
-        folds = folds.push(fold(i, 4), max_rank=1, compact=False)
+        folds = folds.push(fold(i, 4))
     assert len(folds.parts) == 6
     assert all(part.lora["m"].rank == 4 for part in folds.parts)
 
 
 def test_max_rank_keeps_the_best_approximation() -> None:
     first, second = fold(1, 3), fold(2, 3)
-    folds = Folds().push(first, max_rank=4).push(second, max_rank=4)
+    folds = Folds(max_rank=4).push(first).push(second)
     exact = delta(first.lora["m"]) + delta(second.lora["m"])
     tail = float(torch.linalg.svdvals(exact)[4:].norm())
     assert float((delta(folds.total().lora["m"]) - exact).norm()) == pytest.approx(tail, rel=1e-4)

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from fedlora.adapters import AdapterState, LoraFactors, delta, initial
-from fedlora.adapters.folds import concatenate
+from fedlora.adapters.folds import Folds, concatenate
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 from fedlora.strategies.base import ServerState, Strategy
 from fedlora.strategies.initializers.registry import INITIALIZERS
+from fedlora.strategies.wrappers.wrapper import Wrapper
 
 # d_out != d_in both ways, a square one as small as the ranks, and one that any stack outgrows
 SHAPES = {"layers.0.q": (6, 9), "layers.0.v": (8, 5), "layers.1.q": (4, 4), "layers.1.v": (3, 2)}
+
+
+@dataclass(frozen=True)
+class Run(Wrapper):
+    """A strategy in a run of this seed and these limits of the folds, which the state carries."""
+
+    seed: int = 0
+    max_rank: int = 0
+    compact: bool = True
+
+    def init(self, adapter: AdapterState) -> ServerState:
+        state = self.inner.init(adapter)
+        return replace(state, seed=self.seed, folds=Folds(max_rank=self.max_rank, compact=self.compact))
+
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+        return self.inner.aggregate(state, updates, round)
 
 
 def start(clients: Sequence[ClientInfo], seed: int = 0, shapes: Mapping[str, tuple[int, int]] = SHAPES) -> AdapterState:
@@ -60,6 +77,7 @@ def train(broadcast: Broadcast, client: ClientInfo, seed: int, size: float = 0.3
         adapter=AdapterState(lora=lora, tensors=dense),
         num_examples=client.num_examples,
         base_version=broadcast.base_version,
+        start=broadcast.adapter,
     )
 
 
@@ -88,7 +106,12 @@ def _gradient(broadcast: Broadcast, client: ClientInfo, generator: torch.Generat
         )
         for name, f in sorted(broadcast.adapter.lora.items())
     }
-    return ClientUpdate(client_id=client.client_id, adapter=AdapterState(lora=lora), num_examples=client.num_examples)
+    return ClientUpdate(
+        client_id=client.client_id,
+        adapter=AdapterState(lora=lora),
+        num_examples=client.num_examples,
+        start=broadcast.adapter,
+    )
 
 
 def whole(sent: Broadcast, reply: ClientUpdate) -> AdapterState:

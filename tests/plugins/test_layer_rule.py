@@ -21,12 +21,11 @@ class Sampled(FedAvgZeropad):
     """Some modules a round, the same for all clients; the others are neither trained nor sent."""
 
     share: float = 0.5
-    seed: int = 0
 
     def broadcast(self, state, client, round):
         sent = super().broadcast(state, client, round)
         names = sorted(sent.adapter.lora)
-        chosen = random.Random(f"{self.seed}/{round}").sample(names, max(1, round_down(self.share * len(names))))
+        chosen = random.Random(f"{state.seed}/{round}").sample(names, max(1, round_down(self.share * len(names))))
         return replace(sent, plan=replace(sent.plan, modules=frozenset(chosen)))
 
 

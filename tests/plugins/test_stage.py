@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
 from fedlora.common.errors import ConfigError, StrategyError
@@ -68,6 +70,17 @@ def test_each_place_counts_and_the_run_learns(tmp_path, tiny_llama, mine, at_onc
     noisy, result = run_locally(config_of(tmp_path, tiny_llama, mine, run__id="two", train__clients_at_once=at_once))
     assert apart(saved_adapter(plain), saved_adapter(noisy)) > 1e-3
     assert result["rounds"][-1]["heldout"]["loss"] < result["baseline"]["loss"]
+    louder, _ = run_locally(
+        config_of(
+            tmp_path,
+            tiny_llama,
+            mine,
+            run__id="louder",
+            privacy__stages_options="Noisy.noise=1e-2",
+            train__clients_at_once=at_once,
+        )
+    )
+    assert apart(saved_adapter(plain), saved_adapter(louder)) > apart(saved_adapter(plain), saved_adapter(noisy))
     same, _ = run_locally(config_of(tmp_path, tiny_llama, "unchanged", run__id="three", train__clients_at_once=at_once))
     assert apart(saved_adapter(plain), saved_adapter(same)) == 0.0
     assert before["status"] == "completed"
@@ -86,6 +99,18 @@ def test_flowers_engine_runs_it_too(tmp_path, tiny_llama, mine):
         ("stages_of_mine:NotOne", {}, ConfigError, "NotOne is no privacy stage; write a frozen dataclass that extends"),
         (
             "stages_of_mine:Noisy",
+            {"privacy.stages-options": "Noisy.clop=1"},
+            ConfigError,
+            r"privacy\.stages-options: stages_of_mine:Noisy has no option 'clop'; did you mean 'clip'",
+        ),
+        (
+            "stages_of_mine:Noisy",
+            {"privacy.stages-options": "noise=1"},
+            ConfigError,
+            r"privacy\.stages-options: 'noise' is no option of a stage in privacy\.stages.*expected stage\.name=value",
+        ),
+        (
+            "stages_of_mine:Noisy",
             {"strategy.name": "flora"},
             StrategyError,
             r"Noisy needs a result that is a weighted mean.*Flora is not; .*strategy\.name = .*fedavg",
@@ -95,3 +120,24 @@ def test_flowers_engine_runs_it_too(tmp_path, tiny_llama, mine):
 def test_what_is_wrong_is_said_before_the_run(tmp_path, tiny_llama, mine, stages, keys, error, message):
     with pytest.raises(error, match=message):
         run_locally(parse(keys, config_of(tmp_path, tiny_llama, stages)))
+
+
+def test_statistics_of_round_0_pass_the_stages_of_the_server(tmp_path, tiny_llama, monkeypatch):
+    own = """
+from dataclasses import dataclass
+from fedlora.exchange.stages import Stage
+
+SEEN = []
+
+@dataclass(frozen=True)
+class Watching(Stage):
+    def arriving(self, updates, number):
+        for update in updates:
+            SEEN.append((number, update.client_id))
+            yield update
+"""
+    stage = write_module(tmp_path, monkeypatch, "watching_stages", own) + ":Watching"
+    config = tiny(tmp_path, tiny_llama, privacy__stages=stage, strategy__name="fedsb", federation__rounds=1)
+    run_locally(config)
+    seen = importlib.import_module("watching_stages").SEEN
+    assert seen == [(number, client) for number in (0, 1) for client in range(config.federation.clients)]

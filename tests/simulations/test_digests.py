@@ -47,7 +47,7 @@ OTHERS: dict[str, dict[str, Scalar]] = {
     "int8": keys_of("lora-fair") | {"wire.upload-dtype": "int8", "wire.dtype": "bf16"},
     "merge-half": keys_of("flora") | {"anchor.base-update": "merge", "federation.fraction": 0.5},
     "compacted": keys_of("flora") | {"anchor.max-rank": 6, "federation.rounds": 3},
-    "pruned": keys_of("hetlora") | {"lora.prune-gamma": 0.5, "lora.prune-weight": 10.0},
+    "pruned": keys_of("hetlora") | {"strategy.options": "prune-gamma=0.5, prune-weight=10.0"},
     "proximal-sgd": keys_of("fedavg-zeropad") | {"train.prox-mu": 0.1, "train.optimizer": "sgd"},
     "pattern": keys_of("flexlora") | {"lora.rank-pattern": "q_proj=2", "lora.rslora": True},
     "accumulated": keys_of("fedex") | {"train.accumulate": 2, "train.epochs": 1.0, "train.steps": 0},

@@ -153,12 +153,11 @@ def test_a_strategy_object_is_the_one_that_aggregates(keys, rows, tiny_llama):
         torch.testing.assert_close(product, 0.25 * (pair.B @ pair.A) * pair.scaling, rtol=1e-4, atol=1e-7)
 
 
-def test_an_object_keeps_what_was_set_in_it_and_takes_the_runs_keys_for_the_rest():
-    for strategy, gamma in ((HetLora(), 0.5), (HetLora(prune_gamma=0.25), 0.25)):
-        name = given.hold(strategy, "HetLora")
-        config = fedlora.config.parse({"strategy.name": name, "lora.prune-gamma": 0.5})
-        assert configured(config).prune_gamma == gamma
-        given.release(name)
+def test_an_object_keeps_what_was_set_in_it_and_takes_the_runs_options_for_the_rest():
+    name = given.hold(HetLora(prune_gamma=0.25), "HetLora")
+    config = fedlora.config.parse({"strategy.name": name, "strategy.options": "prune-weight=0.5"})
+    assert configured(config) == HetLora(prune_gamma=0.25, prune_weight=0.5)
+    given.release(name)
     with pytest.raises(StrategyError, match="stood for an object of the Python program"):
         configured(config)
 

@@ -43,13 +43,9 @@ def test_wrappers_are_stacked_in_order_with_their_options() -> None:
         "strategy.robust-trim": 0.1,
         "strategy.robust-byzantine": 2,
         "strategy.robust-keep": 4,
-        "run.seed": 7,
-        "anchor.max-rank": 9,
-        "anchor.base-update": "merge",
-        "model.quantization": "none",
     }
     optimizer = ServerOptimizer(FedAvg(), kind="yogi", lr=0.02, beta1=0.5, beta2=0.9, tau=0.1)
-    chain = Restart(optimizer, every=3, seed=7, max_rank=9, compact=False)
+    chain = Restart(optimizer, every=3)
     assert configured(parse(keys)) == Robust(chain, rule="multi-krum", bound=3.0, trim=0.1, byzantine=2, keep=4)
 
 

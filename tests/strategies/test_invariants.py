@@ -26,13 +26,11 @@ from fedlora.strategies.wrappers.restart import Restart
 from fedlora.strategies.wrappers.robust import Robust
 from fedlora.strategies.wrappers.server_optimizer import ServerOptimizer
 from tests.naive import dense as naive
-from tests.naive.clients import SHAPES, HeldBase, dense_deltas, start, started, train, whole
+from tests.naive.clients import SHAPES, HeldBase, Run, dense_deltas, start, started, train, whole
 
 MORE_OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "flora": [{"compact": False}],
     "lora-fair": [{"lam": 0.0}, {"similarity": "cosine"}],
-    "flexlora": [{"keep_tail": True}, {"keep_tail": True, "max_rank": 4}],
-    "fedex": [{"compact": False}],
+    "flexlora": [{"keep_tail": True}],
     "florist": [{"tau": 1.0}],
     "fedsvd": [{"period": 2}],
 }
@@ -46,6 +44,9 @@ WRAPPED: dict[str, Strategy] = {
     "restart-1-fedavg": Restart(load("fedavg"), every=1),
     "restart-2-fedavg": Restart(load("fedavg"), every=2),
     "bounded-flora": Robust(load("flora"), bound=1e9),
+    "uncompacted-flora": Run(load("flora"), compact=False),
+    "uncompacted-fedex": Run(load("fedex"), compact=False),
+    "limited-tail": Run(load("flexlora", keep_tail=True), max_rank=4),
 }
 
 
@@ -469,7 +470,7 @@ def test_rounds_match_a_dense_reference(name: str) -> None:
 @every_strategy
 def test_fault_10_late_clients_end_up_with_bit_equal_weights(strategy: Strategy) -> None:
     """Fault 10: always on, on every other round, late, restarted: one base, compacted on the way or not."""
-    own_anchors = getattr(strategy, "keep_tail", False)  # there, clients of one rank hold the same
+    own_anchors = strategy.replaces_folds  # there, clients of one rank hold the same
     ranks = (5, 2, 1, 4) if strategy.unequal_ranks and not own_anchors else (3, 3, 3, 3)
     clients = [ClientInfo(client_id=i, rank=r, num_examples=i + 1) for i, r in enumerate(ranks)]
     base = {name: torch.randn(shape, generator=torch.Generator().manual_seed(4)) for name, shape in SHAPES.items()}

@@ -15,6 +15,7 @@ from fedlora.strategies import load
 from fedlora.strategies.base import Strategy
 from fedlora.strategies.methods.fedavg import FedAvg
 from fedlora.strategies.methods.flora import Flora
+from fedlora.strategies.methods.hetlora import HetLora
 from fedlora.strategies.methods.lora_fair import LoraFair
 from fedlora.strategies.registry import NAMES, STRATEGIES
 
@@ -64,7 +65,7 @@ def test_the_classes_fit_the_protocol() -> None:
 
 
 def test_options_are_set_and_checked() -> None:
-    assert load("flora", seed=3, max_rank=8, compact=False) == Flora(seed=3, max_rank=8, compact=False)
+    assert load("hetlora", prune_gamma=0.5) == HetLora(prune_gamma=0.5)
     assert load("lora-fair", similarity="cosine", lam=1) == LoraFair(similarity="cosine", lam=1.0)
 
 
@@ -79,8 +80,8 @@ def test_options_are_set_and_checked() -> None:
         ("lora-fair", {"lam": True}, "lam = True is bool, expected float"),
         ("lora-fair", {"lam": -1}, "lam = -1.0, expected a number of at least 0"),
         ("lora-fair", {"similarity": "cosin"}, "similarity = 'cosin'; did you mean 'cosine'"),
-        ("flora", {"seed": 1.5}, "seed = 1.5 is float, expected int"),
-        ("flora", {"compact": 1}, "compact = 1 is int, expected bool"),
+        ("fedsvd", {"period": 1.5}, "period = 1.5 is float, expected int"),
+        ("flexlora", {"keep_tail": 1}, "keep_tail = 1 is int, expected bool"),
         ("no_such_package.module:X", {}, "cannot import 'no_such_package.module' .ModuleNotFoundError"),
         ("json:Nothing", {}, "module 'json' has no class 'Nothing'"),
         ("json:loads", {}, "loads is no strategy; write a frozen dataclass that extends"),

@@ -15,7 +15,9 @@ from fedlora.config import ModelConfig
 from .fingerprint import weight_files
 
 
-def kept(config: ModelConfig, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], str]:
+def head_in_folder(
+    config: ModelConfig, folder: Path, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Tensor], str]:
     """The head in a model's folder, in fp32, and in words what the run begins with.
 
     Args:

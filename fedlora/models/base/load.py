@@ -18,7 +18,7 @@ from . import quantized, read
 from .devices import pick_device, pick_dtype
 from .fingerprint import remembered_fingerprint
 from .folders import resolve
-from .head import fresh, kept
+from .head import fresh, head_in_folder
 from .probe import uncalled, vocabulary
 from .targets import is_within, read_directly
 
@@ -149,13 +149,13 @@ def head_shapes(model: nn.Module, heads: tuple[str, ...]) -> dict[str, tuple[int
 
 
 def first_head(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, torch.Tensor], str]:
-    """The head that the model's folder has and that fits, and what training begins with in words; see `head.kept`."""
-    return kept(config, _folder(config.name, config.revision), shapes)
+    """The head in the model's folder, where it fits, and what training begins with in words; see `head_in_folder`."""
+    return head_in_folder(config, _folder(config.name, config.revision), shapes)
 
 
 def _set_heads(model: PreTrainedModel, config: ModelConfig, folder: Path, heads: tuple[str, ...], seed: int) -> str:
     """Gives the heads their first values, as a server does; what these are, in words."""
-    found, words = kept(config, folder, head_shapes(model, heads))
+    found, words = head_in_folder(config, folder, head_shapes(model, heads))
     values = found or fresh(head_shapes(model, heads), seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -26,12 +26,12 @@ def broadcast(folds: Folds, known: int) -> Broadcast:
 @pytest.mark.parametrize("max_rank", [0, 5])
 def test_late_restarted_and_faithful_clients_hold_the_same_bits(max_rank):
     """With rank 3 a round, min(d) = 8 and a limit of 5, compaction happens along the way."""
-    folds = Folds()
+    folds = Folds(max_rank=max_rank)
     faithful, late, restarted = 1, 2, 3  # run ids, so that the three hold nothing in common
     known_late = 0
     for number in range(6):
         known_faithful = folds.version
-        folds = folds.push(fold(number), max_rank)
+        folds = folds.push(fold(number))
         always = concatenate(folds_up_to(faithful, broadcast(folds, known_faithful)))
         if number % 2:
             sometimes = concatenate(folds_up_to(late, broadcast(folds, known_late)))
@@ -54,9 +54,9 @@ def test_an_untouched_base_needs_nothing():
 
 def test_versions_that_no_broadcast_can_continue_are_let_go():
     """Compacted or replaced: what a client holds does not grow with the rounds."""
-    folds, held = Folds(), []
+    folds, held = Folds(max_rank=5), []
     for number in range(12):
-        folds = folds.push(fold(number), 5)
+        folds = folds.push(fold(number))
         held.append(folds_up_to(97, broadcast(folds, folds.version - 1)))
     refused = 0
     for version in range(1, 12):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +15,9 @@ from fedlora.clients.training import cohort, terms, trainer
 from fedlora.common.errors import AdapterError
 from fedlora.config import LoraConfig, ModelConfig, TrainConfig
 from fedlora.data import Example
-from fedlora.exchange import Plan
+from fedlora.exchange import Plan, Term
 from fedlora.models import adapted, fresh_head, injection
 from fedlora.models.stacked import NotStackable, stacked
-from fedlora.models.trainable import Trainable
 from tests.tiny import save_bert, save_gpt2
 
 CONFIG = TrainConfig(steps=10, batch_size=2, lr=1e-3)
@@ -69,16 +69,12 @@ def both(
     *,
     trainable: str = "AB",
     anchor: tuple[AdapterState, ...] = (),
-    prune: tuple[float, float] | None = None,
+    prune: tuple[Term, ...] = (),
 ) -> tuple[list[Any], list[Any]]:
     """(adapter, result) of each client: trained alone, and together."""
-    alone = []
+    alone, plan = [], Plan(train=frozenset(trainable), terms=prune)
     for seed, (start, examples) in enumerate(zip(adapters, data, strict=True)):
         trained = adapted.install(bench, start, trainable, folds=anchor)
-
-        def penalty(trained: Trainable = trained) -> None:
-            if prune:
-                terms.add_tail_penalty(trained.pairs, *prune)
 
         result = trainer.train(
             bench.task,
@@ -90,12 +86,11 @@ def both(
             round=2,
             rounds=3,
             seed=seed,
-            penalty=penalty,
+            penalty=functools.partial(terms.add_terms, trained.pairs, plan),
         )
         alone.append((adapted.read(bench), result))
     members = [cohort.Member(a, d, seed) for seed, (a, d) in enumerate(zip(adapters, data, strict=True))]
-    plan = Plan(train=frozenset(trainable))
-    together = cohort.train(bench, members, config, plan=plan, folds=anchor, round=2, rounds=3, prune=prune)
+    together = cohort.train(bench, members, config, plan=plan, folds=anchor, round=2, rounds=3)
     return alone, together
 
 
@@ -174,7 +169,7 @@ def test_hetloras_penalty_is_each_clients_own(tiny_llama):
     bench = adapted.adapted_model(ModelConfig(name=str(tiny_llama), quantization="none", device="cpu"), lora)
     adapters = [random_adapter(bench, lora, rank, seed) for seed, rank in enumerate(RANKS)]
     data = [sentences(8, seed) for seed in range(4)]
-    alone, together = both(bench, adapters, data, CONFIG, prune=(0.5, 0.5))
+    alone, together = both(bench, adapters, data, CONFIG, prune=(Term("tail", 0.5, 0.5),))
     check(adapters, alone, together)
     plain, _ = both(bench, adapters, data, CONFIG)
     assert float((change(plain[0][0], adapters[0]) - change(alone[0][0], adapters[0])).norm()) > 1e-3

@@ -14,6 +14,7 @@ from fedlora.clients.training import terms, trainer
 from fedlora.common.errors import AdapterError, ConfigError
 from fedlora.config import LoraConfig, ModelConfig, TrainConfig
 from fedlora.data import Example, batch_at
+from fedlora.exchange import Plan, Term
 from fedlora.models import adapted, injection
 from fedlora.models.trainable import Pair
 
@@ -222,7 +223,7 @@ def test_the_tail_penalty_is_the_gradient_of_its_term():
     for pair in mine:
         for parameter in pair:
             parameter.grad = torch.zeros_like(parameter)
-    terms.add_tail_penalty([Pair("m", a, b, 1.0) for a, b in mine], 0.5, 0.3)
+    terms.add_tail_penalty([Pair("m", a, b, 1.0) for a, b in mine], 0.3, 0.5)
     term = sum(0.3 * b[:, k:].norm() * a[k:].norm() for (a, b), k in zip(theirs, (2, 2, 1), strict=True))
     term.backward()
     for (a, b), (x, y) in zip(mine, theirs, strict=True):
@@ -231,5 +232,11 @@ def test_the_tail_penalty_is_the_gradient_of_its_term():
     zero = [(torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.zeros(3, 2)))]
     for parameter in zero[0]:
         parameter.grad = torch.zeros_like(parameter)
-    terms.add_tail_penalty([Pair("m", *zero[0], 1.0)], 0.5, 1.0)
+    terms.add_tail_penalty([Pair("m", *zero[0], 1.0)], 1.0, 0.5)
     assert all(torch.isfinite(parameter.grad).all() for parameter in zero[0])
+
+
+def test_an_unknown_term_is_refused():
+    terms.check_terms(Plan(terms=(Term("tail", 0.1, 0.5),)))
+    with pytest.raises(ConfigError, match="asks for the term 'twist' of the loss, this client knows tail; install"):
+        terms.check_terms(Plan(terms=(Term("twist", 0.1),)))

@@ -90,7 +90,7 @@ def test_every_strategy_learns_the_same(tmp_path, tiny_llama, name, caplog, size
         {"strategy.name": "lora-fair", "wire.upload-dtype": "int8", "lora.dropout": 0.2},
         {"anchor.base-update": "merge"},
         {"federation.fraction": 0.75, "train.steps": 0, "train.epochs": 0.5, "data.client-max": 8},
-        {"strategy.name": "hetlora", "lora.prune-gamma": 0.6, "lora.prune-weight": 0.1},
+        {"strategy.name": "hetlora", "strategy.options": "prune-gamma=0.6, prune-weight=0.1"},
     ],
     ids=lambda keys: next(iter(keys.values())),
 )

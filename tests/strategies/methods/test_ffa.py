@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedlora.adapters import AdapterState
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 from fedlora.strategies import load
-from fedlora.strategies.base import ServerState, Strategy, completed
+from fedlora.strategies.base import ServerState, Strategy, whole_adapter
 from tests.naive import dense as naive
 from tests.naive.clients import SHAPES, dense_deltas, start, started, train, whole
 
@@ -68,7 +68,7 @@ def test_every_round_gives_the_mean_of_the_updates(
         sent = [strategy.broadcast(state, client, round) for client in chosen]
         replies = [train(b, c, seed + round) for b, c in zip(sent, chosen, strict=True)]
         ideal = dense_mean([whole(b, reply) for b, reply in zip(sent, replies, strict=True)], replies)
-        assert_near(dense_mean([completed(reply, state) for reply in replies], replies), ideal)
+        assert_near(dense_mean([whole_adapter(reply, state) for reply in replies], replies), ideal)
         state = strategy.aggregate(state, replies, round)
         assert_near(dense_deltas(strategy.global_adapter(state)), ideal)
 

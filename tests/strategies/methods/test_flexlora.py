@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedlora.common.errors import StrategyError
+from fedlora.config import Scalar, parse
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
-from fedlora.strategies import load
 from fedlora.strategies.base import ServerState, Strategy
 from fedlora.strategies.methods.flexlora import FlexLora
+from fedlora.strategies.registry import configured
 from tests.naive import dense as naive
-from tests.naive.clients import SHAPES, HeldBase, dense_deltas, start, train
+from tests.naive.clients import SHAPES, HeldBase, Run, dense_deltas, start, train
 from tests.naive.drawn import before, replies, updates_of
 from tests.naive.flexlora import best
 
@@ -240,7 +241,7 @@ def test_keep_tail_leaves_out_a_module_without_a_tail() -> None:
 
 @pytest.mark.parametrize(("max_rank", "kept"), [(5, 5), (2, 4), (0, 6)])
 def test_max_rank_bounds_what_is_kept_but_not_below_the_largest_client(max_rank: int, kept: int) -> None:
-    strategy = FlexLora(keep_tail=True, max_rank=max_rank)
+    strategy = Run(TAIL, max_rank=max_rank)
     state = strategy.init(start(CLIENTS))
     updates = a_round(strategy, state, CLIENTS, 1, 3)[0]
     state = strategy.aggregate(state, updates, 1)
@@ -252,7 +253,7 @@ def test_max_rank_bounds_what_is_kept_but_not_below_the_largest_client(max_rank:
 
 @pytest.mark.parametrize("max_rank", [0, 8])
 def test_without_keep_tail_max_rank_changes_nothing(max_rank: int) -> None:
-    strategy = FlexLora(max_rank=max_rank, compact=False)
+    strategy = Run(FLEXLORA, max_rank=max_rank, compact=False)
     state = strategy.init(start(CLIENTS))
     state = strategy.aggregate(state, a_round(strategy, state, CLIENTS, 1, 3)[0], 1)
     assert state.folds.version == 0
@@ -261,10 +262,10 @@ def test_without_keep_tail_max_rank_changes_nothing(max_rank: int) -> None:
 
 
 def test_keep_tail_and_merged_folds_are_refused() -> None:
-    with pytest.raises(StrategyError, match=r"keep_tail sends a new anchor every round.*set anchor.base-update"):
-        load("flexlora", keep_tail=True, compact=False)
-    with pytest.raises(StrategyError, match="max_rank = -2"):
-        load("flexlora", max_rank=-2)
+    keys: dict[str, Scalar] = {"strategy.name": "flexlora", "anchor.base-update": "merge", "model.quantization": "none"}
+    assert configured(parse(keys)) == FlexLora()
+    with pytest.raises(StrategyError, match=r"takes folds back that it sent a round before.*set anchor.base-update"):
+        configured(parse({**keys, "strategy.options": "keep-tail=true"}))
 
 
 def test_components_of_rounding_are_no_components() -> None:

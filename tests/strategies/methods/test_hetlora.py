@@ -159,7 +159,7 @@ def test_a_gamma_that_is_rounded_away_is_refused() -> None:
     """1 - 1/r < gamma keeps every row: the run would train the penalty, and never prune."""
     clients = [ClientInfo(client_id=i, rank=rank) for i, rank in enumerate((8, 4, 4))]
     HetLora(prune_gamma=0.8).check(clients)
-    with pytest.raises(StrategyError, match=r"prune-gamma = 0\.9 prunes nobody.*set it to at most 0\.875, or to 0"):
+    with pytest.raises(StrategyError, match=r"prune_gamma = 0\.9 prunes nobody.*set it to at most 0\.875, or to 0"):
         HetLora(prune_gamma=0.9).check(clients)
 
 

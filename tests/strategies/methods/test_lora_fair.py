@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlora.adapters import AdapterState, ideal, relative_error
+from fedlora.adapters import AdapterState, relative_error
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import ClientInfo
 from fedlora.strategies import load
@@ -20,6 +20,7 @@ from tests.naive import dense as naive
 from tests.naive import lora_fair as reference
 from tests.naive.clients import SHAPES, dense_deltas, start, train
 from tests.naive.drawn import updates_of
+from tests.naive.factored import ideal
 
 LAMS = (0.0, 1e-4, 0.01, 1.0)
 

@@ -24,7 +24,7 @@ from fedlora.strategies.server import saved_state
 from fedlora.strategies.wrappers.restart import Restart
 from fedlora.strategies.wrappers.robust import Robust
 from fedlora.strategies.wrappers.server_optimizer import ServerOptimizer
-from tests.naive.clients import start, started, train
+from tests.naive.clients import Run, start, started, train
 
 STRATEGIES: dict[str, Strategy] = {name: load(name) for name in NAMES} | {
     "momentum-fedavg": ServerOptimizer(load("fedavg")),
@@ -33,7 +33,7 @@ STRATEGIES: dict[str, Strategy] = {name: load(name) for name in NAMES} | {
     "restart-2-fedavg-zeropad": Restart(load("fedavg-zeropad"), every=2),
     "median-fedavg": Robust(load("fedavg"), rule="median"),
     "keep-tail-flexlora": load("flexlora", keep_tail=True),
-    "uncompacted-flora": load("flora", compact=False),
+    "uncompacted-flora": Run(load("flora"), compact=False),
 }
 
 

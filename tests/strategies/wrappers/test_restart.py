@@ -21,7 +21,7 @@ from fedlora.strategies.tools.replies import gather
 from fedlora.strategies.wrappers.restart import Restart
 from fedlora.strategies.wrappers.robust import Robust
 from fedlora.strategies.wrappers.server_optimizer import ServerOptimizer
-from tests.naive.clients import SHAPES, HeldBase, start, train, whole
+from tests.naive.clients import SHAPES, HeldBase, Run, start, train, whole
 from tests.naive.dense import Part
 from tests.strategies.test_invariants import assert_near, assert_same, dense_deltas
 
@@ -64,7 +64,7 @@ def step(
     ids=["bare", "robust"],
 )
 def test_every_round_over_a_strategy_that_keeps_everything_is_flora(inner: Strategy) -> None:
-    flora, chain = Flora(seed=5), Restart(inner, every=1, seed=5)
+    flora, chain = Run(Flora(), seed=5), Run(Restart(inner, every=1), seed=5)
     chain.check(UNEQUAL)
     states = [strategy.init(start(UNEQUAL, 2)) for strategy in (flora, chain)]
     held = [[HeldBase() for _ in UNEQUAL] for _ in states]
@@ -93,7 +93,7 @@ def test_a_stack_of_larger_rank_becomes_one_fold() -> None:
 @pytest.mark.parametrize("name", ["fedavg", "fedex", "ffa", "lora-fair", "flexlora"])
 def test_a_chain_of_dense_runs(name: str, every: int) -> None:
     """Each link is a naive run of its own, on a base that has the links before it."""
-    chain = Restart(load(name), every=every, seed=3)
+    chain = Run(Restart(load(name), every=every), seed=3)
     reference = importlib.import_module(f"tests.naive.{name.replace('-', '_')}")
     state, past = chain.init(start(EQUAL, 3)), {n: torch.zeros(s, dtype=torch.float64) for n, s in SHAPES.items()}
     held = [HeldBase() for _ in EQUAL]
@@ -142,7 +142,7 @@ def test_the_rank_of_the_sum_grows_and_nothing_is_lost(every: int) -> None:
 
 
 def test_folds_are_compacted_within_the_limit() -> None:
-    chain = Restart(FedAvg(), every=1, max_rank=3)
+    chain = Run(Restart(FedAvg(), every=1), max_rank=3)
     state = chain.init(start(EQUAL, 0, {"m": (16, 12)}))
     for round in range(1, 5):
         state = chain.aggregate(
@@ -153,7 +153,7 @@ def test_folds_are_compacted_within_the_limit() -> None:
 
 
 def test_the_optimizers_moments_end_with_their_link() -> None:
-    chain = Restart(ServerOptimizer(FedAvg(), kind="adam", lr=0.1), every=2, seed=1)
+    chain = Run(Restart(ServerOptimizer(FedAvg(), kind="adam", lr=0.1), every=2), seed=1)
     state = chain.init(start(EQUAL, 4))
     for round in range(1, 5):
         updates = [train(chain.broadcast(state, client, round), client, round) for client in EQUAL]
@@ -166,7 +166,7 @@ def test_the_optimizers_moments_end_with_their_link() -> None:
 
 def test_restarts_depend_on_seed_and_round_alone() -> None:
     def fresh(seed: int, round: int, examples: int) -> Tensor:
-        chain = Restart(FedAvg(), every=1, seed=seed)
+        chain = Run(Restart(FedAvg(), every=1), seed=seed)
         state = chain.init(start(EQUAL, 0))
         client = replace(EQUAL[0], num_examples=examples)
         return (
@@ -198,9 +198,9 @@ def test_what_does_not_fit_is_refused() -> None:
         Restart(load("fedsa"))
     with pytest.raises(StrategyError, match="FedSb needs one made from statistics"):
         Restart(load("fedsb"))
-    with pytest.raises(StrategyError, match="FlexLora's keep_tail takes anchors back"):
+    with pytest.raises(StrategyError, match="FlexLora takes folds back that it sent"):
         Restart(Robust(load("flexlora", keep_tail=True)), every=2)
-    with pytest.raises(StrategyError, match=r"restart-every = 0 and anchor\.max-rank = 0, expected at least 1"):
+    with pytest.raises(StrategyError, match=r"restart-every = 0, expected at least 1"):
         Restart(FedAvg(), every=0)
     with pytest.raises(StrategyError, match="needs one rank"):
         Restart(FedAvg()).check(UNEQUAL)
