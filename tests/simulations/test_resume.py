@@ -176,7 +176,7 @@ def test_a_run_goes_back_after_another_learning_went_wrong_and_keeps_as_many_sta
     assert [path.name for path in (folder / "state").iterdir()] == ["round-4.safetensors"]
     with pytest.raises(RunError, match=r"all 4 rounds are complete.*to go back give --from-round"):
         resumed(folder)
-    with pytest.raises(ConfigError, match=r"run.from-round goes back in a run that is resumed"):
+    with pytest.raises(ConfigError, match=r"run.from-round works only in a run that is resumed"):
         parse({"run.from-round": 2})
 
 
