@@ -94,7 +94,7 @@ ERRORS = [
     (["run", "quickstart", "-c", "strategy.options=lamda=1"], "flora has no option 'lamda'"),
     (["run", "quickstart", "-c", "run.id=../../x"], "run.id = '../../x' is not the name of a single folder"),
     (["run", "quickstart", "-c", "run.name=a/b"], "run.name = 'a/b' is not the name of a single folder"),
-    (["run", "quickstart", "--at-once", "2"], "--at-once is of --engine flower"),
+    (["run", "quickstart", "--at-once", "2"], "--at-once needs --engine flower"),
     (["run", "--resume", "nowhere"], "nowhere: no run here"),
     (["status", "nowhere"], "nowhere: no run here"),
     (["report", "nowhere"], "nowhere: no run here"),

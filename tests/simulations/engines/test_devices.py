@@ -210,9 +210,9 @@ def test_a_wrong_name_is_refused(text):
     ("words", "says"),
     [
         (["--devices", "cuda:9"], "--devices 'cuda:9': cuda:9 is not here"),
-        (["--devices", "cpu", "--profile"], "--profile times this one"),
-        (["--devices", "cpu", "--engine", "flower"], "have clients of their own"),
-        (["--devices", "cpu", "--server", "here:1"], "have clients of their own"),
+        (["--devices", "cpu", "--profile"], "--profile measures this process alone"),
+        (["--devices", "cpu", "--engine", "flower"], "place the clients themselves"),
+        (["--devices", "cpu", "--server", "here:1"], "place the clients themselves"),
     ],
     ids=lambda words: words[-1] if isinstance(words, list) else "",
 )
