@@ -1,4 +1,4 @@
-"""FedEx-LoRA: the mean factors, and what they miss folded into the base."""
+"""FedEx-LoRA: the mean factors, and a fold with the difference between their product and the ideal."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from ..tools.replies import gather
 
 @dataclass(frozen=True)
 class FedEx(Strategy):
-    """`A = sum_k p_k s_k A_k`, `B = sum_k p_k B_k`, and the fold `sum_k p_k s_k B_k A_k - B A`: together, the ideal.
+    """`A = sum_k p_k s_k A_k`, `B = sum_k p_k B_k`, and the fold `sum_k p_k s_k B_k A_k - B A`; their sum is the ideal.
 
     Singhal et al. 2024, "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation
-    Models", https://arxiv.org/abs/2410.09432. Differences: means are weighted by examples; the residual is kept as
-    factors, the stack of all replies and of the negated mean, beside a base that may be quantized; scalings are
-    folded into A_k, and unequal ranks zero-padded. What a smaller client's slice of the mean leaves out is then
-    missing from its next update.
+    Models", https://arxiv.org/abs/2410.09432. Differences from the paper: means are weighted by numbers of examples.
+    The residual, which is the fold above, is kept as factors beside the base, so that the base may be quantized: they
+    are the stacked factors of all replies and of the negated mean. A_k is multiplied by the client's scaling, and
+    smaller ranks are padded with zeros. A client of a smaller rank starts from a slice of the mean; the rest of the
+    mean is missing from its next update.
     Memory: the factors of all replies.
 
     Args:
-        max_rank: the largest rank of the accumulated folds; 0: min(d_out, d_in), where nothing is lost.
-        compact: False keeps every fold as it came, for clients that merge folds into an fp32 base.
+        max_rank: the largest rank of all folds together; 0: min(d_out, d_in), which loses nothing.
+        compact: whether folds beyond that rank are combined into one; False if clients merge folds into an fp32 base.
     """
 
     max_rank: int = 0
@@ -41,14 +42,14 @@ class FedEx(Strategy):
             raise StrategyError(f"strategy.options: fedex's max_rank = {self.max_rank}, expected 0 (no limit) or more")
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
-        """The means, and the residual as one more fold; what no reply has stays as it was."""
+        """The means, and the residual as one more fold. A module or tensor that no reply contains keeps its value."""
         parts, dense = gather(updates, round)
         lora, residuals = dict(state.adapter.lora), dict[str, LoraFactors]()
         for name, part in parts.items():
             mean = padded_mean(part.factors, part.shares)
             before = lora.get(name, mean)
             held = first_ranks(mean, mean.rank, before.scaling)
-            # against the mean as it is held and sent, so that its rounding is in the residual as well
+            # the residual against the mean as it is stored and sent, so that it makes up for rounding as well
             residuals[name] = stack([*part.factors, held], [*part.shares, -1.0])
             lora[name] = with_rank_restored(held, before)
         adapter = AdapterState(lora=lora, tensors={**state.adapter.tensors, **dense})

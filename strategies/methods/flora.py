@@ -1,4 +1,4 @@
-"""FLoRA: the stack of all replies is folded into the base, and the adapter restarts."""
+"""FLoRA: the stacked factors of all replies become a fold, and the adapter starts anew."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ class Flora(Strategy):
     """Folds `B = [B_1|...|B_K]`, `A = [p_1 s_1 A_1; ...; p_K s_K A_K]`: the product is `sum_k p_k s_k B_k A_k`.
 
     Wang et al. 2024, "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank
-    Adaptations", https://arxiv.org/abs/2409.05976, Algorithm 1. Here the scale is folded in as well, and
-    the fold is kept as a frozen adapter beside the base, which may be quantized, rather than added to its weights.
+    Adaptations", https://arxiv.org/abs/2409.05976, Algorithm 1. Differences from the paper: A_k is multiplied by the
+    client's scaling. The fold is not added to the base model's weights, but kept as a frozen adapter beside them, so
+    that the base may be quantized.
     Memory: the factors of all replies.
 
     Args:
-        seed: of the restarts; a run's round loop sets it to the run's seed.
-        max_rank: the largest rank of the accumulated folds; 0: min(d_out, d_in), where nothing is lost.
-        compact: False keeps every fold as it came, for clients that merge folds into an fp32 base.
+        seed: seed of the new A after each round; a run sets it to the run's seed.
+        max_rank: the largest rank of all folds together; 0: min(d_out, d_in), which loses nothing.
+        compact: whether folds beyond that rank are combined into one; False if clients merge folds into an fp32 base.
     """
 
     seed: int = 0
@@ -41,12 +42,12 @@ class Flora(Strategy):
         """The first r_j rows of the round's random A with B = 0, and the folds that this client lacks.
 
         Raises:
-            StrategyError: the client's rank exceeds the largest of the run.
+            StrategyError: the client's rank is larger than the server's.
         """
         return super().broadcast(unscaled(state, client), client, round)
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
-        """The stack as one more fold, and the next round's restart."""
+        """The stacked replies as one more fold, and a new adapter for the next round."""
         parts, dense = gather(updates, round)
         fold = AdapterState(lora={name: stack(p.factors, p.shares) for name, p in parts.items()})
         adapter = AdapterState(
