@@ -298,7 +298,7 @@ def ask(config: Config, settings: dict, content: RecordDict, kind: str = "train"
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda sent: {**sent, 9: sent[0]}, "the server asks for client 9, this node hosts 0, 1"),
+        (lambda sent: {**sent, 9: sent[0]}, "the server asks for client 9, but this node hosts 0, 1"),
         (lambda sent: {**sent, 1: Error(1, "no")}, "the server sent an error in place of client 1's message"),
     ],
 )
