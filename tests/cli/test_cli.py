@@ -289,7 +289,7 @@ def test_data_is_the_check_before_a_run(call, tmp_path, tiny_llama):
         (["-c", "partition-id=x"], "node config: partition-id = 'x', expected a number from 0"),
         (["-c", "allow-files=yes"], "node config: allow-files = 'yes', expected true or false"),
         (["-c", "text-column=words"], "node config: text-column describes a file of the node's own"),
-        (["-c", "data=nowhere.csv"], "node config: data names no file on this node"),
+        (["-c", "data=nowhere.csv"], "node config: data does not name a file on this node"),
         (["--run", "sentiment"], "node: --run names the run that --check looks at"),
     ],
 )
