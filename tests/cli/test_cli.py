@@ -334,7 +334,7 @@ def test_data_holds_labels_against_the_models_classes(call, tmp_path, tiny_llama
     rows = [{"text": "ash", "label": number % 2 + 1} for number in range(12)]
     done = call("data", written(tmp_path, tiny_llama, rows, model__task="classification"))
     assert done.returncode == 1
-    assert "counts its classes from 1 to 2, and classes count from 0; subtract 1" in done.stderr
+    assert "counts its classes from 1 to 2, but classes count from 0; subtract 1" in done.stderr
 
 
 def test_doctor_checks_quantization(call):
