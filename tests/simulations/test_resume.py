@@ -148,7 +148,7 @@ def test_a_run_goes_back_to_an_earlier_round_with_all_that_was_kept_then(tmp_pat
     assert sorted(path.name for path in (folder / "state").iterdir()) == [
         f"round-{number}.safetensors" for number in (2, 3, 4)
     ]
-    with pytest.raises(RunError, match="no state after round 1 is kept; there are those after rounds: 2, 3, 4"):
+    with pytest.raises(RunError, match="no state after round 1 is kept; there are states after rounds: 2, 3, 4"):
         go_on(folder, from_round=1)
     forget()
 
@@ -314,14 +314,14 @@ def test_a_checkpoint_that_is_gone_broken_or_foreign_is_one_sentence(tmp_path, t
     path = folder / "state" / "round-3.safetensors"
     good = path.read_bytes()
     path.write_bytes(good[: len(good) // 2])
-    with pytest.raises(RunError, match=r"round-3\.safetensors: no readable checkpoint"):
+    with pytest.raises(RunError, match=r"round-3\.safetensors: not a readable state"):
         go_on(folder)
     path.unlink()
     with pytest.raises(RunError, match="3 rounds are recorded, but there is no saved state in"):
         go_on(folder)
     other = die(config_of(tmp_path, tiny_llama, "flora", run__id="other", run__keep=1), amid_round(4))
     path.write_bytes((other / "state" / "round-3.safetensors").read_bytes())
-    with pytest.raises(RunError, match=r"round-3\.safetensors: the checkpoint of another run"):
+    with pytest.raises(RunError, match=r"round-3\.safetensors: the state of another run"):
         go_on(folder)
     assert len(result_of(folder)["rounds"]) == 3
     path.write_bytes(good)
