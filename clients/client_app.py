@@ -1,6 +1,6 @@
-"""Flower's ClientApp: hands each message to the node's resident worker where it has one, else answers it here.
+"""Flower's ClientApp: hands each message to the node's resident worker, or answers it here if there is none.
 
-Flower starts a process for each message, which imports this file: nothing heavy is imported on top of it.
+Flower starts a process for each message, and this process imports this file. Its top therefore imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ app = ClientApp()
 
 @app.query()
 def describe(message: Message, context: Context) -> Message:
-    """Rank, alpha and number of training examples of this client."""
+    """Answer with this client's rank, alpha and number of training examples."""
     return _answer("describe", message, context)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """One round's task from the server's start."""
+    """Train for one round, or measure a statistic, from the server's adapter."""
     return _answer("train", message, context)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """The server's adapter on this client's own test rows."""
+    """Evaluate the server's adapter on this client's own test rows."""
     return _answer("evaluate", message, context)
 
 
@@ -53,7 +53,7 @@ def _answer(task: str, message: Message, context: Context) -> Message:
 
 
 def _worked_out(task: str, message: Message, context: Context, watch: vigil.Vigil) -> RecordDict | Error:
-    """By the worker, or in this process; an error where nobody waits for it any more."""
+    """The answer, computed by the worker or in this process; an error if the server no longer waits for it."""
     socket = context.node_config.get("worker")
     try:
         if socket:
@@ -65,16 +65,16 @@ def _worked_out(task: str, message: Message, context: Context, watch: vigil.Vigi
         with listen(watch.check):
             return here(task, message.content, context)
     except vigil.Over as over:
-        return Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{task} was left: {over}")
+        return Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{task} was given up: {over}")
 
 
 def _process_began() -> float:
-    """What a message costs begins with its process."""
+    """The time at which this process started, in seconds since 1970; a message's cost is counted from then on."""
     return psutil.Process().create_time()
 
 
 def _told(context: Context) -> AbstractContextManager[None]:
-    """A node's own log of events, in its state folder; a simulation, which has listeners, keeps one for all."""
+    """Write events to a log in the node's state folder; a simulation has listeners, and one log for all clients."""
     state = context.node_config.get("state")
     if has_listeners() or not state:
         return nullcontext()

@@ -30,13 +30,13 @@ __all__ = [
     "run",
 ]
 
-# In an installed wheel, setuptools has placed strategies/, clients/, simulations/ and configs/ inside
-# this package. In a checkout, or in a Flower app bundle, they lie beside it: look there too.
+# In an installed wheel, the folders strategies/, clients/, simulations/ and configs/ are inside this package. In a
+# checkout, or in a Flower app bundle, they are beside it, and Python must look there as well.
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "strategies").is_dir():
     __path__.append(str(_root))
 
-# The public names, and the modules that are imported when one of them is asked for.
+# The public names, each with the module that is imported when the name is first used.
 _PLACES = {
     "AdapterState": "fedlora.adapters",
     "Broadcast": "fedlora.exchange",

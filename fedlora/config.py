@@ -1,7 +1,7 @@
 """The run configuration: frozen dataclasses, and one parser for TOML presets, `-c` and Flower's run config.
 
-Keys are flat and kebab-case ("lora.rank"); values are bool, int, float or str, since Flower carries no
-others; lists are comma strings ("16,8,8,4"). Imports nothing heavy, so that a wrong key is named at once.
+Keys are flat and kebab-case ("lora.rank"). Values are bool, int, float or str, since Flower carries no
+others; lists are comma strings ("16,8,8,4"). This module imports nothing heavy, so that a wrong key is named at once.
 """
 
 from __future__ import annotations
@@ -21,47 +21,52 @@ LONGEST_CLASS = 64  # characters of a class's name
 
 
 def option(default: Any, text: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None):
-    """A field with its help text and its bounds."""
+    """A field with its help text, its choices and its bounds, all of which stand in the field's metadata."""
     return field(default=default, metadata={"help": text, "choices": choices, "low": low, "high": high})
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    name: str = option("run", "results go to <run.dir>/<run.name>/<run.id>")
-    id: str = option("", "name of this run's folder; empty: the time")
-    resume: bool = option(False, "go on with the run in that folder, from its last complete round")
-    by: str = option("", "who starts the run, for the server's audit log; fedlora run --server fills in user@machine")
+    name: str = option("run", "name of the run; its results go to <run.dir>/<run.name>/<run.id>")
+    id: str = option("", "name of this run's folder; empty: the time at which it starts")
+    resume: bool = option(False, "continue the run in the folder run.id after its last complete round")
+    by: str = option("", "person who starts the run, for the server's audit log; fedlora run --server: user@machine")
     from_round: int = option(
-        -1, "with run.resume: go back to the server's state after this round; -1: go on from the last", low=-1
+        -1, "with run.resume: continue from the server's state after this round; -1: after the last one", low=-1
     )
-    keep: int = option(
-        3, "states of the server that are kept, those after the last rounds, to go back to", low=1, high=100
-    )
-    dir: str = option("runs", "folder of all results")
+    keep: int = option(3, "number of last rounds whose state the server keeps, for run.from-round", low=1, high=100)
+    dir: str = option("runs", "folder for the results of all runs")
     seed: int = option(0, "seed of everything random", low=0)
-    threads: int = option(0, "torch threads of each process; 0 leaves torch's own choice", low=0)
+    threads: int = option(0, "torch threads of each process; 0: torch's own choice", low=0)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    name: str = option("smollm2-135m-instruct", "a packaged model, a local folder, or a hub id")
-    revision: str = option("", "hub revision (branch, tag or commit); empty is the default branch")
-    task: str = option(
-        "causal-lm", "what it learns to do: causal-lm, classification, or your own as package.module:Class"
+    name: str = option(
+        "smollm2-135m-instruct", "base model: a packaged one (fedlora fetch lists them), a local folder, or a hub id"
     )
-    task_options: str = option("", "the task's own options, such as 'smoothing=0.1'")
-    labels: int = option(2, "number of classes (classification)", low=2)
+    revision: str = option("", "hub revision of the model (branch, tag or commit); empty: the default branch")
+    task: str = option(
+        "causal-lm", "what the model learns to do: causal-lm, classification, or your own as package.module:Class"
+    )
+    task_options: str = option("", "options of the task, as 'name=value, name=value', such as 'smoothing=0.1'")
+    labels: int = option(2, "classification: number of classes", low=2)
     head: str = option(
         "keep",
-        "a classifier's first head: keep takes the model's own where it has one of this many classes",
+        "classification: the output layer that training starts from; keep: the model's own, if it has model.labels "
+        "classes, else a new one; fresh: a new one",
         ("keep", "fresh"),
     )
-    quantization: str = option("nf4", "storage of the frozen weights", ("none", "int8", "nf4"))
+    quantization: str = option("nf4", "storage format of the base model's frozen weights", ("none", "int8", "nf4"))
     compute_dtype: str = option(
-        "auto", "auto: bf16 on a GPU that has it, fp32 on a CPU", ("auto", "fp32", "bf16", "fp16")
+        "auto",
+        "number format of the computation; auto: bf16 on a GPU that supports it, fp32 on a CPU",
+        ("auto", "fp32", "bf16", "fp16"),
     )
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps …")
-    gradient_checkpointing: bool = option(False, "trade compute for memory in the backward pass")
+    device: str = option("auto", "device that computes: auto, cpu, cuda, cuda:1, mps …")
+    gradient_checkpointing: bool = option(
+        False, "save memory in the backward pass by computing activations a second time"
+    )
 
 
 @dataclass(frozen=True)
@@ -94,175 +99,232 @@ class LoraConfig:
 @dataclass(frozen=True)
 class DataConfig:
     source: str = option(
-        "chitchat", "a packaged set, a file (.jsonl, .json, .csv, .tsv or .parquet), or a hub dataset id"
+        "chitchat",
+        "training rows: a packaged set (fedlora fetch lists them), a file (.jsonl, .json, .csv, .tsv or .parquet), or "
+        "a hub dataset id",
     )
-    subset: str = option("", "configuration of a hub dataset")
-    split: str = option("train", "split of a hub dataset")
-    revision: str = option("", "hub revision (branch, tag or commit); empty is the default branch")
+    subset: str = option("", "name of a hub dataset's configuration")
+    split: str = option("train", "name of a hub dataset's split")
+    revision: str = option("", "hub revision of the dataset (branch, tag or commit); empty: the default branch")
     form: str = option(
         "auto",
-        "what a row holds; auto looks at its columns",
+        "what a row holds; auto: read from the names of its columns",
         ("auto", "prompt", "chat", "alpaca", "sharegpt", "text", "label"),
     )
     prompt_column: str = option("prompt", "form prompt: the column of the prompt")
     response_column: str = option("response", "form prompt: the column of the response")
-    messages_column: str = option("messages", "form chat: the column of [{role, content}, …]")
+    messages_column: str = option("messages", "form chat: the column of the messages, [{role, content}, …]")
     text_column: str = option("text", "forms text and label: the column of the text")
     label_column: str = option("label", "form label: the column of the class, 0-based integers or names")
     label_names: str = option(
         "",
-        "form label: what the classes are called, in the order of their numbers, 'benign, malignant'; empty: by the "
-        "alphabet of the names in the rows",
+        "form label: names of the classes in the order of their numbers, such as 'benign, malignant'; empty: the names "
+        "in the rows, in alphabetical order",
     )
     chat_template: str = option(
-        "", "one of the tokenizer's chat templates, where it has several by name; empty: default"
+        "", "name of one of the tokenizer's chat templates, if it has several; empty: its default template"
     )
-    system_prompt: str = option("", "system message put before every conversation; empty: the template's own")
+    system_prompt: str = option("", "system message put before every conversation; empty: the chat template's own")
     partition: str = option(
-        "natural", "how rows are dealt to clients", ("iid", "dirichlet", "natural", "numbered", "sizes")
+        "natural",
+        "how rows are divided among the clients; iid: at random; dirichlet: unequal mixtures of the key's values; "
+        "natural: each client gets the rows of one value of the key; numbered: by a column with the client's number; "
+        "sizes: at random, as many as data.sizes says",
+        ("iid", "dirichlet", "natural", "numbered", "sizes"),
     )
     partition_by: str = option(
         "auto",
-        "column of the key (natural, dirichlet), such as label, or of the client's number (numbered); auto: the "
-        "packaged set's own, or the label; numbered: client",
+        "natural, dirichlet: the column that is the key, such as label; auto: the packaged set's own key, else the "
+        "label; numbered: the column with the client's number; auto: client",
     )
-    dirichlet_alpha: float = option(0.5, "dirichlet: small values give unlike clients", low=1e-3)
-    sizes: str = option("", "sizes: rows per client, '400,200,100,50'")
-    heldout_fraction: float = option(0.1, "rows kept from every client for the server's evaluation", low=0.0, high=0.9)
-    heldout_max: int = option(64, "at most this many held-out rows are evaluated; 0: all", low=0)
+    dirichlet_alpha: float = option(0.5, "dirichlet: the smaller, the more the clients' rows differ", low=1e-3)
+    sizes: str = option("", "sizes: number of rows of each client, such as '400,200,100,50'")
+    heldout_fraction: float = option(
+        0.1, "share of all rows that no client gets, kept for the server's evaluation", low=0.0, high=0.9
+    )
+    heldout_max: int = option(64, "largest number of held-out rows that are evaluated; 0: all", low=0)
     test_fraction: float = option(
-        0.0, "share of the held-out rows left for one test after the last round (fedlora compare)", low=0.0, high=0.9
+        0.0,
+        "share of the held-out rows that is scored only once, after the last round (used by fedlora compare)",
+        low=0.0,
+        high=0.9,
     )
     client_test_fraction: float = option(
-        0.1, "share of each client's own rows kept for evaluate.clients", low=0.0, high=0.9
+        0.1,
+        "share of each client's own rows that it does not train on, but tests on (evaluate.clients)",
+        low=0.0,
+        high=0.9,
     )
-    client_max: int = option(0, "at most this many rows per client; 0: all", low=0)
+    client_max: int = option(0, "largest number of rows of a client; 0: all", low=0)
     parts: str = option(
         "",
-        "for baselines: which parts of the rows each client has; '0+1+2+3 of 4' gives one client what four would have, "
-        "'2 of 4' what the third would; empty: one part each",
+        "for baselines: which of several equal clients' parts of the rows each client gets; '0+1+2+3 of 4': one client "
+        "gets the rows of all four; '2 of 4': one client gets those of the third; empty: one part for each client",
     )
-    max_length: int = option(128, "tokens per example; longer ones are cut, and fedlora data says how many", low=4)
+    max_length: int = option(
+        128, "largest number of tokens of an example; longer ones are cut (fedlora data counts them)", low=4
+    )
 
 
 @dataclass(frozen=True)
 class FederationConfig:
-    clients: int = option(4, "clients of the run: all of a simulation's, and the most that take part on nodes", low=1)
-    rounds: int = option(3, "communication rounds", low=1)
-    fraction: float = option(1.0, "share of the clients sampled each round", low=1e-6, high=1.0)
-    min_clients: int = option(1, "a round with fewer good answers fails the run", low=1)
+    clients: int = option(
+        4, "number of clients in a simulation; with a server, the largest number that may take part", low=1
+    )
+    rounds: int = option(3, "number of rounds: the server sends, clients train and reply, the server combines", low=1)
+    fraction: float = option(1.0, "share of the clients that is asked to train in each round", low=1e-6, high=1.0)
+    min_clients: int = option(1, "smallest number of usable replies in a round; fewer end the run with an error", low=1)
     round_timeout: float = option(
         43200.0,
-        "seconds to wait for a round's answers, after which a client that has not answered is left, and stops; the "
-        "default is the 12 hours that Flower gives a message; 0: as long as it takes",
+        "seconds to wait for a round's replies; the round goes on without clients that have not replied by then, and "
+        "they stop training; the default is the 12 hours that Flower gives a message; 0: no limit",
         low=0.0,
     )
     wait_timeout: float = option(
         120.0,
-        "seconds to wait until federation.clients have connected, or until nodes that were lost are back",
+        "seconds to wait until federation.clients have connected, or until lost nodes have come back",
         low=0.0,
     )
     max_share: float = option(
         4.0,
-        "largest weight of a client, as a multiple of the mean of the other clients' examples; 0: no bound",
+        "largest weight of a client in the mean, as a multiple of the other clients' mean number of examples; 0: no "
+        "limit",
         low=0.0,
     )
     max_move: float = option(
         100.0,
-        "without strategy.robust, an update that moves the model this many times as far as the others' median is set "
-        "aside; 0: none is",
+        "without strategy.robust: an update is ignored if it changes the model more than this many times the median of "
+        "the others; 0: no limit",
         low=0.0,
     )
     max_rank: int = option(
-        0, "largest rank that a node may have of its own (fedlora node --rank); 0: the largest of lora.ranks", low=0
+        0, "largest rank that a node may choose (fedlora node --rank); 0: the largest of lora.ranks", low=0
     )
     max_hosted: int = option(
         0,
-        "most clients that one node may say it is, and a node that says more is refused; 0: up to federation.clients",
+        "largest number of clients on one node; a node that announces more is refused; 0: federation.clients",
         low=0,
     )
     schedule: str = option(
-        "synchronous", "whom to ask and when to aggregate: synchronous, or your own as package.module:Class"
+        "synchronous",
+        "rule for which clients are asked when, and when replies are combined: synchronous, or your own as "
+        "package.module:Class",
     )
-    schedule_options: str = option("", "its options, as 'name=value, name=value'")
+    schedule_options: str = option("", "options of the schedule, as 'name=value, name=value'")
     lost_clients: str = option(
         "fail",
-        "what a client means that was refused in every round: fail ends the run, when all is done, with an error",
+        "if a client was refused in every round: fail ends the run with an error after its last round; accept does not",
         ("fail", "accept"),
     )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = option(8, "optimizer steps per client and round; 0: by train.epochs", low=0)
-    epochs: float = option(1.0, "passes over the client's data per round, when train.steps is 0", low=1e-6)
+    steps: int = option(8, "optimizer steps of a client in each round; 0: by train.epochs", low=0)
+    epochs: float = option(1.0, "with train.steps = 0: passes over the client's rows in each round", low=1e-6)
     batch_size: int = option(4, "examples per forward pass", low=1)
-    accumulate: int = option(1, "forward passes per optimizer step", low=1)
+    accumulate: int = option(1, "forward passes per optimizer step, whose gradients are added up", low=1)
     optimizer: str = option(
         "adamw",
-        "adamw, sgd, adamw-8bit, paged-adamw or paged-adamw-8bit (these three need a CUDA GPU), or your own as "
-        "package.module:Class",
+        "the clients' optimizer: adamw, sgd, adamw-8bit, paged-adamw or paged-adamw-8bit (the last three need a CUDA "
+        "GPU), or your own as package.module:Class",
     )
-    optimizer_options: str = option("", "its options, as 'name=value, name=value'")
-    lr: float = option(1e-3, "peak learning rate", low=0.0)
-    weight_decay: float = option(0.0, "decoupled weight decay", low=0.0)
-    schedule: str = option("cosine", "learning rate across all rounds", ("cosine", "linear", "constant"))
-    warmup_fraction: float = option(0.05, "share of all steps with a rising learning rate", low=0.0, high=1.0)
-    clip: float = option(1.0, "largest gradient norm; 0: no clipping", low=0.0)
+    optimizer_options: str = option("", "options of the optimizer, as 'name=value, name=value'")
+    lr: float = option(1e-3, "highest learning rate of the clients", low=0.0)
+    weight_decay: float = option(0.0, "decoupled weight decay, as in AdamW", low=0.0)
+    schedule: str = option(
+        "cosine", "how the learning rate falls over the steps of all rounds", ("cosine", "linear", "constant")
+    )
+    warmup_fraction: float = option(
+        0.05, "share of all steps, at the start, in which the learning rate rises", low=0.0, high=1.0
+    )
+    clip: float = option(1.0, "largest norm of a client's gradient; longer ones are scaled down; 0: no limit", low=0.0)
     clients_at_once: str = option(
-        "auto", "clients that one process trains as one batch, in a simulation: a number, or auto"
+        "auto",
+        "number of clients that one process trains together as one batch; auto: by free memory and computing power",
     )
-    prox_mu: float = option(0.0, "FedProx: weight of |theta - theta_start|^2 / 2", low=0.0)
+    prox_mu: float = option(
+        0.0, "FedProx: weight of the penalty |theta - theta_start|^2 / 2 in a client's loss; 0: none", low=0.0
+    )
 
 
 @dataclass(frozen=True)
 class StrategyConfig:
-    name: str = option("flora", "an aggregation strategy, or your own as package.module:Class")
-    options: str = option("", "its options: 'similarity=cosine, lam=0.01'")
-    server_optimizer: str = option(
-        "none", "the server's own steps, along a round's change", ("none", "momentum", "adam", "yogi", "adagrad")
+    name: str = option(
+        "flora",
+        "how the server combines the clients' replies: a strategy of docs/strategies.md, or your own as "
+        "package.module:Class",
     )
-    server_lr: float = option(1.0, "server-optimizer: learning rate; adam, yogi, adagrad want about 0.01", low=0.0)
+    options: str = option("", "options of the strategy, such as 'similarity=cosine, lam=0.01'")
+    server_optimizer: str = option(
+        "none",
+        "optimizer on the server, which takes a round's change as its gradient",
+        ("none", "momentum", "adam", "yogi", "adagrad"),
+    )
+    server_lr: float = option(1.0, "server-optimizer: learning rate; adam, yogi and adagrad need about 0.01", low=0.0)
     server_beta1: float = option(0.9, "server-optimizer: decay of the first moment", low=0.0, high=0.9999)
     server_beta2: float = option(0.99, "adam, yogi: decay of the second moment", low=0.0, high=0.9999)
     server_tau: float = option(1e-3, "adam, yogi, adagrad: added to the root of the second moment", low=1e-12)
-    restart_every: int = option(0, "rounds after which the adapter is folded and restarts; 0: never", low=0)
+    restart_every: int = option(
+        0,
+        "number of rounds after which the adapter is added to the frozen model (a fold) and starts anew; 0: never",
+        low=0,
+    )
     robust: str = option(
         "none",
-        "how poisoned replies are kept out",
+        "rule against poisoned replies",
         ("none", "norm-bound", "median", "trimmed-mean", "krum", "multi-krum"),
     )
-    robust_bound: float = option(2.0, "norm-bound: largest update over the clients' median", low=1.0)
-    robust_trim: float = option(0.2, "trimmed-mean: share of clients dropped at either end", low=0.0, high=0.49)
-    robust_byzantine: int = option(1, "krum, multi-krum: poisoned clients withstood; K >= 2 f + 3", low=0)
-    robust_keep: int = option(0, "multi-krum: clients kept; 0: all but robust-byzantine", low=0)
+    robust_bound: float = option(
+        2.0, "norm-bound: largest norm of an update, as a multiple of the clients' median norm", low=1.0
+    )
+    robust_trim: float = option(
+        0.2, "trimmed-mean: share of the clients left out at the high end, and at the low end", low=0.0, high=0.49
+    )
+    robust_byzantine: int = option(
+        1, "krum, multi-krum: number f of poisoned clients that do no harm; needs 2 f + 3 clients in a round", low=0
+    )
+    robust_keep: int = option(
+        0, "multi-krum: number of clients whose updates are used; 0: all but strategy.robust-byzantine", low=0
+    )
 
 
 @dataclass(frozen=True)
 class AnchorConfig:
-    max_rank: int = option(0, "largest rank of the accumulated folds; 0: whatever loses nothing", low=0)
-    base_update: str = option("anchor", "merge adds folds to the weights of an unquantized base", ("anchor", "merge"))
+    max_rank: int = option(
+        0,
+        "largest rank of the anchor, which holds all folds (frozen updates) so far; 0: as large as needed to lose "
+        "nothing",
+        low=0,
+    )
+    base_update: str = option(
+        "anchor",
+        "where a client keeps folds; anchor: in a frozen adapter beside the base model; merge: in the base model's "
+        "weights, which must not be quantized",
+        ("anchor", "merge"),
+    )
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    server: bool = option(True, "evaluate the global adapter on the held-out rows")
-    clients: bool = option(False, "let every sampled client evaluate the global adapter on its own test rows")
-    every: int = option(1, "rounds between evaluations (the last one always)", low=1)
-    batch_size: int = option(16, "examples per forward pass", low=1)
+    server: bool = option(True, "evaluate the global adapter on the server's held-out rows")
+    clients: bool = option(False, "let each client of a round evaluate the global adapter on its own test rows")
+    every: int = option(1, "evaluate after every so many rounds; the last round is always evaluated", low=1)
+    batch_size: int = option(16, "examples per forward pass of an evaluation", low=1)
     intruders: bool = option(
         False,
-        "count the global adapter's intruder dimensions after each evaluated round: an SVD of every adapted weight",
+        "after each evaluated round, count intruder dimensions: strong directions of the adapted weights that are like "
+        "none of the base model's; costs an SVD of every adapted weight",
     )
 
 
 @dataclass(frozen=True)
 class WireConfig:
-    dtype: str = option("fp32", "number format of what the server sends", ("fp32", "fp16", "bf16"))
+    dtype: str = option("fp32", "number format of the tensors that the server sends", ("fp32", "fp16", "bf16"))
     upload_dtype: str = option(
         "fp32",
-        "number format of what clients send; all but fp32 carry the change since the broadcast, and what they leave "
-        "out is added to the next reply",
+        "number format of the tensors that clients send; in all formats but fp32, a client sends the change since the "
+        "broadcast, and adds what rounding left out to its next reply",
         ("fp32", "fp16", "bf16", "int8", "int4"),
     )
 
@@ -318,11 +380,11 @@ def parse(flat: Mapping[str, Scalar], base: Config | None = None, where: str = "
 
     Args:
         flat: flat kebab-case keys.
-        base: what the other keys are taken from; the defaults when left out.
-        where: named in errors.
+        base: the config that all other keys are taken from; the defaults when left out.
+        where: the source of the keys, such as a file, which error messages name.
 
     Raises:
-        ConfigError: an unknown key (with the nearest known one), a wrong type, or a value out of bounds.
+        ConfigError: a key is unknown (the nearest known one is named), or a value has a wrong type or is out of bounds.
     """
     config = base or Config()
     known = config.to_flat()
@@ -341,13 +403,13 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Config:
     """A TOML preset, then `key=value` overrides as given on the command line.
 
     Raises:
-        ConfigError: the file cannot be read or parsed, or holds something that `parse` refuses.
+        ConfigError: the file cannot be read or parsed, or `parse` refuses its keys or the overrides.
     """
     return parse(parse_overrides(overrides), parse(read_toml(path), where=str(path)), where="-c")
 
 
 def find_preset(name: str) -> Path:
-    """The path itself, or the packaged preset of that name."""
+    """The path of a TOML file, or of the packaged preset of that name."""
     path = Path(name).expanduser()
     if path.suffix == ".toml" or path.is_file():
         return path
@@ -384,7 +446,7 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Scalar]:
-    """`key=value` strings; a value is read as TOML, or as plain text where it is not TOML."""
+    """`key=value` strings as a dictionary; a value that is not valid TOML is taken as plain text."""
     flat: dict[str, Scalar] = {}
     for item in overrides:
         key, equals, text = item.partition("=")
@@ -426,13 +488,13 @@ def client_rank(config: LoraConfig, client_id: int) -> int:
 
 
 def largest_rank(config: Config) -> int:
-    """What a client's own rank may be: `federation.max-rank`, or the largest that the run gives a client."""
+    """The largest rank that a node may choose: `federation.max-rank`, or else the largest of `lora.ranks`."""
     ranks = ints("lora.ranks", config.lora.ranks)
     return config.federation.max_rank or max(ranks or (config.lora.rank,))
 
 
 def rank_pattern(config: LoraConfig) -> dict[str, int]:
-    """`lora.rank-pattern` as regular expression -> rank."""
+    """`lora.rank-pattern` as a mapping from regular expression to rank."""
     pattern: dict[str, int] = {}
     for item in filter(None, (part.strip() for part in config.rank_pattern.split(","))):
         name, _, rank = item.rpartition("=")
@@ -443,10 +505,10 @@ def rank_pattern(config: LoraConfig) -> dict[str, int]:
 
 
 def label_names(data: DataConfig) -> tuple[str, ...]:
-    """`data.label-names` as the names of the classes, in order; nothing where it is empty.
+    """`data.label-names` as the names of the classes, in order; an empty tuple if the key is empty.
 
     Raises:
-        ConfigError: a name is blank or there twice.
+        ConfigError: a name is blank or too long or occurs twice, or there is only one.
     """
     if not data.label_names.strip():
         return ()
@@ -460,10 +522,10 @@ def label_names(data: DataConfig) -> tuple[str, ...]:
 
 
 def client_parts(data: DataConfig, clients: int) -> tuple[tuple[tuple[int, ...], ...], int]:
-    """`data.parts` as (the parts of each client, how many parts there are).
+    """`data.parts` as (the numbers of each client's parts, the number of all parts).
 
     Raises:
-        ConfigError: it cannot be read, or names other than one group of parts for each client.
+        ConfigError: the key cannot be read, or does not have exactly one group of parts for each client.
     """
     if not data.parts.strip():
         return tuple((client,) for client in range(clients)), clients
@@ -481,13 +543,14 @@ def client_parts(data: DataConfig, clients: int) -> tuple[tuple[tuple[int, ...],
         )
     if len(parts) != clients:
         raise ConfigError(
-            f"data.parts = {data.parts!r} is for {len(parts)} clients, federation.clients is {clients}; make them agree"
+            f"data.parts = {data.parts!r} is for {len(parts)} clients, but federation.clients is {clients}; make them "
+            "agree"
         )
     return parts, total
 
 
 def clients_per_round(clients: int, fraction: float) -> int:
-    """How many of the clients a round samples: at least one."""
+    """The number of clients that are asked in a round: at least one."""
     return max(1, min(clients, int(fraction * clients + 0.5)))
 
 
@@ -500,7 +563,7 @@ def clients_at_once(config: TrainConfig) -> int:
 
 
 def _check(where: str, key: str, value: Any, section: Any, name: str) -> Scalar:
-    """The value in its field's type, within its choices and bounds."""
+    """The value, converted to its field's type; raises ConfigError for a wrong type, choice or bound."""
     expected = get_type_hints(type(section))[name]
     meta = next(f for f in fields(section) if f.name == name).metadata
     if expected is float and type(value) is int:
@@ -520,16 +583,17 @@ def _check(where: str, key: str, value: Any, section: Any, name: str) -> Scalar:
 
 
 def _check_together(config: Config, where: str) -> Config:
-    """Rules over several keys."""
+    """The config itself; raises ConfigError where several keys do not go together."""
     for key, name in (("run.name", config.run.name), ("run.id", config.run.id)):
         if name in (".", "..") or "/" in name or "\\" in name:
             raise ConfigError(
-                f"{where}: {key} = {name!r} is no name of one folder; give one, and set run.dir for another place"
+                f"{where}: {key} = {name!r} is not the name of a single folder; give a plain name, and set run.dir for "
+                "another place"
             )
     if config.run.resume and not config.run.id:
-        raise ConfigError(f"{where}: run.resume = true needs run.id, the name of the folder of the run to go on with")
+        raise ConfigError(f"{where}: run.resume = true needs run.id, the name of the folder of the run to continue")
     if config.run.from_round >= 0 and not config.run.resume:
-        raise ConfigError(f"{where}: run.from-round goes back in a run that is resumed; set run.resume too")
+        raise ConfigError(f"{where}: run.from-round works only in a run that is resumed; set run.resume too")
     ints("lora.ranks", config.lora.ranks)
     rank_pattern(config.lora)
     clients_at_once(config.train)
@@ -539,7 +603,7 @@ def _check_together(config: Config, where: str) -> Config:
     if config.anchor.base_update == "merge" and config.model.quantization != "none":
         raise ConfigError(
             f"{where}: anchor.base-update = 'merge' needs model.quantization = 'none', got "
-            f"{config.model.quantization!r}: a quantized base loses small updates; leave it at 'anchor'"
+            f"{config.model.quantization!r}: a quantized base loses small updates; leave anchor.base-update at 'anchor'"
         )
     _, dealt = client_parts(config.data, config.federation.clients)
     if config.data.partition == "sizes" and len(ints("data.sizes", config.data.sizes)) != dealt:
@@ -550,7 +614,7 @@ def _check_together(config: Config, where: str) -> Config:
     if 0 < config.federation.max_share < 1:
         raise ConfigError(
             f"{where}: federation.max-share = {config.federation.max_share:g} is below the mean of the other clients; "
-            "set it to 1 or more, or to 0 for no bound"
+            "set it to 1 or more, or to 0 for no limit"
         )
     if config.federation.min_clients > config.federation.clients:
         raise ConfigError(
@@ -561,5 +625,5 @@ def _check_together(config: Config, where: str) -> Config:
 
 
 def matches(pattern: str, module: str) -> bool:
-    """Whether a key of a rank pattern is for this module: it fits the end of the name, from a dot on."""
+    """Whether a rank pattern's regular expression fits the end of the module's name: all of it, or from a dot on."""
     return re.search(rf"(^|\.)({pattern})$", module) is not None

@@ -1,4 +1,4 @@
-"""What goes wrong for all clients of a simulation alike: said once, before the run, which leaves nothing behind."""
+"""Checks before a simulation, for faults that all its clients would have; they are reported once, before it begins."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fedlora.tasks.registry import check_task
 from ..clients.optimizers.registry import check as check_optimizer
 from ..strategies.schedules.registry import SCHEDULES
 
-_ASKED = 8  # clients whose first row stands for all rows
+_ASKED = 8  # number of clients whose first row is tried
 
 
 def check(config: Config) -> None:
-    """Look at the data, the base and its modules, as far as no weights are needed.
+    """Check everything that needs no weights: the configuration, the data, the base model's files and its modules.
 
     Raises:
-        FedLoraError: none of the clients could do anything, or the run to resume would become another one.
+        FedLoraError: no client could take part, or changed keys would make the run to resume another run.
     """
     for key, name, error in (
         ("data.source", config.data.source, DataError),
@@ -59,20 +59,20 @@ def check(config: Config) -> None:
 
 
 def _check_widths(config: Config, base: injection.Shapes) -> None:
-    """Raises ConfigError for a client's rank above what any layer of the base can use, its smaller width."""
+    """Raise ConfigError if a client's rank is larger than every adapted layer can use, its min(d_out, d_in)."""
     widest = max(min(shape) for shape in base.lora.values())
     for client in range(config.federation.clients):
         rank = client_rank(config.lora, client)
         if rank > widest:
             raise ConfigError(
-                f"lora.ranks: client {client}'s rank {rank} is above {widest}, the most that an adapted layer of "
-                f"{config.model.name} can use; lower it"
+                f"lora.ranks: client {client}'s rank {rank} is above {widest}, the largest rank that an adapted layer "
+                f"of {config.model.name} can use; lower it"
             )
 
 
 @functools.lru_cache(maxsize=2)
 def _looked_at(model: ModelConfig, lora: LoraConfig) -> tuple[PreTrainedTokenizerBase, injection.Shapes]:
-    """The base's tokenizer and shapes, once the base is there and has the modules that are to be adapted."""
+    """The base model's tokenizer and shapes, after a check that it is there and has the modules to adapt."""
     base_fingerprint(model)
     base = injection.shapes(model, lora)
     return tokenizer_of(model), base

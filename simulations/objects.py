@@ -1,4 +1,4 @@
-"""What a caller of `fedlora.run` gives as objects, as keys of a configuration."""
+"""Objects that a caller gives to `fedlora.run`, and the keys of the configuration that stand for them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fedlora.models.base.given import write
 
 
 def keys_of(held: ExitStack, base: Config, changed: Mapping[str, Any], objects: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that stand for what is given.
+    """The keys of the configuration that stand for the given objects.
 
     Args:
-        held: lets go of the objects when it is closed.
-        base: the configuration without them.
-        changed: the keys that the caller changes in it.
-        objects: of "data", "model" and "strategy".
+        held: releases the objects when it is closed.
+        base: the configuration without the objects.
+        changed: the keys that the caller changes in that configuration.
+        objects: the objects, under the names "data", "model" and "strategy".
 
     Raises:
-        FedLoraError: one of them cannot be used.
+        FedLoraError: one of the objects cannot be used.
     """
     flat: dict[str, Any] = {}
     if "data" in objects:
@@ -38,21 +38,22 @@ def keys_of(held: ExitStack, base: Config, changed: Mapping[str, Any], objects: 
 
 
 def given_in(config: Config) -> list[str]:
-    """Which of "data", "model" and "strategy" are objects of this process."""
+    """Those of "data", "model" and "strategy" that are objects in this process."""
     names = {"data": config.data.source, "model": config.model.name, "strategy": config.strategy.name}
     return [what for what, name in names.items() if given.is_here(name)]
 
 
 def _of_data(held: ExitStack, base: Config, changed: Mapping[str, Any], data: Any) -> dict[str, Any]:
-    """The keys of the data section, and how many clients there are, for these rows."""
-    hub = {"data.subset": "", "data.split": "train", "data.revision": ""}  # the configuration's are of its own source
+    """The keys of the section data for these rows, and the number of clients."""
+    # the configuration's subset, split and revision belong to its own source
+    hub = {"data.subset": "", "data.split": "train", "data.revision": ""}
     if isinstance(data, str | Path):
         return hub | {"data.source": str(data)}
     if not is_per_client(data):
         name = _held(held, table(data), "rows")
         partition = changed.get("data.partition", base.data.partition)
         by = changed.get("data.partition-by", base.data.partition_by)
-        # "auto" is the packaged sets' own column
+        # with "auto", only packaged sets have a column for natural clients
         return (
             hub | {"data.source": name} | ({"data.partition": "iid"} if (partition, by) == ("natural", "auto") else {})
         )
@@ -60,7 +61,7 @@ def _of_data(held: ExitStack, base: Config, changed: Mapping[str, Any], data: An
     for key, value in (("federation.clients", clients), ("data.partition", "numbered"), ("data.partition-by", column)):
         if changed.get(key, value) != value:
             raise ConfigError(
-                f"fedlora.run: {key} = {changed[key]!r}, and data has the rows of {clients} clients; leave out {key}"
+                f"fedlora.run: {key} = {changed[key]!r}, but data has the rows of {clients} clients; leave out {key}"
             )
     name = _held(held, rows, "rows")
     return hub | {

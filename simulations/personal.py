@@ -1,4 +1,4 @@
-"""A client's own model, of a strategy whose clients keep factors to themselves."""
+"""A client's own model, for strategies with personal factors, which stay on their client."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from fedlora.exchange import ClientInfo
 from ..clients.node import own_state
 from ..strategies.base import ServerState, Strategy
 
-_AFTER = 1_000_000  # a round after every round
+_AFTER = 1_000_000  # a round after all others
 
 
 def model(strategy: Strategy, state: ServerState, client: ClientInfo, folder: Path) -> AdapterState | None:
-    """What the client would start its next round from, folds included, as one adapter on the untouched base.
+    """The adapter from which the client would start its next round, as one adapter for the unchanged base model.
 
     Args:
-        strategy: with personal factors.
-        state: after the last round.
-        client: that holds no folds yet.
-        folder: where it keeps its factors; see `own_state.folder_of`.
+        strategy: a strategy with personal factors.
+        state: the server's state after the last round.
+        client: the client, without folds, so that all folds become part of the adapter.
+        folder: the folder with the client's personal factors; see `own_state.folder_of`.
 
     Returns:
-        None where it keeps none: it never trained, or not on this machine.
+        The adapter, folds included; None if the folder has no personal factors, because the client never trained or
+        trained on another machine.
     """
     if own_state.load(folder, "personal", _AFTER) is None:
         return None

@@ -38,12 +38,12 @@ _LIBRARIES = r"(transformers|peft|torch|accelerate|bitsandbytes|datasets|flwr|te
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What a run leaves.
+    """The result of a run.
 
     Attributes:
-        folder: where all of it lies.
+        folder: the folder with all of the run's files.
         rounds: the record of each round, as in result.json.
-        config: the run's.
+        config: the run's configuration.
     """
 
     folder: Path
@@ -52,14 +52,14 @@ class Result:
 
     @cached_property
     def adapter(self) -> AdapterState:
-        """All that was learned, as one adapter on the untouched base."""
+        """The trained adapter: the sum of all updates, folds included, for the unchanged base model."""
         return read_adapter(self.folder / "adapter")
 
     def evaluate(self, rows: Any) -> dict[str, float]:
-        """Metrics of the learned adapter on other rows.
+        """The metrics of the trained adapter on other rows.
 
         Args:
-            rows: a list of dicts, a pandas DataFrame or a `datasets.Dataset`, with the columns of the run's rows.
+            rows: a list of dicts, a pandas DataFrame or a `datasets.Dataset`, with the same columns as the run's rows.
 
         Raises:
             DataError: the rows cannot be used.
@@ -85,26 +85,28 @@ def run(
 ) -> Result:
     """Run a federation on this machine.
 
-    Nothing but warnings is printed, unless `progress` is set. Results go to a new folder below `run.dir`, which is
-    "runs" in the current folder; see `Result.folder`.
+    Only warnings are printed, unless `progress` is set. Results go to a new folder in `run.dir`, by default the folder
+    "runs" in the current one; `Result.folder` names it.
 
     Args:
-        config: the name of a preset, a TOML file, keys and their values, or a `Config`; the defaults when left out.
-        keys: keys that are changed, such as `{"federation.rounds": 2}`.
-        data: a name or a path as `data.source`, a list of dicts, a pandas DataFrame or a `datasets.Dataset`; or one of
-            these for each client, in a list or by the clients' ids from 0 on, which also sets `federation.clients`.
-            One table is dealt at random, unless the configuration names a partition and its key.
-        model: a name or a path as `model.name`, or (model, tokenizer) of transformers. The run works on a copy.
-        strategy: a name as `strategy.name`, or an object of a strategy's class.
-        listen: is called with (kind, facts) of every event.
-        progress: show what `fedlora run` shows.
-        engine: "local", all clients in this process; or "flower", Flower's simulation engine.
-        devices: local: spread the clients over these, such as "cuda:0" and "cuda:1", a process for each.
-        at_once: flower: clients that train at the same time.
-        resume: go on with the run in this folder; its configuration is kept, and `config` is left out.
+        config: the name of a preset, a TOML file, a dictionary of keys, or a `Config`; the defaults when left out.
+        keys: keys that are changed in that configuration, such as `{"federation.rounds": 2}`.
+        data: the training rows: a name or path, as for `data.source`; a list of dicts, a pandas DataFrame or a
+            `datasets.Dataset`; or one of these for each client, as a list or as a dictionary whose keys are the
+            clients' ids from 0 on, which also sets `federation.clients`. One table for all clients is divided at
+            random, unless the configuration names a partition and its key.
+        model: a name or path, as for `model.name`, or (model, tokenizer) of transformers, of which the run uses a copy.
+        strategy: a name, as for `strategy.name`, or an object of a strategy's class.
+        listen: function that is called with (kind, facts) of every event.
+        progress: show the same progress as `fedlora run`.
+        engine: "local": all clients in this process; "flower": Flower's simulation engine.
+        devices: with "local": the devices among which the clients are divided, such as "cuda:0" and "cuda:1", each
+            with a process of its own.
+        at_once: with "flower": the number of clients that train at the same time.
+        resume: folder of a run to continue. The run keeps its configuration, and `config` must be left out.
 
     Raises:
-        FedLoraError: something is wrong, before the run or in it; one sentence says what.
+        FedLoraError: the run cannot begin, or failed; the message says why in one sentence.
     """
     with ExitStack() as held, _quiet_libraries():
         objects = {
@@ -130,7 +132,7 @@ def run(
                 in_process(settings, devices=devices)
         folder = folder_of(settings)
         result = Result(folder, stored(folder)["rounds"], settings)
-        weakref.finalize(result, held.pop_all().close)  # evaluate needs what was given
+        weakref.finalize(result, held.pop_all().close)  # Result.evaluate still needs the objects that were given
         return result
 
 
@@ -140,7 +142,7 @@ def _settings(
     changed: Mapping[str, Any],
     objects: Mapping[str, Any],
 ) -> Config:
-    """The run's configuration, in which names stand for the objects; `held` lets go of these."""
+    """The run's configuration, in which names stand for the given objects; closing `held` releases the objects."""
     for name, key in (("data", "data.source"), ("model", "model.name"), ("strategy", "strategy.name")):
         if name in objects and key in changed:
             raise ConfigError(f"fedlora.run: {name}= and {key} = {changed[key]!r} are both given; leave out one")
@@ -149,7 +151,7 @@ def _settings(
 
 
 def _resumed(resume: str | Path, config: Any, changed: Mapping[str, Any], objects: Mapping[str, Any]) -> Config:
-    """The configuration of the run in this folder, which goes on."""
+    """The configuration of the run in the folder `resume`, which is continued."""
     given = [*(["its first argument"] if config is not None else []), *(f"{name}=" for name in objects)]
     if given:
         raise ConfigError(
@@ -180,15 +182,17 @@ def _toml(value: Scalar) -> str:
 
 
 def _refuse_elsewhere(config: Config, engine: str, devices: Sequence[str], at_once: int | None) -> None:
-    """Raises ConfigError where clients of other processes would need what this one alone has, or options do not fit."""
+    """Raise ConfigError if options do not fit, or if clients in other processes would need objects of this one."""
     if engine not in ("local", "flower"):
         raise ConfigError(f"fedlora.run: engine = {engine!r}, expected 'local' or 'flower'")
     if isinstance(devices, str):
         raise ConfigError(f"fedlora.run: devices = {devices!r}, expected a list of names, such as ['cuda:0', 'cuda:1']")
     if engine == "flower" and devices:
-        raise ConfigError("fedlora.run: devices are of engine = 'local'; Flower's engine has clients of its own")
+        raise ConfigError("fedlora.run: devices needs engine = 'local'; Flower's engine places the clients itself")
     if engine == "local" and at_once is not None:
-        raise ConfigError("fedlora.run: at_once is of engine = 'flower'; the local engine has train.clients-at-once")
+        raise ConfigError(
+            "fedlora.run: at_once needs engine = 'flower'; with the local engine, set train.clients-at-once"
+        )
     objects = given_in(config)
     where = "engine = 'flower'" if engine == "flower" else "several devices" if len(devices) > 1 else ""
     if where and objects:
@@ -201,7 +205,7 @@ def _refuse_elsewhere(config: Config, engine: str, devices: Sequence[str], at_on
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Within the block, libraries do not tell of their own and each other's deprecations."""
+    """Within the block, deprecation warnings of libraries are not shown."""
     with warnings.catch_warnings():
         for kind in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=kind, module=_LIBRARIES)
@@ -210,7 +214,10 @@ def _quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def _listening(listener: events.Listener | None, progress: bool) -> Iterator[None]:
-    """Within the block, events go to the listener and the display; a run without either would narrate itself."""
+    """Within the block, events go to the listener and, with `progress`, to the display.
+
+    Even without a listener, one that ignores all events is set, since a run without any listener logs its progress.
+    """
     with ExitStack() as stack:
         stack.enter_context(events.listen(listener or _ignore))
         if progress:
@@ -223,7 +230,7 @@ def _listening(listener: events.Listener | None, progress: bool) -> Iterator[Non
 
 
 def _ignore(kind: str, facts: Mapping[str, Any]) -> None:
-    """An event that nobody asked for."""
+    """The listener that ignores all events."""
 
 
 def in_process(
@@ -232,21 +239,21 @@ def in_process(
     client_app: ClientApp | None = None,
     devices: Sequence[str] = (),
 ) -> None:
-    """Run the server, and the clients unless they are on several devices, in this process.
+    """Run the server in this process, and the clients too unless there are several devices.
 
     Args:
-        config: the run.
-        server_app: the product's own when left out.
-        client_app: the product's own when left out.
-        devices: clients are spread over these, a process for each; the server is here, on the first. One device needs
-            no other process; none is `model.device`.
+        config: the run's configuration.
+        server_app: Flower's ServerApp; FedLoRA's own when left out.
+        client_app: Flower's ClientApp; FedLoRA's own when left out.
+        devices: the devices among which the clients are divided, each with a process of its own; the server is in this
+            process, on the first device. With one device, all is in this process; with none, `model.device` is used.
 
     Raises:
         FedLoraError: the run failed; result.json says why.
-        ValueError: a client app of one's own, which runs in this process alone, and several devices.
+        ValueError: `client_app` is given together with several devices.
     """
     if client_app is not None and len(devices) > 1:
-        raise ValueError("run: a client app of one's own runs in this process alone; leave out devices")
+        raise ValueError("run: a client_app that is given runs in this process alone; leave out devices")
     if server_app is None:
         from ..strategies.server_app import app as server_app
     cohorts = None
@@ -270,7 +277,7 @@ def in_process(
         logs = folder_of(config) / "logs"
         grid = DevicesGrid(client_app, nodes, run_config, run_id, devices=devices, logs=logs)
     else:
-        if cohorts is not None:  # what a first pass shows of the base is said before the run, and not by each client
+        if cohorts is not None:  # load and try the base model before the run, so that its faults are reported once
             adapted.adapted_model(config.model, config.lora)
         grid = nullcontext(LocalGrid(client_app, nodes, run_config, run_id, cohorts))
     with nothing_left(config), grid as opened:

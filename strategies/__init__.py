@@ -1,6 +1,6 @@
 """The server side: aggregation strategies, the round loop and Flower's ServerApp.
 
-What a strategy of one's own needs is here by its name; torch loads with the first of these names that needs it.
+The names that a user's own strategy needs can be imported from here; torch is loaded with the first one that needs it.
 """
 
 from importlib import import_module

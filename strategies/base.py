@@ -1,4 +1,7 @@
-"""The Strategy base class: pure functions from state and updates to state, and what every strategy shares."""
+"""The base class of strategies, the server's state, and functions that every strategy shares.
+
+A strategy is a set of pure functions: from the state and the clients' updates, they compute the next state.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,10 @@ class ServerState:
     """What the server holds between rounds.
 
     Args:
-        adapter: the factors that the next round starts from, at the largest rank.
-        folds: the frozen updates that every client adds to its base model first.
-        memory: what a strategy or a wrapper remembers besides, by a name of its own (momenta, for instance).
+        adapter: the adapter from which the next round starts, with factors of the largest rank.
+        folds: the frozen updates that every client adds to its base model before it trains.
+        memory: further tensors that a strategy or a wrapper keeps between rounds, such as momenta, each under a name
+            that only this strategy or wrapper uses.
         seed: the run's seed, for methods that draw random numbers.
     """
 
@@ -48,21 +52,21 @@ class ServerState:
 class Strategy(ABC):
     """One aggregation method: a frozen dataclass whose fields are its options, with pure methods.
 
-    Only `aggregate` must be written; what is here serves a method that averages factors.
+    A subclass must write only `aggregate`. The other methods fit any method that averages factors.
 
     Attributes:
-        linear: True if the result is a weighted mean of what was uploaded (secure aggregation and
-            differential privacy may then wrap it).
+        linear: True if the result is a weighted mean of the clients' uploads. Secure aggregation and differential
+            privacy need this.
         unequal_ranks: True if clients may have different ranks.
-        steady: True if row j of A and column j of B keep their meaning from round to round: no restart, no new
-            basis. Server optimizers need it, and error feedback of coarse number formats.
-        any_kind: True if the method averages whatever adapters consist of, and so serves every `lora.kind`; else it
-            needs LoRA's factors A and B.
-        personal: the factors, of "A" and "B", that stay on the clients.
-        cores: True if the method keeps and aggregates a core R between A and B.
-        starts_with: the initializer that the method needs, where LoRA's own start is not enough; see `lora.init`.
-        replaces_folds: True if the method takes folds back that it sent a round before. Clients that merge folds into
-            the weights cannot do so, and links of a chain of restarts must stay.
+        steady: True if row j of A and column j of B mean the same from one round to the next, so that nothing restarts
+            or changes its basis. Server optimizers need this, and so does the error feedback of coarse number formats.
+        any_kind: True if the method averages the tensors of an adapter whatever they are, and so works with every
+            `lora.kind`. False if it needs LoRA's factors A and B.
+        personal: the factors ("A", "B") that stay on the clients.
+        cores: True if the method aggregates a core, the small matrix R between B and A.
+        starts_with: name of the initializer that the method needs (see `lora.init`); empty if LoRA's own start will do.
+        replaces_folds: True if the method takes back folds that it sent a round before. Clients that merge folds into
+            the weights cannot do that, and the folds of restarts cannot be taken back.
     """
 
     linear: ClassVar[bool] = False
@@ -75,22 +79,29 @@ class Strategy(ABC):
     replaces_folds: ClassVar[bool] = False
 
     def check(self, clients: Sequence[ClientInfo]) -> None:  # noqa: B027 - most serve everyone
-        """Raises StrategyError, before the run starts, if the method cannot serve these clients."""
+        """Check, before the run starts, whether the method can serve these clients.
+
+        Raises:
+            StrategyError: it cannot.
+        """
 
     def init(self, adapter: AdapterState) -> ServerState:
-        """The state before round 1, from a seeded adapter (B = 0) at the largest rank.
+        """The state before round 1.
 
-        The run adds its seed, and the limits of the folds.
+        The run adds its seed and the limits of the folds.
+
+        Args:
+            adapter: the run's first adapter, at the largest rank: A drawn with the run's seed, B = 0.
         """
         return ServerState(adapter=adapter)
 
     def begin(self, state: ServerState, replies: Iterable[ClientUpdate], initializer: Initializer) -> ServerState:
-        """The state before round 1, from what clients sent in round 0; without a round 0 there are no replies.
+        """The state before round 1, computed from the statistics that clients sent in round 0.
 
         Args:
-            state: of `init`.
-            replies: the statistics, to be consumed once.
-            initializer: makes the start of them.
+            state: the state that `init` returned.
+            replies: the clients' statistics, which can be read only once; empty if the run has no round 0.
+            initializer: computes the start from the statistics.
         """
         start = initializer.start(state.adapter, replies)
         folds = state.folds
@@ -99,10 +110,15 @@ class Strategy(ABC):
         return replace(state, adapter=start.adapter, folds=folds)
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
-        """What this client needs for this round (rounds count from 1): its slice, and the folds that it lacks.
+        """The message to one client at the start of a round: its slice of the adapter, and the folds that it lacks.
+
+        Args:
+            state: the state before the round.
+            client: the client that gets the message.
+            round: number of the round, from 1.
 
         Raises:
-            StrategyError: the client's rank exceeds the largest of the run.
+            StrategyError: the client's rank is larger than the server's.
         """
         folds_from, folds = state.folds.since(client.known_base_version)
         return Broadcast(
@@ -117,22 +133,33 @@ class Strategy(ABC):
 
     @abstractmethod
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
-        """The next state. `updates` is lazy: consume it once, in the order of arrival.
+        """The state after a round.
+
+        Args:
+            state: the state from which the round started.
+            updates: the clients' replies in the order of their arrival. They are received while they are read, and
+                can be read only once.
+            round: number of the round, from 1.
 
         Raises:
-            StrategyError: no reply arrived, or one does not fit.
+            StrategyError: no reply arrived, or a reply does not fit the state.
         """
 
     def global_adapter(self, state: ServerState) -> AdapterState:
-        """Everything learned so far, folds included, as one adapter on the untouched base."""
+        """The sum of all folds and the current adapter, as one adapter for the unchanged base model."""
         return total_update(state)
 
 
 def slice_for(factors: LoraFactors, client: ClientInfo, module: str) -> LoraFactors:
-    """The first rows of A and columns of B, as many as the client's rank, at the client's own scaling.
+    """The first r rows of A and columns of B, where r is the client's rank, converted to the client's own scaling.
+
+    Args:
+        factors: the server's factors of the module.
+        client: gives the rank r and the scaling.
+        module: name of the module.
 
     Raises:
-        StrategyError: the client's rank exceeds the factors'.
+        StrategyError: the client's rank is larger than that of the factors.
     """
     rank = client.rank_of(module)
     if rank > factors.rank:
@@ -144,18 +171,19 @@ def slice_for(factors: LoraFactors, client: ClientInfo, module: str) -> LoraFact
 
 
 def slice_adapter_for(adapter: AdapterState, client: ClientInfo) -> AdapterState:
-    """`slice_for` for every module, and the dense tensors whole."""
+    """The adapter with `slice_for` applied to every module; tensors that are trained in full are not cut."""
     return AdapterState(
         lora={name: slice_for(factors, client, name) for name, factors in adapter.lora.items()}, tensors=adapter.tensors
     )
 
 
 def whole_adapter(update: ClientUpdate, state: ServerState) -> AdapterState:
-    """The factors that a client ended with: one that it did not send is the server's, cut to its rank.
+    """A client's whole adapter after training: factors that it did not send are the server's, cut to its rank.
 
     Args:
-        update: a reply of the round that started from `state`.
-        state: not of a strategy with personal factors, which the server does not know.
+        update: a client's reply.
+        state: the state from which the round started. Its strategy must not have personal factors, since the server
+            does not know these.
     """
     lora: dict[str, LoraFactors] = {}
     for name, f in update.adapter.lora.items():
@@ -175,9 +203,9 @@ def whole_adapter(update: ClientUpdate, state: ServerState) -> AdapterState:
 
 
 def total_update(state: ServerState) -> AdapterState:
-    """All folds plus the current adapter as one adapter of scaling 1, with the dense tensors.
+    """The sum of all folds and the current adapter, as one adapter of scaling 1, with the tensors trained in full.
 
-    Current factors with B = 0 add nothing and are left out, save for a module that no fold has.
+    Current factors with B = 0 add nothing. They are left out, except in modules without a fold.
     """
     folded = {name for part in state.folds.parts for name in part.lora}
     current = {name: f for name, f in state.adapter.lora.items() if name not in folded or bool(f.B.any())}

@@ -1,4 +1,4 @@
-"""Flower's ServerApp: the round loop, and a result that is valid however it ends."""
+"""Flower's ServerApp: it plays a run, and leaves a valid result however the run ends."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _log = logging.getLogger("fedlora")
 
 @contextmanager
 def _narrated() -> Iterator[None]:
-    """Lines about the run in Flower's log, unless a display listens already (the in-process engine has one)."""
+    """Within the block, print lines about the run to Flower's log, unless a display listens already."""
     if has_listeners():
         yield
         return
@@ -47,7 +47,7 @@ def _narrated() -> Iterator[None]:
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """One run. A failure is written to result.json and raised, so that Flower marks the run as failed."""
+    """Play one run. A failure is written to result.json and raised, so that Flower marks the run as failed."""
     config = configuration.parse(context.run_config, where="run config")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
@@ -64,8 +64,8 @@ def _run(grid: Grid, config: Config, run_id: int, record: RunRecord) -> None:
     except FedLoraError as error:
         record.finish("failed", str(error))
         raise
-    except (KeyboardInterrupt, SystemExit, RunNotRunningException):  # the others are how Flower stops a run
-        full = link.full()  # with which a SuperLink dies, or forgets its runs
+    except (KeyboardInterrupt, SystemExit, RunNotRunningException):  # Flower stops a run by the latter two
+        full = link.full()  # on a full disk, a SuperLink dies or forgets its runs
         record.finish("failed" if full else "interrupted", full or None)
         raise
     except BaseException as error:

@@ -122,7 +122,7 @@ def test_parts_say_which_rows_each_client_has(parts, clients, groups):
         ("a of 4", r"expected different parts"),
         ("0++1 of 4", r"expected different parts"),
         ("all", r"expected different parts"),
-        ("0,1 of 4", r"data.parts = '0,1 of 4' is for 2 clients, federation.clients is 1; make them agree"),
+        ("0,1 of 4", r"data.parts = '0,1 of 4' is for 2 clients, but federation.clients is 1; make them agree"),
     ],
 )
 def test_parts_that_cannot_be_are_named(parts, says):

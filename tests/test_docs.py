@@ -161,8 +161,8 @@ def test_the_plug_ins_that_nodes_have_to_allow_are_those_that_the_page_names():
         if "nodes" not in importers or "statistic" in importers:
             check_plugins(config, {})
             continue
-        with pytest.raises(ConfigError, match=f"{key} = 'mypkg.mine:Mine' is code of its own"):
+        with pytest.raises(ConfigError, match=f"{key} = 'mypkg.mine:Mine' is not part of fedlora"):
             check_plugins(config, {})
         check_plugins(config, {"plugins": "mypkg.mine:Mine"})
-    with pytest.raises(ConfigError, match=r"the statistic of round 0 = 'mypkg.mine:Mine' is code of its own"):
+    with pytest.raises(ConfigError, match=r"the statistic of round 0 = 'mypkg.mine:Mine' is not part of fedlora"):
         check_plugins(parse({}), {}, "mypkg.mine:Mine")

@@ -1,1 +1,1 @@
-"""A node's answers to the server's messages."""
+"""How a node answers the server's messages."""

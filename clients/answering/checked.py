@@ -1,4 +1,4 @@
-"""A node looked at without a server: its config, and its rows as a run would have them."""
+"""The check of a node without a server: its config, and its rows as a run would use them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ..training import schedule
 
 
 def check(config: Config, settings: Mapping[str, Scalar]) -> list[str]:
-    """What a node would do in a run, for people.
+    """What a node would do in a run, as lines to print.
 
     Args:
-        config: the run's.
+        config: the run's configuration.
         settings: the node's own config.
 
     Raises:
-        ConfigError: names the key of the node's config that refuses the run, or that is wrong itself.
-        DataError: rows cannot be used; says where they are.
+        ConfigError: a key of the node's config refuses the run, or is wrong itself; the message names the key.
+        DataError: rows cannot be used; the message says which.
     """
     rules.check(settings)
     config = rules.ruled(config, settings)

@@ -1,4 +1,4 @@
-"""A message to a node: answered for its only client, or for each of the clients that it hosts."""
+"""Answers a message to a node, for its only client or for each of the clients that it hosts."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .refusals import refusal
 def answer(task: str, content: RecordDict, context: Context) -> RecordDict | Error:
     """Do what a message asks for.
 
-    What goes wrong with a node's own rows may quote them, and stays in the node's log.
+    Errors about a node's own rows may quote them. They stay in the node's log and are not sent.
 
     Args:
         task: "describe", "train" or "evaluate".
-        content: the message's.
-        context: of this run on this node.
+        content: the message's content.
+        context: Flower's context of this run on this node.
 
     Returns:
-        The reply's content; or an error: a refusal is an answer too, never a dead process.
+        The reply's content, or an error. Whatever goes wrong is answered with an error, and never raised.
     """
     try:
         if rules.hosted(context.node_config):

@@ -1,7 +1,7 @@
-"""A node that hosts several clients: each message has a part for each of them, and so has the answer.
+"""Answers for a node that hosts several clients. Messages and answers have a part for each client.
 
-The clients are trained as one batch where the model allows it, on the one base that the process holds. What goes
-wrong with one of them is its own part's answer.
+The clients are trained as one batch if the model allows it, on the one base model in the process. If one of them fails,
+its part of the answer is an error, and the others' are not affected.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ Request = tuple[RecordDict, Context]
 
 
 def answer(task: str, content: RecordDict, context: Context) -> RecordDict | Error:
-    """The answers of all clients that a message is for.
+    """The answers of all clients to which a message is addressed.
 
     Args:
-        task: "describe", which every hosted client answers; "train" or "evaluate", whose parts say who is meant.
-        content: the message's.
-        context: of this run on this node.
+        task: "describe", which every hosted client answers, or "train" or "evaluate", which the clients answer for
+            which the message has a part.
+        content: the message's content.
+        context: Flower's context of this run on this node.
 
     Raises:
         ConfigError: `partition-ids` is wrong.
-        WireError: the message is malformed, or for a client that is not hosted here.
+        WireError: the message is malformed, or has a part for a client that this node does not host.
     """
     hosted = rules.hosted(context.node_config)
     if len(hosted) == 1:
@@ -43,11 +44,11 @@ def answer(task: str, content: RecordDict, context: Context) -> RecordDict | Err
 
 
 def _asked(content: RecordDict, hosted: tuple[int, ...]) -> dict[int, RecordDict]:
-    """Client id -> its message."""
+    """The part of the message for each client, by client id."""
     asked: dict[int, RecordDict] = {}
     for client, part in parts.split(content, "the server").items():
         if client not in hosted:
-            raise WireError(f"the server asks for client {client}, this node hosts {', '.join(map(str, hosted))}")
+            raise WireError(f"the server asks for client {client}, but this node hosts {', '.join(map(str, hosted))}")
         if isinstance(part, Error):
             raise WireError(f"the server sent an error in place of client {client}'s message")
         asked[client] = part
@@ -55,7 +56,7 @@ def _asked(content: RecordDict, hosted: tuple[int, ...]) -> dict[int, RecordDict
 
 
 def _trained(requests: list[Request]) -> list[RecordDict | Error]:
-    """The answers, in order; as many clients at once as `together.how_many` says."""
+    """The answers, in order. `together.how_many` says how many clients are trained at once."""
     answers: list[RecordDict | Error] = []
     while requests:
         size = together.how_many(requests[0][1])
@@ -65,7 +66,7 @@ def _trained(requests: list[Request]) -> list[RecordDict | Error]:
 
 
 def _of(client: int, context: Context) -> Context:
-    """The context that a hosted client's message is answered in, as if it were alone on its node."""
+    """The context for a hosted client, as if it were alone on its node."""
     settings = {name: value for name, value in context.node_config.items() if name != "partition-ids"}
     return Context(
         run_id=context.run_id,

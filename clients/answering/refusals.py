@@ -1,4 +1,4 @@
-"""What the server is told when a client does not answer."""
+"""The errors with which a client refuses a message."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ _log = logging.getLogger("fedlora")
 
 
 def refusal(error: Exception, settings: Mapping[str, Scalar]) -> Error:
-    """What the server is told."""
+    """The error that is sent to the server. It does not quote a node's own rows.
+
+    Args:
+        error: the exception that the message caused.
+        settings: the node's config.
+    """
     code, reason = wire.REFUSED, str(error)
     if isinstance(error, StaleBase):
         code = wire.STALE

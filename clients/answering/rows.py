@@ -22,10 +22,10 @@ _log = logging.getLogger("fedlora")
 
 
 def training_examples(config: Config, context: Context) -> LazyExamples:
-    """This client's training examples, encoded as they are asked for.
+    """This client's training examples, each of which is encoded when it is first used.
 
     Raises:
-        DataError: none of its rows has anything to predict.
+        DataError: none of the client's rows has anything to predict.
     """
     examples = train_and_test(config, client_id_of(context), rules.own_data(context.node_config))[0]
     if not examples:
@@ -34,7 +34,7 @@ def training_examples(config: Config, context: Context) -> LazyExamples:
 
 
 def train_rows(config: Config, client_id: int, own_data: str) -> int:
-    """How many training rows this client has; none is read, since most of many clients are never sampled."""
+    """The number of this client's training rows. No row is read, since most of many clients are never asked."""
     rows = prepare(config).count(0 if own_data else client_id)
     return rows - kept_back(rows, _test_fraction(config))
 
@@ -53,7 +53,7 @@ def train_and_test(config: Config, client_id: int, own_data: str) -> tuple[LazyE
     found = [
         LazyExamples(part, tokenizer, config.data, task) for part in client_split(rows, _test_fraction(config), seed)
     ]
-    if own_data:  # which nobody but this node has seen
+    if own_data:  # rows that only this node has seen
         warn_of_lengths(rows, tokenizer, config.data, task)
     for examples in found:
         if examples and examples.left_out:

@@ -23,19 +23,20 @@ from ..training import cohort
 from . import refusals, rows, single
 from .single import TrainingJob
 
-# More tokens than these in one batch gain nothing: the machine is busy. Measured on a CPU with a 4-bit base.
+# Batches with more tokens are no faster, since the machine is fully used. Measured on a CPU with a 4-bit base.
 _ENOUGH_TOKENS = {"cpu": 512, "cuda": 16384}
 _SHARE_OF_FREE = 0.5
-_LOOKED_AT = 8  # examples whose length stands for a client's
+_LOOKED_AT = 8  # number of a client's examples whose lengths are looked at
 Folds = tuple[AdapterState, ...]
 _log = logging.getLogger("fedlora")
 
 
 def how_many(context: Context) -> int:
-    """The clients to be trained at once, as `train.clients-at-once` says.
+    """The number of clients to train at once, by `train.clients-at-once`.
 
-    auto takes as many as keep the machine busy, by the length of this client's examples, and as half of the free
-    memory affords. A client that cannot be read counts alone: the answer to its message says why.
+    With auto, it is the number that uses the machine fully, by the length of this client's examples, or fewer if half
+    of the free memory allows no more. If the client's rows cannot be read, it is 1; the answer to the client's message
+    will say why.
     """
     try:
         config = rules.config_of(context)
@@ -53,7 +54,7 @@ def how_many(context: Context) -> int:
 
 
 def bytes_per_token(bench: adapted.AdaptedModel) -> int:
-    """What training keeps of one token until the backward pass, roughly: of every layer, and of the output."""
+    """A rough estimate of the bytes that training stores for one token until the backward pass."""
     config = bench.base.model.config.get_text_config(decoder=True)
     layers, hidden = getattr(config, "num_hidden_layers", 12), getattr(config, "hidden_size", 768)
     wide = getattr(config, "intermediate_size", None) or 4 * hidden
@@ -62,7 +63,7 @@ def bytes_per_token(bench: adapted.AdaptedModel) -> int:
 
 
 def train(requests: Sequence[tuple[RecordDict, Context]]) -> list[RecordDict | Error]:
-    """The answers to several clients' training messages, in their order; each is what `single.answer` gives it."""
+    """The answers to several clients' training messages, in order. Each is the same as from `single.answer`."""
     answers: dict[int, RecordDict | Error] = {}
     groups: dict[tuple[object, ...], dict[int, TrainingJob]] = {}
     beside: dict[tuple[object, ...], Folds] = {}
@@ -83,7 +84,7 @@ def train(requests: Sequence[tuple[RecordDict, Context]]) -> list[RecordDict | E
 
 
 def _answers(works: Sequence[TrainingJob], folds: Folds) -> list[RecordDict | Error]:
-    """Of clients that can be trained as one batch, where the model allows it."""
+    """The answers of clients that train as one batch, or one at a time if the model does not allow a batch."""
     why = _why_not(works[0])
     if why:
         _say_once(why)
@@ -97,8 +98,8 @@ def _answers(works: Sequence[TrainingJob], folds: Folds) -> list[RecordDict | Er
     except Exception as error:
         if not memory.ran_out(error):
             return [refusals.refusal(error, work.context.node_config) for work in works]
-    half = (len(works) + 1) // 2  # outside the handler, which holds on to what ran out
-    _log.warning("memory ran out with %d clients at once; going on with %d (train.clients-at-once)", len(works), half)
+    half = (len(works) + 1) // 2  # outside the handler, which would keep the failed batch's memory
+    _log.warning("memory ran out with %d clients at once; continuing with %d (train.clients-at-once)", len(works), half)
     return [*_answers(works[:half], folds), *_answers(works[half:], folds)]
 
 
@@ -134,14 +135,14 @@ def _alone(work: TrainingJob) -> RecordDict | Error:
 
 
 def _why_not(work: TrainingJob) -> str:
-    """Why these clients are trained one at a time; empty when nothing speaks against one batch."""
+    """The reason why these clients are trained one at a time; empty if they can be one batch."""
     config = work.config
     if work.broadcast.job != "train":
-        return f"the {work.broadcast.job} of round {work.broadcast.round} is taken of each client's own loss"
+        return f"the {work.broadcast.job} of round {work.broadcast.round} is measured for each client alone"
     if not optimizer(config.train).elementwise:
-        return f"train.optimizer = {config.train.optimizer!r} does not step each value by itself"
+        return f"train.optimizer = {config.train.optimizer!r} does not step each value independently of the others"
     if config.model.gradient_checkpointing:
-        return "with model.gradient-checkpointing dropout cannot be drawn per client"
+        return "with model.gradient-checkpointing, dropout cannot be drawn for each client separately"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""What a client's upload becomes in a coarse number format, and what it leaves out for the next one."""
+"""A client's upload in a coarse number format, and the error feedback, which adds what it left out to the next one."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _KIND = "left-out"
 def encode_upload(
     adapter: AdapterState, broadcast: Broadcast, number_format: str, folder: Path, keep: int = 2
 ) -> tuple[AdapterState, float]:
-    """What to send for a trained adapter, and the error that this adds.
+    """The upload for a trained adapter, and the error that its number format adds.
 
-    The change since the broadcast, with what the last reply left out, where the broadcast says that factors keep
-    their meaning; what this reply leaves out is kept in the client's folder. A reply that is lost on the way
-    counts as sent.
+    In formats other than fp32, the upload is the change since the broadcast. If the broadcast's strategy is steady,
+    what the last reply left out is added to it, and what this reply leaves out is stored in the client's folder. A
+    reply that is lost on the way counts as sent.
 
     Args:
-        adapter: as trained.
-        broadcast: that the training started from.
-        number_format: one of `codec.FORMATS`; fp32 sends the adapter as it is.
-        folder: the client's own.
-        keep: see `own_state.save`.
+        adapter: the adapter after training.
+        broadcast: the message from which the training started.
+        number_format: one of `codec.FORMATS`; with fp32, the adapter itself is sent.
+        folder: the client's own folder.
+        keep: number of rounds whose files are kept; see `own_state.save`.
 
     Returns:
-        The adapter for `wire.encode_update`, and `|received - trained|_F / |trained|_F` of the effective updates.
+        The adapter for `wire.encode_update`, and `|received - trained|_F / |trained|_F` of the updates.
     """
     if number_format == "fp32":
         return broadcast.plan.sent_back(adapter), 0.0
@@ -48,16 +48,16 @@ def encode_upload(
         arrived = round_trip(wanted, number_format)
         if steady:
             left = difference(wanted, arrived)
-            # factors that are not sent this time keep what they left out before
+            # for factors that are not sent this time, what they left out before is kept
             own_state.save(
                 folder, _KIND, left if kept is None else fill_missing(left, kept), broadcast.round, keep=keep
             )
-        received = fill_missing(sum_of(arrived, start), adapter)  # a factor that is not sent is no coding's fault
+        received = fill_missing(sum_of(arrived, start), adapter)  # factors that are not sent do not count as an error
         return wanted, relative_error(received.lora, adapter.lora)
 
 
 def _with_left_out(wanted: AdapterState, kept: AdapterState) -> AdapterState:
-    """The sum, where the client still has the rank that it had."""
+    """`wanted + kept`, where the shapes are equal; they differ if the client's rank has changed."""
 
     def add(name: str, tensor: Tensor, left: Tensor | None) -> Tensor:
         return tensor + left if left is not None and left.shape == tensor.shape else tensor

@@ -1,4 +1,4 @@
-"""How long a message is worked at: while its lifetime lasts, and while the run that it is of goes on."""
+"""Ends the work on a message when its lifetime is over, or when its run has ended."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from typing import Any
 
 from flwr.app import Message
 
-_ASK_SECONDS = 5.0  # between questions to the server whether the run goes on
+_ASK_SECONDS = 5.0  # between questions to the server whether the run has ended
 _LOOK_SECONDS = 0.5
-# Flower's answers to a node that asks for a run: it has ended; it is not known, or not for this node.
+# Flower's error codes for a node that asks for a run: the run has ended; the run is unknown, or not for this node.
 _ENDED, _UNKNOWN = 2007, 2008
 _log = logging.getLogger("fedlora")
 
 
 class Over(BaseException):
-    """Nobody waits for this message's answer; not an error of the message, which would be answered as one."""
+    """Nobody waits for this message's answer any more. As a BaseException, it is not answered like an error."""
 
 
 class Vigil:
-    """Whether somebody still waits for an answer.
+    """Keeps track of whether the server still waits for the answer to a message.
 
     Attributes:
-        over: why nobody does; empty while somebody does.
+        over: the reason why the server no longer waits; empty as long as it does.
     """
 
     def __init__(self, seconds: float) -> None:
         """Args:
-        seconds: that the message lives from now on.
+        seconds: the message's remaining lifetime.
         """
         self.over = ""
         self._deadline, self._seconds = time.monotonic() + seconds, seconds
         self._done = threading.Event()
 
     def check(self, kind: str = "", facts: Mapping[str, Any] | None = None) -> None:
-        """A listener for `fedlora.common.events`: what computes in this process ends at its next step.
+        """A listener for `fedlora.common.events`, which ends a computation in this process at its next event.
 
         Raises:
-            Over: nobody waits.
+            Over: the server no longer waits.
         """
         if self.over:
             raise Over(self.over)
 
     def keep(self, runs: Runs | None) -> None:
-        """Watch until `end`; where there is a server to ask, ask it whether the run goes on."""
+        """Watch until `end` is called; with `runs`, also ask the server from time to time whether the run has ended."""
         asked = time.monotonic()
         while not self.over and not self._done.wait(_LOOK_SECONDS):
             now = time.monotonic()
@@ -57,7 +57,7 @@ class Vigil:
                 self.over = f"it was not done {lived} (federation.round-timeout)"
             elif runs is not None and now - asked > _ASK_SECONDS:
                 if runs.ended():
-                    self.over = "the run that it was for has ended"
+                    self.over = "its run has ended"
                 asked = time.monotonic()
         if runs is not None:
             runs.close()
@@ -69,12 +69,12 @@ class Vigil:
 
 @contextmanager
 def watched_over(message: Message, settings: Mapping[str, Any], node_id: int) -> Iterator[Vigil]:
-    """A vigil over this message, by a thread that ends with the block.
+    """A vigil over this message, kept by a thread that ends with the block.
 
     Args:
-        message: that is answered.
-        settings: the node's config; `server`, `ca` and `key` say where to ask.
-        node_id: of this node.
+        message: the message that is answered.
+        settings: the node's config; its `server`, `ca` and `key` are used to ask the server.
+        node_id: Flower's number of this node.
     """
     vigil = Vigil(message.metadata.ttl)
     server = settings.get("server")
@@ -89,7 +89,7 @@ def watched_over(message: Message, settings: Mapping[str, Any], node_id: int) ->
 
 
 class Runs:
-    """What the server says of a run, asked as this node: Flower's node does not ask while its app is at work."""
+    """Asks the server about a run in the name of this node. Flower's node itself does not ask while its app works."""
 
     def __init__(self, settings: Mapping[str, Any], node_id: int, run_id: int) -> None:
         self._settings, self._node_id, self._run_id = settings, node_id, run_id
@@ -97,7 +97,7 @@ class Runs:
         self._registered = False
 
     def ended(self) -> bool:
-        """Whether the run has ended; False where the server does not say, for instance as it is being restarted."""
+        """Whether the run has ended; False if the server does not answer, for instance because it is restarting."""
         import httpx
         from flwr.proto.node_pb2 import Node
         from flwr.proto.run_pb2 import GetRunRequest
@@ -111,7 +111,7 @@ class Runs:
             said = FlowerError.from_json(error.response.text)
             return said is not None and (said.code == _ENDED or (said.code == _UNKNOWN and not self._registered))
         except (httpx.HTTPError, OSError, ValueError) as error:
-            _log.debug("the server was not asked whether the run goes on: %s", error)
+            _log.debug("the server could not be asked whether the run has ended: %s", error)
         return False
 
     def _connected(self) -> Any:
@@ -127,7 +127,7 @@ class Runs:
         if key:
             private = load_ssh_private_key(Path(key).read_bytes(), None)
             if not isinstance(private, ec.EllipticCurvePrivateKey):
-                raise ValueError(f"{key} is no elliptic curve key")
+                raise ValueError(f"{key} is not an elliptic curve key")
             public = private.public_key()
         else:
             private, public = generate_key_pairs()
@@ -140,7 +140,7 @@ class Runs:
                 NodeAuthHttpInterceptor(private, public),
             ],
         )
-        if not key:  # Flower's node has made its key itself, and shows it nobody: this one asks, and never takes part
+        if not key:  # Flower's node has made its own key and shows it to nobody; register another, only to ask with it
             self._node_id = client.RegisterNode(
                 RegisterNodeFleetRequest(public_key=public_key_to_bytes(public))
             ).node_id
@@ -148,7 +148,7 @@ class Runs:
         return client
 
     def close(self) -> None:
-        """Take back what was made to ask."""
+        """Close the connection, and unregister the key that was made for it."""
         if self._client is None:
             return
         import httpx

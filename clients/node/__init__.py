@@ -1,1 +1,1 @@
-"""What a node decides for itself, and what it keeps."""
+"""What a node decides for itself, and what it stores."""

@@ -1,4 +1,4 @@
-"""The folds that this process holds of each run, by base version: all of its clients share them."""
+"""The folds that this process has of each run, by base version. All clients in the process share them."""
 
 from __future__ import annotations
 
@@ -6,29 +6,33 @@ from fedlora.adapters import AdapterState
 from fedlora.common.errors import FedLoraError
 from fedlora.exchange import Broadcast
 
-# More than a resident client is ever behind before the server compacts or resends; tensors are shared
-# between versions, so that holding one costs its newest fold.
+# Before a resident client is this many versions behind, the server has compacted the folds or sends them all. Versions
+# share their tensors, so that one more version costs only its newest fold.
 _VERSIONS_KEPT = 32
 _held: dict[tuple[int, int], tuple[AdapterState, ...]] = {}
 
 
 class StaleBase(FedLoraError):
-    """The client no longer holds the folds that the server's message builds on; the server sends them all."""
+    """The client no longer has the folds on which the server's message builds; the server then sends all of them."""
 
 
 def folds_up_to(run_id: int, broadcast: Broadcast) -> tuple[AdapterState, ...]:
-    """All folds up to the broadcast's base version, in order; remembered for the next message.
+    """All folds up to the broadcast's base version, in order. They stay in memory for the next message.
+
+    Args:
+        run_id: number of the run.
+        broadcast: the message, with the folds that the server believes to be missing here.
 
     Raises:
-        StaleBase: the version that the broadcast continues is not held.
+        StaleBase: the version that the broadcast continues is not in memory.
     """
     if broadcast.base_version == 0:
         return ()
     known = () if broadcast.folds_from == 0 else _held.get((run_id, broadcast.folds_from))
     if known is None:
-        raise StaleBase(f"base version {broadcast.folds_from} is not held here")
+        raise StaleBase(f"base version {broadcast.folds_from} is not in memory here")
     folds = (*known, *broadcast.folds)
-    # The server continues no version from before the first that its folds lead to: they were compacted, or replaced.
+    # The server never continues a version before the first one of its folds: those were compacted, or replaced.
     first = broadcast.base_version - len(folds) + 1
     for key in [key for key in _held if key[0] == run_id and key[1] < first]:
         del _held[key]

@@ -1,4 +1,4 @@
-"""The node's limit on memory, held by the operating system or by CUDA's allocator, whatever a run asks for."""
+"""The node's limit on memory, which the operating system or CUDA's allocator enforces, whatever a run asks for."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from fedlora.config import Scalar
 from . import rules
 
 KEY = "max-memory-mb"
-# What an allocator says; torch has no exception of its own for the CPU's.
+# Texts of allocators' errors; torch has no exception of its own for memory of the CPU.
 _SAYINGS = ("can't allocate memory", "out of memory", "cannot allocate memory")
 _log = logging.getLogger("fedlora")
 
 
 def limit(settings: Mapping[str, Scalar], device: torch.device) -> None:
-    """Hold this process to the node's `max-memory-mb`, where its config has one.
+    """Limit this process to the node's `max-memory-mb`, if its config has this key.
 
-    On CUDA it bounds what torch allocates on that device; elsewhere what the process may write to (Linux's
-    RLIMIT_DATA: memory that was allocated, whether or not it was touched; mapped model files do not count).
+    On CUDA, the limit is for what torch allocates on that device. Elsewhere it is for the process's writable memory
+    (Linux's RLIMIT_DATA: all memory that was allocated, used or not, but without mapped model files).
 
     Args:
         settings: the node's config.
-        device: that the run computes on.
+        device: the device on which the run computes.
     """
     megabytes = rules.limit(settings, KEY)
     if not megabytes:
@@ -39,21 +39,21 @@ def limit(settings: Mapping[str, Scalar], device: torch.device) -> None:
     try:
         import resource
     except ImportError:  # Windows
-        _log.warning("node config: %s is not held on this system", KEY)
+        _log.warning("node config: %s cannot be enforced on this system", KEY)
         return
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an allocator refused."""
+    """Whether the error says that memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError | OSError) and any(saying in str(error).lower() for saying in _SAYINGS)
 
 
 def refusal(settings: Mapping[str, Scalar]) -> str:
-    """What the server is told."""
+    """The message to the server when memory ran out."""
     allowed = settings.get(KEY)
     fix = "lower train.batch-size, data.max-length or the rank, or set model.gradient-checkpointing = true"
     if allowed is None:

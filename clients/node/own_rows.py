@@ -1,6 +1,6 @@
-"""Whether a node's own rows are those that it had: a fingerprint of its data file, kept in its state folder.
+"""Notices when a node's own rows change, by a fingerprint of its data file in its state folder.
 
-It never leaves the node. A client that goes on with other rows is another client to the run, whatever their number.
+The fingerprint never leaves the node. To a run, a client with other rows is another client, even with as many rows.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _log = logging.getLogger("fedlora")
 
 
 def look(settings: Mapping[str, Scalar]) -> None:
-    """Tell, in the node's log and events, when its data file holds something else than it did before.
+    """Report a changed data file in the node's log and events.
 
     Args:
-        settings: the node's config; without a data file, or a state folder, there is nothing to look at.
+        settings: the node's config; without a data file or a state folder, nothing is compared.
     """
     path, state = rules.own_data(settings), settings.get("state")
     if not path or not state:
@@ -42,12 +42,12 @@ def look(settings: Mapping[str, Scalar]) -> None:
         known = {"sha256": now, "bytes": about.st_size, "since": datetime.now(UTC).isoformat(timespec="seconds")}
         write_json(kept, known)
     except OSError as error:
-        _log.warning("the rows of this node cannot be compared with those that it had: %s", error)
+        _log.warning("the rows of this node cannot be compared with its earlier ones: %s", error)
         return
     if before:
         _log.warning(
-            "the rows of this node have changed since %s: its file has %d bytes now, it had %s; what it learned before "
-            "was of other rows",
+            "the rows of this node have changed since %s: its file now has %d bytes, and had %s; earlier rounds were "
+            "trained on other rows",
             before.get("since"),
             about.st_size,
             before.get("bytes"),

@@ -1,9 +1,9 @@
-"""What a client keeps on its own disk from round to round: personal factors, what coarse formats left out.
+"""What a client stores on its own disk from round to round: personal factors, and what coarse formats left out.
 
-One safetensors file per run, client, kind and round, read when needed: clients that are not at work cost no
-memory, and a client that was restarted goes on where it was. Rounds before are kept too: a server that died before its
-round was complete plays that round again, one that goes back plays several, and each client must start them from what
-it had then.
+There is one safetensors file per run, client, kind and round, which is read when it is needed. Clients that do not
+work therefore cost no memory, and a client that was restarted continues where it was. The files of earlier rounds are
+kept too. A server that died within a round plays this round again, and one that goes back plays several; each client
+must then start from what it had at that time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ from fedlora.exchange import Broadcast
 
 
 def load(folder: Path, kind: str, round: int) -> AdapterState | None:
-    """What a client has at the start of a round: what `save` wrote in the last of the rounds before, or None.
+    """What a client has at the start of a round: what `save` stored in the latest earlier round, or None.
+
+    Args:
+        folder: the folder of this run and client; see `folder_of`.
+        kind: "personal" or "left-out".
+        round: number of the round that starts.
 
     Raises:
         DataError: the file cannot be read.
@@ -42,15 +47,15 @@ def load(folder: Path, kind: str, round: int) -> AdapterState | None:
 
 
 def save(folder: Path, kind: str, state: AdapterState, round: int, keep: int = 2) -> None:
-    """Keep what a round made, whole or not at all, beside that of the client's rounds before; a factor that is empty
-    is left out.
+    """Store the result of a round beside those of earlier rounds. The file is complete or absent, whatever happens.
 
     Args:
-        folder: this run's and client's own; see `folder_of`.
-        kind: names the file: "personal" or "left-out".
-        state: any factors and tensors.
-        round: that made it. Later rounds that are there already were undone, and go.
-        keep: so many are there afterwards; one more than states of the server, which may be amid the next round.
+        folder: the folder of this run and client; see `folder_of`.
+        kind: "personal" or "left-out", which is part of the file's name.
+        state: any factors and tensors; empty factors are left out.
+        round: number of the round. Files of later rounds are removed, since the server has undone these rounds.
+        keep: number of files that stay. It should be one more than the server's saved states, since the server may
+            have a next round under way.
     """
     tensors = {name: tensor.contiguous() for name, tensor in OWN.put(state).items()}
     scalings = {name: factors.scaling for name, factors in state.lora.items()}
@@ -65,14 +70,14 @@ def save(folder: Path, kind: str, state: AdapterState, round: int, keep: int = 2
 
 
 def with_personal_factors(broadcast: Broadcast, folder: Path) -> AdapterState:
-    """The broadcast's adapter, with the personal factors that a client keeps in place of those that were sent.
+    """The broadcast's adapter, with the client's personal factors in place of those that were sent.
 
     Args:
-        broadcast: of the round that begins; the client has what earlier rounds left.
-        folder: this run's and client's own; see `folder_of`.
+        broadcast: the message of the round that begins.
+        folder: the folder of this run and client; see `folder_of`.
 
     Raises:
-        ConfigError: what it keeps has another rank.
+        ConfigError: the client's personal factors have another rank.
     """
     kept = load(folder, "personal", broadcast.round) if broadcast.plan.keep else None
     if kept is None:
@@ -84,7 +89,7 @@ def with_personal_factors(broadcast: Broadcast, folder: Path) -> AdapterState:
             sent, mine = getattr(lora[name], factor), getattr(own, factor)
             if mine.shape != sent.shape:
                 raise ConfigError(
-                    f"{name}: this client keeps a {factor} {tuple(mine.shape)} of its own, this run's is "
+                    f"{name}: this client's personal {factor} is {tuple(mine.shape)}, but this run needs "
                     f"{tuple(sent.shape)}; give the client its earlier rank, or remove {folder} to start it anew"
                 )
             lora[name] = replace(lora[name], **{factor: mine})
@@ -92,11 +97,11 @@ def with_personal_factors(broadcast: Broadcast, folder: Path) -> AdapterState:
 
 
 def folder_of(root: str | Path, run: int | str, client_id: int) -> Path:
-    """`<root>/<run's key>/client-<id>`."""
+    """The folder of a run and client: `<root>/<run's key>/client-<id>`."""
     return Path(root) / str(run) / f"client-{client_id}"
 
 
 def _files(folder: Path, kind: str) -> dict[int, Path]:
-    """The files of this kind by round."""
+    """The files of this kind, by number of the round."""
     names = {path: path.stem.removeprefix(f"{kind}-") for path in folder.glob(f"{kind}-*.safetensors")}
     return {int(name): path for path, name in names.items() if name.isdigit()}

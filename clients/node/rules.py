@@ -1,7 +1,7 @@
-"""What a node decides for itself: its data, its base model's place, its limits. No server can change them.
+"""What a node decides for itself: its data, the folder of its base model, its limits. No server can change them.
 
-A node's config is what `flower-supernode --node-config` was given; the run config comes from the server. Text that
-a server chose may name neither a file nor a folder on the node, unless the node allows it.
+The node's config is given to `flower-supernode --node-config`; the run's config comes from the server. Text from a
+server may name neither a file nor a folder on the node, unless the node allows it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from fedlora.common.errors import ConfigError
 from fedlora.config import MOST_RANK, Config, DataConfig, Scalar, TrainConfig
 from fedlora.data import PACKAGED
 
-# Set by whoever starts a simulation, in which server and clients are one user; a run config cannot set it.
+# Environment variables, set when a simulation is started, where server and clients belong to one user. A run's config
+# cannot set them.
 ALLOW_FILES = "FEDLORA_ALLOW_FILES"
 PLUGINS = "FEDLORA_PLUGINS"
-# Node key -> the run's key that it replaces. The server compares fingerprints, so that another model is refused.
+# Key of the node -> key of the run that it replaces. The server compares fingerprints, and so refuses another model.
 _OF_MODEL = {"device": "model.device", "model": "model.name"}
 _OF_DATA = {
     "form": "data.form",
@@ -55,29 +56,29 @@ _MOST_HOSTED = 4096
 
 
 def ruled(config: Config, node: Mapping[str, Scalar]) -> Config:
-    """The run's config as this node takes part in it.
+    """The run's config, with the keys replaced that the node decides.
 
-    With a data file of its own, the source, its columns and how rows are dealt are the node's: columns that its
-    config does not name have their default names, whatever the run says. Without one, `data.source` may be a
-    packaged set or a hub id. The same holds for `model.name`.
+    If the node has a data file of its own, the node also decides its columns and its partition: columns that its config
+    does not name have their default names, whatever the run says. Otherwise `data.source` may be a packaged set or a
+    hub id. The same holds for `model.name`.
 
     Args:
-        config: as the server sent it.
+        config: the run's config as the server sent it.
         node: the node's own config.
 
     Raises:
-        ConfigError: names the node's key that refuses the run, or that is wrong itself.
+        ConfigError: a key of the node's config refuses the run, or is wrong itself; the message names the key.
     """
     _check_names(node)
     check_plugins(config, node)
     config = _with_own_data(config, node)
     own = {ours: node[key] for key, ours in _OF_MODEL.items() if key in node}
     if "model" in node and node["model"] != config.model.name:
-        own["model.revision"] = ""  # it is of the model that the server names
+        own["model.revision"] = ""  # the run's revision belongs to the model that the server names
     config = configuration.parse(own, config, where="node config") if own else config
     if "model" not in node and not _allows_files(node):
         _check_public("model.name", config.model.name, _packaged_models(), "model")
-    limit(node, "max-memory-mb")  # held where memory is taken; a wrong one is refused before
+    limit(node, "max-memory-mb")  # only checked here; memory.limit enforces it
     most_tokens, most_examples = limit(node, "max-length"), limit(node, "max-batch")
     if most_tokens and config.data.max_length > most_tokens:
         raise _too_much(f"data.max-length = {config.data.max_length}", "max-length", most_tokens)
@@ -90,10 +91,10 @@ def ruled(config: Config, node: Mapping[str, Scalar]) -> Config:
 
 
 def check(node: Mapping[str, Scalar]) -> None:
-    """Whether a node's own config can be one, before it meets a server.
+    """Check a node's own config, before it connects to a server.
 
     Raises:
-        ConfigError: names the key that is wrong.
+        ConfigError: a key is wrong; the message names it.
     """
     _check_names(node)
     hosted(node)
@@ -111,16 +112,16 @@ def check(node: Mapping[str, Scalar]) -> None:
 
 
 def own_data(node: Mapping[str, Scalar]) -> str:
-    """The node's own data file, where its config names one."""
+    """The path of the node's own data file; empty if its config names none."""
     return str(node.get("data", ""))
 
 
 def hosted(node: Mapping[str, Scalar]) -> tuple[int, ...]:
-    """The clients that this node hosts, as `partition-ids` says: "0-3" or "0,2,5"; none where it has no such key.
+    """The clients that this node hosts, from `partition-ids` ("0-3" or "0,2,5"); empty without this key.
 
     Raises:
-        ConfigError: they are no such numbers, or named twice; `partition-id` is there too; or several clients would
-            share one `data` file.
+        ConfigError: the key has another form or names a client twice; the node has `partition-id` too; or several
+            clients would share one `data` file.
     """
     if "partition-ids" not in node:
         return ()
@@ -142,17 +143,17 @@ def hosted(node: Mapping[str, Scalar]) -> tuple[int, ...]:
         raise ConfigError(f"node config: partition-ids = {value!r} names a client twice")
     if len(ids) > 1 and own_data(node):
         raise ConfigError(
-            f"node config: data names the rows of one client, and partition-ids = {value!r} are {len(ids)}; start a "
-            "node for each file, with its own partition-id"
+            f"node config: data names the rows of one client, but partition-ids = {value!r} are {len(ids)} clients; "
+            "start a node for each file, with its own partition-id"
         )
     return tuple(ids)
 
 
 def rank(config: Config, node: Mapping[str, Scalar], client_id: int) -> int:
-    """The rank of this node's factors: its own `rank`, or the run's; never more than `max-rank`.
+    """The rank of a client's factors on this node: the node's `rank`, or the run's, but at most `max-rank`.
 
     Raises:
-        ConfigError: `rank` is no positive integer or above `max-rank`, or the run's pattern asks for more.
+        ConfigError: `rank` is no positive integer or above `max-rank`, or the run's `lora.rank-pattern` is above it.
     """
     own, most = node.get("rank"), limit(node, "max-rank")
     if own is not None and (type(own) is not int or not 1 <= own <= MOST_RANK):
@@ -167,12 +168,15 @@ def rank(config: Config, node: Mapping[str, Scalar], client_id: int) -> int:
 
 
 def check_steps(config: TrainConfig, node: Mapping[str, Scalar], steps: int) -> None:
-    """Raises ConfigError when a round has more steps than the node allows.
+    """Check that a round has no more steps than the node allows.
 
     Args:
-        config: names what the steps come from.
+        config: the run's section train, for the message.
         node: the node's own config.
-        steps: of one round on this node.
+        steps: number of steps of one round on this node.
+
+    Raises:
+        ConfigError: there are more steps than `max-steps`.
     """
     most = limit(node, "max-steps")
     if most and steps > most:
@@ -181,7 +185,7 @@ def check_steps(config: TrainConfig, node: Mapping[str, Scalar], steps: int) -> 
 
 
 def limit(node: Mapping[str, Scalar], key: str) -> int:
-    """One of the node's limits; 0 where it has none."""
+    """One of the node's limits; 0 if its config does not have this key."""
     value = node.get(key, 0)
     if type(value) is not int or value < 0 or (key in node and value < 1):
         raise ConfigError(f"node config: {key} = {value!r}, expected a positive integer")
@@ -189,7 +193,10 @@ def limit(node: Mapping[str, Scalar], key: str) -> int:
 
 
 def _check_names(node: Mapping[str, Scalar]) -> None:
-    """A limit whose name is mistyped would be no limit. Keys that resemble none here are another app's."""
+    """Raise ConfigError for keys that resemble a known one, since a mistyped limit would not limit anything.
+
+    Keys that resemble none are accepted, since they may belong to another app.
+    """
     for key in node:
         near = [] if key in _KNOWN else get_close_matches(key.replace("_", "-").lower(), _KNOWN, n=1, cutoff=0.8)
         if near:
@@ -202,12 +209,12 @@ def _with_own_data(config: Config, node: Mapping[str, Scalar]) -> Config:
     if not path:
         if columns:
             keys = ", ".join(key for key in _OF_DATA if key in node)
-            raise ConfigError(f"node config: {keys} describes a file of the node's own, and data names none")
+            raise ConfigError(f"node config: {keys} describes a file of the node's own, but data names none")
         if not _allows_files(node):
             _check_public("data.source", config.data.source, PACKAGED, "data")
         return config
     if not Path(path).is_file():
-        raise ConfigError("node config: data names no file on this node")
+        raise ConfigError("node config: data does not name a file on this node")
     default = DataConfig()
     data = replace(
         config.data,
@@ -232,12 +239,15 @@ def _allows_files(node: Mapping[str, Scalar]) -> bool:
 
 
 def check_plugins(config: Config, node: Mapping[str, Scalar], statistic: str = "") -> None:
-    """Raises ConfigError where the run names code that this node does not allow, before it is imported.
+    """Check, before anything is imported, that the node allows all code that the run names.
 
     Args:
-        config: the run's.
-        node: the node's own.
-        statistic: that the server asks for.
+        config: the run's config.
+        node: the node's own config.
+        statistic: the statistic that the server asks for, if any.
+
+    Raises:
+        ConfigError: the run names code that the node's `plugins` does not.
     """
     allowed = node.get("plugins", os.environ.get(PLUGINS, ""))
     if not isinstance(allowed, str):
@@ -254,19 +264,19 @@ def check_plugins(config: Config, node: Mapping[str, Scalar], statistic: str = "
         if ":" in name and not {"any", name} & names:
             shown = repr(name) if len(name) <= 80 else f"{name[:77]!r}..."
             raise ConfigError(
-                f"{key} = {shown} is code of its own, and this node imports none that a server names; set plugins = "
-                "that name in the node's config, if it is to be imported here"
+                f"{key} = {shown} is not part of fedlora, and this node imports no other code that a server names; to "
+                "allow it, set plugins = that name in the node's config"
             )
 
 
 def _check_public(key: str, name: str, packaged: Mapping[str, object] | frozenset[str], own_key: str) -> None:
-    """Raises ConfigError unless the name is a packaged one or can only be a hub id."""
+    """Raise ConfigError unless the name is that of a packaged model or set, or can only be a hub id."""
     if name in packaged or (_HUB_ID.fullmatch(name) and Path(name).suffix.lower() not in _FILES and not _exists(name)):
         return
     shown = repr(name) if len(name) <= 80 else f"{name[:77]!r}..."
     raise ConfigError(
-        f"{key} = {shown} is no packaged name or hub id, and this node opens no file that a server names; set "
-        f"{own_key} in the node's config, or allow-files = true"
+        f"{key} = {shown} is neither a packaged name nor a hub id, and this node opens no file that a server names; "
+        f"set {own_key} in the node's config, or allow-files = true"
     )
 
 
@@ -282,21 +292,21 @@ def _packaged_models() -> frozenset[str]:
 
 
 def _too_much(asked: str, key: str, most: int) -> ConfigError:
-    return ConfigError(f"the run asks for {asked}, and this node allows {most} (node config: {key})")
+    return ConfigError(f"the run asks for {asked}, but this node allows at most {most} (node config: {key})")
 
 
 def config_of(context: Context) -> Config:
-    """The run's config as this node takes part in it."""
+    """The run's config on this node; see `ruled`."""
     items = tuple((key, type(value), value) for key, value in context.run_config.items())
     return ruled(_parsed(items), context.node_config)
 
 
 @functools.lru_cache(maxsize=4)
 def _parsed(items: tuple[tuple[str, type, Scalar], ...]) -> Config:
-    """A run config, which every message carries and which takes milliseconds to check.
+    """A run's config, parsed once, since every message carries it and checking it takes milliseconds.
 
     Args:
-        items: key, type and value; the type, since 1 equals true.
+        items: key, type and value of each entry; the type distinguishes 1 from true.
     """
     return configuration.parse({key: value for key, _, value in items}, where="run config")
 

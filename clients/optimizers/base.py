@@ -1,4 +1,4 @@
-"""A client optimizer: how one client's parameters move by their gradients."""
+"""The base classes of client optimizers, which change a client's parameters by their gradients."""
 
 from __future__ import annotations
 
@@ -12,44 +12,52 @@ from fedlora.models.trainable import Trainable
 
 
 class Steps(ABC):
-    """One client's optimizer in one round; it holds whatever the method remembers from step to step."""
+    """One client's optimizer in one round, with all state that the method keeps from step to step."""
 
     def after_pass(self, number: int) -> None:  # noqa: B027 - most take one pass
-        """Called after every pass of a step but the last; the parameters have the gradients of the pass.
+        """Called after each pass of a step except the last, when the parameters have the gradients of that pass.
 
         Args:
-            number: 0 for the step's first pass.
+            number: number of the pass within the step, from 0.
         """
 
     @abstractmethod
     def step(self, lr: float) -> None:
-        """Move the parameters by the gradients that they have, in place.
+        """Change the parameters in place, by the gradients that they have.
 
-        Clipping to `train.clip` is the optimizer's own matter, since some clip another quantity than the gradient.
-        Penalties (FedProx, pruning) are in the gradients already. The caller lets go of the gradients afterwards.
+        The optimizer must itself clip to `train.clip`, since some optimizers clip another quantity than the gradient.
+        The gradients already contain penalties (FedProx, pruning). The caller clears the gradients afterwards.
+
+        Args:
+            lr: the learning rate of this step.
         """
 
 
 class ClientOptimizer(ABC):
-    """An optimizer by its name: a frozen dataclass whose fields are its options.
+    """A client optimizer. A subclass is a frozen dataclass whose fields are its options.
 
     Attributes:
-        passes: gradients that one step takes, at the same examples; 2 for sharpness-aware methods.
-        elementwise: True if each value's step depends on its own gradients alone, so that clients whose factors lie
-            side by side in one tensor may be trained as one batch.
+        passes: number of gradients per step, all on the same examples; 2 for sharpness-aware methods.
+        elementwise: True if the step of each value depends on the gradients of this value alone. Several clients can
+            then be trained as one batch, with their factors side by side in one tensor.
     """
 
     passes: ClassVar[int] = 1
     elementwise: ClassVar[bool] = False
 
     def check(self, device: torch.device) -> None:  # noqa: B027 - most run everywhere
-        """Raises ConfigError where this device cannot have the optimizer."""
+        """Check that the optimizer works on this device.
+
+        Raises:
+            ConfigError: it does not.
+        """
 
     @abstractmethod
     def begin(self, trained: Trainable, config: TrainConfig) -> Steps:
         """The optimizer of one client for one round.
 
         Args:
-            trained: what is trained.
-            config: `train.lr` is its largest rate, `train.weight-decay` and `train.clip` are for all optimizers.
+            trained: the client's trained parameters.
+            config: the run's section train; of it, `train.lr` (the highest rate), `train.weight-decay` and
+                `train.clip` are for all optimizers.
         """

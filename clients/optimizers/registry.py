@@ -35,5 +35,9 @@ def optimizer(config: TrainConfig) -> ClientOptimizer:
 
 
 def check(config: TrainConfig, device: torch.device) -> None:
-    """Raises ConfigError for an optimizer that does not exist, or that this device cannot have."""
+    """Check that the optimizer that `train.optimizer` names exists and works on this device.
+
+    Raises:
+        ConfigError: it does not.
+    """
     optimizer(config).check(device)

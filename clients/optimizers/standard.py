@@ -1,4 +1,4 @@
-"""torch's and bitsandbytes' own optimizers."""
+"""The optimizers of torch and of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .base import ClientOptimizer, Steps
 
 
 class TorchSteps(Steps):
-    """Any torch optimizer over the parameters: gradients are clipped by their common norm, then it makes its step."""
+    """Steps of any torch optimizer: the gradients are clipped by their common norm, then the optimizer steps."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], clip: float) -> None:
         self._optimizer, self._parameters, self._clip = optimizer, parameters, clip
@@ -33,7 +33,7 @@ class TorchSteps(Steps):
 
 @dataclass(frozen=True)
 class _Torch(ClientOptimizer):
-    """One that is a torch optimizer."""
+    """A client optimizer that is a torch optimizer."""
 
     @abstractmethod
     def make(self, parameters: Sequence[nn.Parameter], lr: float, decay: float) -> torch.optim.Optimizer:
@@ -46,7 +46,7 @@ class _Torch(ClientOptimizer):
 
 @dataclass(frozen=True)
 class AdamW(_Torch):
-    """torch's own: decoupled weight decay, https://arxiv.org/abs/1711.05101."""
+    """torch's AdamW, with decoupled weight decay, https://arxiv.org/abs/1711.05101."""
 
     elementwise: ClassVar[bool] = True
 
@@ -66,9 +66,10 @@ class Sgd(_Torch):
 
 @dataclass(frozen=True)
 class _OnCuda(_Torch):
-    """bitsandbytes' own: on a CUDA GPU alone. Its scales are shared by neighbours, which a batch of clients moves.
+    """An optimizer of bitsandbytes, for CUDA GPUs only.
 
-    Block-wise quantized state, https://arxiv.org/abs/2110.02861, or state in pageable memory.
+    Its state is quantized in blocks, https://arxiv.org/abs/2110.02861, or is in pageable memory. It is not elementwise:
+    values of one block share a scale, and in a batch of several clients a block could span two of them.
     """
 
     name: ClassVar[str]
@@ -76,7 +77,9 @@ class _OnCuda(_Torch):
 
     def check(self, device: torch.device) -> None:
         if device.type != "cuda":
-            raise ConfigError(f"train.optimizer = {self.name!r} needs a CUDA GPU, the model is on {device}; use adamw")
+            raise ConfigError(
+                f"train.optimizer = {self.name!r} needs a CUDA GPU, but the model is on {device}; use adamw"
+            )
 
     def make(self, parameters: Sequence[nn.Parameter], lr: float, decay: float) -> torch.optim.Optimizer:
         self.check(parameters[0].device)

@@ -1,1 +1,1 @@
-"""What clients can be asked for before round 1."""
+"""Statistics: what clients can measure for the server in a round 0, before round 1."""

@@ -1,4 +1,4 @@
-"""A statistic: what a client measures for the server before round 1."""
+"""The base class of statistics. A statistic is what a client measures for the server before round 1."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from ..training.trainer import TrainResult
 
 
 class Statistic(ABC):
-    """A frozen dataclass whose fields are its options, all with defaults."""
+    """A measurement on a client. A subclass is a frozen dataclass whose fields are its options, all with defaults."""
 
     @abstractmethod
     def measure(
         self, model: AdaptedModel, asked: AdapterState, examples: LazyExamples, config: TrainConfig, seed: int
     ) -> tuple[AdapterState, TrainResult]:
-        """What the client sends back, of the modules and shapes that it was asked for.
+        """The measurement that the client sends back, with the modules and shapes of `asked`.
 
         Args:
-            model: with the adapter that was asked about in place; nothing in it is trained.
-            asked: that adapter: its ranks say how many directions of each module are wanted.
-            examples: the client's own.
-            config: `train.batch-size` and `train.accumulate` say how many examples one step has.
-            seed: of this client's order of examples and dropout.
+            model: the model, with the adapter `asked` in it; nothing in it is trained.
+            asked: the adapter from the broadcast. Its ranks say how many directions of each module are wanted.
+            examples: the client's own examples.
+            config: the run's section train; `train.batch-size` and `train.accumulate` say how many examples one
+                optimizer step has.
+            seed: seed of this client's order of examples and of dropout.
         """

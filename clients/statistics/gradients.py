@@ -1,4 +1,4 @@
-"""The leading directions of the loss's gradient with respect to each adapted weight, without that gradient."""
+"""The leading directions of the loss's gradient by each adapted weight, without storing that gradient."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ from ..training.schedule import hash_seed
 from ..training.trainer import TrainResult
 from .base import Statistic
 
-# Between batches this many times the wanted directions are kept, as in LoRA-GA (https://arxiv.org/abs/2407.05000).
+# From batch to batch, this many times the wanted number of directions is kept, as in LoRA-GA
+# (https://arxiv.org/abs/2407.05000).
 _SPARE = 4
 
 
 @dataclass(frozen=True)
 class LeadingDirections(Statistic):
-    """The best approximations of each module's gradient, at the ranks that the server asks for."""
+    """The best approximation of each module's gradient, at the rank that the server asks for."""
 
     def measure(
         self, model: AdaptedModel, asked: AdapterState, examples: LazyExamples, config: TrainConfig, seed: int
     ) -> tuple[AdapterState, TrainResult]:
-        """`leading_directions` of all modules; the head as it was sent."""
+        """`leading_directions` of all modules; tensors trained in full are sent back unchanged."""
         ranks = {name: factors.rank for name, factors in asked.lora.items()}
         lora, result = leading_directions(
             model.task,
@@ -59,25 +60,25 @@ def leading_directions(
     pad_id: int,
     seed: int,
 ) -> tuple[dict[str, LoraFactors], TrainResult]:
-    """The best approximations, of these ranks, of `G = dL/dW = D' X` for the weight W of every layer.
+    """The best approximations, of the given ranks, of the gradient `G = dL/dW = D' X` for the weight W of each layer.
 
-    D [tokens, d_out] is the loss's gradient by the layer's output, X [tokens, d_in] its input, both seen by hooks:
-    W is not read, so that it may be quantized, and no gradient as large as W is kept. The loss is that of the first
-    optimizer step of round 1: `train.accumulate` batches of `train.batch_size` examples.
+    D [tokens, d_out] is the loss's gradient by the layer's output, and X [tokens, d_in] is the layer's input. Hooks
+    collect both. W itself is not read, so that it may be quantized, and no gradient as large as W is stored. The loss
+    is that of the first optimizer step of round 1: `train.accumulate` batches of `train.batch_size` examples.
 
     Args:
-        task: says what the loss is.
-        model: gives logits; nothing in it needs a gradient of its own.
+        task: defines the loss.
+        model: the model; nothing in it needs a gradient of its own.
         layers: module name -> layer.
-        ranks: how many directions of each layer.
-        examples: the client's own.
-        config: see `TrainConfig`.
-        pad_id: fills the batches' right side.
-        seed: of this client's order of examples and dropout.
+        ranks: module name -> number of directions.
+        examples: the client's own examples.
+        config: the run's section train.
+        pad_id: token that fills up shorter rows of a batch on the right.
+        seed: seed of this client's order of examples and of dropout.
 
     Returns:
-        Module name -> `B = U sqrt(S)` [d_out, rank], `A = sqrt(S) V'` [rank, d_in], scaling 1, zeros where G has fewer
-        directions; and the loss, with no steps.
+        Module name -> factors of scaling 1, `B = U sqrt(S)` [d_out, rank] and `A = sqrt(S) V'` [rank, d_in], with zeros
+        if G has fewer directions; and a result with the loss and no steps.
     """
     began = time.perf_counter()
     found: dict[str, LoraFactors] = {}
@@ -116,10 +117,10 @@ def leading_directions(
 
 
 def _watch(name: str, add: Callable[[str, Tensor, Tensor], None]) -> Callable[..., Tensor]:
-    """A forward hook that hands a layer's inputs and output gradients on, as rows of tokens."""
+    """A forward hook that passes a layer's inputs and output gradients to `add`, with one row per token."""
 
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if not output.requires_grad:  # all below is frozen; a copy, since a leaf must not be changed in place
+        if not output.requires_grad:  # all layers below are frozen; a copy, since a leaf must not be changed in place
             output = output.detach().requires_grad_().clone()
         x = inputs[0].detach().flatten(0, -2)
         output.register_hook(lambda gradient: add(name, gradient.flatten(0, -2), x))

@@ -1,4 +1,4 @@
-"""Statistics by the names that a server asks for."""
+"""Statistics by name; the server asks for one by its name."""
 
 from __future__ import annotations
 

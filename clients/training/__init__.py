@@ -1,1 +1,1 @@
-"""Local training: of one client, and of several as one batch."""
+"""Local training, of one client alone or of several clients as one batch."""

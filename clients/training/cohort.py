@@ -1,4 +1,8 @@
-"""Local training of several clients at once: one batch through the shared base, and to each client its own steps."""
+"""Local training of several clients at once.
+
+The batches of all clients go through the shared base model together. Each client keeps its own adapter and optimizer,
+and its result is the same as if it had been trained alone.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +34,12 @@ from .trainer import LocalSteps, TrainResult
 
 @dataclass(frozen=True)
 class Member:
-    """Args:
-    adapter: that its training starts from.
-    examples: its own.
-    seed: of its order of examples and dropout.
+    """One client of a batch.
+
+    Args:
+        adapter: the adapter from which this client starts training.
+        examples: the client's own examples.
+        seed: seed of its order of examples and of its dropout.
     """
 
     adapter: AdapterState
@@ -53,31 +59,31 @@ def train(
     on_step: Callable[[int, int, int, float], None] = lambda member, step, steps, loss: None,
     stages: Sequence[Stage] = (),
 ) -> list[tuple[AdapterState, TrainResult] | AdapterError]:
-    """Train each member for one round, as `trainer.train` trains it alone: the same batches, losses and steps.
+    """Train each member for one round, with the same batches, losses and steps as `trainer.train` would alone.
 
-    A step takes the next batches of all members that still have steps to go through the model as one. Their losses
-    are added, and each one's gradient reaches its own factors only. What differs from training alone is the order of
-    floating point sums. `seconds` of a result are the member's share of the wall time: by its steps.
+    In each step, the next batches of all members that still have steps go through the model as one batch. Their losses
+    are added, and each member's gradient reaches only its own factors. The only difference from training alone is the
+    order of floating point sums. `seconds` of a result is a share of the wall time, in proportion to a member's steps.
 
     Args:
         bench: the model.
-        members: at least one.
-        config: see `TrainConfig`; goes for all.
-        plan: what is trained, and the terms of the loss; tensors that are trained in full are, too.
-        folds: to stand beside the adapters as the anchor.
-        round: 1 for the first.
-        rounds: of the whole run.
-        on_step: called for each member's step with (member, step, steps, loss).
-        stages: of privacy; see `trainer.train`.
+        members: the clients, at least one.
+        config: the run's section train, for all members.
+        plan: which factors are trained, and the terms of the loss; tensors trained in full are trained too.
+        folds: the folds that stand beside all adapters as the anchor.
+        round: number of the round, from 1.
+        rounds: number of rounds of the whole run.
+        on_step: called after each member's step with (member, step, steps, loss).
+        stages: privacy stages; see `trainer.train`.
 
     Returns:
-        In the order of the members: the trained adapter, or why there is none.
+        For each member, in order: the trained adapter and its result, or the error that ended its training.
 
     Raises:
-        NotStackable: this model cannot serve several clients in one batch.
+        NotStackable: the model cannot train several clients in one batch.
     """
     began = time.perf_counter()
-    order = sorted(range(len(members)), key=lambda m: -len(members[m].examples))  # those with most steps first
+    order = sorted(range(len(members)), key=lambda m: -len(members[m].examples))  # members with most steps first
     ends: list[AdapterError | None] = [None] * len(order)
     bench.model.train()
     own_dropout = draws_per_client(bench.model)
@@ -128,7 +134,7 @@ def train(
 def _gradients(
     bench: AdaptedModel, stack: Stack, everyone: Sequence[LocalSteps], step: int, own_dropout: bool
 ) -> list[float]:
-    """Each client's loss of a step; the stack gets the gradients."""
+    """Each client's loss in a step; adds its gradients to the stack."""
     with record_function("fedlora/data"):
         parts = zip(*(local.batches(step) for local in everyone), strict=True)
         batches = [bench.task.collate([e for examples in part for e in examples], bench.base.pad_id) for part in parts]
@@ -152,7 +158,7 @@ def _gradients(
 
 
 def _losses(task: Task, model: nn.Module, batch: Batch, rows: int, totals: Sequence[int]) -> Tensor:
-    """Each client's share of its step's loss: its summed cross-entropy over its labels in the whole step."""
+    """Each client's part of its step's loss: the sum of its losses in this batch, over their number in the step."""
     each, row = each_loss(task, model, batch)
     client = row // (rows // len(totals))
     summed = torch.zeros(len(totals), device=each.device).index_add(0, client, each)

@@ -1,4 +1,4 @@
-"""Which steps a round has, on which examples and at what rate; seeds."""
+"""The steps of a round, their examples and learning rates, and seeds."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from fedlora.data import batch_at
 
 
 def steps_per_round(config: TrainConfig, num_examples: int) -> int:
-    """Optimizer steps of one round: `train.steps`, or as many as `train.epochs` needs."""
+    """The number of optimizer steps in one round: `train.steps`, or as many as `train.epochs` needs."""
     per_step = config.batch_size * config.accumulate
     return config.steps or max(1, math.ceil(config.epochs * num_examples / per_step))
 
 
 def examples_of(config: TrainConfig, num_examples: int, round: int, seed: int) -> list[int]:
-    """The places of the examples that a round trains on, each once."""
+    """The numbers of the examples that a round trains on, each once and in ascending order."""
     steps, parts = steps_per_round(config, num_examples), config.accumulate
     batches = range((round - 1) * steps * parts, round * steps * parts)
     return sorted({at for index in batches for at in batch_at(num_examples, config.batch_size, index, seed)})
 
 
 def lr_factor(config: TrainConfig, step: int, total: int) -> float:
-    """The learning rate at a step of the whole run, as a share of `train.lr`: warm-up, then the schedule.
+    """The learning rate at a step of the whole run, as a share of `train.lr`: first the warm-up, then the schedule.
 
-    Cosine and linear end just above zero: the last step still trains.
+    Cosine and linear end just above zero, so that the last step still trains.
     """
     warmup = round(config.warmup_fraction * total)
     if step < warmup:
@@ -36,7 +36,7 @@ def lr_factor(config: TrainConfig, step: int, total: int) -> float:
 
 
 def hash_seed(*parts: int) -> int:
-    """One seed from several, the same in every process."""
+    """One seed made from several numbers; it is the same in every process."""
     seed = 0
     for part in parts:
         seed = (seed * 1_000_003 + part + 1) % (2**63 - 1)

@@ -14,21 +14,21 @@ from fedlora.models.trainable import Pair
 
 
 def add_proximal(parameters: Sequence[nn.Parameter], start: Sequence[Tensor], mu: float) -> None:
-    """Adds the gradient of FedProx's term mu/2 |theta - theta_start|^2 (https://arxiv.org/abs/1812.06127, eq. 2)."""
+    """Add the gradient of FedProx's term mu/2 |theta - theta_start|^2 (https://arxiv.org/abs/1812.06127, eq. 2)."""
     for parameter, origin in zip(parameters, start, strict=True):
         if parameter.grad is not None:
             parameter.grad.add_(parameter.detach() - origin, alpha=mu)
 
 
 def add_tail_penalty(pairs: Sequence[Pair], weight: float, gamma: float) -> None:
-    """Adds the gradient of `weight * sum |B tail|_F |A tail|_F`, so that the last ranks fade (HetLoRA's self-pruning).
+    """Add the gradient of `weight * sum |B tail|_F |A tail|_F`, which shrinks the last ranks (HetLoRA's self-pruning).
 
     Cho et al. 2024, https://arxiv.org/abs/2401.06432, Section 4.
 
     Args:
-        pairs: each module's factors.
-        weight: the factor of the term.
-        gamma: the tail begins at row ceil(gamma r), and at the second row at the earliest.
+        pairs: the factors of each module.
+        weight: weight of the term.
+        gamma: the tail begins after row ceil(gamma r), but not before the second row.
     """
     for A, B in ((pair.A, pair.B) for pair in pairs):
         keep = pruned_rank(A.shape[0], gamma)

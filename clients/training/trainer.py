@@ -1,4 +1,4 @@
-"""Local training: one function from a model with an adapter in place to the same model, trained."""
+"""Local training of one client."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ from .terms import add_proximal
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Args:
-    loss: mean training loss over the round's steps.
-    last_loss: the last step's.
-    steps: optimizer steps taken.
-    tokens: tokens that went through the model, padding left out.
-    seconds: wall time.
+    """The numbers of a client's training in one round.
+
+    Args:
+        loss: mean training loss over the round's steps.
+        last_loss: training loss of the last step.
+        steps: number of optimizer steps.
+        tokens: number of tokens that went through the model, without padding.
+        seconds: wall time in seconds.
     """
 
     loss: float
@@ -58,33 +60,33 @@ def train(
     penalty: Callable[[], None] = lambda: None,
     stages: Sequence[Stage] = (),
 ) -> TrainResult:
-    """Train what is trainable in place for one round.
+    """Train a client's parameters in place for one round.
 
-    The loss is the mean over all labelled tokens (or examples, for classification) of an optimizer step,
-    exactly, however they are spread over `train.accumulate` forward passes. The learning rate follows one
-    schedule across all rounds; batches continue through the client's data from round to round. The
-    optimizer's state starts anew each round, since the server has changed the factors.
+    The loss of an optimizer step is exactly the mean over all its labelled tokens (or over its examples, for
+    classification), however they are divided among `train.accumulate` forward passes. The learning rate follows one
+    schedule across all rounds, and the batches of a round continue where those of the last round ended. The
+    optimizer's state starts anew in each round, since the server has changed the factors.
 
     Args:
-        task: says what the losses are.
-        model: gives logits; the adapter is in place.
-        trained: what is trained.
-        examples: the client's own.
-        config: see `TrainConfig`.
-        pad_id: fills the batches' right side.
-        round: 1 for the first.
-        rounds: of the whole run, for the schedule.
-        seed: of this client's order of examples and dropout.
+        task: defines the losses.
+        model: the model with the adapter.
+        trained: the parameters to train.
+        examples: the client's own examples.
+        config: the run's section train.
+        pad_id: token that fills up shorter rows of a batch on the right.
+        round: number of the round, from 1.
+        rounds: number of rounds of the whole run, for the schedule.
+        seed: seed of this client's order of examples and of dropout.
         on_step: called after each step with (step, steps, loss).
-        penalty: called before each optimizer step, to add a term's gradient to the parameters'.
-        stages: of privacy, which may change the gradients before that.
+        penalty: called before each optimizer step; may add a term's gradient to the parameters' gradients.
+        stages: privacy stages, which may change the gradients before `penalty` is called.
 
     Raises:
         DivergedError: the loss is not finite.
     """
     began = time.perf_counter()
     local = LocalSteps(trained, examples, config, round=round, rounds=rounds, seed=seed, penalty=penalty, stages=stages)
-    torch.manual_seed(hash_seed(seed, round))  # whatever draws from torch's own generator
+    torch.manual_seed(hash_seed(seed, round))  # for everything that draws from torch's own generator
     model.train()
     own_dropout = draws_per_client(model)
     try:
@@ -96,14 +98,14 @@ def train(
             with record_function("fedlora/optimizer"):
                 local.take(step, total)
             on_step(step + 1, local.steps, total)
-    finally:  # gradients of a step that failed would enter the next training's first one
+    finally:  # otherwise the gradients of a failed step would be part of the next training's first step
         for parameter in trained.parameters:
             parameter.grad = None
     return local.result(time.perf_counter() - began)
 
 
 def _gradients(task: Task, model: nn.Module, local: LocalSteps, step: int, pad_id: int, *, own_dropout: bool) -> float:
-    """The loss of a step; the parameters get its gradients."""
+    """The loss of a step; adds its gradients to the parameters."""
     with record_function("fedlora/data"):
         batches = [task.collate(part, pad_id) for part in local.batches(step)]
         labelled = [int(task.counts(batch).sum()) for batch in batches]
@@ -121,14 +123,14 @@ def _gradients(task: Task, model: nn.Module, local: LocalSteps, step: int, pad_i
 
 
 class LocalSteps:
-    """One client's way through a round, whoever computes its gradients: batches, optimizer, schedule, losses.
+    """One client's steps in a round: batches, optimizer, schedule and losses. The caller computes the gradients.
 
     Attributes:
-        steps: optimizer steps of the round.
-        passes: gradients that each step takes.
-        losses: of the steps taken.
-        tokens: that went through the model so far, padding left out; for whoever computes to count.
-        draws: this client's dropout in this round.
+        steps: number of optimizer steps in the round.
+        passes: number of gradients that each step needs.
+        losses: losses of the steps so far.
+        tokens: number of tokens that went through the model so far, without padding; the caller counts them.
+        draws: random generator of this client's dropout in this round.
     """
 
     def __init__(
@@ -143,7 +145,7 @@ class LocalSteps:
         penalty: Callable[[], None] = lambda: None,
         stages: Sequence[Stage] = (),
     ) -> None:
-        """As for `train`."""
+        """The arguments are those of `train`."""
         self.steps = steps_per_round(config, len(examples))
         self.losses: list[float] = []
         self.tokens = 0
@@ -164,7 +166,11 @@ class LocalSteps:
         return [[self._examples[i] for i in chosen] for chosen in walk]
 
     def take(self, step: int, loss: float) -> None:
-        """One optimizer step by the gradients that the parameters have, which are then let go.
+        """Make one optimizer step with the gradients that the parameters have, then clear the gradients.
+
+        Args:
+            step: number of the step within the round, from 0.
+            loss: loss of the step.
 
         Raises:
             DivergedError: the loss is not finite.
@@ -182,7 +188,7 @@ class LocalSteps:
         self.losses.append(loss)
 
     def after_pass(self, number: int) -> None:
-        """Between two passes of one step; the gradients are let go."""
+        """Called between two passes of one step; clears the gradients."""
         self._optimizer.after_pass(number)
         self._let_go()
 
@@ -205,7 +211,7 @@ class LocalSteps:
 
 
 def diverged(loss: float, step: int, round: int) -> str:
-    """Where training left the finite numbers; the learning rate is to blame only where the start was sound."""
+    """The message of a DivergedError; it blames the learning rate only if the first step's loss was finite."""
     if step:
         return f"training diverged: loss {loss} at step {step + 1} of round {round}; lower train.lr"
     return (

@@ -1,1 +1,1 @@
-"""The node's resident process, and how a ClientApp finds and watches it."""
+"""The node's resident worker, which keeps the base model in memory, and how a ClientApp finds and watches it."""

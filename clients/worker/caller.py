@@ -1,4 +1,4 @@
-"""The ClientApp's side of the resident worker: starts it where none is healthy, hands over, tells progress."""
+"""The ClientApp's side of the resident worker: starts a worker if there is none, gives it messages, and watches it."""
 
 from __future__ import annotations
 
@@ -25,30 +25,28 @@ from ..answering.vigil import Vigil
 from . import envelope
 
 _START_SECONDS = 60.0
-_HEALTH_SECONDS = 20.0  # a worker that computes lets go of Python's lock many times a second
-_LOOK_SECONDS, _MISSED = (
-    5.0,
-    2,
-)  # a worker at work is looked at so often; that many times without a word, it is replaced
-_QUEUE_SECONDS = 120.0  # until it begins with a message: what it did before is dropped by then
-_STALL_SECONDS = 1800.0  # without a step, where the node's config does not say otherwise
+_HEALTH_SECONDS = 20.0  # a worker that computes releases Python's lock many times a second, and so answers in time
+# A working worker is asked for a sign of life every 5 s; it is replaced after two questions without an answer.
+_LOOK_SECONDS, _MISSED = 5.0, 2
+_QUEUE_SECONDS = 120.0  # until the worker must begin with a message; its work before that is dropped by then
+_STALL_SECONDS = 1800.0  # longest time without a step, unless the node's config sets another
 _ATTEMPTS = 2
-_started: list[subprocess.Popen[bytes]] = []  # a Popen that is let go of before its process ends complains
+_started: list[subprocess.Popen[bytes]] = []  # kept, since a Popen that is deleted before its process ends warns
 _log = logging.getLogger("fedlora")
 
 
 def ask(socket: str, task: str, content: RecordDict, context: Context, vigil: Vigil) -> RecordDict | Error:
-    """The worker's answer; a worker that dies at work, or hangs, is replaced once.
+    """The worker's answer to a message. A worker that dies or hangs meanwhile is replaced once.
 
     Args:
-        socket: path of its Unix socket, from the node's config.
+        socket: path of the worker's Unix socket, from the node's config.
         task: "describe", "train" or "evaluate".
-        content: the message's.
-        context: of this run on this node.
-        vigil: over this message.
+        content: the message's content.
+        context: Flower's context of this run on this node.
+        vigil: the vigil over this message.
 
     Raises:
-        Over: nobody waits for the answer any more.
+        Over: the server no longer waits for the answer.
     """
     path = Path(socket)
     stall = float(context.node_config.get("worker-stall", _STALL_SECONDS))
@@ -66,17 +64,17 @@ def ask(socket: str, task: str, content: RecordDict, context: Context, vigil: Vi
         _log.warning("worker: ended during %s: %s", task, reasons[-1])
     return Error(
         ErrorCode.CLIENT_APP_RAISED_EXCEPTION,
-        f"the node's worker ended {_ATTEMPTS} times during {task} ({reasons[-1]}); its worker.log says more, and a "
-        "worker that the system killed needs more memory",
+        f"the node's worker ended {_ATTEMPTS} times during {task} ({reasons[-1]}); its worker.log says more; if the "
+        "system killed it, it needs more memory",
     )
 
 
 class _NotStarted(Exception):
-    """A worker was started and does not answer."""
+    """A worker was started but does not answer."""
 
 
 class _PastHope(Exception):
-    """A worker that was there and will not answer; it was killed."""
+    """A running worker no longer answers, and was killed."""
 
 
 def _call(socket: Path, request: bytes, vigil: Vigil, stall_seconds: float) -> RecordDict | Error:
@@ -104,32 +102,32 @@ def _call(socket: Path, request: bytes, vigil: Vigil, stall_seconds: float) -> R
 
 
 class _Watch:
-    """Looks after one call: ends it when nobody waits for its answer, and the worker too when that is past hope.
+    """Watches one call. It ends the call if the server no longer waits, and kills a worker that hangs.
 
     Attributes:
-        why: the worker was past hope; empty while it is not.
+        why: the reason why the worker was killed; empty if it was not.
     """
 
     def __init__(self, socket: Path, call: grpc.Call, vigil: Vigil, stall_seconds: float) -> None:
         self.why = ""
         self._socket, self._call, self._vigil, self._stall = socket, call, vigil, stall_seconds
-        # How long for what; for nothing while it loads its model, which tells of no steps.
+        # The longest wait and what is waited for; there is no limit while the worker loads its model, without steps.
         self._limit = (_QUEUE_SECONDS, f"it did not begin with the message within {_QUEUE_SECONDS:.0f} s")
         self._since = time.monotonic()
         self._done = threading.Event()
         threading.Thread(target=self._look, daemon=True).start()
 
     def begun(self) -> None:
-        """The worker is at this message."""
+        """The worker has begun with this message."""
         self._limit = (math.inf, "")
 
     def heard(self) -> None:
-        """It tells of its progress."""
+        """The worker has reported progress."""
         self._since = time.monotonic()
         self._limit = (self._stall, f"no step for {self._stall:.0f} s (node config: worker-stall)")
 
     def end(self) -> None:
-        """Nothing is to be looked after any more."""
+        """Stop watching."""
         self._done.set()
 
     def _look(self) -> None:
@@ -144,7 +142,7 @@ class _Watch:
                 looked = time.monotonic()
             seconds, what = self._limit
             if missed == _MISSED:
-                self.why = "it was stopped or hung, and said nothing when it was asked"
+                self.why = "it was stopped or hung, and did not answer when it was asked"
             elif now - self._since > seconds:
                 self.why = f"it hung: {what}"
             if self.why and not self._done.is_set():
@@ -154,7 +152,7 @@ class _Watch:
 
 
 def _make_sure(socket: Path, settings: Mapping[str, object]) -> None:
-    """A healthy worker listens on the socket; ClientApps that come at the same time start one."""
+    """Start a worker unless a healthy one listens on the socket; ClientApps that call this together start only one."""
     if _is_healthy(socket):
         return
     with FileLock(socket.with_name("start.lock")):
@@ -179,7 +177,7 @@ def _start(socket: Path, settings: Mapping[str, object]) -> None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # it outlives this process, and goes with the node
+            start_new_session=True,  # the worker outlives this process, and ends with the node
         )
     _started.append(process)
     emit("worker-start", pid=process.pid)

@@ -1,4 +1,4 @@
-"""What crosses between a ClientApp and its worker: Flower's records in its own serialization, and events."""
+"""The messages between a ClientApp and its worker: Flower's records in Flower's serialization, and events."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 SERVICE = "fedlora.Worker"
 METHOD = "Work"
 BEGUN = "worker-begun"  # the event with which the work on a message begins
-# A message is as long as its adapter; both ends are one user's.
+# No limit on the length of messages, which contain adapters; both processes belong to one user.
 GRPC_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 _TASK, _NODE, _RUN = "worker.task", "worker.node-config", "worker.run-config"
 _EVENT, _ERROR, _REPLY = b"p", b"e", b"r"
 
 
 def pack_request(task: str, content: RecordDict, context: Context) -> bytes:
-    """A message and the context that it is to be answered in; `context.state` stays behind. Equal ones, equal bytes."""
+    """A message and its context, without `context.state`, as bytes; equal messages give equal bytes."""
     whole = RecordDict({**content})
     whole[_TASK] = ConfigRecord({"task": task, "run-id": str(context.run_id), "node-id": str(context.node_id)})
     whole[_NODE] = ConfigRecord({**context.node_config})
@@ -42,12 +42,12 @@ def unpack_request(data: bytes) -> tuple[str, RecordDict, Context]:
 
 
 def pack_event(kind: str, facts: dict[str, Any]) -> bytes:
-    """Something that happened while the worker worked."""
+    """An event of the worker, as bytes."""
     return _EVENT + json.dumps([kind, facts]).encode()
 
 
 def pack_answer(answer: RecordDict | Error) -> bytes:
-    """The last frame."""
+    """The answer as bytes, which is the last frame of a call."""
     if isinstance(answer, Error):
         return _ERROR + json.dumps([answer.code, answer.reason or ""]).encode()
     return _REPLY + recorddict_to_proto(answer).SerializeToString()

@@ -1,7 +1,7 @@
-"""The node's resident process: holds the quantized base from message to message, and does what ClientApps hand over.
+"""The node's resident worker: it keeps the base model in memory and answers the messages that ClientApps give it.
 
-gRPC on a Unix socket that only its owner can open. One message at a time, on the main thread: torch keeps one pool of
-threads per thread that computes.
+It listens with gRPC on a Unix socket that only its owner can open. Messages are answered one at a time and on the main
+thread, since torch has a pool of threads for each thread that computes.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ _log = logging.getLogger("fedlora")
 
 
 def serve(socket: Path, node_pid: int | None, idle_seconds: float) -> None:
-    """Work until nobody needs it: the node is gone, its socket's folder is gone, or nothing was asked for a while.
+    """Answer messages until the node is gone, the socket is gone, or no message has come for a while.
 
     Args:
         socket: path of the Unix socket; `worker.pid` is written beside it.
-        node_pid: the process that this one belongs to; None to go by idle time alone.
-        idle_seconds: without a message until it ends, which frees its memory; the next message starts another.
+        node_pid: process id of the node; None: the idle time alone decides.
+        idle_seconds: seconds without a message after which the worker ends, which frees its memory. The next message
+            starts another worker.
 
     Raises:
         ConfigError: the socket cannot be made.
@@ -86,14 +87,14 @@ def serve(socket: Path, node_pid: int | None, idle_seconds: float) -> None:
 
 @dataclass(frozen=True)
 class _Trained:
-    """The last answer to a training message, for a server that never got it and asks again."""
+    """The last answer to a training message, in case the server never got it and asks again."""
 
     digest: bytes = b""
     answer: bytes = b""
 
 
 class _Job:
-    """One message: its frames as they come, until the answer."""
+    """One message, with a queue of the frames of its reply: events, and the answer at last."""
 
     def __init__(self, request: bytes) -> None:
         self._request = request
@@ -101,7 +102,7 @@ class _Job:
         self.dropped = threading.Event()
 
     def run(self, last: _Trained) -> _Trained:
-        """Answer; returns the last training that was answered."""
+        """Answer the message; return the last answer to a training message."""
         if self.dropped.is_set():
             return last
         self.frames.put(envelope.pack_event(envelope.BEGUN, {}))
@@ -109,7 +110,7 @@ class _Job:
         if digest == last.digest:
             self.frames.put(last.answer)
             return last
-        from ..answering.dispatch import answer  # torch and all that follows: the socket is there before
+        from ..answering.dispatch import answer  # imports torch, only after the socket is there
 
         task, content, context = envelope.unpack_request(self._request)
         context.node_config = {**context.node_config, "resident": True}
@@ -117,7 +118,7 @@ class _Job:
             with listen(self._tell):
                 result = answer(task, content, context)
         except _Dropped:
-            _log.warning("worker: %s was dropped, nobody waits for it any more", task)
+            _log.warning("worker: %s was dropped, since nobody waits for its answer any more", task)
             return last
         packed = envelope.pack_answer(result)
         self.frames.put(packed)
@@ -130,7 +131,7 @@ class _Job:
 
 
 class _Dropped(BaseException):
-    """Nobody waits for this message any more; not an error of the message, which would be answered."""
+    """Nobody waits for this message's answer any more. As a BaseException, it is not answered like an error."""
 
 
 def _handle(request: bytes, context: grpc.ServicerContext, inbox: queue.Queue[_Job]) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""An adapter as named tensors and back: one way for messages, the server's checkpoints, clients' disks, PEFT files."""
+"""An adapter as named tensors, and back, for messages, the server's saved state, clients' disks and PEFT files."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .state import EMPTY, AdapterState, LoraFactors, is_missing
 
 @dataclass(frozen=True)
 class Layout:
-    """How tensors are called.
+    """Patterns for the names of an adapter's tensors.
 
     Args:
-        factor: the name of a module's factor, of {module} and {factor}.
-        tensor: the name of a tensor that is trained in full, of {name}.
+        factor: pattern for a module's factor, with {module} and {factor}.
+        tensor: pattern for a tensor trained in full, with {name}.
     """
 
     factor: str
     tensor: str
 
     def of_factor(self, module: str, factor: str) -> str:
-        """The name of "A", "B" or "R" of a module."""
+        """The name of a module's factor "A", "B" or "R"."""
         return self.factor.format(module=module, factor=factor)
 
     def of_tensor(self, name: str) -> str:
@@ -31,7 +31,7 @@ class Layout:
         return self.tensor.format(name=name)
 
     def put(self, adapter: AdapterState) -> dict[str, Tensor]:
-        """The adapter's tensors by name; factors that are missing are left out, and scalings are the caller's."""
+        """The adapter's tensors by name. Missing factors are left out; the caller has to keep the scalings."""
         found = {
             self.of_factor(module, name): factor
             for module, factors in adapter.lora.items()
@@ -41,7 +41,12 @@ class Layout:
         return found | {self.of_tensor(name): tensor for name, tensor in adapter.tensors.items()}
 
     def get(self, tensors: Mapping[str, Tensor], scalings: Mapping[str, float]) -> AdapterState:
-        """The adapter of these tensors: factors of the modules that have a scaling, and all others in full."""
+        """The adapter that `put` took apart.
+
+        Args:
+            tensors: the adapter's tensors by name.
+            scalings: module -> scaling, for every module that has factors.
+        """
         lora = {
             module: LoraFactors(
                 A=tensors.get(self.of_factor(module, "A"), EMPTY),

@@ -1,13 +1,13 @@
-"""Singular value decompositions of products B @ A, batched over leading dimensions, without forming them.
+"""Singular value decompositions of products B @ A, batched over leading dimensions, without computing the products.
 
-B: [..., d_out, R], A: [..., R, d_in]; results have k = min(R, d_out, d_in) components or fewer, in fp64. Signs
-are fixed: in each column of U the entry of largest magnitude is positive, so that results reproduce.
+B: [..., d_out, R], A: [..., R, d_in]; results have at most k = min(R, d_out, d_in) components, in fp64. Signs
+are fixed, so that results are reproducible: in each column of U the entry of largest magnitude is positive.
 
-Three routes give the same decomposition. `gram` is the fastest for R < min(d_out, d_in): two R x R Gram matrices
+Three functions give the same decomposition. `gram` is the fastest for R < min(d_out, d_in): two R x R Gram matrices
 in fp64, one Cholesky factor and one symmetric eigenproblem, O((d_out + d_in) R^2 + R^3). Squaring costs half of
-fp64's digits: singular values below 1e-7 of the product of the factors' norms are lost, which is what fp32
-factors know anyway. Where the terms of the product cancel to less than that, `product_svd` takes `qr`, which
-squares nothing. `dense` serves stacks that outgrow the matrix.
+fp64's digits: singular values below 1e-7 of the product of the factors' norms are lost, but fp32 factors do not have
+more digits anyway. If terms cancel, so that the product is smaller than that, `product_svd` takes `qr`, which
+squares nothing. `dense` is for stacks with R >= min(d_out, d_in).
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch import Tensor
 
 Svd = tuple[Tensor, Tensor, Tensor]
 
-# Singular values below this share of the largest carry no correct digit after squaring in fp64.
+# Singular values below this share of the largest have no correct digit after squaring in fp64.
 _KNOWN = 1e-7
-# The largest singular value over |B||A| below which squaring would eat into the digits of fp32.
+# If the largest singular value is below this share of |B||A|, squaring would cost digits of fp32.
 _CANCELLED = 1e-5
 
 
 def product_svd(B: Tensor, A: Tensor, rank: int = 0, whole: bool = False) -> Svd:
-    """Thin SVD of B @ A by the fastest route that is accurate to fp32's digits.
+    """Thin SVD of B @ A by the fastest of the three functions that is accurate to fp32's digits.
 
     Args:
         B: [..., d_out, R].
         A: [..., R, d_in].
         rank: the number of leading components to return; 0: all min(R, d_out, d_in).
-        whole: True leaves out `gram`, so that all components together are B @ A to fp64's rounding, however small
-            some of them are.
+        whole: True if even the smallest components must be right, so that all together are B @ A up to fp64's
+            rounding; `gram` is then not used.
 
     Returns:
         U [..., d_out, k], S [..., k] descending, Vh [..., k, d_in], all fp64. Components whose singular value is
@@ -52,14 +52,14 @@ def gram(B: Tensor, A: Tensor, rank: int = 0) -> Svd:
     U = B L w / s and V' = w' L' G_b A / s^2. Nothing is inverted, so near-parallel rows of A do no harm."""
     b, a = B.double(), A.double()
     g_b, g_a = b.mT @ b, a @ a.mT
-    # a row of A and its column of B may differ widely in size; their product's size is what counts
+    # a row of A and its column of B may have very different sizes, but only the size of their product matters
     sizes_b, sizes_a = g_b.diagonal(dim1=-2, dim2=-1).sqrt(), g_a.diagonal(dim1=-2, dim2=-1).sqrt()
     alive = (sizes_b > 0) & (sizes_a > 0)
     balance = torch.where(alive, (sizes_a / sizes_b.where(alive, torch.ones_like(sizes_b))).sqrt(), 1.0)
     g_b = g_b * balance[..., :, None] * balance[..., None, :]
     g_a = g_a / balance[..., :, None] / balance[..., None, :]
     root, failed = torch.linalg.cholesky_ex(g_a)
-    if bool(failed.any()):  # dependent rows: any other square root of G_a does as well
+    if bool(failed.any()):  # the rows of A are linearly dependent; any other square root of G_a will do
         values, vectors = torch.linalg.eigh(g_a)
         root = vectors * values.clamp(min=0.0).sqrt()[..., None, :]
     right = g_b @ root
@@ -73,7 +73,7 @@ def gram(B: Tensor, A: Tensor, rank: int = 0) -> Svd:
 def singular_values(g_b: Tensor, g_a: Tensor) -> Tensor:
     """The singular values of B @ A from its Gram matrices B'B and AA' [..., R, R], largest first, fp64 [..., R].
 
-    Those below 1e-8 of the product of the factors' norms are rounding.
+    Values below 1e-8 of the product of the factors' norms are only rounding.
     """
     values, vectors = torch.linalg.eigh(g_a)
     root = vectors * values.clamp(min=0.0).sqrt()[..., None, :]
@@ -90,10 +90,11 @@ def qr(B: Tensor, A: Tensor, rank: int = 0) -> Svd:
 
 
 def dense(B: Tensor, A: Tensor, rank: int = 0) -> Svd:
-    """The product itself, in fp64, and the eigenvectors of its smaller Gram matrix: for R >= min(d_out, d_in).
+    """SVD from the product itself, in fp64, and the eigenvectors of its smaller Gram matrix; for R >= min(d_out, d_in).
 
-    The product is projected on the eigenvectors, which are orthonormal whatever squaring has cost: all components
-    together are the product to fp64's rounding. Vectors of singular values below 1e-8 of the largest are mixed.
+    The product is projected on the eigenvectors. These are orthonormal however many digits squaring has cost, so that
+    all components together are the product up to fp64's rounding. Vectors that belong to singular values below 1e-8
+    of the largest are mixed with each other.
     """
     product = B.double() @ A.double()
     if product.shape[-2] <= product.shape[-1]:
@@ -106,21 +107,21 @@ def dense(B: Tensor, A: Tensor, rank: int = 0) -> Svd:
 
 
 def _leading_eigenpairs(symmetric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors, largest first; eigh gives the smallest first."""
+    """The `rank` largest eigenvalues (0: all) and their eigenvectors, the largest first; eigh has the reverse order."""
     values, vectors = torch.linalg.eigh(symmetric)
     keep = min(rank, values.shape[-1]) if rank else values.shape[-1]
     return values[..., -keep:].flip(-1), vectors[..., -keep:].flip(-1)
 
 
 def _roots(squares: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values and their inverses; both zero below what squaring leaves known."""
+    """Singular values and their inverses; both are zero where squaring has left no correct digit."""
     s = squares.clamp(min=0.0).sqrt()
     known = (s > _KNOWN * s[..., :1]) & (s > 0)
     return s.where(known, torch.zeros_like(s)), torch.where(known, 1.0 / s.where(known, torch.ones_like(s)), 0.0)
 
 
 def _unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The norms of the rows, and the rows at norm 1; rows of zeros stay."""
+    """The norms of the rows, and the rows divided by their norms; rows of zeros stay zero."""
     s = torch.linalg.vector_norm(rows, dim=-1)
     return s, rows / s.where(s > 0, torch.ones_like(s))[..., :, None]
 

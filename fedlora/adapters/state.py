@@ -1,4 +1,4 @@
-"""Adapters as values: factors by module, tensors by name, and walks over all of them."""
+"""Adapters as values: factors by module, tensors by name, and functions over all of them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class LoraFactors:
     """One module's factors: dW = scaling * B @ A, or dW = scaling * B @ R @ A where there is a core R.
 
     Args:
-        A: down projection, [r, d_in]. Empty where a message does not carry it.
-        B: up projection, [d_out, r]. Empty where a message does not carry it.
+        A: down projection, [r, d_in]; empty if a message does not contain it.
+        B: up projection, [d_out, r]; empty if a message does not contain it.
         scaling: alpha / r, or alpha / sqrt(r) (rsLoRA, https://arxiv.org/abs/2312.03732).
-        R: the core between them, [r, r]; None without one.
+        R: the core between B and A, [r, r]; None without one.
     """
 
     A: Tensor
@@ -35,17 +35,18 @@ class LoraFactors:
 
     @property
     def down(self) -> Tensor:
-        """What stands to the right of B, [r, d_in]: A, or R @ A in fp32 (fp64 where these are)."""
+        """The factor to the right of B, [r, d_in]: A, or with a core R @ A, in fp32 (fp64 if R or A is fp64)."""
         return self.A if self.R is None else to_fp32(self.R) @ to_fp32(self.A)
 
 
 @dataclass(frozen=True)
 class AdapterState:
-    """Everything that is trained: factors by base-model module name, and tensors trained in full.
+    """An adapter: everything that is trained.
 
     Args:
-        lora: base-model module name -> factors.
-        tensors: parameter name -> tensor trained in full (a classification head), averaged by every strategy.
+        lora: name of a module of the base model -> its factors.
+        tensors: name of a parameter -> tensor that is trained in full, such as a classifier's head. Every strategy
+            averages these tensors.
     """
 
     lora: Mapping[str, LoraFactors] = field(default_factory=dict)
@@ -53,17 +54,17 @@ class AdapterState:
 
 
 def is_missing(factor: Tensor | None) -> bool:
-    """Whether a message or an adapter does not have this factor."""
+    """Whether this factor is missing from its message or adapter."""
     return factor is None or factor.shape == EMPTY.shape
 
 
 def to_fp32(tensor: Tensor) -> Tensor:
-    """The tensor in fp32, or as it is in fp64: sums in bf16 or fp16 would lose the small terms."""
+    """The tensor in fp32, or in fp64 if it is fp64. Sums in bf16 or fp16 would lose small terms."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def keep_factors(adapter: AdapterState, factors: Collection[str]) -> AdapterState:
-    """The adapter with these of the factors "A", "B" and "R"; the others are empty, or None."""
+    """The adapter with only the given factors of "A", "B" and "R"; the other factors are empty (A, B) or None (R)."""
     lora = {
         name: LoraFactors(
             A=f.A if "A" in factors else EMPTY,
@@ -77,7 +78,7 @@ def keep_factors(adapter: AdapterState, factors: Collection[str]) -> AdapterStat
 
 
 def fill_missing(adapter: AdapterState, other: AdapterState) -> AdapterState:
-    """The adapter with the other's factors where its own are missing; modules that the other lacks stay as they are."""
+    """The adapter, with missing factors taken from `other`; modules that `other` lacks are not changed."""
     lora = dict(adapter.lora)
     for name, f in adapter.lora.items():
         rest = other.lora.get(name, f)
@@ -91,7 +92,7 @@ def fill_missing(adapter: AdapterState, other: AdapterState) -> AdapterState:
 
 
 def not_finite(adapter: AdapterState) -> str:
-    """The name of a first module or tensor that holds a value that is not finite; empty where there is none."""
+    """The name of the first module or tensor with a value that is not finite; empty if all values are finite."""
     for name, f in adapter.lora.items():
         if not all(torch.isfinite(factor).all() for factor in (f.A, f.B, f.R) if factor is not None):
             return name
@@ -109,11 +110,12 @@ def sum_of(left: AdapterState, right: AdapterState) -> AdapterState:
 
 
 def map_tensors(function: Callable[..., Tensor], *states: AdapterState) -> AdapterState:
-    """`function(name, *tensors)` over all factors and tensors that the first state has; scalings are the first's.
+    """The adapter of `function(name, *tensors)` for each factor and tensor of the first state; it has its scalings.
 
     Args:
-        function: gets "A", "B", "R" or a tensor's name, and then one tensor of each state, None where a state has none.
-        states: the first one decides what there is.
+        function: gets "A", "B", "R" or a tensor's name, and then this tensor of each state, or None if a state lacks
+            it.
+        states: one or more adapters.
     """
     first, others = states[0], states[1:]
 

@@ -1,4 +1,4 @@
-"""The commands on adapters that were trained: evaluate, export."""
+"""The commands on trained adapters: evaluate, export."""
 
 from __future__ import annotations
 
@@ -13,55 +13,52 @@ from fedlora import config as configuration
 from fedlora.common.errors import AdapterError, ConfigError
 from fedlora.results.runs import adapter_folder
 
-from .shared import app, kept_by_clients, load, out, quiet
+from .shared import Overrides, app, kept_by_clients, load, out, quiet
 
 if TYPE_CHECKING:
     from fedlora.adapters import AdapterState
     from fedlora.exchange import ClientInfo
     from fedlora.trained.export import Exported, Source
 
-# In the order in which they are shown.
+# Metrics in the order in which they are shown.
 _METRICS = ("loss", "perplexity", "accuracy", "macro-f1", "exact-match", "calibration-error")
 
 
 class NoFactors(AdapterError):
-    """A client has no factors of its own on this machine."""
+    """A client has no personal factors on this machine."""
 
 
 @app.command()
 def evaluate(
     adapter: Annotated[
         list[Path],
-        typer.Option(help="A run, by its name or folder, or the folder of a PEFT checkpoint; repeat for more."),
+        typer.Option(help="A run, by its name or folder, or the folder of a PEFT checkpoint; may be repeated."),
     ],
     config: Annotated[
         str | None,
-        typer.Argument(metavar="[CONFIG]", help="Model and data; default: those of the first adapter's own run."),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "-c", "--config", metavar="KEY=VALUE", help="Change one key; repeat for more. All keys: fedlora keys."
+        typer.Argument(
+            metavar="[CONFIG]", help="TOML file or preset with the model and the data; default: the first adapter's."
         ),
     ] = None,
+    overrides: Overrides = None,
     *,
     as_json: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file as well.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the scores to this file.")
     ] = None,
     lm_eval: Annotated[
         str | None,
-        typer.Option(metavar="TASK,...", help="Tasks of lm-evaluation-harness instead of held-out rows."),
+        typer.Option(metavar="TASK,...", help="Use these tasks of lm-evaluation-harness instead of held-out rows."),
     ] = None,
     lm_eval_path: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder with task files of your own, for --lm-eval.")
+        Path | None, typer.Option(metavar="DIR", help="With --lm-eval: folder with task files of your own.")
     ] = None,
     lm_eval_limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Only the first N rows of each task of --lm-eval.")
+        int | None, typer.Option(min=1, metavar="N", help="With --lm-eval: use only the first N rows of each task.")
     ] = None,
 ) -> None:
-    """Evaluate adapters, beside the untouched base, on held-out rows.
+    """Evaluate adapters on held-out rows, and compare them with the base model without an adapter.
 
-    All adapters share one pass over the rows. They must be of one base model.
+    All adapters are scored on the same rows and must belong to the same base model.
 
     Examples:
 
@@ -87,7 +84,9 @@ def evaluate(
         rows = compare_with_base(adapter, settings)
         title = f"{settings.model.name} on {settings.data.source}, held-out rows"
         measured = next(iter(rows.values()))
-        names = sorted(measured, key=lambda name: (*_METRICS, name).index(name))  # a task's own come last
+        names = sorted(
+            measured, key=lambda name: (*_METRICS, name).index(name)
+        )  # metrics that only this task has: last
     out.print(_table(title, rows, names))
     if as_json is not None:
         from fedlora.common.files import write_json
@@ -104,26 +103,34 @@ def export(
     adapter: Annotated[
         Path, typer.Argument(metavar="ADAPTER", help="A run, by its name or folder, or an adapter's folder.")
     ],
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="What is written; new, or an empty folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must be new or empty.")],
     *,
-    rank: Annotated[int | None, typer.Option(min=1, help="The best approximation of at most this rank.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Reduce the adapter to at most this rank, with the smallest error.")
+    ] = None,
     remove_intruders: Annotated[
         float | None,
         typer.Option(
-            min=0.0, max=1.0, metavar="LAMBDA", help="Scale intruder dimensions: 0 removes them, 1 changes nothing."
+            min=0.0,
+            max=1.0,
+            metavar="LAMBDA",
+            help="Scale intruder dimensions, which are strong directions that the base model does not have: 0 removes "
+            "them, 1 changes nothing.",
         ),
     ] = None,
     client: Annotated[
-        int | None, typer.Option(min=0, help="This client's own: with its personal factors, or cut to its rank.")
+        int | None,
+        typer.Option(min=0, help="Write the adapter of this client: with its personal factors, or cut to its rank."),
     ] = None,
     all_clients: Annotated[
-        bool, typer.Option("--all-clients", help="Every client's own, in OUT/client-<number>/.")
+        bool, typer.Option("--all-clients", help="Write the adapters of all clients, to OUT/client-<number>/.")
     ] = False,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Write the full-precision base with the adapter added to its weights.")
+        bool,
+        typer.Option("--merge", help="Write a whole model: the full-precision base with the adapter added to it."),
     ] = False,
 ) -> None:
-    """Write an adapter for others to use: a PEFT checkpoint, or a merged model, with a model card.
+    """Write an adapter for use elsewhere: a PEFT checkpoint, or a merged model, with a model card.
 
     Examples:
 
@@ -138,7 +145,7 @@ def export(
       fedlora export runs/personal/20260101-120000 clients --all-clients
     """
     if all_clients and client is not None:
-        raise ConfigError("export: --client names one client, --all-clients takes all; leave out one")
+        raise ConfigError("export: --client names one client, but --all-clients takes all; leave out one of the two")
     quiet()
     from fedlora.trained import export as exporting
 
@@ -202,7 +209,7 @@ def _one(
 
 
 def _personal(source: Source, client: ClientInfo) -> AdapterState:
-    """What the client would start its next round from: the shared factors and its own, with all folds."""
+    """The adapter from which the client would start its next round: shared and personal factors, with all folds."""
     from fedlora.clients.node import own_state  # pyright: ignore[reportMissingImports]
     from fedlora.simulations import personal  # pyright: ignore[reportMissingImports]
     from fedlora.strategies import registry  # pyright: ignore[reportMissingImports]
@@ -211,18 +218,19 @@ def _personal(source: Source, client: ClientInfo) -> AdapterState:
     key = source.result.get("key", "")
     saved = saved_state.load(source.run / "state", key) if key else None
     if saved is None:
-        raise AdapterError(f"{source.run}: no state/ here, which holds the shared factors; give the run's own folder")
+        raise AdapterError(f"{source.run}: no folder state/ with the shared factors here; give the run's own folder")
     folder = own_state.folder_of(source.run / "clients", key, client.client_id)
     own = personal.model(registry.configured(source.config), saved[0], client, folder)
     if own is None:
         raise NoFactors(
-            f"client {client.client_id}: no factors of its own in {folder}; it never trained, or keeps them on its node"
+            f"client {client.client_id}: no personal factors in {folder}; the client never trained, or has them on its "
+            "node"
         )
     return own
 
 
 def _clients(source: Source) -> list[ClientInfo]:
-    """The run's clients, as recorded; by the config where nothing is."""
+    """The run's clients, as its result records them; clients without a record as the config says."""
     from fedlora.exchange import ClientInfo
 
     lora = source.config.lora
@@ -253,17 +261,20 @@ def _say(done: Exported) -> None:
 
 
 def _settings(adapters: Sequence[Path], config: str | None, overrides: list[str] | None) -> configuration.Config:
-    """Of the model and the data: the named config, or that of the first adapter's run."""
+    """The configuration of model and data: the named one, or that of the first adapter's run."""
     for place, adapter in enumerate(adapters):
         if adapter in adapters[:place]:
-            raise ConfigError(f"--adapter {adapter}: it is named twice; name each once")
+            raise ConfigError(f"--adapter {adapter}: named twice; name each adapter once")
     if config is not None:
         return load(config, overrides)
     from fedlora.trained.evaluate import described
 
     trained = described(adapters[0]).get("config")
     if not trained:
-        raise ConfigError(f"--adapter {adapters[0]}: it does not say what it was trained on; name a CONFIG too")
+        raise ConfigError(
+            f"--adapter {adapters[0]}: the folder does not say with which model and data it was trained; name a CONFIG "
+            "too"
+        )
     for adapter in adapters:
         _check_shared(adapter)
     own = configuration.parse(trained, where=str(adapters[0] / "fedlora.json"))
@@ -271,7 +282,7 @@ def _settings(adapters: Sequence[Path], config: str | None, overrides: list[str]
 
 
 def _check_shared(adapter: Path) -> None:
-    """Raises ConfigError for what a run with personal factors shares: alone it answers as the base."""
+    """Raise ConfigError for the shared part of a run with personal factors: alone, it changes nothing of the base."""
     from fedlora.trained.evaluate import described
 
     about = described(adapter)
@@ -279,8 +290,8 @@ def _check_shared(adapter: Path) -> None:
     kept = "" if "export" in about else kept_by_clients(name)
     if kept:
         raise ConfigError(
-            f"--adapter {adapter}: with {name}, {kept} stays on the clients, and without it this is the base; export a "
-            f"client's own first: fedlora export {adapter.parent} OUT --client 0"
+            f"--adapter {adapter}: with {name}, {kept} stays on the clients, and without it the adapter changes "
+            f"nothing; export a client's own first: fedlora export {adapter.parent} OUT --client 0"
         )
 
 

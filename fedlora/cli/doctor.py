@@ -1,4 +1,4 @@
-"""Is this machine fit to run? Versions, device, a quantization self-test, Flower's programs, the cache."""
+"""Checks of this machine: versions, device, a quantization self-test, Flower's programs, the cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WORST = {"nf4": 0.15, "int8": 0.03}
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; `advice` says what to do when it is not ok."""
+    """One line of the report; `advice` says what to do if the check failed."""
 
     what: str
     found: str
@@ -30,7 +30,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Everything worth knowing before a first run."""
+    """The findings of all checks, in the order in which they are shown."""
     findings = [
         Finding(name, version, version != "missing", f"pip install {name}") for name, version in versions().items()
     ]
@@ -46,10 +46,10 @@ def examine() -> list[Finding]:
 
 
 def quantization_check(kind: str) -> Finding:
-    """Multiply by a quantized layer and by its dense original."""
+    """Compare the product of a quantized layer with that of its unquantized original."""
     try:
         error = quantization_error(kind)
-    except Exception as problem:  # whatever a broken build raises is the finding
+    except Exception as problem:  # a broken build may raise anything; the error is the finding
         return Finding(f"{kind} self-test", f"{type(problem).__name__}: {problem}", False, "reinstall bitsandbytes")
     ok = error < _WORST[kind]
     advice = f"expected below {_WORST[kind]}; reinstall bitsandbytes"

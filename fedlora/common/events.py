@@ -1,4 +1,4 @@
-"""What happens in a run, told to whoever listens: progress bars, logs, tests. Listening is optional."""
+"""Events of a run, and their listeners, such as progress bars, logs and tests. A run needs no listener."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _listeners: list[Listener] = []
 
 
 def emit(kind: str, **facts: Any) -> None:
-    """Tell every listener, e.g. `emit("client-step", client_id=0, step=1, steps=8)`."""
+    """Call every listener, for instance by `emit("client-step", client_id=0, step=1, steps=8)`."""
     for listener in _listeners:
         listener(kind, facts)
 
 
 def has_listeners() -> bool:
-    """Whether anybody listens."""
+    """Whether there is any listener."""
     return bool(_listeners)
 
 
 @contextmanager
 def listen(listener: Listener) -> Iterator[None]:
-    """Call `listener(kind, facts)` for everything emitted in this process within the block."""
+    """Within the block, call `listener(kind, facts)` for every event of this process."""
     _listeners.append(listener)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and stay there when the power fails."""
+"""Files that are complete or absent, and survive a power failure."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`; it takes the place of `path` at the block's end, once it is on the disk.
+    """A new file beside `path`, to be written in the block; at its end, the file is on the disk and replaces `path`.
 
-    After an error, a full disk for instance, the old file is as it was, and the room of the new one is free again.
+    After an error, such as a full disk, the old file is unchanged, and the new one is removed.
 
     Example:
         >>> with replacing(path) as part:
@@ -34,14 +34,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write whole or not at all, durably. Numbers that are not finite become null."""
+    """Write a JSON file that is complete or absent, and survives a power failure; non-finite numbers become null."""
     text = json.dumps(finite(data), indent=2, allow_nan=False) + "\n"
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def finite(value: Any) -> Any:
-    """The value as JSON can hold it: null for every number in it that is not finite."""
+    """The value with null in place of every number that is not finite, which JSON cannot represent."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -50,7 +50,7 @@ def finite(value: Any) -> Any:
 
 
 def _sync_folder(folder: Path) -> None:
-    """A renamed file is only safe once its folder is on the disk too; Windows cannot open folders, and need not."""
+    """Write a folder to the disk, without which a renamed file is not safe; not needed or possible on Windows."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,7 +1,7 @@
-"""Objects that a caller gave to a run, by the names that stand for them in its configuration.
+"""Objects that a caller gave to a run, and the names that stand for them in its configuration.
 
-A configuration holds scalars alone, so that it can be sent and recorded. An object is known by its name in this process
-alone, and until it is released.
+A configuration has scalars only, so that it can be sent and recorded. The name of an object is known in this process
+only, and only until the object is released.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ _held: dict[str, Any] = {}
 
 
 def hold(thing: Any, label: str) -> str:
-    """Keep an object; its name, such as "given:0-rows". No name is ever used again."""
+    """Keep an object, and return its name, such as "given:0-rows". No name is used twice."""
     name = f"{_PREFIX}{next(_numbers)}-{label}"
     _held[name] = thing
     return name
 
 
 def release(name: str) -> None:
-    """Let go of an object."""
+    """Forget an object."""
     _held.pop(name, None)
 
 
 def is_given(name: str) -> bool:
-    """Whether a name can only stand for an object."""
+    """Whether a name has the form of an object's name."""
     return name.startswith(_PREFIX)
 
 
 def is_here(name: str) -> bool:
-    """Whether a name stands for an object that this process holds."""
+    """Whether a name stands for an object in this process."""
     return name in _held
 
 
@@ -42,13 +42,13 @@ def find(name: str, key: str, error: type[FedLoraError]) -> Any:
     """The object of this name.
 
     Args:
-        name: as `hold` gave it.
+        name: a name that `hold` returned.
         key: the configuration key that has the name, for the message.
-        error: raised where the object is not here.
+        error: class of the error that is raised if there is no such object.
     """
     if name not in _held:
         raise error(
-            f"{key} = {name!r} stood for an object of the Python program that started the run, and that program has "
-            f"ended or let go of it; set {key} to a name or a path in its place"
+            f"{key} = {name!r} stood for an object of the Python program that started the run, but that program has "
+            f"ended or released it; set {key} to a name or a path instead"
         )
     return _held[name]

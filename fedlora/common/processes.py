@@ -1,4 +1,4 @@
-"""Processes that this one starts, and stops by pid: none outlives what it was started for."""
+"""Starts child processes and makes sure that they end with their parent; stops processes by their pid."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ import psutil
 _STOP_SECONDS = 10.0
 _PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}  # of GCC's and Intel's OpenMP
 _AGAIN_SECONDS = 0.05
-_LOST_SECONDS = 30.0  # what was told to stop so long ago did not hear it
+_LOST_SECONDS = 30.0  # if the block has not ended after this time, its KeyboardInterrupt was lost
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def share_cores(processes: int = 1) -> None:
-    """What this process, and those that it starts, are to know before they load torch; what the user has set stays.
+    """Set environment variables for OpenMP, for this process and its children, before they load torch.
 
-    Threads that wait for others sleep: OpenMP's would spin, and take the cores from whatever else computes, other
-    processes and other pools of threads in this one. Of several processes that compute at once, each gets its share of
-    the cores.
+    With them, threads that wait for others sleep. By default, OpenMP's threads wait in a loop and so take the cores
+    from other processes and from other pools of threads in this one. If several processes compute at the same time,
+    each gets its share of the cores. Variables that the user has set are not changed.
 
     Args:
-        processes: that compute at once.
+        processes: number of processes that compute at the same time.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         for name, value in _PASSIVE.items():
@@ -47,7 +47,7 @@ def share_cores(processes: int = 1) -> None:
 
 
 def share_of_cores(processes: int) -> int:
-    """Threads for each of several processes that compute at once, on the cores that this one may use."""
+    """The number of threads for each of several processes that share the cores which this process may use."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, usable // processes)
 
@@ -57,7 +57,7 @@ class Told:
     """The signal that told this process to stop.
 
     Attributes:
-        number: of the signal; 0 for none.
+        number: number of the signal; 0 if there was none.
     """
 
     number: int = 0
@@ -65,11 +65,12 @@ class Told:
 
 @contextmanager
 def stopped_by_signals() -> Iterator[Told]:
-    """SIGTERM and a closed terminal stop what is within the block in order, as Ctrl-C does: by KeyboardInterrupt.
+    """Within the block, SIGTERM and a closed terminal raise KeyboardInterrupt, as Ctrl-C does.
 
-    A second signal does not disturb that, unless it comes much later, when the first was lost. Signals that this
-    process was started to ignore, as by nohup, stay ignored, but for SIGTERM. Python drops what is raised within a
-    finalizer or a callback of the garbage collector: a signal that came just then is sent once more.
+    A second signal has no effect, so that it cannot disturb the end, unless it comes so much later that the first one
+    must have been lost. Signals that this process ignored from its start, for instance by nohup, stay ignored, except
+    SIGTERM. Python drops exceptions within a finalizer or a callback of the garbage collector; a signal that arrives
+    there is sent once more.
     """
     told, last, dropped = Told(), 0.0, sys.unraisablehook
 
@@ -100,9 +101,9 @@ def stopped_by_signals() -> Iterator[Told]:
 
 
 def start(command: Sequence[str], folder: Path, environment: Mapping[str, str], output: Any) -> subprocess.Popen[bytes]:
-    """Start a program in a session of its own: Ctrl-C is for this process, which then stops all in order.
+    """Start a program in a session of its own, so that Ctrl-C reaches only this process, which then stops the program.
 
-    On Linux it is told to stop too when this process is killed.
+    On Linux, the program also gets SIGTERM when this process is killed.
     """
     return subprocess.Popen(
         command,
@@ -117,18 +118,18 @@ def start(command: Sequence[str], folder: Path, environment: Mapping[str, str], 
 
 
 def end_with(parent: int) -> None:
-    """From within a process: be told to stop when its parent dies, however it dies. Linux alone can do it."""
+    """Called in a child process: make it get SIGTERM when its parent dies, however that happens (on Linux only)."""
     if _libc:
         _go_with(parent)
 
 
 def call_with_parent(parent: int, target: str, *given: Any) -> None:
-    """In a new process: call a function, and be told to stop when the parent dies, also while its module is imported.
+    """Called in a new process: `end_with(parent)`, and only then import a module and call its function.
 
     Args:
-        parent: its pid.
-        target: the function as "package.module:name", whose module may take long to import.
-        given: what the function gets.
+        parent: pid of the parent.
+        target: the function, as "package.module:name"; its module may take long to import.
+        given: the function's arguments.
     """
     end_with(parent)
     module, _, name = target.partition(":")
@@ -136,18 +137,18 @@ def call_with_parent(parent: int, target: str, *given: Any) -> None:
 
 
 def stop_tree(process: subprocess.Popen[bytes]) -> None:
-    """Stop a process and everything that it started."""
+    """Stop a process and all of its descendants."""
     stop(process.pid)
     process.wait(timeout=_STOP_SECONDS)
 
 
 def stop_recorded(file: Path, word: str, kill: bool = False) -> None:
-    """Stop the process whose pid is in a file, if it is there, this user's, and has this word in its command line.
+    """Stop the process whose pid is in a file, if it runs, is this user's, and has `word` in its command line.
 
     Args:
-        file: holds the pid.
-        word: of its command line.
-        kill: without asking it first: a process that hangs does not hear.
+        file: file with the pid.
+        word: a word of the process's command line.
+        kill: kill the process without asking it to stop, since a process that hangs would not react.
     """
     with suppress(OSError, ValueError, psutil.NoSuchProcess, psutil.AccessDenied):
         pid = int(file.read_text())
@@ -157,18 +158,18 @@ def stop_recorded(file: Path, word: str, kill: bool = False) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A port of this machine that is not in use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def stop(pid: int, kill: bool = False) -> None:
-    """Stop the process of this pid and everything that it started; nothing happens where there is none.
+    """Stop the process of this pid and all of its descendants, if there is such a process.
 
     Args:
-        pid: the process.
-        kill: without asking it first.
+        pid: pid of the process.
+        kill: kill the processes without asking them to stop.
     """
     try:
         family = [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]
@@ -187,7 +188,7 @@ def stop(pid: int, kill: bool = False) -> None:
 
 
 def _go_with(parent: int) -> None:
-    """In the child, between fork and exec or later: SIGTERM when the parent dies, however it dies."""
+    """Called in the child, between fork and exec or later: make it get SIGTERM when the parent dies."""
     assert _libc is not None
     _libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
     if os.getppid() != parent:  # it died in between

@@ -1,7 +1,7 @@
-"""Things by name: built-in ones from a table, a user's own as package.module:Class or as an object, each with options.
+"""Plug-ins by name: built-in ones from a table, a user's own as package.module:Class or as an object.
 
-A thing is a frozen dataclass; its fields, each with a default, are its options. It is imported only when it is asked
-for, and what is wrong with a name or an option is said before anything is loaded.
+A plug-in is a frozen dataclass. Its fields, each with a default, are its options. It is imported only when it is asked
+for, and a wrong name or option is reported before anything is loaded.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Option = bool | int | float | str
 
 @dataclass(frozen=True)
 class Registry:
-    """All things of one kind.
+    """All plug-ins of one kind.
 
     Args:
-        noun: what one of them is called, for messages.
-        key: the configuration key that names one; its options stand at `options_key`.
-        options_key: as "similarity=cosine, lam=0.01".
-        base: the class that each of them extends, as "module:Class".
-        method: what a user's own has to write at least.
-        names: name -> "module:Class".
-        error: raised for whatever is wrong.
+        noun: the word for this kind of plug-in, for messages.
+        key: the configuration key that names a plug-in.
+        options_key: the configuration key with its options, such as "similarity=cosine, lam=0.01".
+        base: the class that each plug-in extends, as "module:Class".
+        method: the method that a user's own plug-in must have, for messages.
+        names: the built-in plug-ins, name -> "module:Class".
+        error: class of the errors that are raised.
     """
 
     noun: str
@@ -42,15 +42,15 @@ class Registry:
     error: type[FedLoraError] = ConfigError
 
     def make(self, name: str, options: str = "") -> Any:
-        """The thing that the configuration names, with the options that it gives as text."""
+        """The plug-in of this name, with options given as text."""
         return self.load(name, **self.parse(options))
 
     def load(self, name: str, **options: Option) -> Any:
-        """A thing with its options set; the others keep their defaults, or what a given object has.
+        """The plug-in of this name with these options. Others keep their defaults, or the values of a given object.
 
         Raises:
-            FedLoraError: of the class `error`: there is no such thing, it cannot be imported, or an option has a wrong
-                name, type or value.
+            FedLoraError: there is no such plug-in, it cannot be imported, or an option has a wrong name, type or value;
+                the error's class is `error`.
         """
         cls = self.resolve(name)
         known = {f.name: f for f in fields(cls) if f.init}
@@ -66,7 +66,7 @@ class Registry:
             raise self.error(f"{self.options_key}: {name} refuses {checked}: {error}") from error
 
     def resolve(self, name: str) -> type[Any]:
-        """The class that a name stands for; see `load` for errors."""
+        """The class that a name stands for; raises the same errors as `load`."""
         if given.is_given(name):
             return self._fitting(name, type(self._given(name)))
         target = self.names.get(name, name)
@@ -81,7 +81,7 @@ class Registry:
         except Exception as error:  # a user's module may fail in any way while it is imported
             raise self.error(
                 f"{self.key} = {name!r}: cannot import {module_name!r} ({type(error).__name__}: {error}); "
-                "install it, or start in the folder that holds it"
+                "install it, or start in the folder that contains it"
             ) from error
         cls = getattr(module, class_name, None)
         if cls is None:
@@ -92,7 +92,7 @@ class Registry:
         return given.find(name, self.key, self.error)
 
     def _fitting(self, name: str, cls: Any) -> type[Any]:
-        """The class, if things of this kind can be made of it."""
+        """The class, after a check that it is a plug-in of this kind."""
         base_module, _, base_name = self.base.partition(":")
         base = getattr(import_module(base_module), base_name)
         if not (isinstance(cls, type) and issubclass(cls, base) and is_dataclass(cls)) or isabstract(cls):
@@ -103,9 +103,9 @@ class Registry:
         return cls
 
     def parse(self, text: str) -> dict[str, Option]:
-        """Options: "similarity=cosine, lam=0.01" as {"similarity": "cosine", "lam": 0.01}.
+        """Options from text: "similarity=cosine, lam=0.01" gives {"similarity": "cosine", "lam": 0.01}.
 
-        A value is read as a TOML bool, number or string, or else as plain text; it holds no comma.
+        A value is read as a TOML bool, number or string, or else as plain text; it cannot contain a comma.
 
         Raises:
             FedLoraError: a part is not name=value, or a name occurs twice.
@@ -117,12 +117,12 @@ class Registry:
                 raise self.error(f"{self.options_key}: got {item!r}, expected name=value, such as lam=0.01")
             name = name.replace("-", "_")
             if name in options:
-                raise self.error(f"{self.options_key}: {name} is given twice in {text!r}; leave one")
+                raise self.error(f"{self.options_key}: {name} is given twice in {text!r}; leave out one")
             options[name] = _scalar(value)
         return options
 
     def _check(self, name: str, option: str, value: Option, expected: Any) -> Option:
-        """The value in its field's type; types other than scalars and Literal are left to the class."""
+        """The value, converted to its field's type; the class must itself check types other than scalar and Literal."""
         where = f"{self.options_key}: {name}'s {option} = {value!r}"
         if get_origin(expected) is Literal:
             choices = [str(choice) for choice in get_args(expected)]

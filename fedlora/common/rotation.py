@@ -1,4 +1,4 @@
-"""Logs that never fill a disk: at a size they become file.1, what was that file.2, and the oldest goes."""
+"""Logs of limited size: a log that is full becomes file.1, the file.1 before it file.2, and the oldest is removed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ MOST_BYTES, OLDER = 10 << 20, 5
 
 
 def rotate(path: Path, most: int = MOST_BYTES, older: int = OLDER) -> None:
-    """Move a log that has this many bytes, or more, out of the way.
+    """Rename a log that has reached its largest size.
 
     Args:
-        path: of the log; nothing happens where there is none.
-        most: bytes; 0 moves any that is not empty.
-        older: so many earlier ones stay.
+        path: path of the log; nothing happens if there is no such file.
+        most: the largest size in bytes; with 0, every log that is not empty is renamed.
+        older: the number of earlier logs that are kept.
     """
     with suppress(FileNotFoundError):  # another process was faster
         if path.stat().st_size <= max(0, most - 1):
@@ -27,7 +27,7 @@ def rotate(path: Path, most: int = MOST_BYTES, older: int = OLDER) -> None:
 
 
 class Log:
-    """A log file that several threads write, line by line; what an earlier process wrote is moved out of the way."""
+    """A log file that several threads write, line by line. The log of an earlier process is renamed first."""
 
     def __init__(self, path: Path, most: int = MOST_BYTES, older: int = OLDER) -> None:
         self._path, self._most, self._older = path, most, older
@@ -36,7 +36,7 @@ class Log:
         path.write_bytes(b"")
 
     def write(self, line: bytes) -> None:
-        """Append; a disk that is full costs lines, and not the process."""
+        """Append a line; it is lost if the disk is full, and no error is raised."""
         with self._lock, suppress(OSError):
             rotate(self._path, self._most, self._older)
             with self._path.open("ab", buffering=0) as file:

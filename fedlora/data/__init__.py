@@ -1,6 +1,6 @@
-"""Data: sources -> rows -> client partitions -> examples -> batches.
+"""Training data: from a source to rows, their partition among the clients, examples, and batches.
 
-Importing this package is cheap: datasets, pyarrow and torch load with the functions that use them.
+Importing this package is cheap: datasets, pyarrow and torch are loaded by the functions that use them.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ __all__ = [
 
 
 def prepare(config: Config) -> Split:
-    """The rows of `data.source`, dealt to the clients; remembered, since clients in one process share it.
+    """The rows of `data.source`, divided among the clients; cached, since clients in one process share them.
 
     Raises:
-        DataError: the source cannot be read, or cannot be dealt to so many clients.
+        DataError: the source cannot be read, or cannot be divided among so many clients.
         AssetError: a packaged set cannot be fetched.
     """
     groups, dealt = client_parts(config.data, config.federation.clients)

@@ -1,4 +1,4 @@
-"""From examples to batches: padding, and the endless walk over a client's examples."""
+"""Batches of examples: their padding, and the endless sequence in which a client trains on its examples."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 def collate(examples: Sequence[Example], fill: Mapping[str, float]) -> dict[str, Tensor]:
-    """The examples' arrays as one batch: each padded along its first axis, on the right, to the longest of its name.
+    """The examples as one batch. Arrays of one name are padded on the right of their first axis to the longest of them.
 
     Args:
-        examples: at least one, all of one task.
-        fill: by the name of an array, what it is padded with.
+        examples: at least one example, all of one task.
+        fill: name of an array -> value with which it is padded; 0 for other arrays.
 
     Returns:
-        Name -> [B, …]; one number of each example is [B].
+        Name of an array -> tensor [B, …]; if an example has a single number under the name, the tensor is [B].
     """
     import torch
 
@@ -40,16 +40,16 @@ def collate(examples: Sequence[Example], fill: Mapping[str, float]) -> dict[str,
 
 
 def batch_at(num_examples: int, batch_size: int, index: int, seed: int) -> list[int]:
-    """The examples of batch `index` of an endless walk; no state, so a client can resume anywhere.
+    """The numbers of the examples in batch `index` of an endless sequence.
 
-    The walk is one permutation after the other: epoch e's is drawn from (seed, e), and a batch may reach from
-    one epoch into the next.
+    The sequence is one permutation of all examples after another. That of epoch e depends on (seed, e) alone, so that a
+    client can resume anywhere. A batch may reach from one epoch into the next.
 
     Args:
-        num_examples: at least 1.
-        batch_size: at least 1; it may exceed `num_examples`.
-        index: 0 for the first batch.
-        seed: differs between clients.
+        num_examples: number of the client's examples, at least 1.
+        batch_size: number of examples in a batch, at least 1; it may exceed `num_examples`.
+        index: number of the batch, from 0.
+        seed: the client's seed.
     """
     first = index * batch_size
     epochs = range(first // num_examples, (first + batch_size - 1) // num_examples + 1)
@@ -59,7 +59,7 @@ def batch_at(num_examples: int, batch_size: int, index: int, seed: int) -> list[
 
 
 def eval_batches(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
-    """Every example's place once, those of like length together: the order does not matter, and padding costs least."""
+    """Batches with each example's number once. To need little padding, examples of similar length share a batch."""
     ordered = sorted(range(len(examples)), key=lambda place: examples[place].size)
     for start in range(0, len(ordered), batch_size):
         yield ordered[start : start + batch_size]

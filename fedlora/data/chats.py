@@ -1,4 +1,4 @@
-"""Conversations as examples, within `data.max-length`: whole turns go from the front, and no question goes alone."""
+"""Conversations as tokens, cut to `data.max-length`: whole exchanges, question and answer, are cut from the front."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .rendering import Template, spans
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ANSWERING = ("assistant", "tool", "system")  # who else speaks asks
-_OTHER = "\ue000"  # a text that no question begins with
+_ANSWERING = ("assistant", "tool", "system")  # messages of all other roles count as questions
+_OTHER = "\ue000"  # a text with which no question begins
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Encoded:
     """A conversation in tokens.
 
     Args:
-        ids: at most `data.max-length`.
-        learned: which of them the loss is taken of.
-        whole: how many tokens the conversation has.
-        cut: what was cut to fit, as in `Example.cut`.
+        ids: the tokens, at most `data.max-length`.
+        learned: for each token, whether it is in the loss.
+        whole: number of tokens of the whole conversation, before it was cut.
+        cut: the kind of cut, as in `Example.cut`.
     """
 
     ids: np.ndarray
@@ -37,11 +37,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Args:
-    ids: of a conversation up to its last learned token: what comes after it changes nothing.
-    learned: those that the loss is taken of.
-    last: where each token's characters end in `text`.
-    text: the conversation as the template writes it.
+    """A conversation up to its last learned token; tokens after it would change nothing.
+
+    Args:
+        ids: the tokens.
+        learned: for each token, whether it is in the loss.
+        last: for each token, where its characters end in `text`.
+        text: the conversation as the template writes it.
     """
 
     ids: np.ndarray
@@ -56,13 +58,13 @@ class _Tokens:
 def encode_chat(chat: Conversation, render: Template, length: int) -> Encoded:
     """One conversation as at most `length` tokens.
 
-    What is too long loses its earlier exchanges, one by one from the front; then, where the last exchange fits
-    alone, its own system prompt; and else a part of the last exchange: of the question the start, of the answer the
-    end, which has half of the room or all that it needs. The system prompt stays at the front there as long as it
-    takes no more than half of `length`.
+    A conversation that is too long is cut in this order, until it fits. First, its exchanges are dropped one by one
+    from the front, except the last one. If the last exchange fits alone, the system prompt is dropped. Otherwise a part
+    of the last exchange is cut: the start of the question and the end of the answer, where the answer gets half of the
+    room, or less if it needs less. In that case the system prompt is kept if it takes at most half of `length`.
 
     Raises:
-        RowError: the template refuses the conversation, or nothing of it can be learned.
+        RowError: the template refuses the conversation, or nothing in it can be learned.
     """
     whole = _tokens(chat, render)
     if len(whole.ids) <= length:
@@ -80,7 +82,7 @@ def encode_chat(chat: Conversation, render: Template, length: int) -> Encoded:
 
 
 def _exchanges(chat: Conversation) -> list[int]:
-    """Where questions begin that an answer follows; the first message that is no system prompt is always one."""
+    """The numbers of the messages with which exchanges begin; the first one after a system prompt always counts."""
     messages = chat.messages
     first = int(messages[0]["role"] == "system")
     answered = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
@@ -89,7 +91,7 @@ def _exchanges(chat: Conversation) -> list[int]:
 
 
 def _first_that_fits(shorter: Sequence[Conversation], render: Template, length: int) -> _Tokens | None:
-    """The longest of ever shorter conversations that fits; the first is known not to."""
+    """The first conversation that fits, by bisection; `shorter` is in descending order, and its first does not fit."""
     found: _Tokens | None = None
     low, high = 1, len(shorter)
     while low < high:
@@ -105,13 +107,13 @@ def _first_that_fits(shorter: Sequence[Conversation], render: Template, length: 
 def _within(chat: Conversation, render: Template, length: int) -> _Tokens | None:
     try:
         tokens = _tokens(chat, render)
-    except RowError:  # what the template takes only as a whole
+    except RowError:  # the template accepts only the whole conversation
         return None
     return tokens if len(tokens.ids) <= length else None
 
 
 def _cut_inside(last: Conversation, asked: int, render: Template, length: int, whole: int) -> Encoded:
-    """A part of the last exchange, under what comes before its first words where that leaves half of the room."""
+    """A part of the last exchange, after everything before its first words if that is at most half of `length`."""
     tokens = _tokens(last, render)
     question = {**last.messages[asked], "content": _OTHER}
     other = render([*last.messages[:asked], question, *last.messages[asked + 1 :]], last.tools)
@@ -122,7 +124,7 @@ def _cut_inside(last: Conversation, asked: int, render: Template, length: int, w
 
 
 def _common(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
+    """The number of characters that two texts have in common at their start."""
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
@@ -135,7 +137,7 @@ def _tokens(chat: Conversation, render: Template) -> _Tokens:
     starts = [start for start, _ in turns]
     if any(((offsets[:, 0] < start) & (start < offsets[:, 1])).any() for start in starts):
         ids, offsets = _in_pieces(text, starts, tokenizer)
-    # A token without characters of its own (white space that the tokenizer trims) counts where it stands.
+    # A token without characters (white space that the tokenizer trims) counts as the character at its position.
     first, last = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
     learned = np.any([(last > start) & (first < end) for start, end in turns], axis=0)
     end = np.flatnonzero(learned)[-1] + 1
@@ -143,10 +145,10 @@ def _tokens(chat: Conversation, render: Template) -> _Tokens:
 
 
 def _in_pieces(text: str, cuts: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and offsets of a text whose tokens must not reach across the cuts.
+    """Tokens and offsets of a text of which each piece between the cuts is tokenized by itself.
 
-    A prompt is tokenized alone when a response is generated. Where one token would hold the prompt's last
-    characters and the response's first (such as two newlines), the pieces are tokenized one by one here too.
+    When a response is generated, its prompt is tokenized by itself. If one token would contain both the last characters
+    of the prompt and the first of the response (such as two newlines), training has to do the same.
     """
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
@@ -159,7 +161,7 @@ def _in_pieces(text: str, cuts: list[int], tokenizer: PreTrainedTokenizerBase) -
 
 
 def _window_start(learned: np.ndarray, length: int) -> int:
-    """The earliest window of `length` tokens with `length // 2` learned ones, or with the most there are."""
+    """The start of the first window of `length` tokens with `length // 2` learned ones, or with the most possible."""
     if len(learned) <= length:
         return 0
     before = np.concatenate([[0], np.cumsum(learned)])

@@ -1,4 +1,4 @@
-"""Rows looked at before a run: what cannot be used and why, how long they are, and what of them is cut."""
+"""The check of rows before a run: which rows cannot be used and why, how long rows are, and which are cut."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_MANY = 0.05  # of the rows, when more are cut than these it is a warning
+_MANY = 0.05  # share of the rows; if more rows are cut, there is a warning
 _MEASURED = 2000
-_ENOUGH = 256  # whose lengths stand for all, where nobody asked
+_ENOUGH = 256  # number of rows whose tokens are counted before a run
 _log = logging.getLogger("fedlora")
 _CUTS = {
     "turns": "lose earlier turns",
@@ -34,19 +34,20 @@ _CUTS = {
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found in rows.
+    """The result of a check of rows.
 
     Args:
-        rows: how many.
-        faults: what is wrong with rows, and where they are; a run would be refused, or their client.
-        left_out: a sentence on the rows that have nothing to predict; empty without any.
-        classes: rows of each class, by name where it has one, and those of the model that no row has; empty but for
-            classification.
-        names: what the rows call the classes; nothing where they have numbers alone.
-        usable: how many of the rows can be examples.
-        measured: of how many of these the tokens were counted.
-        median, most, longest: tokens of the middle row, of the shortest 95 % of the rows at most, and of the longest.
-        cut: how many of the measured rows are cut, by kind (`Example.cut`).
+        rows: number of rows.
+        faults: faults of rows, with the places of the rows. Each fault would end a run, or exclude a client.
+        left_out: a sentence about the rows that have nothing to predict; empty if there are none.
+        classes: for classification, name or number of each of the model's classes -> number of its rows, which may be
+            0; else empty.
+        names: the names that the rows give the classes; empty if they have only numbers.
+        usable: number of rows that can become examples.
+        measured: number of usable rows whose tokens were counted.
+        median, most, longest: number of tokens of the median row, of the longest of the shortest 95 %, and of the
+            longest row.
+        cut: kind of cut (`Example.cut`) -> number of measured rows that are cut in this way.
     """
 
     rows: int
@@ -73,14 +74,14 @@ def check_rows(
     task: RowReader,
     measured: int = _MEASURED,
 ) -> Checked:
-    """Look at rows as a run would.
+    """Check rows as a run would.
 
     Args:
-        rows: of the source, all or some.
-        tokenizer: of the model; without it, no tokens are counted.
-        data: of the run.
-        task: what the rows are for.
-        measured: of at most so many rows, evenly spaced, tokens are counted.
+        rows: all or some rows of the source.
+        tokenizer: the model's tokenizer; None: no tokens are counted.
+        data: the run's section data.
+        task: the run's task.
+        measured: largest number of rows whose tokens are counted; they are evenly spaced.
 
     Raises:
         DataError: a column is missing, or the form does not fit the task.
@@ -119,31 +120,31 @@ def check_rows(
 
 
 def too_long(found: Checked, data: DataConfig) -> str:
-    """A warning, where many rows are longer than `data.max-length`; else empty."""
+    """A warning if many rows are longer than `data.max-length`; otherwise empty."""
     if found.cut_share <= _MANY:
         return ""
     return (
         f"{found.cut_share:.0%} of the rows are longer than data.max-length = {data.max_length} tokens and are "
-        f"cut; data.max-length = {found.most} would hold 95 % of them whole"
+        f"cut; with data.max-length = {found.most}, 95 % of the rows would stay whole"
     )
 
 
 def warn_of_lengths(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, task: RowReader) -> None:
-    """Log `too_long`, by some of the rows, evenly spaced."""
+    """Log the warning of `too_long`, judged by some evenly spaced rows."""
     some = rows.select(range(0, len(rows), max(1, len(rows) // _ENOUGH)))
     if said := too_long(check_rows(some, tokenizer, data, task), data):
         _log.warning("%s", said)
 
 
 def lines(found: Checked, data: DataConfig) -> list[str]:
-    """What was found, for people: a line for each thing but the faults."""
+    """The result of a check as lines to print, without the faults."""
     said = [f"rows: {found.left_out}"] if found.left_out else []
     if found.classes:
         said.append("classes: " + ", ".join(f"{name} ({count})" for name, count in found.classes.items()))
     if found.names and not data.label_names:
         said.append(
-            f"classes are numbered by the alphabet; data.label-names = {', '.join(found.names)!r} numbers them so in "
-            "every file"
+            f"classes are numbered in alphabetical order; data.label-names = {', '.join(found.names)!r} gives them the "
+            "same numbers in every file"
         )
     if not found.measured:
         return said
@@ -160,9 +161,9 @@ def lines(found: Checked, data: DataConfig) -> list[str]:
 def report(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase | None, data: DataConfig, task: RowReader, model: str
 ) -> tuple[list[str], str]:
-    """`check_rows` for people: a line for each thing, and what is said of rows that a run cannot use, if there are any.
+    """The result of `check_rows` as lines to print, and a sentence about rows that a run cannot use, or "".
 
-    Without a tokenizer, it is said that no tokens were counted.
+    Without a tokenizer, a line says that no tokens were counted.
     """
     found = check_rows(rows, tokenizer, data, task)
     said = lines(found, data)
@@ -179,7 +180,7 @@ def _grouped(rows: Dataset, wrong: Mapping[int, str], data: DataConfig) -> list[
 
 
 def _classes(rows: Dataset, names: Sequence[str], data: DataConfig, classes: int) -> dict[str, int]:
-    """How many rows each class of the model has."""
+    """The number of rows of each of the model's classes."""
     column = data.label_column
     counts = Counter(int(cell) for cell in rows.select_columns([column])[:][column])
     called = [names[place] if place < len(names) else str(place) for place in range(classes)]

@@ -1,4 +1,4 @@
-"""Classes by number and by name: what a label column means, the same for every client."""
+"""The numbers and names of classes in a label column, which must be the same for all clients."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 
 def numbered(rows: Dataset, data: DataConfig, names: tuple[str, ...] = ()) -> Dataset:
-    """The rows with whole numbers as classes, in place of names, of digits, and of 1.0; blank ones are none (null).
+    """The rows with classes as whole numbers instead of names, texts of digits, or numbers like 1.0; blanks are null.
 
-    Names are numbered as `data.label-names` lists them, or else in alphabetical order over all rows. They stay with
+    Names are numbered in the order of `data.label-names`, or else in alphabetical order over all rows. They stay with
     the column as a `datasets.ClassLabel`.
 
     Args:
-        rows: of any clients.
-        data: names the column.
-        names: of the classes, in order, in place of those in `data`.
+        rows: rows of any clients.
+        data: the section data, which names the column.
+        names: names of the classes in their order, in place of those in `data`.
 
     Raises:
-        DataError: a name is none of these; says where.
+        DataError: rows have a name that is not among the given ones; the message says which rows.
     """
     from datasets import ClassLabel, Value
 
@@ -38,7 +38,7 @@ def numbered(rows: Dataset, data: DataConfig, names: tuple[str, ...] = ()) -> Da
         return rows
     cells: list[Any] = rows.with_format("arrow")[:][data.label_column].to_pylist()
     if isinstance(feature, ClassLabel):
-        none = [cell is None or cell < 0 for cell in cells]  # sets of the hub have -1 for a row without a class
+        none = [cell is None or cell < 0 for cell in cells]  # hub data sets have -1 for a row without a class
         if (not names or list(names) == feature.names) and all(
             cell is None for cell, no in zip(cells, none, strict=True) if no
         ):
@@ -56,7 +56,7 @@ def numbered(rows: Dataset, data: DataConfig, names: tuple[str, ...] = ()) -> Da
         if unknown:
             raise DataError(
                 f"{data.source}: column {data.label_column!r} holds a name that is none of data.label-names = "
-                f"{listed!r} in {places(rows, unknown, data)}; mend these rows, or name all classes"
+                f"{listed!r} in {places(rows, unknown, data)}; correct these rows, or name all classes"
             )
         return _with_classes(rows, data, [None if word is None else numbers[word] for word in words], names)
     if all(cell is None or (isinstance(cell, float) and cell.is_integer()) for cell in cells):
@@ -65,12 +65,15 @@ def numbered(rows: Dataset, data: DataConfig, names: tuple[str, ...] = ()) -> Da
 
 
 def check_classes(rows: Dataset, data: DataConfig, labels: int) -> None:
-    """Raises DataError unless every class is one of so many, from 0; a blank one is none, and passes.
+    """Check that every class is a whole number from 0 to `labels` - 1, or blank.
 
     Args:
-        rows: of one client, or held-out ones.
-        data: names the column.
-        labels: `model.labels`.
+        rows: the rows of one client, or held-out rows.
+        data: the section data, which names the column.
+        labels: number of classes, `model.labels`.
+
+    Raises:
+        DataError: a class is something else; the message says in which rows.
     """
     column = data.label_column
     class_names(rows, data, labels)
@@ -86,28 +89,28 @@ def check_classes(rows: Dataset, data: DataConfig, labels: int) -> None:
     found = {int(cell) for cell in cells if cell is not None}
     if outside and found <= {*range(1, labels + 1)}:
         raise DataError(
-            f"{data.source}: column {column!r} counts its classes from 1 to {labels}, and classes count from 0; "
+            f"{data.source}: column {column!r} counts its classes from 1 to {labels}, but classes count from 0; "
             f"subtract 1 from all of them, or name them (data.label-names)"
         )
     if outside:
         raise DataError(
             f"{data.source}: column {column!r} holds classes outside 0 to {labels - 1} in {places(rows, outside, data)}"
-            f"; mend these rows, or set model.labels to the number of classes"
+            f"; correct these rows, or set model.labels to the number of classes"
         )
 
 
 def class_names(rows: Dataset, data: DataConfig, labels: int) -> tuple[str, ...]:
-    """What the classes are called, in their order; nothing where they have numbers alone.
+    """The names of the classes, in their order; empty if they have only numbers.
 
     Raises:
-        DataError: there are more names than classes, or one is longer than a name is. They leave a node: what is no
-            list of classes (a column of texts that was taken for one) is to stay.
+        DataError: there are more names than classes, or a name is too long. Since names are sent to the server, this
+            also keeps a column of texts that was taken for the label column from leaving a node.
     """
     names = label_names(data) or tuple(getattr(rows.features.get(data.label_column), "names", None) or ())
     column = data.label_column
     if len(names) > labels:
         raise DataError(
-            f"{data.source}: column {column!r} has {len(names)} different names, and model.labels = {labels}; set "
+            f"{data.source}: column {column!r} has {len(names)} different names, but model.labels = {labels}; set "
             "model.labels to the number of classes, and data.label-names to their names in order"
         )
     longest = max(map(len, names), default=0)
@@ -119,7 +122,7 @@ def class_names(rows: Dataset, data: DataConfig, labels: int) -> tuple[str, ...]
     return names
 
 
-_DIGITS = 10  # of a text that is a class's number
+_DIGITS = 10  # texts with fewer digits may be the number of a class
 
 
 def _is_whole(cell: Any) -> bool:
@@ -127,7 +130,7 @@ def _is_whole(cell: Any) -> bool:
 
 
 def _with_classes(rows: Dataset, data: DataConfig, cells: Sequence[int | None], names: Sequence[str]) -> Dataset:
-    """The rows with these classes; under their names where each has one."""
+    """The rows with these classes, as a `ClassLabel` if each class has a name."""
     import pyarrow as pa
     from datasets import ClassLabel, Dataset, DatasetInfo, Value
 

@@ -1,6 +1,6 @@
-"""From rows to conversations: the shapes that people's data has, as the messages that chat templates take.
+"""Converts rows of several common forms to conversations: lists of messages, as chat templates take them.
 
-No message quotes what a row holds: it would end in logs, and on servers.
+No error message quotes a row, since messages get into logs and to servers.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from fedlora.config import DataConfig
 
 Message = Mapping[str, Any]
 
-# Of form alpaca, and beside the messages of form sharegpt.
+# Columns with text in form alpaca, and besides the messages in form sharegpt.
 TEXT_COLUMNS = ("instruction", "input", "output", "system", "tools")
-# Who speaks in ShareGPT's `from`, by the name that chat templates have for it.
+# Names of speakers in ShareGPT's `from` -> roles of chat templates.
 _SPEAKERS = MappingProxyType(
     {
         "system": "system",
@@ -42,14 +42,16 @@ _SPEAKERS = MappingProxyType(
 
 
 class RowError(DataError):
-    """What is wrong with a row, in words that do not quote it; whoever knows where the row stands adds that."""
+    """A fault of a row, described without quoting it. The caller adds the row's place."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Args:
-    messages: with "role" and "content", up to the assistant's last turn: what follows it is neither learned nor read.
-    tools: descriptions of functions that the assistant may call, as chat templates take them.
+    """A conversation, as chat templates take it.
+
+    Args:
+        messages: messages with "role" and "content", up to the assistant's last turn; later ones would not be used.
+        tools: descriptions of functions that the assistant may call.
     """
 
     messages: Sequence[Message]
@@ -57,7 +59,7 @@ class Conversation:
 
     @property
     def answers(self) -> list[str]:
-        """What the assistant says after another one; a call of a tool is something that it says."""
+        """The assistant's messages that follow another message; a call of a tool counts as a text."""
         return [
             message["content"] or ("(a call)" if message.get("tool_calls") else "")
             for message in self.messages[1:]
@@ -66,15 +68,15 @@ class Conversation:
 
 
 def conversation(row: Mapping[str, Any], form: str, data: DataConfig) -> Conversation:
-    """What one row holds.
+    """The conversation in one row.
 
     Args:
-        row: all of its columns.
+        row: all columns of the row.
         form: "prompt", "chat", "alpaca" or "sharegpt".
-        data: names of the columns, and the system prompt.
+        data: the section data, with the names of the columns and the system prompt.
 
     Raises:
-        RowError: a value is no text, or no list of messages.
+        RowError: a value is not a text, or not a list of messages.
     """
     if form == "prompt":
         messages = _pair(text(row, data.prompt_column), text(row, data.response_column))
@@ -91,10 +93,10 @@ def conversation(row: Mapping[str, Any], form: str, data: DataConfig) -> Convers
 
 
 def text(row: Mapping[str, Any], column: str) -> str:
-    """A cell that is text.
+    """The text in a cell.
 
     Raises:
-        RowError: it is not.
+        RowError: the cell holds something else.
     """
     value = row[column]
     if not isinstance(value, str):
@@ -103,7 +105,7 @@ def text(row: Mapping[str, Any], column: str) -> str:
 
 
 def described(value: Any) -> str:
-    """What a value is, in place of the value itself, which is its owner's alone."""
+    """The kind of a value, for messages, which must not quote the value itself."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, str):
@@ -122,7 +124,7 @@ def _pair(prompt: str, response: str) -> list[Message]:
 
 
 def _alpaca(row: Mapping[str, Any]) -> list[Message]:
-    """Instruction and input are what is asked, two lines apart; `history` has earlier pairs, where it is there."""
+    """The messages of a row of form alpaca: the pairs of `history`, if any, then instruction, input and output."""
     asked, inputs = text(row, "instruction"), _optional(row, "input")
     earlier: list[Message] = []
     for pair in row.get("history") or ():
@@ -133,12 +135,12 @@ def _alpaca(row: Mapping[str, Any]) -> list[Message]:
 
 
 def _optional(row: Mapping[str, Any], column: str) -> str:
-    """A text that need not be there."""
+    """The text in a cell; empty if the row lacks it."""
     return "" if row.get(column) is None else text(row, column)
 
 
 def _message(message: Any, column: str) -> Message:
-    """With role and content, or with ShareGPT's from and value; what else it holds stays."""
+    """A message with role and content, also from ShareGPT's from and value; its other fields are kept."""
     given = {key: _filled(item) for key, item in message.items() if item is not None} if _is_map(message) else {}
     role, content = given.pop("role", None), _joined(given.pop("content", None))
     if role is None and "from" in given:
@@ -146,7 +148,7 @@ def _message(message: Any, column: str) -> Message:
         role = _SPEAKERS.get(str(speaker).lower())
         if role is None:
             raise RowError(
-                f"column {column!r} has a message whose 'from' is {described(speaker)}, and none of "
+                f"column {column!r} has a message whose 'from' is {described(speaker)}, expected one of "
                 f"{', '.join(_SPEAKERS)}"
             )
     if content is None and given.get("tool_calls"):
@@ -162,14 +164,14 @@ def _message(message: Any, column: str) -> Message:
 
 
 def _joined(content: Any) -> Any:
-    """The text of a content that is a list of texts, as multimodal sets have it."""
+    """The text of a content that is a list of texts, as in multimodal data sets."""
     if isinstance(content, list) and all(_is_map(part) and isinstance(part.get("text"), str) for part in content):
         return "".join(part["text"] for part in content)
     return content
 
 
 def _filled(value: Any) -> Any:
-    """A value without the empty fields that a table gives to every record which lacks them."""
+    """A value without empty fields, which a table adds to every record that lacks them."""
     if _is_map(value):
         return {key: _filled(item) for key, item in value.items() if item is not None}
     return [_filled(item) for item in value] if isinstance(value, list) else value
@@ -180,7 +182,7 @@ def _is_map(value: Any) -> bool:
 
 
 def _under(messages: list[Message], system: str, own: bool = False) -> list[Message]:
-    """The conversation under a system prompt; in place of its own system message, or only where it has none (`own`)."""
+    """The conversation with this system prompt in place of its own system message; with `own`, its own one is kept."""
     has_one = bool(messages) and messages[0]["role"] == "system"
     if not system or (has_one and own):
         return messages
@@ -188,19 +190,19 @@ def _under(messages: list[Message], system: str, own: bool = False) -> list[Mess
 
 
 def _to_last_answer(messages: list[Message]) -> list[Message]:
-    """Templates may render a turn otherwise once another follows: the last one to be learned is the last."""
+    """The messages up to the assistant's last one, since templates may render a turn differently if others follow."""
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
     return messages[: last + 1]
 
 
 def _tools(value: Any) -> list[Any]:
-    """Descriptions of functions, as a list or as its JSON."""
+    """Descriptions of functions, given as a list or as the list's JSON."""
     listed = value
     if isinstance(value, str):
         try:
             listed = json.loads(value) if value.strip() else []
         except json.JSONDecodeError as error:
-            raise RowError(f"column 'tools' holds {described(value)}, which is no JSON: {error}") from None
+            raise RowError(f"column 'tools' holds {described(value)}, which is not valid JSON: {error}") from None
     if listed is None:
         return []
     if not isinstance(listed, list) or not all(_is_map(tool) and tool_name(tool) for tool in listed):

@@ -1,6 +1,6 @@
-"""Rows from files: JSON, CSV and Parquet as tables whose texts are texts; what cannot be read is named by its line.
+"""Reads JSON, CSV and Parquet files as tables. Errors name the line; texts that look like dates or numbers stay texts.
 
-No message quotes what a row holds: it would end in logs, and on servers.
+No error message quotes a row, since messages get into logs and to servers.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _WORDS = MappingProxyType(
         type(None): "null",
     }
 )
-_NULL = re.compile(rb"^\s*null", re.MULTILINE)  # in the place of a row, it ends pyarrow's process
-_BEYOND = 2.0**63  # an integer that has no room in 64 bits is read as a float, and is another number then
+_NULL = re.compile(rb"^\s*null", re.MULTILINE)  # a null in place of a row crashes pyarrow
+_BEYOND = 2.0**63  # an integer that does not fit 64 bits is read as a float, which changes its value
 _LARGEST = 2**31 - 1  # bytes of a block in pyarrow, and of a cell in csv
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _SHEETS = (".xlsx", ".xls", ".ods")
@@ -44,7 +44,7 @@ _NAMES = MappingProxyType({",": "a comma", ";": "a semicolon", "\t": "a tab"})
 
 
 def kind_of(path: Path) -> str:
-    """The ending that says how a file is read, one of `SUFFIXES`, `.gz` left aside; empty where it is none of them."""
+    """The file's ending, one of `SUFFIXES`, with `.gz` ignored; empty if it has another ending."""
     inner = path.with_suffix("") if path.suffix.lower() == ".gz" else path
     return suffix if (suffix := inner.suffix.lower()) in _READERS else ""
 
@@ -53,11 +53,11 @@ def read(path: Path, texts: Sequence[str]) -> pa.Table:
     """The rows of a file whose name ends in one of `SUFFIXES`, or in one of them and `.gz`.
 
     Args:
-        path: where it is.
-        texts: columns that hold text, whatever it looks like; formats without types are read by this.
+        path: path of the file.
+        texts: names of columns that hold text, even if it looks like numbers; used for formats without types.
 
     Raises:
-        DataError: there is no such file, or it cannot be parsed; names the line where there is one.
+        DataError: there is no such file, or it cannot be parsed; the message names the line if there is one.
     """
     import pyarrow as pa
 
@@ -79,18 +79,18 @@ def read(path: Path, texts: Sequence[str]) -> pa.Table:
     twice = [name for name, count in Counter(table.column_names).items() if count > 1]
     if twice:
         raise DataError(
-            f"{path}: column {twice[0]!r} is there {_times(table.column_names, twice[0])}; rename all but one"
+            f"{path}: column {twice[0]!r} occurs {_times(table.column_names, twice[0])}; rename all but one"
         )
     return table
 
 
 @lru_cache(maxsize=4)
 def line_numbers(path: Path, changed: int) -> tuple[int, ...]:
-    """The line on which each row begins; nothing for formats without lines, and for one list of objects.
+    """The number of the line on which each row begins; empty for Parquet, and for JSON files with one list of objects.
 
     Args:
-        path: of a file that can be read.
-        changed: when, by its `st_mtime_ns`: what is remembered is of that file.
+        path: path of a file that can be read.
+        changed: the file's `st_mtime_ns`, so that the cached result is not used for a changed file.
     """
     kind = kind_of(path)
     if kind in _JSON:
@@ -104,16 +104,16 @@ def line_numbers(path: Path, changed: int) -> tuple[int, ...]:
 
 
 def _times(names: Sequence[str], name: str) -> str:
-    """Where a column is in the header."""
+    """How often and where a column occurs in the header."""
     at = [str(place) for place, other in enumerate(names, start=1) if other == name]
     return f"{'twice' if len(at) == 2 else f'{len(at)} times'} (columns {', '.join(at)})"
 
 
 def _content(path: Path) -> bytes:
-    """A text file in UTF-8 without a mark, unpacked.
+    """The content of a text file as UTF-8, unpacked and without a byte order mark.
 
     Raises:
-        ValueError: it is packed or written otherwise; says what to do.
+        ValueError: the file has another encoding or is not valid gzip data; the message says what to do.
     """
     data = path.read_bytes()
     if path.suffix.lower() == ".gz":
@@ -128,7 +128,7 @@ def _content(path: Path) -> bytes:
             raise ValueError(f"byte {error.start} is not UTF-16; save the file as UTF-8") from None
     data = data.removeprefix(codecs.BOM_UTF8)
     if b"\0" in data[:1024]:
-        raise ValueError("holds zero bytes, as UTF-16 without its mark does; save the file as UTF-8")
+        raise ValueError("holds zero bytes, as UTF-16 without a byte order mark does; save the file as UTF-8")
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -146,7 +146,7 @@ def _read_json(path: Path, texts: Sequence[str]) -> pa.Table:
 
     data = _content(path)
     if _NULL.search(data) and _bad_line(path):
-        raise ValueError("not only objects")  # the caller finds out where
+        raise ValueError("not only objects")  # the caller's message says where
     if data.lstrip()[:1] == b"[":
         rows = json.loads(data)
         if not all(isinstance(row, dict) for row in rows):
@@ -160,7 +160,7 @@ def _read_json(path: Path, texts: Sequence[str]) -> pa.Table:
             break
         try:
             return _parsed(data, retyped)
-        except pa.ArrowInvalid:  # large numbers that are no integers
+        except pa.ArrowInvalid:  # large numbers that are not integers
             continue
     return table
 
@@ -168,7 +168,7 @@ def _read_json(path: Path, texts: Sequence[str]) -> pa.Table:
 def _parsed(data: bytes, schema: pa.Schema | None = None) -> pa.Table:
     import pyarrow.json
 
-    # One block: a column's type is then that of the whole file, and a line may be of any length.
+    # One block, so that a column's type fits the whole file, and a line may have any length.
     size = min(max(len(data) + 1, 1 << 20), _LARGEST)
     return pyarrow.json.read_json(
         io.BytesIO(data),
@@ -178,7 +178,7 @@ def _parsed(data: bytes, schema: pa.Schema | None = None) -> pa.Table:
 
 
 def _typed(schema: pa.Schema, table: pa.Table | None = None) -> pa.Schema:
-    """The schema with text for what looked like times; and of a table, with whole numbers beyond 64 bits exact."""
+    """The schema with text in place of times and, if a table is given, with exact types for integers beyond 64 bits."""
     import pyarrow as pa
 
     return pa.schema([_typed_field(field, table and table[field.name]) for field in schema])
@@ -188,7 +188,7 @@ def _typed_field(field: pa.Field, values: pa.ChunkedArray | None) -> pa.Field:
     import pyarrow as pa
     import pyarrow.compute
 
-    pc: Any = pyarrow.compute  # whose functions are made when it is imported
+    pc: Any = pyarrow.compute  # its functions are made when it is imported, unknown to a type checker
     kind = field.type
     if pa.types.is_timestamp(kind):
         return field.with_type(pa.string())
@@ -207,7 +207,7 @@ def _typed_field(field: pa.Field, values: pa.ChunkedArray | None) -> pa.Field:
 
 
 def _read_csv(path: Path, texts: Sequence[str]) -> pa.Table:
-    """A header and rows, with commas, semicolons or tabs between the cells, whichever the header has most of."""
+    """A CSV file with a header. Its delimiter is the comma, semicolon or tab, whichever occurs most in the header."""
     import pyarrow as pa
     import pyarrow.csv
 
@@ -217,33 +217,33 @@ def _read_csv(path: Path, texts: Sequence[str]) -> pa.Table:
     try:
         return pyarrow.csv.read_csv(
             io.BytesIO(data),
-            # One block: a column's type is then that of the whole file.
+            # One block, so that a column's type fits the whole file.
             read_options=pyarrow.csv.ReadOptions(
                 use_threads=False, block_size=min(max(len(data) + 1, 1 << 20), _LARGEST)
             ),
             parse_options=pyarrow.csv.ParseOptions(delimiter=between, newlines_in_values=True),
             convert_options=pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in texts}),
         )
-    except pa.ArrowInvalid as error:  # which quotes the row
+    except pa.ArrowInvalid as error:  # its text quotes the row
         records = _records(text, between)
         wide = len(next(records, (0, []))[1])
         for line, cells in records:
             if len(cells) != wide:
                 raise ValueError(
-                    f"line {line} has {len(cells)} cells, the header {wide}, with {_NAMES[between]} between them; put "
-                    f"a text that holds {_NAMES[between]}, a quote or a line break in double quotes"
+                    f"line {line} has {len(cells)} cells, but the header has {wide}, with {_NAMES[between]} between "
+                    f"them; put a text with {_NAMES[between]}, a quote or a line break in double quotes"
                 ) from None
         raise ValueError(str(error) if str(error).startswith("Empty") else "cannot be read as CSV") from None
 
 
 def _delimiter(text: str, kind: str) -> str:
-    """What stands between the cells, by the header."""
+    """The delimiter, judged by the header."""
     header = re.sub(r'"[^"]*"', "", text.lstrip().partition("\n")[0])
-    return max("\t,;" if kind == ".tsv" else ",;\t", key=header.count)  # the first of equals
+    return max("\t,;" if kind == ".tsv" else ",;\t", key=header.count)  # max takes the first of equal ones
 
 
 def _records(text: str, between: str) -> Iterator[tuple[int, list[str]]]:
-    """The line on which each row begins, the header's first, and its cells."""
+    """For the header and each row, the number of the line on which it begins, and its cells."""
     csv.field_size_limit(_LARGEST)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=between)
     line = 1
@@ -268,12 +268,12 @@ SUFFIXES = tuple(_READERS)
 
 
 def _bad_line(path: Path) -> str:
-    """What is wrong with the first row that is no JSON object, or whose types are others than those before; or ""."""
+    """The fault of the first row that is not a JSON object, or that has other types than earlier rows; else empty."""
     if not path.is_file():
         return ""
     try:
         data = _content(path)
-    except ValueError:  # was said
+    except ValueError:  # already in the caller's error
         return ""
     seen: dict[str, tuple[str, str]] = {}
     for place, row, problem in _rows(data):
@@ -284,12 +284,12 @@ def _bad_line(path: Path) -> str:
         for column, word in _kinds("", row):
             before = seen.setdefault(column, (word, place))
             if word != before[0]:
-                return f"{place}: {column!r} holds {word}, and {before[0]} in {before[1]}; write all of them alike"
+                return f"{place}: {column!r} holds {word}, but {before[0]} in {before[1]}; use one type in all rows"
     return ""
 
 
 def _rows(data: bytes) -> Iterator[tuple[str, Any, str]]:
-    """Each row's place, the row, and what it is not, where it cannot be read."""
+    """For each row its place, its value, and the fault if it cannot be read."""
     lines = data.split(b"\n")
     if data.lstrip()[:1] == b"[":
         try:
@@ -310,7 +310,7 @@ def _rows(data: bytes) -> Iterator[tuple[str, Any, str]]:
 
 
 def _kinds(column: str, value: Any) -> Iterator[tuple[str, str]]:
-    """What every column of a row holds, and what every field and item within it does."""
+    """The name and kind of every column of a row, and of every field and item within it."""
     if column and value is not None:
         yield column, _WORDS[type(value)]
     if isinstance(value, Mapping):

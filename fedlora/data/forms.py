@@ -1,4 +1,4 @@
-"""From rows to examples: what a row holds, which rows can be used, and what is said of the others."""
+"""From rows to examples: the form of the rows, which rows can be used, and messages about the others."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_ENOUGH = 256  # characters that are more than one token, but for words that a vocabulary lacks
+_ENOUGH = 256  # so many characters are more than one token, except for words that a vocabulary lacks
 _Read = TypeVar("_Read")
 _log = logging.getLogger("fedlora")
 
 
 class RowReader(Protocol):
-    """What a task makes of rows: a `fedlora.tasks.base.Task`, which this package does not know; see there."""
+    """The methods of `fedlora.tasks.base.Task` that read rows, explained there; data/ does not import tasks/."""
 
     forms: ClassVar[tuple[str, ...]]
 
@@ -48,15 +48,16 @@ class RowReader(Protocol):
 
 
 def form_of(columns: Sequence[str], data: DataConfig, task: RowReader) -> str:
-    """What the rows hold: "prompt", "chat", "alpaca", "sharegpt", "text" or "label".
+    """The form of the rows: "prompt", "chat", "alpaca", "sharegpt", "text" or "label".
 
     Args:
-        columns: those of the rows.
-        data: `form` and the names of the columns; "auto" takes the first of the task's forms whose columns are there.
-        task: names the forms that it can be learned from.
+        columns: names of the rows' columns.
+        data: the section data, with `form` and the names of columns. With form "auto", the first of the task's forms
+            whose columns are there is taken.
+        task: names the forms from which it can be learned.
 
     Raises:
-        DataError: a column is missing (naming those that exist), or the form does not fit the task.
+        DataError: a column is missing (the message lists those that exist), or the form does not fit the task.
     """
     wanted = {name: column_names(name, data) for name in task.forms}
     form = data.form
@@ -101,17 +102,16 @@ def columns_by_form(data: DataConfig) -> dict[str, tuple[str, ...]]:
 
 
 def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, task: RowReader) -> list[Example]:
-    """Examples of the rows that have something to predict, in their order; how many have not is logged.
+    """The examples of all rows that have something to predict, in order. The number of other rows is logged.
 
     Args:
-        rows: of one client, or the held-out ones.
-        tokenizer: of the model.
-        data: form, columns, system prompt and `max_length`.
-        task: what the rows are for.
+        rows: the rows of one client, or the held-out rows.
+        tokenizer: the model's tokenizer.
+        data: the section data, with form, columns, system prompt and `max_length`.
+        task: the run's task.
 
     Raises:
-        DataError: a column is missing, a value is none that the task can use, or there are rows and none has anything
-            to predict.
+        DataError: a column is missing, the task cannot use a value, or none of the rows has anything to predict.
     """
     idle = nothing_to_predict(rows, tokenizer, data, task)
     if idle:
@@ -127,13 +127,13 @@ def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, 
 def nothing_to_predict(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, task: RowReader
 ) -> dict[int, str]:
-    """Why rows have nothing to predict, by their places; no text, no answer or no class, for instance.
+    """The rows that have nothing to predict: number of the row -> reason, for instance no text, answer or class.
 
     Args:
-        rows, tokenizer, data, task: as for `encode`.
+        rows, tokenizer, data, task: as in `encode`.
 
     Raises:
-        DataError: a column is missing, or a value is none that the task can use.
+        DataError: a column is missing, or the task cannot use a value.
     """
     idle, faults = task.unusable(rows, tokenizer, data)
     if faults:
@@ -142,29 +142,29 @@ def nothing_to_predict(
 
 
 def usable_of(rows: Dataset, idle: Mapping[int, str]) -> list[int]:
-    """The places of the other rows."""
+    """The numbers of the rows that are not in `idle`."""
     return [at for at in range(len(rows)) if at not in idle]
 
 
 def usable_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, task: RowReader) -> list[int]:
-    """The places of the rows that have something to predict.
+    """The numbers of the rows that have something to predict.
 
     Args:
-        rows, tokenizer, data, task: as for `encode`.
+        rows, tokenizer, data, task: as in `encode`.
 
     Raises:
-        DataError: a column is missing, or a value is no text.
+        DataError: a column is missing, or the task cannot use a value.
     """
     return usable_of(rows, nothing_to_predict(rows, tokenizer, data, task))
 
 
 def left_out(rows: Dataset, idle: Mapping[int, str], data: DataConfig) -> str:
-    """What is said of the rows that have nothing to predict.
+    """The message about the rows that have nothing to predict.
 
     Args:
-        rows: among which they are.
-        idle: why, by their places.
-        data: names the source.
+        rows: all rows.
+        idle: number of a row -> reason why it has nothing to predict.
+        data: the section data, which names the source.
     """
     kinds: dict[str, list[int]] = {}
     for at, why in idle.items():
@@ -176,7 +176,7 @@ def left_out(rows: Dataset, idle: Mapping[int, str], data: DataConfig) -> str:
 
 
 def each(rows: Dataset, read: Callable[[Mapping[str, Any]], _Read]) -> tuple[list[_Read | None], dict[int, str]]:
-    """What is read of every row, and by the places of those that cannot be read, why."""
+    """The result of `read` for every row (None if it fails), and number of the row -> reason for those that fail."""
     found: list[_Read | None] = []
     faults: dict[int, str] = {}
     columns: dict[str, list[Any]] = rows[:] if len(rows) else {}
@@ -192,7 +192,7 @@ def each(rows: Dataset, read: Callable[[Mapping[str, Any]], _Read]) -> tuple[lis
 def encode_usable(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, task: RowReader
 ) -> list[Example]:
-    """`encode` of rows that all have something to predict, and are checked: an example for each."""
+    """An example for each row, for rows that were checked and all have something to predict."""
     found, faults = task.encode(rows, tokenizer, data)
     if faults:
         raise DataError(f"{data.source}: {places(rows, [at := min(faults)], data)}: {faults[at]}")
@@ -200,7 +200,7 @@ def encode_usable(
 
 
 def unanswered(row: Mapping[str, Any], form: str, data: DataConfig) -> str:
-    """Why a conversation has nothing to predict; empty where it has."""
+    """The reason why a conversation has nothing to predict; empty if it has something."""
     answers = conversation(row, form, data).answers
     if any(words.strip() for words in answers):
         return ""
@@ -211,7 +211,7 @@ def unanswered(row: Mapping[str, Any], form: str, data: DataConfig) -> str:
 
 
 def too_short(column: list[str], tokenizer: PreTrainedTokenizerBase | None, least: int) -> dict[int, str]:
-    """Why texts have nothing to predict, by their places: blank, or fewer tokens than `least`."""
+    """Number of the text -> reason, for texts that are blank or have fewer tokens than `least`."""
     blank = {at: "a blank text" for at, words in enumerate(column) if not words.strip()}
     if tokenizer is None:
         return blank
@@ -224,7 +224,7 @@ def too_short(column: list[str], tokenizer: PreTrainedTokenizerBase | None, leas
 
 
 def _have_tokens(column: list[str], tokenizer: PreTrainedTokenizerBase, least: int) -> list[bool]:
-    """Whether each text is at least so many tokens; two, with the end token that is added to a text."""
+    """For each text, whether it has at least so many tokens; if `least` is 2, with the end token that is added."""
     tokens = tokenizer(column, verbose=False)["input_ids"] if column else []
     if least == 1:
         return [bool(ids) for ids in tokens]
@@ -232,7 +232,7 @@ def _have_tokens(column: list[str], tokenizer: PreTrainedTokenizerBase, least: i
 
 
 def end_token(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The end token, where the tokenizer has one and has not put it there."""
+    """The end token, if the tokenizer has one and has not added it itself; else nothing."""
     end: Any = tokenizer.eos_token_id
     return [] if end is None or ids[-1:] == [end] else [end]
 

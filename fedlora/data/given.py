@@ -1,4 +1,4 @@
-"""Rows that a Python program holds: lists of dicts, pandas tables and data sets; one table, or one for each client."""
+"""Rows from a Python program: lists of dicts, pandas tables and data sets, as one table or as one for each client."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _KINDS = "a list of dicts, a pandas DataFrame or a datasets.Dataset"
 
 
 def table(rows: Any, what: str = "data") -> Dataset:
-    """Rows as a data set.
+    """The rows as a `datasets.Dataset`.
 
     Args:
         rows: a list of dicts, a pandas DataFrame or a `datasets.Dataset`.
-        what: names the rows in errors.
+        what: name of the rows in error messages.
 
     Raises:
-        DataError: they are of another kind, hold nothing, or have a column of values that do not go together.
+        DataError: the rows are of another kind, there are none, or the values of a column do not fit together.
     """
     import datasets
     import pandas as pd
@@ -46,18 +46,18 @@ def table(rows: Any, what: str = "data") -> Dataset:
 
 
 def is_per_client(data: Any) -> bool:
-    """Whether there is a table for each client."""
+    """Whether the data is a table for each client, and not one table."""
     return isinstance(data, Mapping) or (isinstance(data, list | tuple) and bool(data) and not _is_row(data[0]))
 
 
 def joined(data: Mapping[Any, Any] | Sequence[Any]) -> tuple[Dataset, str, int]:
-    """The tables of all clients as one, the column that has each row's client, and the number of clients.
+    """The tables of all clients as one table, the name of its column with each row's client, and the number of clients.
 
     Args:
-        data: a table for each client in their order, or by their ids from 0 on.
+        data: a table for each client, as a list, or as a dictionary whose keys are the clients' ids from 0 on.
 
     Raises:
-        DataError: ids that are no such numbers, tables of unlike columns, or one that `table` refuses.
+        DataError: the keys are not such ids, the tables have different columns, or `table` refuses one of them.
     """
     import datasets
 
@@ -66,7 +66,7 @@ def joined(data: Mapping[Any, Any] | Sequence[Any]) -> tuple[Dataset, str, int]:
             shown = ", ".join(repr(key) for key in list(data)[:5]) or "none"
             raise DataError(
                 f"data: got a mapping with the keys {shown}, expected the ids of the clients, 0 to "
-                f"{max(1, len(data)) - 1}, and the rows of each; for one table give {_KINDS}"
+                f"{max(1, len(data)) - 1}, with the rows of each; for one table give {_KINDS}"
             )
         data = [data[client] for client in range(len(data))]
     tables = [table(rows, f"data: client {client}") for client, rows in enumerate(data)]
@@ -99,7 +99,7 @@ def _is_row(value: Any) -> bool:
 
 
 def _is_rows(rows: Any) -> bool:
-    """Whether this is a list of dicts with texts as keys; one that is mixed with others is none."""
+    """Whether this is a list in which every item is a dict with texts as keys."""
     return isinstance(rows, list | tuple) and bool(rows) and all(_is_row(row) and _texts(row) for row in rows)
 
 

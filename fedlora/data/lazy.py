@@ -1,4 +1,4 @@
-"""Examples that are encoded when they are first asked for: a round uses few of a client's rows."""
+"""Examples that are encoded only when they are first used, since a round uses few of a client's rows."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class LazyExamples(Sequence[Example]):
-    """`encode(rows, …)`, row by row on demand, each row once.
+    """The same examples as `encode(rows, …)`, each encoded once, when it is first used.
 
     Attributes:
-        left_out: a sentence on the rows that have nothing to predict, and are not counted; empty without any.
+        left_out: a sentence about the rows that have nothing to predict, which do not count; empty if there are none.
     """
 
     def __init__(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, task: RowReader) -> None:
         """Find the rows that have something to predict; there may be none.
 
         Raises:
-            DataError: a column is missing, a value is no text, or a class is out of range.
+            DataError: a column is missing, the task cannot use a value, or a class is out of range.
         """
         idle = nothing_to_predict(rows, tokenizer, data, task)
         self.left_out = left_out(rows, idle, data) if idle else ""
@@ -37,7 +37,7 @@ class LazyExamples(Sequence[Example]):
 
     @property
     def cut(self) -> float:
-        """The share of the examples that were asked for so far which are longer than `data.max-length`."""
+        """The share of the examples used so far that are longer than `data.max-length`."""
         return sum(bool(example.cut) for example in self._done.values()) / len(self._done) if self._done else 0.0
 
     def __len__(self) -> int:

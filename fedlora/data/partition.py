@@ -1,4 +1,4 @@
-"""Who holds which rows: a held-out split, then one part per client. Seeded, the same in every process."""
+"""The division of the rows: first the held-out rows, then one part for each client. It depends on the seed alone."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ _ORDER, _DEAL, _LOCAL = range(3)  # independent streams of one seed
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Rows dealt to clients.
+    """Rows divided among the clients.
 
     Args:
-        rows: all of them.
-        heldout: rows of no client, for the server's evaluation; of the clients' own distribution.
-        parts: indices into `rows`, one array per client.
+        rows: all rows.
+        heldout: rows that no client has, for the server's evaluation, with the same distribution as the clients' rows.
+        parts: for each client an array of indices into `rows`.
         names: the natural key of each client; empty for other partitions.
-        left_out: rows that neither a client nor the server has.
-        test: rows of no client that are not evaluated before the last round's end.
-        owners: which client's key each row of `heldout` and of `test` has; empty for other partitions than natural.
+        left_out: number of rows that neither a client nor the server has.
+        test: rows that no client has and that are scored only after the last round.
+        owners: for each row of `heldout` and of `test`, the number of the client that has the same key; empty for
+            partitions other than natural.
     """
 
     rows: Dataset
@@ -55,7 +56,7 @@ class Split:
         return self.rows.select(self._part(client_id))
 
     def count(self, client_id: int) -> int:
-        """How many rows one client has; no row is read.
+        """The number of a client's rows; no row is read.
 
         Raises:
             DataError: there is no such client.
@@ -65,29 +66,29 @@ class Split:
     def _part(self, client_id: int) -> np.ndarray:
         if not 0 <= client_id < len(self.parts):
             raise DataError(
-                f"client {client_id} has no rows: the data is dealt to {len(self.parts)} clients, 0 to "
+                f"client {client_id} has no rows: the data is divided among {len(self.parts)} clients, 0 to "
                 f"{len(self.parts) - 1}; set federation.clients to the number of clients"
             )
         return self.parts[client_id]
 
 
 def split_rows(rows: Dataset, data: DataConfig, clients: int, seed: int) -> Split:
-    """A held-out split, then one part per client.
+    """Take out the held-out rows, and divide the others among the clients.
 
-    Natural: a client is one value of the key column. Of more values than clients, those with the most rows are
-    taken, largest first and equal ones by name; held-out rows come from the taken values only. Numbered: the key
-    column holds each row's client, from 0. Natural, numbered and dirichlet partitions hold out about the same share of
-    each value, and never all of its rows.
+    With a natural partition, each client has one value of the key column. If there are more values than clients, those
+    with the most rows are taken, largest first and equal ones by name; held-out rows have these values only. With a
+    numbered partition, the key column has the number of each row's client, from 0. Natural, numbered and dirichlet
+    partitions hold out about the same share of each value, but never all of its rows.
 
     Args:
-        rows: at least one.
-        data: partition and caps. `heldout_max` and `client_max` are applied last: they do not move any other row.
-        clients: how many parts.
-        seed: the same seed gives the same split in any process.
+        rows: the rows, at least one.
+        data: the section data. Its `heldout_max` and `client_max` are applied last, so that they move no other row.
+        clients: number of clients.
+        seed: the run's seed; the same seed gives the same split in any process.
 
     Raises:
-        DataError: the key column is missing or has empty cells, fewer natural clients than asked for, sizes that
-            exceed the rows, a client without rows (named), or no held-out rows though some were asked for.
+        DataError: the key column is missing or has empty cells, there are fewer natural clients than wanted, the sizes
+            exceed the rows, a client would have no rows, or there would be no held-out rows although some are wanted.
     """
     codes = np.zeros(len(rows), dtype=np.int64)
     names: tuple[str, ...] = ()
@@ -132,11 +133,11 @@ def split_rows(rows: Dataset, data: DataConfig, clients: int, seed: int) -> Spli
 
 
 def joined(split: Split, groups: Sequence[Sequence[int]]) -> Split:
-    """Other clients of the same rows: each has the parts that its group names, in turn; what is held out stays.
+    """The split for other clients, each of which has several parts of the given split; held-out rows are the same.
 
     Args:
-        split: as `split_rows` gives it.
-        groups: parts of each client; see `fedlora.config.client_parts`.
+        split: a split that `split_rows` made.
+        groups: for each new client, the numbers of its parts; see `fedlora.config.client_parts`.
     """
     return replace(
         split,
@@ -146,12 +147,12 @@ def joined(split: Split, groups: Sequence[Sequence[int]]) -> Split:
 
 
 def client_split(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """A client's own rows as (train, test).
+    """A client's own rows as (training rows, test rows).
 
     Args:
-        rows: of one client.
-        fraction: see `kept_back`.
-        seed: the same seed gives the same split in any process.
+        rows: the rows of one client.
+        fraction: share of the test rows; see `kept_back`.
+        seed: the client's seed; the same seed gives the same split in any process.
     """
     order = _rng(seed, _LOCAL).permutation(len(rows))
     test = kept_back(len(rows), fraction)
@@ -159,26 +160,27 @@ def client_split(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Da
 
 
 def kept_back(rows: int, fraction: float) -> int:
-    """How many of a client's own rows `client_split` keeps from training.
+    """The number of a client's test rows in `client_split`.
 
     Args:
-        rows: of the client.
-        fraction: share of the test rows; at least one row each way where there are two, and none when 0.
+        rows: number of the client's rows.
+        fraction: share of the test rows. With 0, there are none. Otherwise, if the client has at least two rows, there
+            is at least one test row and one training row.
     """
     return min(max(1, round(rows * fraction)), rows - 1) if fraction else 0
 
 
 def most_kept_back(left: int, fraction: float) -> int:
-    """The largest `kept_back` of a client to whom so many rows are left for training."""
+    """The largest possible `kept_back` of a client with `left` training rows."""
     most = int((left * fraction + 0.5) / (1 - fraction)) + 1
     return next((kept for kept in range(most, 0, -1) if kept_back(left + kept, fraction) == kept), 0)
 
 
 def key_column(columns: Sequence[str], data: DataConfig) -> str:
-    """The column whose values make natural clients, are numbers of clients, or are spread by dirichlet.
+    """The key column of a natural, numbered or dirichlet partition.
 
     Raises:
-        DataError: it is not there, or "auto" finds none.
+        DataError: the rows do not have this column.
     """
     own = PACKAGED[data.source].key if data.source in PACKAGED else data.label_column
     if data.partition == "numbered":
@@ -198,7 +200,7 @@ def _rng(seed: int, *stream: int) -> np.random.Generator:
 
 
 def _keys(rows: Dataset, column: str, data: DataConfig) -> tuple[np.ndarray, list[Any]]:
-    """The key of each row as an index into the values."""
+    """For each row the index of its key, and the list of all keys."""
     import pyarrow as pa
 
     cells = rows.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
@@ -224,7 +226,7 @@ def _keys(rows: Dataset, column: str, data: DataConfig) -> tuple[np.ndarray, lis
 def _choose(
     codes: np.ndarray, values: list[Any], column: str, data: DataConfig, clients: int
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The client of each row (-1: none), and the clients' names."""
+    """The number of each row's client (-1: none), and the clients' names."""
     if len(values) < clients:
         raise DataError(
             f"{data.source}: column {column!r} has {len(values)} values, too few for {clients} natural clients; set "
@@ -238,18 +240,22 @@ def _choose(
 
 
 def check_numbers(rows: Dataset, column: str, data: DataConfig, clients: int) -> None:
-    """Raises DataError unless a column holds the number of a client in every row, from 0."""
+    """Check that a column has the number of a client, from 0, in every row.
+
+    Raises:
+        DataError: it has something else; the message says in which rows.
+    """
     cells = rows.select_columns([column])[:][column]
     wrong = [at for at, cell in enumerate(cells) if type(cell) is not int or not 0 <= cell < clients]
     if wrong:
         raise DataError(
             f"{data.source}: column {column!r} holds something else than a client's number, 0 to {clients - 1}, in "
-            f"{places(rows, wrong, data)}; set federation.clients to the number of clients, or mend these rows"
+            f"{places(rows, wrong, data)}; set federation.clients to the number of clients, or correct these rows"
         )
 
 
 def _held_out(codes: np.ndarray, fraction: float) -> np.ndarray:
-    """Which of these shuffled rows are held out: an even share of each code, but never all of it."""
+    """For each of these shuffled rows, whether it is held out: the same share of each code, but never all its rows."""
     by_code = np.argsort(codes, kind="stable")
     steps = np.floor(np.arange(len(codes) + 1) * fraction + 1e-9)
     picked = np.diff(steps) > 0
@@ -260,7 +266,7 @@ def _held_out(codes: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def _deal(kept: np.ndarray, codes: np.ndarray, data: DataConfig, clients: int, seed: int) -> list[np.ndarray]:
-    """The shuffled training rows, one part per client."""
+    """The shuffled training rows, divided into one part for each client."""
     if data.partition in ("natural", "numbered"):
         # Not flwr_datasets' NaturalIdPartitioner: it numbers clients by name, and draws a progress bar.
         by_client = np.argsort(codes, kind="stable")
@@ -283,7 +289,7 @@ def _sized(kept: np.ndarray, data: DataConfig) -> list[np.ndarray]:
 
 
 def _dirichlet(kept: np.ndarray, codes: np.ndarray, data: DataConfig, clients: int, seed: int) -> list[np.ndarray]:
-    """Parts with Dirichlet shares of each key (https://arxiv.org/abs/1905.12022); redrawn if one is empty."""
+    """Parts with Dirichlet shares of each key (https://arxiv.org/abs/1905.12022); drawn again if a part is empty."""
     from flwr_datasets.partitioner import DirichletPartitioner
 
     parts: list[np.ndarray] = []
@@ -302,7 +308,7 @@ def _dirichlet(kept: np.ndarray, codes: np.ndarray, data: DataConfig, clients: i
 
 
 def _ask(partitioner: Any, kept: np.ndarray, codes: np.ndarray) -> list[np.ndarray]:
-    """What a Flower partitioner makes of rows that hold their index and their key; up to the first empty part."""
+    """The parts that a Flower partitioner makes, up to the first empty part; its rows have an index and a key."""
     import pyarrow as pa
     from datasets import Dataset
 

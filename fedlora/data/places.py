@@ -1,4 +1,4 @@
-"""Where rows stand in the file that they were read from: what a message has in place of what they hold."""
+"""The places of rows in their file, with which messages name rows instead of quoting them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from . import files
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_MOST = 5  # that are named one by one
+_MOST = 5  # largest number of rows that a message names one by one
 
 
 def with_places(rows: Dataset) -> Dataset:
-    """The same rows, which know where they stand however they are selected from now on."""
+    """The same rows with an index, by which they know their places however they are selected from now on."""
     import pyarrow as pa
     from datasets import Dataset
 
@@ -29,14 +29,14 @@ def with_places(rows: Dataset) -> Dataset:
 
 
 def places(rows: Dataset, at: Sequence[int], data: DataConfig) -> str:
-    """Where some of these rows stand in their source, for people: "line 4"; "rows 2, 3, 5, 7, 11 and 40 more".
+    """The places of some rows in their source, for messages: "line 4"; "rows 2, 3, 5, 7, 11 and 40 more".
 
     Args:
-        rows: of `data.source`, selected in any way.
-        at: places among these rows, at least one.
-        data: names the source.
+        rows: rows of `data.source`, selected in any way.
+        at: numbers of the wanted rows among `rows`, at least one.
+        data: the section data, which names the source.
     """
-    indices: Any = getattr(rows, "_indices", None)  # of the rows that are selected; datasets keeps it to itself
+    indices: Any = getattr(rows, "_indices", None)  # the index of selected rows, which is private in datasets
     origins = sorted(indices.column(0)[i].as_py() if indices is not None else i for i in at)
     path = Path(data.source).expanduser()
     lines: tuple[int, ...] = ()

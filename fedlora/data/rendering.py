@@ -1,4 +1,4 @@
-"""Conversations as text, by a tokenizer's chat template, and where in it the assistant speaks."""
+"""Conversations as text, rendered by a tokenizer's chat template, and the places of the assistant's turns in it."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ROLES = ("system", "user", "assistant", "tool", "developer")
-# What a template's own expressions may raise of a row that it was not made for.
+# Exceptions that a template's expressions may raise for a row for which the template was not made.
 _OF_A_TEMPLATE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-_SHOWN, _LONGEST = 12, 160  # roles, and characters of the template's own words
+_SHOWN, _LONGEST = 12, 160  # largest number of roles, and of characters of the template's message, in an error
 
 
 class Template:
-    """How a tokenizer writes conversations: by its chat template, or by "prompt\\nresponse" where it has none."""
+    """Renders conversations with a tokenizer's chat template, or as "prompt\\nresponse" if it has none."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
-        """Choose it.
+        """Choose the template that `data.chat-template` names, or the default one.
 
         Raises:
-            DataError: the tokenizer has several by name, and `data.chat-template` is none of them; or it has one alone.
+            DataError: the tokenizer has no template of this name, or has several and no default.
         """
         self.tokenizer = tokenizer
         self._name = data.chat_template or None
         named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
         if self._name and self._name not in named:
-            known = suggest(self._name, named) if named else "; this tokenizer has no templates by name, leave it out"
+            known = suggest(self._name, named) if named else "; this tokenizer has no named templates, leave it out"
             raise DataError(f"data.chat-template = {self._name!r}{known}")
         if named and not self._name and "default" not in named:
             names = ", ".join(map(repr, sorted(named)))
             raise DataError(
-                f"the tokenizer has chat templates by name and no default; choose one of {names} as data.chat-template"
+                f"the tokenizer has named chat templates but no default; choose one of {names} as data.chat-template"
             )
 
     def __call__(self, messages: Sequence[Message], tools: Sequence[Any] = (), open_turn: bool = False) -> str:
-        """The conversation as text; `open_turn` adds what the assistant's next turn starts with."""
+        """The conversation as text; with `open_turn`, the beginning of the assistant's next turn is added."""
         if self.tokenizer.chat_template:
             return str(
                 self.tokenizer.apply_chat_template(
@@ -57,10 +57,10 @@ class Template:
 
 
 def spans(chat: Conversation, render: Template) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation, and where in it (characters, end exclusive) the assistant's turns stand.
+    """The rendered conversation, and the assistant's turns in it, each as (first character, end).
 
     Raises:
-        RowError: the template refuses it, leaves out its tools, or nothing of it can be learned.
+        RowError: the template refuses the conversation or leaves out its tools, or nothing in it can be learned.
     """
     from jinja2 import TemplateError
 
@@ -71,7 +71,7 @@ def spans(chat: Conversation, render: Template) -> tuple[str, list[tuple[int, in
         text = render(messages, chat.tools)
         for i, message in enumerate(messages):
             if message["role"] != "assistant" or i == 0:
-                continue  # what no prompt comes before is context
+                continue  # an assistant's message without a prompt before it is context
             head = render(messages[:i], chat.tools, open_turn=True)
             upto = text if i + 1 == len(messages) else render(messages[: i + 1], chat.tools)
             if text.startswith(upto) and upto.startswith(head):
@@ -83,26 +83,26 @@ def spans(chat: Conversation, render: Template) -> tuple[str, list[tuple[int, in
     if not found:
         raise RowError(
             "nothing to learn: the tokenizer's chat template does not continue the prompt when it renders the response "
-            "(some open a <think> that they leave out again); write conversations out as data.form = 'text', or take a "
-            "model with another template"
+            "(some open a <think> and leave it out again); write the conversations as texts (data.form = 'text'), or "
+            "use a model with another template"
         )
     _check_tools(chat, text)
     return text, found
 
 
 def _check_tools(chat: Conversation, text: str) -> None:
-    """A template that knows no tools leaves them out without a word."""
+    """Raise RowError if the template leaves out tools, as templates do that know no tools."""
     calls = [call for message in chat.messages for call in message.get("tool_calls") or ()]
     for what, named in (("tools", chat.tools), ("tool calls", calls)):
         if any(tool_name(tool) not in text for tool in named):
             raise RowError(
-                f"the tokenizer's chat template leaves out the {what}; take a model whose template writes them, or put "
+                f"the tokenizer's chat template leaves out the {what}; use a model whose template writes them, or put "
                 "them into the messages' text"
             )
 
 
 def _turn_end(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Where the last turn ends: after its end token, not after the white space that templates put behind it."""
+    """The end of the last turn: after its end token, before the white space that templates add after it."""
     ends = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
     trimmed = text.rstrip()
     return len(trimmed) if trimmed.endswith(ends) else len(text)

@@ -1,4 +1,4 @@
-"""Examples as the model sees them, as text for people."""
+"""Examples as the model sees them, as text to print."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shown:
-    """One row.
+    """One row as the model sees it.
 
     Args:
-        row: its number in the source, from 1.
-        tokens: that the model sees; 0 for a row that has nothing to predict, and is left out.
-        whole: before it was cut to `data.max-length`.
-        parts: text, special tokens included, and whether the loss is taken of it.
-        label: the class, by name where it has one; empty but for classification.
+        row: number of the row in the source, from 1.
+        tokens: number of tokens that the model sees; 0 for a row that is left out, as it has nothing to predict.
+        whole: number of tokens before the row was cut to `data.max-length`.
+        parts: pieces of the text, with special tokens, each with whether it is in the loss.
+        label: for classification, name or number of the class; else empty.
     """
 
     row: int
@@ -42,17 +42,17 @@ class Shown:
 def first_examples(
     rows: Dataset, count: int, tokenizer: PreTrainedTokenizerBase, data: DataConfig, task: RowReader
 ) -> list[Shown]:
-    """The first rows of a source, as its examples are made of them.
+    """The first rows of a source, as the model sees them.
 
     Args:
-        rows: the source's, in its order.
-        count: how many at most.
-        tokenizer: of the model.
-        data: of the run.
-        task: what the rows are for.
+        rows: the rows of the source, in its order.
+        count: largest number of rows to show.
+        tokenizer: the model's tokenizer.
+        data: the run's section data.
+        task: the run's task.
 
     Raises:
-        DataError: as `encode` raises it.
+        DataError: as in `encode`.
     """
     rows = rows.select(range(min(count, len(rows))))
     usable = usable_rows(rows, tokenizer, data, task)
@@ -68,7 +68,7 @@ def first_examples(
 
 
 def _parts(ids: list[int], learned: Sequence[bool], tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, bool], ...]:
-    """The text in pieces that are learned or not; each decoded after those before it: spaces depend on them."""
+    """The text in pieces that are learned or not. Each is decoded with all before it, on which its spaces depend."""
     parts: list[tuple[str, bool]] = []
     done, end = "", 0
     for flag, run in groupby(learned):

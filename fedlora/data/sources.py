@@ -1,4 +1,4 @@
-"""Where rows come from: packaged sets by name, files, the hub, and the program that started the run."""
+"""The sources of rows: packaged sets, files, the hub, and the Python program that started the run."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-_HUB_SECONDS = 10.0  # for its first answer
+_HUB_SECONDS = 10.0  # longest wait for the hub's first answer
 
 
 @dataclass(frozen=True)
 class PackagedSet:
-    """A set that needs no hub.
+    """A packaged data set, which needs no hub.
 
     Args:
-        read: from the asset's folder to its columns.
-        key: the column that says whose row it is, the natural partition.
+        read: function from the asset's folder to the set's columns.
+        key: the column with the owner of each row, for the natural partition.
     """
 
     read: Callable[[Path], Mapping[str, list[str]]]
@@ -45,11 +45,11 @@ class PackagedSet:
 def load_rows(config: DataConfig) -> Dataset:
     """All rows of `data.source`.
 
-    Class names in the label column become integers here, over the whole set, so that every client counts alike (see
-    `fedlora.data.classes`).
+    Class names in the label column become integers here, over the whole set, so that they have the same numbers on
+    every client (see `fedlora.data.classes`).
 
     Raises:
-        DataError: no such source, a file that cannot be parsed (naming the line), or no rows.
+        DataError: there is no such source, a file cannot be parsed (the message names the line), or there are no rows.
         AssetError: a packaged set cannot be fetched.
     """
     from datasets import Dataset
@@ -71,9 +71,10 @@ def load_rows(config: DataConfig) -> Dataset:
 
 
 def chitchat(folder: Path) -> dict[str, list[str]]:
-    """Conversations of two as pairs: what one said, and what the other answered; by sender of the answer.
+    """Conversations between two people as pairs of a turn and its answer; the key is the sender of the answer.
 
-    A turn is all that one sender wrote until the other did, a line per message. Empty messages are dropped.
+    A turn is everything that one sender wrote until the other did, with a line for each message. Empty messages are
+    dropped.
     """
     conversations = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     pairs = [
@@ -85,7 +86,7 @@ def chitchat(folder: Path) -> dict[str, list[str]]:
 
 
 def sentiment(folder: Path) -> dict[str, list[str]]:
-    """Sentences of four domains, rated by people from -4 to 4; a mean within 0.5 of neutral is left out.
+    """Sentences from four domains, rated by people from -4 to 4. Sentences with a mean from -0.5 to 0.5 are left out.
 
     Hutto and Gilbert, "VADER", ICWSM 2014, https://doi.org/10.1609/icwsm.v8i1.14550.
     """
@@ -101,7 +102,7 @@ def sentiment(folder: Path) -> dict[str, list[str]]:
 
 
 def chatterbot(folder: Path) -> dict[str, list[str]]:
-    """English dialogues as pairs of one line and the next, by topic."""
+    """English dialogues as pairs of a line and the next line; the key is the topic."""
     import yaml
 
     pairs = [
@@ -133,7 +134,7 @@ PACKAGED: Mapping[str, PackagedSet] = MappingProxyType(
 
 
 def _turns(messages: list[list[dict[str, str]]]) -> Iterator[tuple[str, str]]:
-    """Sender and text of each turn; the set groups messages, and two groups of one sender are one turn."""
+    """Sender and text of each turn. The set has messages in groups; successive groups of one sender are one turn."""
     sender, lines = "", []
     for message in (message for group in messages for message in group):
         if not message["text"].strip():
@@ -156,7 +157,7 @@ def _read_hub(config: DataConfig) -> Dataset:
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    # Refused without a look at the hub: sets there are named owner/name, and an unreachable hub is retried for long.
+    # Refused without asking the hub: its sets are named owner/name, and an unreachable hub would be retried for long.
     if "/" not in config.source and get_close_matches(config.source, PACKAGED, n=1, cutoff=0.6):
         raise DataError(
             f"data.source: unknown packaged set {config.source!r}{suggest(config.source, PACKAGED)} "
@@ -169,8 +170,8 @@ def _read_hub(config: DataConfig) -> Dataset:
             )
     except (DatasetsError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise DataError(
-            f"data.source: {config.source!r} is no packaged set ({', '.join(PACKAGED)}), no file, and the hub gave no "
-            f"such set (data.subset = {config.subset!r}, data.split = {config.split!r}): {error}"
+            f"data.source: {config.source!r} is neither a packaged set ({', '.join(PACKAGED)}) nor a file, and the hub "
+            f"gave no such set (data.subset = {config.subset!r}, data.split = {config.split!r}): {error}"
         ) from error
     if not isinstance(rows, datasets.Dataset):
         raise DataError(f"data.split: {config.source!r} needs one split, such as one of {', '.join(map(str, rows))}")
@@ -179,7 +180,7 @@ def _read_hub(config: DataConfig) -> Dataset:
 
 @contextmanager
 def _hub_or_cache(name: str) -> Iterator[None]:
-    """Within the block, a hub that cannot be reached is not asked again and again: what was fetched before is used."""
+    """Within the block, if the hub cannot be reached, use what was fetched before instead of asking it repeatedly."""
     import httpx
     from datasets import config as settings
     from datasets.exceptions import DatasetsError
@@ -192,7 +193,7 @@ def _hub_or_cache(name: str) -> Iterator[None]:
     except httpx.TransportError:
         reachable = False
     except (HfHubHTTPError, OSError, ValueError):
-        pass  # it answered, or is not to be asked; load_dataset says what is wrong
+        pass  # the hub answered, or must not be asked; load_dataset reports what is wrong
     if reachable:
         yield
         return
@@ -202,8 +203,8 @@ def _hub_or_cache(name: str) -> Iterator[None]:
         yield
     except (DatasetsError, OSError, ValueError) as error:
         raise DataError(
-            f"data.source: {name!r} is no packaged set ({', '.join(PACKAGED)}), no file, and the hub cannot be reached "
-            "to look for it there; check the network, or give a file"
+            f"data.source: {name!r} is neither a packaged set ({', '.join(PACKAGED)}) nor a file, and the hub cannot "
+            "be reached to look for it there; check the network, or give a file"
         ) from error
     finally:
         constants.HF_HUB_OFFLINE, settings.HF_HUB_OFFLINE = before

@@ -1,4 +1,4 @@
-"""What each client holds, in numbers: for `fedlora data`."""
+"""Numbers about each client's rows, for `fedlora data`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .partition import Split
 
 @dataclass(frozen=True)
 class ClientStatistics:
-    """One client's rows in numbers.
+    """Numbers about one client's rows.
 
     Args:
-        client_id: 0-based.
-        name: its natural key; empty for other partitions.
-        rows: its number of rows, its own test rows included.
-        mean_characters: of prompt and response, of all messages, or of the text.
-        labels: rows of each class, by name where the set names them; empty but for classification.
+        client_id: number of the client, from 0.
+        name: the client's natural key; empty for other partitions.
+        rows: number of the client's rows, with its own test rows.
+        mean_characters: mean number of characters of prompt and response, of all messages, or of the text.
+        labels: for classification, name or number of each class -> number of its rows; else empty.
     """
 
     client_id: int
@@ -38,9 +38,9 @@ def client_statistics(split: Split, data: DataConfig, task: RowReader) -> list[C
     """The numbers of every client, in order.
 
     Args:
-        split: as `prepare` gives it.
-        data: form and names of the columns.
-        task: what the rows are for.
+        split: the run's split, from `prepare`.
+        data: the run's section data.
+        task: the run's task.
 
     Raises:
         DataError: a column is missing, or the form does not fit the task.
@@ -61,7 +61,7 @@ def client_statistics(split: Split, data: DataConfig, task: RowReader) -> list[C
 
 
 def _characters(split: Split, form: str, data: DataConfig) -> list[int]:
-    """Of each row's text, or of all messages of its conversation; none of a row that cannot be read."""
+    """The number of characters of each row's text or messages; 0 for a row that cannot be read."""
     plain = replace(data, system_prompt="")
 
     def count(row: Mapping[str, Any]) -> int:
@@ -73,7 +73,7 @@ def _characters(split: Split, form: str, data: DataConfig) -> list[int]:
 
 
 def _label_names(split: Split, data: DataConfig) -> list[str]:
-    """The class of each row, by name where the column has names."""
+    """The class of each row: its name, or its number if the column has no names."""
     cells = split.rows[:][data.label_column]
     names = getattr(split.rows.features[data.label_column], "names", None)
     return ["(none)" if cell is None else names[cell] if names else str(cell) for cell in cells]

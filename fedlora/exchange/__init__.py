@@ -1,4 +1,4 @@
-"""All that crosses the wire."""
+"""The messages between server and clients, and how they are encoded, checked and decoded."""
 
 from fedlora.config import matches
 

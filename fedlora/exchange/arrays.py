@@ -1,7 +1,8 @@
-"""An adapter's tensors in a message: one array of bytes in safetensors' format, checked against what was sent.
+"""An adapter's tensors in a message: one array of bytes in safetensors' format.
 
-That format holds no code, and its header cannot ask for more memory than was sent. numpy has no bf16: its bits travel
-as int16 under a tag. Names and shapes are compared before any value is used.
+This format contains no code, and its header cannot ask for more memory than was sent. numpy has no bf16, whose bits
+are therefore sent as int16, with the number format in the message's head. A client's names and shapes are compared with
+what the server sent before any value is used.
 """
 
 from __future__ import annotations
@@ -25,16 +26,22 @@ from .codec import FLOATS, LARGEST, code, from_rows, pack, rows_of, unpack
 from .fields import LONGEST_SHOWN, Fields, cut, expect, short
 
 Values = np.ndarray[Any, np.dtype[Any]]
-_ROUNDING = 1e-6  # relative difference between one number in fp32 and in fp64, with room
-_ENTRY = 256  # bytes of a tensor's entry in a header, beside its name
+_ROUNDING = 1e-6  # more than the relative difference between a number in fp32 and in fp64
+_ENTRY = 256  # largest number of bytes of a tensor's entry in a header, without its name
 _TENSORS = "tensors"
 _NUMPY = {"fp32": "float32", "fp16": "float16", "bf16": "int16", "int8": "int8", "int4": "uint8"}
 
 
 def put(record: RecordDict, head: dict[str, Any], key: str, adapter: AdapterState) -> None:
-    """Adds one adapter to a message: its tensors, and its scalings in the head.
+    """Add an adapter to a message: its tensors as a record, and its scalings in the head.
 
-    All tensors are one array of bytes, in safetensors' format: Flower moves each array by requests of its own.
+    All tensors are one array of bytes, since Flower sends separate requests for each array.
+
+    Args:
+        record: the message.
+        head: the message's head.
+        key: name of the adapter in the message.
+        adapter: the adapter.
     """
     arrays: dict[str, Values] = {}
     for name, tensor in OWN.put(adapter).items():
@@ -49,17 +56,22 @@ def put(record: RecordDict, head: dict[str, Any], key: str, adapter: AdapterStat
 def get(
     record: RecordDict, fields: Fields, key: str, factors: Collection[str], *, like: AdapterState | None = None
 ) -> AdapterState:
-    """Reads one adapter of a message; a factor that was not sent is empty.
+    """Read an adapter from a message. Factors that were not sent are empty.
 
     Args:
-        record, fields, key: the message, its head, and where in it.
-        factors: those that it should hold; cores, only where there are any.
-        like: what its names, scalings and shapes have to be; without it, they are the sender's to choose.
+        record: the message.
+        fields: the message's head.
+        key: name of the adapter in the message.
+        factors: the factors that the message must contain; cores ("R") only for modules that have one.
+        like: an adapter with the names, scalings and shapes that are expected; None: the sender may choose them.
+
+    Raises:
+        WireError: the message is malformed, or does not fit `like`.
     """
     modules, names = (fields.items(f"{key}.{what}", str) for what in ("modules", "tensors"))
     scalings = fields.items(f"{key}.scalings", float)
     if len(modules) != len(scalings):
-        raise WireError(f"{fields.who}: the message has not one scaling for each module of {key!r}")
+        raise WireError(f"{fields.who}: the numbers of scalings and modules of {key!r} differ")
     if like is not None:
         fields.expect_names("modules", modules, like.lora)
         fields.expect_names("tensors", names, like.tensors)
@@ -70,7 +82,7 @@ def get(
         odd = sorted((must - arrays.keys()) | (arrays.keys() - may))[:3]
         raise WireError(f"{who}: arrays and head of {key!r} do not agree, for instance on {short(odd)}")
     if dtype in LARGEST and like is None:
-        raise WireError(f"{who}: integer codes are for what clients send")
+        raise WireError(f"{who}: number format {dtype} is only for what clients send")
 
     def read(name: str, part: str, model: Tensor | None) -> Tensor:
         where = f"{who}: {name if len(name) <= LONGEST_SHOWN else short(name)}"
@@ -82,10 +94,10 @@ def get(
     given = dict(zip(modules, scalings, strict=True))
     for module in given if like is None else like.lora:
         scaling, sent = given[module], None if like is None else like.lora[module]
-        if not (0 < scaling < math.inf or (like is None and -math.inf < scaling < 0)):  # a fold may take away
+        if not (0 < scaling < math.inf or (like is None and -math.inf < scaling < 0)):  # a fold may be negative
             raise WireError(f"{short(module)}: {who} sent scaling {scaling!r}, expected a positive number")
         if sent is not None:
-            if not math.isclose(scaling, sent.scaling, rel_tol=_ROUNDING):  # it may have been computed in fp32
+            if not math.isclose(scaling, sent.scaling, rel_tol=_ROUNDING):  # the client may have computed it in fp32
                 expect(f"{module}: {who}", "scaling", scaling, sent.scaling)
             scaling = sent.scaling
         found: dict[str, Tensor] = {}
@@ -111,9 +123,9 @@ def get(
 def _expected(
     modules: Sequence[str], names: Sequence[str], factors: Collection[str], dtype: str, like: AdapterState | None
 ) -> tuple[set[str], set[str]]:
-    """The arrays that a message must hold, and all that it may hold.
+    """The names of the arrays that a message must contain, and of all that it may contain.
 
-    The server decides which modules have a core; a client sends the cores that it was sent.
+    The server decides which modules have a core. A client sends a core back if it got one.
     """
     must = {OWN.of_factor(module, factor) for module in modules for factor in factors if factor != "R"}
     must |= {OWN.of_tensor(name) for name in names}
@@ -127,32 +139,33 @@ def _expected(
 
 
 def value_bytes(adapter: AdapterState) -> int:
-    """More than the values of these tensors can take, coded or not: fp32, and a scale for every row or column."""
+    """An upper bound for the bytes of the adapter's values in any number format: fp32, and a scale for each row."""
     return sum(4 * (t.numel() + sum(t.shape) + 1) for t in OWN.put(adapter).values())
 
 
 def finite_sum(who: str) -> Callable[..., Tensor]:
-    """What a client's change makes of what it was sent, refused where it leaves the finite numbers."""
+    """A function that adds a client's change to what it was sent, and raises WireError if the sum is not finite."""
 
     def add(name: str, change: Tensor, start: Tensor) -> Tensor:
         total = change + start
         if not torch.isfinite(total).all():
-            raise WireError(f"{who}: {name}: what was sent and its change make values that are not finite")
+            raise WireError(f"{who}: {name}: its change, added to what it was sent, gives values that are not finite")
         return total
 
     return add
 
 
 def _tensors(record: RecordDict, key: str, who: str, names: Set[str], most: int | None) -> dict[str, Values]:
-    """The tensors of one adapter by name; no more memory than what was sent is taken for them.
+    """The tensors of one adapter by name. They take no more memory than was sent.
 
-    A header is objects once it is read: it may name no more tensors than there should be, empty ones included.
+    Reading a header creates an object for each tensor, also for empty ones. Its length is therefore limited first.
 
     Args:
-        record, key: the message, and where in it.
-        who: sent it.
-        names: of the tensors that it should hold.
-        most: bytes of their values together; None where their shapes are the sender's to choose.
+        record: the message.
+        key: name of the adapter in the message.
+        who: the sender, for error messages.
+        names: names of all tensors that the adapter may have.
+        most: largest number of bytes of all values together; None: no limit, since the sender may choose the shapes.
     """
     arrays = record.array_records.get(key)
     if arrays is None or list(arrays) != [_TENSORS]:
@@ -161,18 +174,18 @@ def _tensors(record: RecordDict, key: str, who: str, names: Set[str], most: int 
     header, longest = int.from_bytes(data[:8], "little"), sum(len(name.encode()) + _ENTRY for name in names) + _ENTRY
     if longest < header <= len(data) - 8:
         raise WireError(
-            f"{who}: the header of {key!r} is {header} bytes, and {len(names)} tensors need no more than {longest}"
+            f"{who}: the header of {key!r} is {header} bytes, but {len(names)} tensors need no more than {longest}"
         )
     if most is not None and len(data) - 8 - header > most:
         raise WireError(f"{who}: the tensors of {key!r} hold {len(data) - 8 - header} bytes, expected at most {most}")
     try:
         return safetensors.numpy.load(data)
-    except Exception as error:  # whatever a peer sent, this side reports it and goes on
+    except Exception as error:  # whatever a peer sent must end in a WireError
         raise WireError(f"{who}: the tensors of {key!r} are malformed: {cut(str(error))}") from None
 
 
 def _to_arrays(key: str, tensor: Tensor, dtype: str) -> dict[str, Values]:
-    """The arrays that carry one tensor: itself, or codes and scales."""
+    """The arrays for one tensor: the tensor itself, or its codes and scales."""
     where, part = key.removeprefix(OWN.of_tensor("")).replace("|", "."), key.rpartition("|")[2]
     if dtype in FLOATS:
         return {key: _to_array(tensor, dtype, where)}
@@ -213,7 +226,7 @@ def _to_tensor(array: Values, dtype: str, shape: tuple[int, ...] | None, where: 
 
 
 def _read(array: Values, expected: str, wanted: tuple[int, ...] | None, where: str) -> Tensor:
-    """The values, once their number format is what the message says, and their shape is `wanted`."""
+    """The values, after a check of their number format and, unless `wanted` is None, of their shape."""
     if array.dtype != np.dtype(expected):
         raise WireError(f"{where} is malformed: it holds {array.dtype}, expected {expected}")
     if wanted is not None and array.shape != wanted:

@@ -1,9 +1,9 @@
-"""Number formats of what clients send: fp32, bf16, fp16, and int8 or int4 with one scale per row.
+"""Number formats of clients' uploads: fp32, bf16, fp16, and int8 or int4 with one scale per row.
 
-Coarse formats carry the difference between what a client trained and what it was sent, which both sides know:
-a step of training is small beside the factors, and would drown in their rounding. What a format leaves out of
-one reply is added to the next (error feedback, Seide et al. 2014; Karimireddy et al. 2019,
-https://arxiv.org/abs/1901.09847, Algorithm 2) while the factors keep their meaning from round to round.
+In coarse formats, a client sends the difference between the trained factors and those that it was sent, which the
+server knows too. The change of one round is small beside the factors, and would be lost in their rounding. What a
+format leaves out of one reply is added to the next one (error feedback, Seide et al. 2014; Karimireddy et al. 2019,
+https://arxiv.org/abs/1901.09847, Algorithm 2), if the strategy is steady.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def code(rows: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     """Integer codes and one scale per row: rows = codes * scale, rounded to nearest.
 
     Args:
-        rows: [n, width], finite.
-        largest: the largest code; the largest magnitude of each row becomes it.
+        rows: finite values, [n, width].
+        largest: the largest code, which stands for the largest magnitude of each row.
 
     Returns:
         int8 codes [n, width] and fp32 scales [n].
@@ -35,24 +35,24 @@ def code(rows: Tensor, largest: int) -> tuple[Tensor, Tensor]:
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Codes of -8 to 7, [n, width], two to a byte: uint8 [n, ceil(width / 2)]."""
+    """Codes from -8 to 7, [n, width], with two of them in each byte: uint8 [n, ceil(width / 2)]."""
     even = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2)).to(torch.int16) + 8
     return (even[:, ::2] + 16 * even[:, 1::2]).to(torch.uint8)
 
 
 def unpack(packed: Tensor, width: int) -> Tensor:
-    """What `pack` was given."""
+    """The codes that `pack` was given, [n, width]."""
     wide = packed.to(torch.int16)
     codes = torch.stack([wide % 16, wide // 16], dim=2).flatten(1) - 8
     return codes[:, :width].to(torch.int8)
 
 
 def rows_of(tensor: Tensor, name: str) -> Tensor:
-    """The rows that get a scale each: a rank's row of A and column of B, a tensor's first dimension, a whole vector.
+    """The tensor as rows that have a scale each: rows of A, columns of B, slices of a tensor, or a whole vector.
 
     Args:
-        tensor: a factor or a dense tensor.
-        name: "A", "B", or anything else for dense tensors.
+        tensor: a factor, or a tensor trained in full, whose slices are those along its first dimension.
+        name: "A", "B", or any other name.
     """
     if name == "B":
         return tensor.T
@@ -60,7 +60,7 @@ def rows_of(tensor: Tensor, name: str) -> Tensor:
 
 
 def from_rows(rows: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
-    """The tensor of these rows."""
+    """The tensor that `rows_of` made rows of."""
     return rows.T.contiguous() if name == "B" else rows.reshape(shape)
 
 

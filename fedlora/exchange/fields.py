@@ -1,4 +1,4 @@
-"""Single values that a peer sent: each is what it should be, or the message is refused with a `WireError`."""
+"""Single values from a peer. Each is checked, and a wrong value refuses the message with a `WireError`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ MOST_CLASSES = 4096
 _Item = TypeVar("_Item")
 _LARGEST_METRIC = 1e305  # a mean of such numbers is finite
 _LARGEST_INT = 2**64 - 1  # Flower's node ids
-LONGEST_SHOWN = 120  # characters of a peer's own words in an error
+LONGEST_SHOWN = 120  # largest number of characters of a peer's text that an error shows
 
 
 class Fields:
-    """The values of a message's head by key, each checked when it is read.
+    """The values of a message's head by key. Each is checked when it is read.
 
     Args:
-        head: as it arrived.
-        who: sent it; begins every refusal.
+        head: the head as it arrived.
+        who: the sender, with which every error message begins.
     """
 
     def __init__(self, head: Mapping[str, Any], who: str) -> None:
@@ -87,7 +87,7 @@ class Fields:
         return value
 
     def class_names(self) -> tuple[str, ...]:
-        """What a client calls its classes."""
+        """The names of a client's classes."""
         names = self.items("class-names", str)
         if len(names) > MOST_CLASSES or not all(n.isprintable() and 0 < len(n) <= LONGEST_CLASS for n in names):
             expected = f"at most {MOST_CLASSES} names of at most {LONGEST_CLASS} characters"
@@ -95,22 +95,22 @@ class Fields:
         return tuple(names)
 
     def run_key(self) -> str:
-        """It names a folder on the client: nothing but letters and digits."""
+        """The run's key, letters and digits only, since it names a folder on the client."""
         key = self.text("run")
         if not re.fullmatch(r"[0-9a-z]{0,32}", key):
             raise WireError(f"{self.who} sent the run key {short(key)}, expected at most 32 letters and digits")
         return key
 
     def expect(self, what: str, got: object, expected: object) -> None:
-        """Raises WireError unless the two are equal."""
+        """Raise WireError unless `got` equals `expected`."""
         expect(self.who, what, got, expected)
 
     def expect_names(self, what: str, got: list[str], expected: Mapping[str, object]) -> None:
-        """Raises WireError unless these are the names, each once, in any order."""
+        """Raise WireError unless `got` has exactly the expected names, each once, in any order."""
         if len(got) != len(expected) or set(got) != set(expected):
             lacks, has = sorted(set(expected) - set(got))[:3], sorted(set(got) - set(expected))[:3]
             raise WireError(
-                f"{self.who} sent {what} other than it was sent: {len(got)} for {len(expected)}, without "
+                f"{self.who} sent other {what} than it was sent: {len(got)} instead of {len(expected)}, without "
                 f"{short(lacks)}, with {short(has)}"
             )
 
@@ -126,12 +126,12 @@ def expect(who: str, what: str, got: object, expected: object) -> None:
 def metrics_record(metrics: Mapping[str, float], known: frozenset[str]) -> MetricRecord:
     unknown = sorted(set(metrics) - known)
     if unknown:
-        raise WireError(f"metric {unknown[0]!r} is not sent; clients send only {', '.join(sorted(known))}")
+        raise WireError(f"metric {unknown[0]!r} cannot be sent; clients send only {', '.join(sorted(known))}")
     return MetricRecord({name: float(value) for name, value in metrics.items()})
 
 
 def read_metrics(record: RecordDict, who: str, known: Set[str]) -> dict[str, float]:
-    """The metrics of a message: one finite number each, by names that both sides know."""
+    """The metrics of a message: for each name, which must be known, one finite number."""
     sent = record.metric_records.get(METRICS_RECORD)
     if sent is None:
         raise WireError(f"{who}: the message has no {METRICS_RECORD!r} record")
@@ -146,13 +146,13 @@ def read_metrics(record: RecordDict, who: str, known: Set[str]) -> dict[str, flo
 
 
 def require(metrics: Mapping[str, float], names: Set[str], who: str) -> None:
-    """Raises WireError unless these metrics, which this side reads, were sent."""
+    """Raise WireError unless the metrics of all these names were sent."""
     if lacking := sorted(names - metrics.keys()):
         raise WireError(f"{who} left out metric {lacking[0]!r}, expected {', '.join(sorted(names))}")
 
 
 def short(value: object) -> str:
-    """What a peer sent, for a message: no longer than a line, and without control characters."""
+    """A peer's value for an error message: at most a line long, and without control characters."""
     try:
         return cut(repr(value))
     except ValueError:  # an integer of thousands of digits

@@ -1,4 +1,4 @@
-"""All that crosses the wire: what a server sends a client, and what a client sends back."""
+"""The messages between server and clients: a `Broadcast` to each client, and a `ClientUpdate` back."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from fedlora.config import alpha_of, matches
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """What the server knows of a client before it sends anything.
+    """What the server knows about a client before it sends the first message of a round.
 
     Args:
-        client_id: unique within the run.
-        rank: the LoRA rank that the client's hardware affords.
-        alpha: LoRA's alpha, a number, or a multiple of the rank such as "2r".
-        num_examples: training examples held, the client's weight in every mean.
-        known_base_version: the number of folds that the client holds already (0: none).
-        rslora: scaling is alpha / sqrt(rank) instead of alpha / rank.
-        rank_pattern: regular expression matched against the end of a module's name -> its rank, for every
-            client alike, as in PEFT; other modules have `rank`.
-        class_names: what the classes of its rows are called, in the order of their numbers; nothing for numbers alone.
-        ranks: module -> rank, as the server has spread what the client affords; see `lora.allocation`. It does not
-            travel. Empty: `rank` and `rank_pattern` hold.
+        client_id: number of the client, unique within the run.
+        rank: the LoRA rank that the client's hardware allows.
+        alpha: LoRA's alpha: a number, or a multiple of the rank such as "2r".
+        num_examples: number of the client's training examples, which is its weight in every mean.
+        known_base_version: the number of folds that the client already has (0: none).
+        rslora: True if the scaling is alpha / sqrt(rank) instead of alpha / rank.
+        rank_pattern: ranks of some modules, the same for all clients, as in PEFT: a regular expression for the end of
+            the module's name -> its rank. Other modules have the rank `rank`.
+        class_names: names of the classes in the client's rows, in the order of their numbers; empty if the rows have
+            only numbers.
+        ranks: module -> rank, as the server has spread what the client's hardware allows; see `lora.allocation`. They
+            are not sent. Empty: `rank` and `rank_pattern` hold.
     """
 
     client_id: int
@@ -86,16 +87,16 @@ class Term:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a client trains in a round, what it sends back, and what it keeps to itself.
+    """Which factors a client trains in a round, which it sends back, and which it keeps.
 
     Args:
-        train: the factors that are trained, of "A", "B" and "R".
+        train: the factors ("A", "B", "R") that are trained.
         send: the factors that are sent back.
-        keep: the factors that a client keeps from round to round: it starts from its own, where it has any, and from
-            the adapter's otherwise.
-        modules: the modules whose factors are trained and sent back; None means all of them. The others stay as they
-            were sent. Tensors that are trained in full are trained and sent back in every plan that trains anything.
-        terms: what is added to the loss.
+        keep: the personal factors, which stay on the client from round to round. The client starts from its own
+            personal factors, or from those in the broadcast if it has none yet.
+        modules: the modules whose factors are trained and sent back; None: all modules. The factors of other modules
+            are not changed. Tensors trained in full are trained and sent back unless `train` is empty.
+        terms: the terms that are added to the loss.
     """
 
     train: frozenset[str] = frozenset({"A", "B"})
@@ -105,7 +106,7 @@ class Plan:
     terms: tuple[Term, ...] = ()
 
     def sent_back(self, adapter: AdapterState) -> AdapterState:
-        """The factors of the modules that are sent back, and all tensors."""
+        """The part of the adapter that is sent back: the factors of the plan's modules, and all tensors."""
         if self.modules is None:
             return adapter
         lora = {name: factors for name, factors in adapter.lora.items() if name in self.modules}
@@ -114,19 +115,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Broadcast:
-    """What one client needs for one round: its start, and what to add to the base model first.
+    """The server's message to one client for one round.
 
     Args:
-        round: 1 for the first.
+        round: number of the round, from 1; 0 asks for a statistic.
         adapter: the adapter from which this client starts training, at its own ranks and scalings.
-        base_version: the number of folds in the base once `folds` are added.
-        folds: frozen updates, to be added in this order to what the client holds of version `folds_from`.
-        folds_from: the version that `folds` continue; 0 means: drop what you hold and start with these.
-        plan: what is trained, sent back and kept.
-        steady: row j of A and column j of B mean what they meant in the round before, so that what a coarse number
-            format left out of the last reply may be added to the next.
-        job: "train"; or, in round 0, the name of a statistic that the client is to measure at this adapter.
-        run: the key of the run, below which a client keeps what is its own; a run that is resumed has the same.
+        base_version: the number of all folds that the client has after it has added `folds`.
+        folds: frozen updates that the client adds, in this order, to its folds up to version `folds_from`.
+        folds_from: the version that `folds` continue. With 0, the client drops the folds that it has, and `folds` are
+            all that there are.
+        plan: which factors are trained, sent back and kept.
+        steady: True if row j of A and column j of B mean the same as in the round before. The client may then add
+            what a coarse number format left out of its last reply to its next one.
+        job: "train", or in round 0 the name of the statistic that the client measures at this adapter.
+        run: key of the run, under which a client stores its own state. It stays the same when the run is resumed.
             Empty: Flower's run id.
     """
 
@@ -143,16 +145,16 @@ class Broadcast:
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What one client sends back.
+    """One client's reply in one round.
 
     Args:
-        client_id: as in its `ClientInfo`.
+        client_id: number of the client, as in its `ClientInfo`.
         adapter: the factors after training (not differences). A factor that was not uploaded is empty.
-        num_examples: the weight in every mean, > 0.
-        base_version: the base that it was trained on.
-        metrics: numbers only, such as train-loss, tokens, seconds.
-        start: the adapter that this client started from, as it was sent. The server adds it when it reads the reply; it
-            does not travel.
+        num_examples: number of the client's training examples, above 0, which is its weight in every mean.
+        base_version: the number of folds in the base model on which the client trained.
+        metrics: numbers by name, such as train-loss, tokens, seconds.
+        start: the adapter from which the client started, as it was sent. The server adds it when it reads the reply; it
+            is not sent back.
     """
 
     client_id: int

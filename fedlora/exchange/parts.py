@@ -1,7 +1,7 @@
 """One message for several clients on one node: each client's records under its id, such as "3/head".
 
-A client that has no answer but an error is one small record, "3/error". Whatever a peer sent, what comes out of
-`split` is a value or a `WireError`; what each part holds is for its own decoder to judge.
+A client that answers with an error has one small record, "3/error". Whatever a peer sent, `split` returns a value or
+raises a `WireError`. The content of each part is checked by its own decoder.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def join(parts: Mapping[int, RecordDict | Error]) -> RecordDict:
     """One record of all parts.
 
     Args:
-        parts: client id -> its message, of at least one record; or why it has none.
+        parts: client id -> its message, with at least one record, or its error.
 
     Raises:
-        WireError: a part is empty, or has a record of the name that an error has.
+        WireError: a part is empty, or has a record named "error".
     """
     whole = RecordDict()
     for client, part in parts.items():
@@ -44,7 +44,7 @@ def join(parts: Mapping[int, RecordDict | Error]) -> RecordDict:
 
 
 def is_joined(record: RecordDict) -> bool:
-    """Whether a message has parts; one that has them in part only is refused by `split`."""
+    """Whether a message has parts. If it also has records outside of parts, `split` refuses it."""
     return any(_NAME.fullmatch(name) for name in record)
 
 
@@ -52,11 +52,11 @@ def split(record: RecordDict, who: str) -> dict[int, RecordDict | Error]:
     """The inverse of `join`.
 
     Args:
-        record: that a peer sent.
-        who: the peer, for errors.
+        record: a message that a peer sent.
+        who: the peer, for error messages.
 
     Raises:
-        WireError: no records, a name without a client's id, or a malformed error.
+        WireError: there are no records, a name has no client's id, or an error is malformed.
     """
     found: dict[int, RecordDict] = {}
     for name, value in record.items():

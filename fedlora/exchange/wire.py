@@ -1,10 +1,10 @@
-"""Messages <-> Flower records: every name, shape, number format and value is checked.
+"""Converts messages to Flower records and back. Every name, shape, number format and value is checked.
 
 Every message names the protocol version and the base model's fingerprint.
 
-A client's reply can hold no more than its broadcast implies: names and shapes are compared before any value is
-used. Nothing is ever allocated from a declared size. Metrics are a fixed list. Whatever a peer sent, what comes
-out of a decoder is a value or a `WireError`.
+A client's reply can contain only what its broadcast implies: names and shapes are compared before any value is used.
+No memory is allocated by a size that a peer declares. The names of metrics are a fixed list. Whatever a peer sent, a
+decoder returns a value or raises a `WireError`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .fields import METRICS_RECORD, Fields, metrics_record, read_metrics, requir
 from .messages import Broadcast, ClientInfo, ClientUpdate, Plan, Term
 
 PROTOCOL = 2
-# Codes of a client's error reply: a clear refusal; folds that it no longer holds; a loss that is not finite.
+# Codes of a client's error: it refuses the message; it no longer has the folds; its loss is not finite.
 REFUSED, STALE, DIVERGED = 1001, 1002, 1003
 TRAIN_METRICS = frozenset(
     {
@@ -46,9 +46,9 @@ TRAIN_METRICS = frozenset(
         "train-cut",
     }
 )
-# A client may not claim any number: it is a weight in every mean, and the server allocates by ranks.
+# The largest number of examples that a client may claim, since this number is its weight in every mean.
 MOST_EXAMPLES = 10**9
-_ROOM, _NAME = 1 << 20, 1024  # bytes of a reply beside its tensors, and of one tensor beside its values
+_ROOM, _NAME = 1 << 20, 1024  # allowed bytes of a reply besides its tensors, and of a tensor besides its values
 _HEAD, _ADAPTER = "head", "adapter"
 _COMMON = ("protocol", "base", "dtype")
 _TERMS = ("terms", "term-weights", "term-values")
@@ -80,7 +80,7 @@ _Made = TypeVar("_Made")
 
 
 def _timed(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
-    """Coding and reading of messages is a section of a profile."""
+    """The function, with its time counted as "codec" in a profile."""
 
     @functools.wraps(function)
     def within(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
@@ -92,7 +92,7 @@ def _timed(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
 
 @dataclass(frozen=True)
 class Reply:
-    """A client's update, and the base version that the client will still hold next time."""
+    """A client's update, and the base version whose folds the client will still have in the next round (0: none)."""
 
     update: ClientUpdate
     known_base_version: int
@@ -101,6 +101,11 @@ class Reply:
 @_timed
 def encode_broadcast(broadcast: Broadcast, fingerprint: str, dtype: str = "fp32") -> RecordDict:
     """A train or evaluate message for one client.
+
+    Args:
+        broadcast: the message.
+        fingerprint: the base model's fingerprint.
+        dtype: number format of the adapter's tensors.
 
     Raises:
         WireError: a value is not finite in this number format.
@@ -132,10 +137,10 @@ def encode_broadcast(broadcast: Broadcast, fingerprint: str, dtype: str = "fp32"
 
 @_timed
 def decode_broadcast(record: RecordDict, fingerprint: str) -> Broadcast:
-    """The message as a client reads it.
+    """The broadcast in a message, as a client reads it.
 
     Raises:
-        WireError: malformed, of another protocol, or made for another base model.
+        WireError: the message is malformed, of another protocol version, or made for another base model.
     """
     who = "the server"
     fields = _checked_head(record, fingerprint, who)
@@ -179,16 +184,17 @@ def encode_update(
     round: int = 1,
     job: str = "train",
 ) -> RecordDict:
-    """A client's answer to a train message; only the factors in `send` are sent.
+    """A client's answer to a train message.
 
     Args:
-        update: its adapter is what was trained in fp32, and else the difference to what was sent (see `codec`).
-        fingerprint: of the base model.
-        dtype: one of `codec.FORMATS`.
-        send: as the broadcast's plan says.
-        known_base_version: the base version that this client will still hold next time.
-        round: that was answered, as the broadcast says.
-        job: that was done, as the broadcast says.
+        update: the client's update. With fp32, its adapter is the trained one; with other formats, it is the difference
+            to the broadcast's adapter (see `codec`).
+        fingerprint: the base model's fingerprint.
+        dtype: number format of the tensors, one of `codec.FORMATS`.
+        send: the factors that are sent, from the broadcast's plan.
+        known_base_version: the base version whose folds this client will still have in the next round (0: none).
+        round: number of the broadcast's round.
+        job: the broadcast's job.
 
     Raises:
         WireError: a value is not finite in this number format, or a metric is none of `TRAIN_METRICS`.
@@ -212,19 +218,19 @@ def encode_update(
 def decode_update(
     record: RecordDict, client_id: int, sent: Broadcast, fingerprint: str, most_examples: int = MOST_EXAMPLES
 ) -> Reply:
-    """The answer as the server reads it, held against what this client was sent (see `as_received`).
+    """The update in a client's answer, after a comparison with the broadcast to this client.
 
     Args:
         record: the answer.
-        client_id: whose answer it should be.
-        sent: the broadcast as this client reads it.
-        fingerprint: of the base model.
-        most_examples: the largest weight that it may claim.
+        client_id: the client that should have sent it.
+        sent: the broadcast as this client received it; see `as_received`.
+        fingerprint: the base model's fingerprint.
+        most_examples: the largest number of examples that the client may claim.
 
     Raises:
-        WireError: malformed, from another client, for another round, job or base version, a module, shape or scaling
-            that differs from what was sent, a value that is not finite, a weight that is not positive or too
-            large, or metrics other than those of the list.
+        WireError: the answer is malformed, or is from another client or for another round, job or base version; a
+            module, shape or scaling differs from the broadcast; a value is not finite; the number of examples is not
+            positive or too large; or a metric is unknown or missing.
     """
     who = f"client {client_id}"
     fields = _checked_head(record, fingerprint, who)
@@ -254,13 +260,13 @@ def decode_update(
 
 
 def most_bytes(sent: Broadcast) -> int:
-    """More than an answer to this broadcast can hold: every value in fp32, scales, headers, and some room."""
+    """An upper bound for the bytes of an answer to this broadcast."""
     return _ROOM + value_bytes(sent.adapter) + _NAME * len(OWN.put(sent.adapter))
 
 
 @_timed
 def as_received(broadcast: Broadcast, dtype: str) -> Broadcast:
-    """The broadcast as its client reads it: the adapter rounded to the number format that carried it."""
+    """The broadcast as its client receives it, with the adapter rounded to the message's number format."""
     return broadcast if dtype == "fp32" else replace(broadcast, adapter=round_trip(broadcast.adapter, dtype))
 
 
@@ -270,12 +276,12 @@ def encode_hello(fingerprint: str) -> RecordDict:
 
 
 def check_hello(record: RecordDict, fingerprint: str) -> None:
-    """Raises WireError when the server speaks another protocol or has another base model."""
+    """Raise WireError if the server has another protocol version or another base model."""
     _only(record, _checked_head(record, fingerprint, "the server"), "hello")
 
 
 def encode_info(info: ClientInfo, fingerprint: str) -> RecordDict:
-    """A client's answer to the server's first question: who are you, and what can you hold?"""
+    """A client's answer to the server's first question: its description."""
     head = _head(fingerprint, "fp32") | {
         "client-id": info.client_id,
         "rank": info.rank,
@@ -290,10 +296,10 @@ def encode_info(info: ClientInfo, fingerprint: str) -> RecordDict:
 
 
 def decode_info(record: RecordDict, fingerprint: str, who: str) -> ClientInfo:
-    """A client's description of itself.
+    """The description in a client's answer.
 
     Raises:
-        WireError: malformed, or a rank, an alpha or a number of examples that no client can have.
+        WireError: the answer is malformed, or its rank, alpha or number of examples is out of bounds.
     """
     fields = _checked_head(record, fingerprint, who)
     _only(record, fields, "info")
@@ -321,7 +327,14 @@ def decode_info(record: RecordDict, fingerprint: str, who: str) -> ClientInfo:
 def encode_evaluation(
     num_examples: int, metrics: Mapping[str, float], fingerprint: str, names: frozenset[str]
 ) -> RecordDict:
-    """A client's answer to an evaluate message: numbers only, by the names of the task's metrics."""
+    """A client's answer to an evaluate message: a number for each of the task's metrics.
+
+    Args:
+        num_examples: number of examples on which the client evaluated.
+        metrics: metrics by name.
+        fingerprint: the base model's fingerprint.
+        names: the names that may be sent.
+    """
     head = _head(fingerprint, "fp32") | {"num-examples": num_examples}
     return RecordDict({_HEAD: ConfigRecord(cast("Any", head)), METRICS_RECORD: metrics_record(metrics, names)})
 
@@ -329,7 +342,18 @@ def encode_evaluation(
 def decode_evaluation(
     record: RecordDict, fingerprint: str, who: str, names: frozenset[str], most_examples: int = MOST_EXAMPLES
 ) -> tuple[int, dict[str, float]]:
-    """`(num_examples, metrics)` of one client, by the names of the task's metrics, and of so many examples at most."""
+    """The number of examples and the metrics in a client's answer to an evaluate message.
+
+    Args:
+        record: the answer.
+        fingerprint: the base model's fingerprint.
+        who: the client, for error messages.
+        names: the names of the task's metrics.
+        most_examples: the largest number of examples that the client may claim.
+
+    Raises:
+        WireError: the answer is malformed, or a value is out of bounds.
+    """
     fields = _checked_head(record, fingerprint, who)
     _only(record, fields, "evaluation", (), METRICS_RECORD)
     metrics = read_metrics(record, who, names)
@@ -338,7 +362,7 @@ def decode_evaluation(
 
 
 def payload_bytes(record: RecordDict) -> int:
-    """Bytes of all tensors in a message, their headers included."""
+    """The number of bytes of all tensors in a message, with their headers."""
     return sum(len(array.data) for arrays in record.array_records.values() for array in arrays.values())
 
 
@@ -352,13 +376,13 @@ def _checked_head(record: RecordDict, fingerprint: str, who: str) -> Fields:
         raise WireError(f"{who}: the message has no head record; is the other side FedLoRA?")
     if head.get("protocol") != PROTOCOL:
         raise WireError(
-            f"{who} speaks protocol {short(head.get('protocol'))}, this side {PROTOCOL}; install the same version of "
-            "fedlora"
+            f"{who} uses protocol {short(head.get('protocol'))}, but this side {PROTOCOL}; install the same version of "
+            "fedlora on both"
         )
     if head.get("base") != fingerprint:
         raise WireError(
-            f"{who} has base model {short(head.get('base'))}, this side {fingerprint!r}; use the same model.name and "
-            "model.revision on both sides"
+            f"{who} has base model {short(head.get('base'))}, but this side {fingerprint!r}; use the same model.name "
+            "and model.revision on both sides"
         )
     if head.get("dtype") not in FORMATS:
         raise WireError(
@@ -368,7 +392,7 @@ def _checked_head(record: RecordDict, fingerprint: str, who: str) -> Fields:
 
 
 def _only(record: RecordDict, fields: Fields, kind: str, adapters: tuple[str, ...] = (), *others: str) -> None:
-    """Raises WireError unless the message holds these records and the keys of its kind, and nothing else."""
+    """Raise WireError unless the message has exactly these records, and exactly the keys of its kind."""
     keys = _KEYS[kind] | {f"{key}.{what}" for key in adapters for what in ("modules", "scalings", "tensors")}
     odd = sorted(({_HEAD, *adapters, *others} ^ set(record)) | (keys ^ set(fields.head)))
     if odd:

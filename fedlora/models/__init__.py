@@ -1,4 +1,4 @@
-"""Base models: found by name, told apart by content, quantized once, loaded once per process."""
+"""Base models, which are found by name, identified by content, quantized once and loaded once in each process."""
 
 from fedlora.models.base.devices import pick_device, pick_dtype
 from fedlora.models.base.fingerprint import fingerprint

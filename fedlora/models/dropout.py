@@ -1,4 +1,4 @@
-"""Dropout whose draws belong to one client each, however many clients share a batch."""
+"""Dropout in which each client has its own random numbers, however many clients share a batch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 
 def draws_per_client(model: nn.Module) -> bool:
-    """Whether each client's dropout is its own in this model: it drops anything, and no forward pass is run twice.
+    """Whether dropout can be drawn for each client in this model. The model must have dropout, but no checkpointing.
 
-    Gradient checkpointing runs it twice and restores torch's own generator alone: there dropout stays torch's.
+    Gradient checkpointing runs a forward pass twice and restores only torch's own generator, so that dropout must stay
+    torch's there.
     """
     if getattr(model, "is_gradient_checkpointing", False):
         return False
@@ -26,20 +27,22 @@ def draws_per_client(model: nn.Module) -> bool:
     return any(rates) or any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
 
 
-# Where a tensor has the batch's length: [rows, features], [rows, length, features], [rows, heads, length, length].
+# Number of a tensor's dimensions -> those that have the batch's length: [rows, features], [rows, length, features],
+# [rows, heads, length, length].
 _LENGTH_DIMS = {2: (), 3: (1,), 4: (2, 3)}
 
 
 @dataclass
 class Draws(TorchFunctionMode):
-    """While this is entered, every dropout draws for each client from that client's own generator.
+    """A context in which all dropout draws for each client from that client's own generator.
 
-    A client's mask is drawn in the shape that its part of the batch has alone, without the padding that others'
-    longer examples bring, so that it does not depend on who else is in the batch.
+    A client's mask is drawn in the shape that its part of the batch would have alone, without padding for longer
+    examples of other clients. It therefore does not depend on the other clients in the batch.
 
     Attributes:
-        generators: one per client; a batch's rows belong to the first `len(lengths)` of them, in equal parts.
-        lengths: each client's longest example in the present batch.
+        generators: the generator of each client. A batch's rows belong to the first `len(lengths)` clients, in equal
+            parts.
+        lengths: the length of each client's longest example in the present batch.
     """
 
     generators: Sequence[torch.Generator]
@@ -70,7 +73,7 @@ class Draws(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """`softmax(Q K' scale + mask)` with dropout, times V: what the fused kernel computes."""
+        """`softmax(Q K' scale + mask)` with dropout, times V, as the fused kernel computes it."""
         if enable_gqa:
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -84,7 +87,7 @@ class Draws(TorchFunctionMode):
         return weights * self._mask(weights, dropout_p) @ value
 
     def _mask(self, like: Tensor, p: float) -> Tensor:
-        """0 or 1/(1 - p), each client's part from its generator; what is beside a client's own part is 0."""
+        """A mask of 0 and 1/(1 - p), drawn for each client from its generator, with 0 outside a client's own part."""
         mask = like.new_zeros(like.shape)
         parts = mask.chunk(len(self.lengths))
         for part, length, generator in zip(parts, self.lengths, self.generators, strict=False):

@@ -1,4 +1,4 @@
-"""A kind of adapter that is no pair of factors, in PEFT's LoRA layers: of one client, or of several in one batch."""
+"""Puts adapters of kinds other than LoRA into PEFT's LoRA layers, for one client or for several in one batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedlora.adapters.kinds.base import AdapterKind, Place
 
 
 class Functional(nn.Module):
-    """x -> kind.forward(x); stands in the place of lora_A, while `Nothing` stands in that of lora_B.
+    """x -> kind.forward(x). This module takes the place of lora_A, and `Nothing` that of lora_B.
 
     PEFT's layer casts its input to the dtype of `weight`, applies dropout, and adds the result to the base's output.
     """
@@ -30,7 +30,7 @@ class Functional(nn.Module):
 
     @property
     def constants(self) -> dict[str, Tensor]:
-        """What is never trained."""
+        """The kind's tensors that are never trained, by name."""
         return {name.removeprefix("constant_"): value for name, value in self.named_buffers()}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,15 +49,15 @@ class Nothing(nn.Module):
 
 
 class Rows(Protocol):
-    """Whose rows a batch holds: `stacked.Stack`."""
+    """Knows to which clients a batch's rows belong: `stacked.Stack`."""
 
     def check(self, x: Tensor) -> int:
-        """The number of clients whose rows these are."""
+        """The number of clients to which these rows belong."""
         ...
 
 
 class FunctionalStack(nn.Module):
-    """Several clients' parts beside one layer: each client's rows go through its own, by one `torch.vmap`."""
+    """Several clients' parts beside one layer. One `torch.vmap` sends each client's rows through its own parts."""
 
     def __init__(self, one: Functional, parts: Sequence[Mapping[str, nn.Parameter]], rows: Rows) -> None:
         super().__init__()

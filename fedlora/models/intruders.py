@@ -1,12 +1,12 @@
-"""Intruder dimensions: leading singular directions of W + dW that the base W does not have.
+"""Intruder dimensions: leading singular directions of W + dW that the base model's weight W does not have.
 
 Shuttleworth et al. 2024, "LoRA vs Full Fine-tuning: An Illusion of Equivalence" (https://arxiv.org/abs/2410.21228):
-LoRA adds such directions where full fine-tuning does not, and they go with forgetting. With W = U S V' and the k
-leading singular triplets (s_i, u_i, v_i) of W + dW, direction i is an intruder if `max_j |U_j' u_i| < epsilon`, over
-all of W's left singular vectors. Scaling the intruders by lambda gives back some of what was forgotten:
-`dW + (lambda - 1) sum_i s_i u_i v_i'`. The update's rank grows by the number of intruders; nothing is truncated.
+LoRA adds such directions, full fine-tuning does not, and models with more of them forget more. With W = U S V' and the
+k leading singular triplets (s_i, u_i, v_i) of W + dW, direction i is an intruder if `max_j |U_j' u_i| < epsilon`, over
+all left singular vectors of W. Scaling the intruders by lambda restores some of what was forgotten:
+`dW + (lambda - 1) sum_i s_i u_i v_i'`. The update's rank grows by the number of intruders, and nothing is truncated.
 
-Quantized weights enter dequantized, GPT-2's transposed ones as [d_out, d_in].
+Quantized weights are dequantized first, and GPT-2's transposed ones are taken as [d_out, d_in].
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedlora.common.errors import AdapterError
 
 from .adapted import AdaptedModel, merge_folds, read
 
-# The defaults of PEFT's reduce_intruder_dimension, too.
+# These are also the defaults of PEFT's reduce_intruder_dimension.
 K, EPSILON = 10, 0.5
 
 
@@ -31,32 +31,32 @@ def count(weight: Tensor, delta: LoraFactors, k: int = K, epsilon: float = EPSIL
     """The number of intruders among the k leading directions of `weight + dW`.
 
     Args:
-        weight: [d_out, d_in].
-        delta: dW's factors.
-        k: leading directions to look at.
-        epsilon: a direction whose cosine with every left singular vector of the base is below it is an intruder.
-        base: these vectors, [d_out, min(d_out, d_in)], where they are known; else those of `weight`.
+        weight: the base model's weight W, [d_out, d_in].
+        delta: the factors of dW.
+        k: number of leading directions to examine.
+        epsilon: a direction is an intruder if its cosines with all left singular vectors of W are below this number.
+        base: these vectors, [d_out, min(d_out, d_in)]; computed from `weight` when left out.
     """
     return _intruders(weight, delta, k, epsilon, base)[1].numel()
 
 
 def remove(weight: Tensor, delta: LoraFactors, lam: float, k: int = K, epsilon: float = EPSILON) -> LoraFactors:
-    """The update with its intruders scaled: 1 leaves it as it is, 0 takes them out of `weight + dW`.
+    """The update with its intruders scaled.
 
     Args:
-        weight: of the base, [d_out, d_in].
-        delta: dW's factors, of rank r.
-        lam: the paper's lambda.
+        weight: the base model's weight W, [d_out, d_in].
+        delta: the factors of dW, of rank r.
+        lam: the paper's lambda; with 1 nothing changes, with 0 the intruders are removed from W + dW.
         k, epsilon: as in `count`.
 
     Returns:
-        Factors of rank r + the number of intruders; `delta` itself where there are none.
+        Factors of rank r + the number of intruders; `delta` itself if there are none.
 
     Raises:
         AdapterError: lambda is below 0.
     """
     if not lam >= 0:
-        raise AdapterError(f"intruders are scaled by lambda = {lam}, expected 0 (none is left) to 1 (all stay)")
+        raise AdapterError(f"intruders are scaled by lambda = {lam}, expected 0 (removes them) to 1 (changes nothing)")
     if lam == 1:
         return delta
     u, s, vh = _intruders(weight, delta, k, epsilon)
@@ -70,12 +70,12 @@ def remove(weight: Tensor, delta: LoraFactors, lam: float, k: int = K, epsilon: 
 def without_intruders(
     bench: AdaptedModel, adapter: AdapterState, lam: float, k: int = K, epsilon: float = EPSILON
 ) -> AdapterState:
-    """The adapter with every module's intruders scaled; the head stays, cores are multiplied into their factors.
+    """The adapter with the intruders of every module scaled. The head is unchanged; cores are multiplied into A.
 
     Args:
-        bench: the base, brought back to its untouched weights if folds were merged into them.
-        adapter: everything learned, for all or some of the base's modules.
-        lam: 1 leaves all as it is, 0 removes the intruders.
+        bench: the base model; folds that were merged into its weights are taken out again.
+        adapter: the whole trained adapter, for all or some of the base's modules.
+        lam: with 1 nothing changes, with 0 the intruders are removed.
         k, epsilon: as in `count`.
 
     Raises:
@@ -93,10 +93,10 @@ def without_intruders(
 
 
 class BaseSpectra:
-    """The left singular vectors of every adapted weight of an untouched base, decomposed once.
+    """The left singular vectors of every adapted weight of the unchanged base model, computed once.
 
-    They are kept on the CPU in fp16, d_out * min(d_out, d_in) numbers each: rounding moves a cosine by less than
-    5e-4, and a base's vectors would fill a GPU.
+    They are kept on the CPU in fp16, with d_out * min(d_out, d_in) numbers for each weight, since the vectors of all
+    weights would fill a GPU. Rounding to fp16 changes a cosine by less than 5e-4.
     """
 
     def __init__(self, bench: AdaptedModel) -> None:
@@ -105,7 +105,7 @@ class BaseSpectra:
         self._left = {name: _left(_weight(layer)).to("cpu", torch.float16) for name, layer in bench.layers.items()}
 
     def counts(self, k: int = K, epsilon: float = EPSILON) -> dict[str, int]:
-        """Module -> intruders of what is installed: the adapter, and folds merged into the weights; no anchor."""
+        """Module -> number of intruders of the installed adapter and of merged folds; an anchor does not count."""
         installed = read(self._bench).lora
         return {
             name: count(_weight(layer), installed[name], k, epsilon, self._left[name])
@@ -116,14 +116,14 @@ class BaseSpectra:
 def leading(matrix: Tensor, k: int) -> Svd:
     """The k leading singular triplets, from all eigenpairs of the smaller Gram matrix in fp64.
 
-    Trained weights' spectra fall so slowly that subspace iterations take longer than the whole eigenproblem.
+    The spectra of trained weights fall so slowly that subspace iterations take longer than the whole eigenproblem.
 
     Args:
-        matrix: [d_out, d_in].
-        k: at least 1; at most min(d_out, d_in) come back.
+        matrix: a matrix [d_out, d_in].
+        k: number of triplets, at least 1; at most min(d_out, d_in) are returned.
 
     Returns:
-        U [d_out, k], S [k] descending, Vh [k, d_in], fp64; zeros where S is below 1e-7 of the largest.
+        U [d_out, k], S [k] in descending order, Vh [k, d_in], in fp64, with zeros where S is below 1e-7 of the largest.
     """
     m = matrix.double()
     across = m.shape[0] > m.shape[1]
@@ -154,14 +154,14 @@ def _left(weight: Tensor) -> Tensor:
 
 
 def _weight(layer: LoraLayer) -> Tensor:
-    """The layer's frozen weight as it computes with it, [d_out, d_in]; on the CPU where the device has no SVD."""
+    """The layer's frozen weight, dequantized, [d_out, d_in]; moved to the CPU if the device has no SVD."""
     weight = _dequantized(layer.get_base_layer()).detach()
     weight = weight.cpu() if weight.device.type not in ("cpu", "cuda") else weight
     return weight.T if getattr(layer, "fan_in_fan_out", False) else weight
 
 
 def _dequantized(module: nn.Module) -> Tensor:
-    """The module's weight as numbers; nothing of the module changes."""
+    """The module's weight, dequantized; the module is not changed."""
     weight = module.weight
     if isinstance(weight, Params4bit):
         return dequantize_4bit(weight.data, weight.quant_state)

@@ -1,4 +1,4 @@
-"""PEFT checkpoints, written and read."""
+"""Writes and reads PEFT checkpoints."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from fedlora.tasks.registry import task_of
 
 
 def save_checkpoint(adapter: AdapterState, folder: Path, model: ModelConfig, about: Mapping[str, object]) -> None:
-    """Write a PEFT checkpoint that `PeftModel.from_pretrained` loads on the untouched base.
+    """Write a PEFT checkpoint that `PeftModel.from_pretrained` loads on the unchanged base model.
 
-    Every module is written at its numerical rank with scaling 1 (`rank_pattern` where ranks differ).
+    Every module is written at its numerical rank, with scaling 1; unequal ranks are in `rank_pattern`.
 
     Args:
-        adapter: everything learned, folds included.
-        folder: made when missing.
-        model: the base, for the checkpoint's config.
-        about: written beside it as fedlora.json (configuration, base fingerprint).
+        adapter: the whole trained adapter, folds included.
+        folder: folder of the checkpoint; made if it is missing.
+        model: the run's section model, for the checkpoint's config.
+        about: facts for the file fedlora.json beside it, such as configuration and base fingerprint.
     """
     small = compress(adapter.lora)
     ranks = {name: factors.rank for name, factors in small.items()}
@@ -56,22 +56,22 @@ def save_checkpoint(adapter: AdapterState, folder: Path, model: ModelConfig, abo
     config.save_pretrained(str(part))
     save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
     (part / "fedlora.json").write_text(json.dumps(about, indent=2) + "\n")
-    if folder.exists():  # an interruption leaves a whole checkpoint, the old one or the new one
+    if folder.exists():  # so that an interruption leaves a whole checkpoint, the old or the new one
         folder.rename(old)
     part.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def read_adapter(folder: Path) -> AdapterState:
-    """A PEFT checkpoint as factors by base-model module name, and tensors that were trained in full.
+    """The adapter in a PEFT checkpoint.
 
     Raises:
-        AdapterError: the files cannot be read, or hold something else than LoRA factors.
+        AdapterError: the files cannot be read, or contain something else than LoRA factors.
     """
     try:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         if not isinstance(settings, dict) or "lora_alpha" not in settings:  # PEFT would take its own default
-            raise ValueError("adapter_config.json is no LoRA adapter's, it lacks lora_alpha")
+            raise ValueError("adapter_config.json does not describe a LoRA adapter, it lacks lora_alpha")
         config = cast("PeftLoraConfig", PeftLoraConfig.from_pretrained(str(folder)))
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError, ValueError, TypeError) as error:

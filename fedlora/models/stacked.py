@@ -1,10 +1,10 @@
-"""Many clients' adapters side by side in one PEFT model: one batch through the shared base, a small adapter for each.
+"""Several clients' adapters in one PEFT model: one batch goes through the shared base, with an adapter for each client.
 
-The rows of a batch belong to the clients in equal parts, client after client. A's of all clients are one tensor
-[clients, r_max, d_in], B's one [clients, r_max, d_out] (the transposes, so that a rank is a row in both), with zeros
-where a client's rank is smaller. Each client's parameters are views of its own rows of these, B's transposed back to
-[d_out, r], and of their gradients:
-an optimizer that is given one client's views does to them just what it does alone, and never sees the zeros.
+The rows of a batch belong to the clients in equal parts, client after client. The A of all clients are one tensor
+[clients, r_max, d_in], and the B are one tensor [clients, r_max, d_out], transposed, so that a rank is a row in both.
+If a client's rank is smaller, the other rows are zeros. A client's parameters are views of its own rows (those of B
+transposed back to [d_out, r]), and so are its gradients. An optimizer with one client's views does the same as for a
+client alone, and never sees the zeros.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .trainable import Pair, Trainable
 
 
 class NotStackable(AdapterError):
-    """This model cannot serve several clients in one batch; one at a time it can."""
+    """This model cannot train several clients in one batch, but only one client at a time."""
 
 
 class _Layer:
@@ -39,7 +39,7 @@ class _Layer:
         self.ranks = [f.rank for f in factors]
         self.A = _stacked([f.A for f in factors], device)
         self.B = _stacked([f.B.T for f in factors], device)
-        self.scalings = [f.scaling for f in factors]  # as they were sent; a tensor would round them to fp32
+        self.scalings = [f.scaling for f in factors]  # kept as numbers, since a tensor would round them to fp32
         self.scaling = torch.tensor(self.scalings, device=device)[:, None, None]
         self.cores = None if cores[0] is None else [_own(cast("Tensor", core), device) for core in cores]
 
@@ -50,7 +50,7 @@ class _Layer:
 
 
 class _Down(nn.Module):
-    """x -> scaling R A x, each client's rows through its own; in the place of PEFT's lora_A."""
+    """x -> scaling R A x, with each client's own factors for its rows; takes the place of PEFT's lora_A."""
 
     def __init__(self, layer: _Layer, stack: Stack) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class _Down(nn.Module):
 
 
 class _Up(nn.Module):
-    """z -> B z, each client's rows through its own; in the place of PEFT's lora_B."""
+    """z -> B z, with each client's own B for its rows; takes the place of PEFT's lora_B."""
 
     def __init__(self, layer: _Layer, stack: Stack) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class _Up(nn.Module):
 
 
 class _Heads(nn.Module):
-    """A module that is trained in full, one copy for each client."""
+    """A module that is trained in full, with a copy for each client."""
 
     def __init__(self, module: nn.Module, values: Sequence[Mapping[str, nn.Parameter]], stack: Stack) -> None:
         super().__init__()
@@ -94,9 +94,9 @@ class Stack:
     """The adapters of several clients in a model's LoRA layers; made by `stacked`.
 
     Attributes:
-        slots: what is trained of each client, in the order of the adapters.
-        active: how many of them, from the first, the present batch holds.
-        rows: the present batch's number of rows, and its length.
+        slots: the trained parameters of each client, in the order of the adapters.
+        active: number of clients in the present batch; these are the first ones.
+        rows: number of rows of the present batch, and its length.
     """
 
     def __init__(
@@ -143,12 +143,12 @@ class Stack:
     def _add_parts(
         self, name: str, layer: LoraLayer, adapters: Sequence[AdapterState], trained: bool
     ) -> list[dict[str, nn.Parameter]]:
-        """Each client's own parts of a kind that is no pair of factors."""
-        one = layer.lora_A[ADAPTER]  # as `install` left it for the last of the adapters
+        """Each client's own parts, for a kind other than LoRA."""
+        one = layer.lora_A[ADAPTER]  # the module that `install` made for the last of the adapters
         assert isinstance(one, Functional)
         found = [placed(self._kind, name, layer, adapter) for adapter in adapters]
         if len({place.rank for place, _ in found}) > 1:
-            raise NotStackable(f"{self._kind.name} has adapters of unequal ranks, which are no one batch")
+            raise NotStackable(f"{self._kind.name} adapters of unequal ranks cannot share a batch")
         parts = [{part: _own(value, one.weight.device) for part, value in own.items()} for _, own in found]
         for own in parts:
             for parameter in own.values():
@@ -158,14 +158,14 @@ class Stack:
         return parts
 
     def check(self, x: Tensor) -> int:
-        """The number of clients whose rows these are."""
+        """The number of clients to which these rows belong."""
         rows, length = self.rows
         if x.shape[0] not in (rows, rows * length):
-            raise NotStackable(f"a layer saw {x.shape[0]} rows of a batch of {rows}, which belong to no client")
+            raise NotStackable(f"a layer got {x.shape[0]} rows of a batch of {rows}, which belong to no client")
         return self.active
 
     def share_gradients(self) -> None:
-        """Give each active client's views their part of the stacks' gradients."""
+        """Set the gradient of each active client's views to its part of the stacks' gradients."""
         for place, layer in enumerate(self._layers.values()):
             for number in range(self.active):
                 rank = layer.ranks[number]
@@ -181,7 +181,7 @@ class Stack:
                 parameter.grad = None
 
     def read(self, seat: int) -> AdapterState:
-        """One client's adapter as it is now, on the CPU in fp32, as a copy."""
+        """A copy of one client's present adapter, on the CPU in fp32."""
         lora = {
             name: LoraFactors(
                 A=fp32_copy(layer.A[seat, : layer.ranks[seat]]),
@@ -197,13 +197,13 @@ class Stack:
         return AdapterState(lora=lora, tensors=tensors)
 
     def modules(self, name: str) -> tuple[nn.Module, nn.Module]:
-        """What stands in for PEFT's lora_A and lora_B of a module."""
+        """The modules that replace PEFT's lora_A and lora_B of a module."""
         if name in self._functional:
             return self._functional[name], Nothing(self._functional[name].weight)
         return _Down(self._layers[name], self), _Up(self._layers[name], self)
 
     def heads(self, head: str, module: nn.Module) -> nn.Module:
-        """What stands in for a module that is trained in full."""
+        """The module that replaces one that is trained in full."""
         start = head + "."
         values = [
             {n.removeprefix(start): p for n, p in dense.items() if n.startswith(start)} for dense in self._tensors
@@ -219,19 +219,21 @@ def stacked(
     modules: Collection[str] | None = None,
     folds: tuple[AdapterState, ...] = (),
 ) -> Iterator[Stack]:
-    """Several clients' adapters in the model's LoRA layers, until the block ends.
+    """Within the block, put several clients' adapters into the model's LoRA layers.
 
     Args:
         bench: the model.
-        adapters: of the same modules, with a core for all or none, of any ranks.
-        train, modules, folds: as in `adapted.install`; the anchor serves all.
+        adapters: the clients' adapters, of any ranks, for the same modules, all with cores or all without.
+        train, modules: as in `adapted.install`.
+        folds: the folds, which are one anchor for all clients.
 
     Raises:
         AdapterError: modules or shapes do not fit the model.
+        NotStackable: the model cannot train several clients in one batch.
     """
     if isinstance(bench.task.narrowed(bench.model), LoraLayer):
-        raise NotStackable("the output layer has an adapter, and sees the labelled tokens alone, not whole rows")
-    for adapter in adapters:  # the same refusals as one at a time
+        raise NotStackable("the output layer has an adapter, but gets only the labelled tokens and not whole rows")
+    for adapter in adapters:  # for the same refusals as one at a time
         install(bench, adapter, train, modules)
     install_anchor(bench, folds)
     active = {name: layer.active_adapters for name, layer in bench.layers.items()}
@@ -254,7 +256,7 @@ def stacked(
 
 
 def _stacked(rows: Sequence[Tensor], device: torch.device) -> nn.Parameter:
-    """[clients, r_max, d]: each client's [r, d], then zeros."""
+    """A parameter [clients, r_max, d] with each client's rows [r, d], and then zeros."""
     top = max(len(part) for part in rows)
     whole = torch.zeros(len(rows), top, rows[0].shape[1], device=device)
     for part, place in zip(rows, whole, strict=True):
@@ -263,7 +265,7 @@ def _stacked(rows: Sequence[Tensor], device: torch.device) -> nn.Parameter:
 
 
 def _first(stack: Tensor, seats: int) -> Tensor:
-    """The first clients' factors; all of them without a slice, whose gradient would be a copy."""
+    """The first clients' factors. If these are all, the tensor is not sliced, since a slice's gradient is a copy."""
     return stack if seats == len(stack) else stack[:seats]
 
 

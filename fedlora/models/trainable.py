@@ -1,4 +1,4 @@
-"""What is trained of a model: each module's factors as a pair, and single tensors beside them."""
+"""The trained parameters of a model: the factors of each module as a pair, and single tensors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Pair:
 
     Args:
         module: the module's name in the base model.
-        A: [r, d_in]. In a batch of clients, a view of this client's rows of all clients' factors.
-        B: [d_out, r], and a view in the same way.
-        scaling: of the module on this client.
+        A: the factor A, [r, d_in]. In a batch of clients, it is a view of this client's rows of all clients' factors.
+        B: the factor B, [d_out, r]; in a batch of clients, a view too.
+        scaling: the module's scaling on this client.
 
     A factor that is not trained has `requires_grad = False`, and no gradient.
     """
@@ -29,12 +29,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Trainable:
-    """What a client's optimizer works on.
+    """The parameters that a client's optimizer changes.
 
     Args:
         pairs: the factors of every adapted module, trained or not.
-        parameters: all that is trained, in a fixed order: module by module A, B and a core R, then tensors that are
-            trained in full (a classifier's head, the parts of an adapter that is no pair of factors).
+        parameters: all trained parameters, in a fixed order: A, B and a core R, module by module, then tensors trained
+            in full (a classifier's head, the parts of other kinds of adapters).
     """
 
     pairs: Sequence[Pair]
@@ -42,6 +42,6 @@ class Trainable:
 
     @property
     def others(self) -> list[nn.Parameter]:
-        """What is trained and stands in no pair: cores, heads, parts of other kinds of adapters."""
+        """The trained parameters that are in no pair: cores, heads, parts of other kinds of adapters."""
         paired = {id(factor) for pair in self.pairs for factor in (pair.A, pair.B)}
         return [parameter for parameter in self.parameters if id(parameter) not in paired]

@@ -1,4 +1,4 @@
-"""What a run looks like in a terminal: a bar per round and client, a line per finished round, a closing table."""
+"""Shows a run in a terminal: a bar for the round and each client, a line for each finished round, and a final table."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from fedlora.config import client_rank
 
 from .record import cut_share
 
-if TYPE_CHECKING:  # they import heavy libraries, and every command this file
+if TYPE_CHECKING:  # these import heavy libraries, but every command imports this file
     from fedlora.config import Config
     from fedlora.data.shown import Shown
     from fedlora.data.stats import ClientStatistics
 
     from .status import RunStatus
 
-_QUIET_SECONDS = 10.0  # after which a run says where it stands
-_MOST_ALIKE = 3  # clients that are told of with one reason
+_QUIET_SECONDS = 10.0  # after so long without output, a run prints a line about its progress
+_MOST_ALIKE = 3  # largest number of clients that are shown with the same reason
 _NUMBER = re.compile(r"-?\d+")
-_MOST_CLIENTS = 40  # that fedlora status shows all of
+_MOST_CLIENTS = 40  # largest number of clients that fedlora status shows one by one
 
 
 class ConsoleLog(logging.Handler):
@@ -48,8 +48,9 @@ class ConsoleLog(logging.Handler):
 
 
 class RunDisplay:
-    """A listener for `fedlora.common.events`: bars on a terminal; elsewhere plain lines, and one of where it stands now
-    and then, so that a long round is not silent.
+    """A listener for `fedlora.common.events` that shows a run.
+
+    On a terminal it shows bars. Elsewhere it prints plain lines, some of them about the progress within long rounds.
     """
 
     def __init__(self, console: Console) -> None:
@@ -75,7 +76,7 @@ class RunDisplay:
         self._console.print(text, style=style, soft_wrap=True)
 
     def _stand(self, text: str, after: float = _QUIET_SECONDS) -> None:
-        """Where no bars are shown, a line when none was printed for so many seconds."""
+        """If no bars are shown, print this line, unless another was printed in the last `after` seconds."""
         if not self._console.is_terminal and time.monotonic() - self._said >= after:
             self._line(text, "dim")
 
@@ -118,7 +119,7 @@ class RunDisplay:
 
     def _on_client_failed(self, client_id: int | None, node: int, reason: str, round: int) -> None:
         self._drop(self._clients.pop(client_id, None) if client_id is not None else None)
-        kind = _NUMBER.sub("", reason)  # the same reason, of another client
+        kind = _NUMBER.sub("", reason)  # so that the reasons of several clients are equal
         if kind not in self._alike:
             self._rest_alike()
         self._alike[kind] += 1
@@ -126,7 +127,7 @@ class RunDisplay:
             self._console.print(f"round {round}  not counted: {reason}", style="yellow", soft_wrap=True, markup=False)
 
     def _rest_alike(self) -> None:
-        """How many clients more had a reason that was told often enough."""
+        """Print how many more clients had a reason that was already shown for enough clients."""
         more = sum(max(0, count - _MOST_ALIKE) for count in self._alike.values())
         self._alike.clear()
         if more:
@@ -166,7 +167,7 @@ class RunDisplay:
 
 
 def result_table(folder: Path) -> Table:
-    """The rounds of a run, from its result.json; columns without a value are left out."""
+    """A table of a run's rounds, from its result.json; columns without a value are left out."""
     data = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     rows = [{"round": "0", **_scores(data["baseline"])}] if "baseline" in data else []
     for entry in data["rounds"]:
@@ -187,9 +188,9 @@ def result_table(folder: Path) -> Table:
         )
     table = Table(
         title=f"{data['config']['strategy.name']} on {data['config']['model.name']}: {data['status']}",
-        caption="loss, accuracy: on held-out rows. train: the clients' mean loss. error: of the aggregate, against the "
-        "exact mean of the updates. "
-        "drift: 0 where clients moved alike, 1 where they share nothing. rank: effective, of the mean update.",
+        caption="loss, accuracy: on held-out rows. train: mean training loss of the clients. error: distance of the "
+        "aggregate from the exact mean of the updates. drift: 0 if all clients' updates are equal, 1 if they have "
+        "nothing in common. rank: effective rank of the mean update.",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,  # ten columns fit a terminal of 80
         pad_edge=False,
@@ -203,19 +204,19 @@ def result_table(folder: Path) -> Table:
 
 
 def cut_line(folder: Path) -> str:
-    """What is said at the end of a run whose rows were cut; empty where none was."""
+    """The line about rows that were cut, for the end of a run; empty if none was."""
     data = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     share = cut_share(data)
     if not share:
         return ""
     return (
         f"{share:.1%} of the rows that clients trained on are longer than data.max-length = "
-        f"{data['config']['data.max-length']} tokens and were cut; fedlora data shows how, and what length would do"
+        f"{data['config']['data.max-length']} tokens and were cut; fedlora data shows how, and proposes a length"
     )
 
 
 def status_table(run: RunStatus) -> Table:
-    """Where a run stands, one line for each client; of very many, for those at work in this round or the last."""
+    """A table of a run's progress with a line for each client; if there are very many, for those of the last round."""
     heldout = f"; held-out {_metrics(run.heldout)}" if run.heldout else ""
     quiet = (
         "" if run.quiet_seconds is None or run.status != "running" else f"; last event {_ago(run.quiet_seconds)} ago"
@@ -242,7 +243,7 @@ def status_table(run: RunStatus) -> Table:
 
 
 def data_table(clients: Sequence[ClientStatistics], config: Config, heldout: int, *, every: bool = False) -> Table:
-    """Who gets which rows: a line for each client; of very many, for those of each rank, unless `every` is set."""
+    """A table of the clients' rows: a line for each client; if there are very many and not `every`, for each rank."""
     table = Table(title=f"{config.data.source}, {config.data.partition}; {heldout} held-out rows")
     if every or len(clients) <= _MOST_CLIENTS:
         for title in ("client", "rank", "rows", "mean characters", "labels"):
@@ -285,7 +286,7 @@ def _counts(labels: Mapping[str, int]) -> str:
 
 
 def example_text(example: Shown) -> Text:
-    """A row as the model sees it; what is learned is green, and between brackets that colours do not need."""
+    """A row as the model sees it. The learned text is green, and between brackets for terminals without colours."""
     if not example.tokens:
         return Text(f"row {example.row}: nothing to predict, left out", style="yellow")
     cut = f" of {example.whole}" if example.whole > example.tokens else ""
@@ -316,7 +317,7 @@ def _number(value: float | None) -> str:
 
 
 def share(value: float | None) -> str:
-    """A relative error; fp32 factors know no more than seven digits."""
+    """A relative error as text; since fp32 has seven digits, small errors are shown as "< 1e-7"."""
     return "" if value is None else f"{value:.1e}" if value >= 1e-7 else "< 1e-7"
 
 

@@ -1,4 +1,4 @@
-"""What a run was made with: versions, commit, device, memory."""
+"""Facts about the environment of a run: versions, commit, device, memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PACKAGES = ("torch", "flwr", "transformers", "peft", "bitsandbytes", "datasets"
 
 
 def versions() -> dict[str, str]:
-    """Of this product, Python, and the libraries that decide results."""
+    """The versions of FedLoRA, of Python, and of the libraries on which results depend."""
     found = {"fedlora": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def code_version() -> dict[str, Any]:
-    """Commit and a dirty flag when this is a checkout; nothing for an installed wheel."""
+    """The commit, and whether there are local changes, in a checkout; empty for an installed wheel."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return {}
@@ -48,7 +48,7 @@ def code_version() -> dict[str, Any]:
 
 
 def device_facts(config: Config) -> dict[str, Any]:
-    """What it ran on."""
+    """Facts about the machine: device, platform, cores, memory, GPUs."""
     import torch
 
     from fedlora.models import pick_device
@@ -66,7 +66,7 @@ def device_facts(config: Config) -> dict[str, Any]:
 
 
 def peak_memory_bytes() -> dict[str, int]:
-    """Largest resident memory of this process so far, and of its GPU allocations."""
+    """The largest resident memory of this process so far, and its largest GPU allocation, in bytes."""
     import torch
 
     peak: dict[str, int] = {"process": _peak_rss()}

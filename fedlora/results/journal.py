@@ -1,4 +1,4 @@
-"""A run's or a node's structured log: events.jsonl, one line of JSON for each event, with its round and node."""
+"""The structured log of a run or a node: events.jsonl, with a line of JSON for each event."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ _log = logging.getLogger("fedlora")
 
 
 class Journal:
-    """A listener for `fedlora.common.events`.
+    """A listener for `fedlora.common.events` that writes a file.
 
-    Steps are written every few seconds; everything else as it comes. A disk that is full costs lines, not the run.
+    Training steps are written every few seconds, and all other events at once. If the disk is full, lines are lost, but
+    the run goes on.
 
     Args:
-        path: appended to; several processes may.
-        echo: print the lines too, as words.
-        most: bytes at which the file is moved out of the way, see `rotation`; 0: it grows with its run.
-        always: written in every line, such as the node's number.
+        path: path of the file, to which lines are appended; several processes may write it.
+        echo: whether the lines are also printed, in a short form.
+        most: size in bytes at which the file is renamed (see `rotation`); 0: no limit.
+        always: facts for every line, such as the node's number.
     """
 
     def __init__(self, path: Path, *, echo: bool = False, most: int = 0, **always: Any) -> None:
@@ -59,13 +60,13 @@ class Journal:
                 file.write(json.dumps(line, allow_nan=False, default=str) + "\n")
         except (OSError, ValueError) as error:
             if not self._failed:
-                self._failed = True  # before the warning, which comes here too
+                self._failed = True  # set before the warning, which is an event as well
                 _log.warning("%s: cannot be written: %s", self._path, error)
 
 
 @contextmanager
 def journal_to(path: Path, *, echo: bool = False, most: int = 0, **always: Any) -> Iterator[None]:
-    """Everything emitted within the block, and the product's log lines, are written there; see `Journal`."""
+    """Within the block, write all events and FedLoRA's log lines to a file; arguments as in `Journal`."""
     journal = Journal(path, echo=echo, most=most, **always)
     handler = _LogLines(journal)
     _log.addHandler(handler)
@@ -77,7 +78,7 @@ def journal_to(path: Path, *, echo: bool = False, most: int = 0, **always: Any) 
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The events in order; a line that was cut off is left out."""
+    """The events in a file, in order; incomplete lines are left out."""
     if not path.is_file():
         return []
     events = []
@@ -90,7 +91,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 class _LogLines(logging.Handler):
-    """Log lines as events."""
+    """Writes log lines to a journal, as events."""
 
     def __init__(self, journal: Journal) -> None:
         super().__init__()
@@ -105,7 +106,7 @@ def _short(value: Any) -> str:
 
 
 def _flat(facts: dict[str, Any]) -> dict[str, Any]:
-    """Numbers and texts as they are; of a round's entry what fits a line."""
+    """The facts of an event for one line; of a round's record, only its numbers and texts."""
     entry = facts.get("entry")
     if isinstance(entry, dict):
         counts = {"clients": len(entry["clients"]), "failures": len(entry["failures"])}

@@ -1,7 +1,7 @@
-"""Where the time of a round goes: a table by section, and a trace for a browser.
+"""Shows how the time of a round is spent: a table by section, and a trace for a browser.
 
-The code marks its sections with `torch.profiler.record_function`, which does next to nothing while no profiler runs.
-LoRA layers, which run too often for that, are marked by hooks while one does.
+The code marks its sections with `torch.profiler.record_function`, which costs almost nothing without a profiler. LoRA
+layers run too often for that, and are marked by hooks only while a profiler runs.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from fedlora.models.adapted import AdaptedModel
 
 TRACE, TABLE = "profile.json.gz", "profile-table.json"
-# A trace grows by some ten thousand events with each batch: so many are watched, then the rest of the round is not.
+# A trace grows by about ten thousand events with each batch. After this many batches, the round is no longer watched.
 MOST_BATCHES = 64
 _PREFIX = "fedlora/"
 _ROUND, _EVALUATE, _FORWARD, _BACKWARD = "round", "evaluate", "forward", "backward"
 _ADAPTER, _BASE, _ADAPTER_BACKWARD = "adapter", "base", "adapter-backward"
 _CODEC = "codec"
-# Section -> its row in the table, in this order. Time counts for the innermost section; an evaluation is one whole.
+# Section -> its row in the table, in this order. Time counts for the innermost section, except within an evaluation.
 ROWS = {
     _FORWARD: "base model, forward and loss",
     _BACKWARD: "base model, backward",
@@ -56,14 +56,14 @@ _NODE = "autograd::engine::evaluate_function"
 
 @dataclass(frozen=True)
 class Profile:
-    """What was found.
+    """The result of a profile.
 
     Attributes:
-        covers: what was watched, in words.
-        seconds: its wall time.
-        sections: seconds by section, in the order of `ROWS`; they sum to `seconds`.
-        split: whether the backward pass is told apart; otherwise the adapters' is in the base model's.
-        device: what computed.
+        covers: text about what was watched, such as "round 1".
+        seconds: wall time of what was watched, in seconds.
+        sections: seconds of each section, in the order of `ROWS`; their sum is `seconds`.
+        split: True if the adapters' backward pass has a section of its own; False if it is part of the base model's.
+        device: the device that computed.
     """
 
     covers: str
@@ -74,11 +74,11 @@ class Profile:
 
 
 class Profiler:
-    """A listener for `fedlora.common.events` that watches the first round it hears of; see `profiled`.
+    """A listener for `fedlora.common.events` that profiles the first round; see `profiled`.
 
     Attributes:
-        folder: the run's.
-        profile: what was found; None until the end, or when no round began.
+        folder: the run's folder.
+        profile: the result; None until the end, or if no round began.
     """
 
     def __init__(self, config: Config, folder: Path) -> None:
@@ -116,17 +116,19 @@ class Profiler:
         self._device = str(bench.base.device)
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Stop profiling."""
         if self._open is not None:
             self._open.close()
             self._open = None
 
     def write(self) -> None:
-        """Both files, if a round was watched."""
+        """Write both files, if a round was profiled."""
         if self._torch is None:
             return
         self._torch.export_chrome_trace(str(self.folder / TRACE))
-        split = not self._config.model.gradient_checkpointing  # which runs the forward pass again within the backward
+        split = (
+            not self._config.model.gradient_checkpointing
+        )  # checkpointing repeats the forward pass within the backward pass
         sections = by_section(operations(self.folder / TRACE), split)
         self.profile = Profile(self._covers, sum(sections.values()), sections, split, self._device)
         (self.folder / TABLE).write_text(json.dumps(asdict(self.profile), indent=2) + "\n", encoding="utf-8")
@@ -134,14 +136,14 @@ class Profiler:
 
 @contextmanager
 def profiled(config: Config, folder: Path) -> Iterator[Profiler]:
-    """Watch the first round that is run in this process within the block, and write what was found to the folder.
+    """Within the block, profile the first round in this process, and write the result to the folder.
 
-    A round 0 of statistics is not watched. A block that ends in an error writes what was watched until then, unless
-    the round was cut short by it.
+    A round 0 for statistics is not profiled. If the block ends with an error after the profiled round, the result is
+    written too.
 
     Args:
-        config: of the run.
-        folder: the run's; it gets `profile.json.gz`, the trace, and `profile-table.json`.
+        config: the run's configuration.
+        folder: the run's folder, for `profile.json.gz` (the trace) and `profile-table.json`.
     """
     from fedlora.common.events import listen
 
@@ -160,11 +162,11 @@ def profiled(config: Config, folder: Path) -> Iterator[Profiler]:
 
 
 class Operation(NamedTuple):
-    """One operation, or one section, of a trace; microseconds.
+    """One operation or one section of a trace, with times in microseconds.
 
     Attributes:
-        number: of the operation in the forward pass; None without one.
-        backward: whether it is a node of the backward graph.
+        number: torch's sequence number of the operation in the forward pass; None without one.
+        backward: whether the operation is a node of the backward graph.
     """
 
     start: float
@@ -176,9 +178,9 @@ class Operation(NamedTuple):
 
 
 def operations(trace: Path) -> list[Operation]:
-    """The operations of a trace that the processor ran; those of a device are left out."""
+    """The operations of a trace that ran on the CPU; those of a GPU are left out."""
 
-    def kept(found: dict[str, Any]) -> Any:  # a trace is large: what is not asked for is let go of while it is read
+    def kept(found: dict[str, Any]) -> Any:  # a trace is large, so that what is not needed is dropped while it is read
         if "ph" not in found:
             return found
         if found.get("cat") not in ("cpu_op", "user_annotation") or "dur" not in found:
@@ -192,14 +194,14 @@ def operations(trace: Path) -> list[Operation]:
 
 
 def by_section(trace: Sequence[Operation], split: bool) -> dict[str, float]:
-    """Seconds of wall time in each section; together they are those of the watched round.
+    """Seconds of wall time in each section; their sum is the time of the profiled round.
 
-    A node of the backward graph bears the sequence number of the operation that made it: the adapters' share of the
-    backward pass is the time of the nodes that were made within a LoRA layer, and not within the base layer in it.
+    A node of the backward graph has the sequence number of the operation that made it. The adapters' backward pass
+    consists of the nodes that were made within a LoRA layer, but outside the base layer in it.
 
     Args:
-        trace: of one round.
-        split: tell the adapters' backward pass from the base model's.
+        trace: the operations of one round.
+        split: whether the adapters' backward pass gets a section of its own.
     """
     ordered = sorted(trace, key=lambda one: (one.start, -one.length))
     whole = next(one for one in ordered if one.name == _PREFIX + _ROUND)
@@ -233,9 +235,9 @@ def by_section(trace: Sequence[Operation], split: bool) -> dict[str, float]:
 
 
 def _of_adapters(nodes: Sequence[Operation], of_adapter: Mapping[int, bool]) -> float:
-    """Seconds of the backward nodes that adapters made.
+    """Seconds of the backward nodes that were made within adapters.
 
-    A node without a number, which adds up the gradient of a parameter, belongs to the node that it follows.
+    A node without a number, which adds up the gradient of a parameter, belongs to the node before it.
     """
     total, ours = 0.0, False
     for node in nodes:
@@ -245,14 +247,14 @@ def _of_adapters(nodes: Sequence[Operation], of_adapter: Mapping[int, bool]) -> 
 
 
 def table(profile: Profile) -> Table:
-    """The sections that took time, for a terminal."""
+    """A table of the sections that took time, for a terminal."""
     notes = [
-        "The profiler slows what it watches, many small operations the most: the shares say more than the seconds."
+        "The profiler slows the run down, most of all many small operations. Trust the shares more than the seconds."
     ]
     if not profile.split:
         notes.append("The adapters' backward pass is in the base model's: gradient checkpointing mixes the two.")
     if profile.device != "cpu":
-        notes.append("Seconds are the processor's; those of the device are in the trace.")
+        notes.append("Seconds are those of the CPU; the times of the GPU are in the trace.")
     shown = Table(
         title=f"where the time went: {profile.covers}, {profile.seconds:.2f} s",
         caption=" ".join(notes),
@@ -269,7 +271,7 @@ def table(profile: Profile) -> Table:
 
 
 def show(watcher: Profiler, console: Console) -> None:
-    """What was found, and where its files are."""
+    """Print the result, and where its files are."""
     if watcher.profile is None:
         console.print("no profile: this run had no round to play")
         return
@@ -279,7 +281,7 @@ def show(watcher: Profiler, console: Console) -> None:
 
 @contextmanager
 def _layers_marked(bench: AdaptedModel) -> Iterator[None]:
-    """Each LoRA layer is an adapter's section, and the base layer within it is not: all else in it is the adapter's."""
+    """Within the block, mark each LoRA layer as a section "adapter", and the base layer in it as a section "base"."""
     handles: list[Any] = []
     for layer in bench.layers.values():
         handles += _hooks(layer, _ADAPTER) + _hooks(layer.get_base_layer(), _BASE)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""The run record: result.json, TensorBoard events and the adapter, valid after every round."""
+"""The record of a run: result.json, TensorBoard events and the adapter. It is complete after every round."""
 
 from __future__ import annotations
 
@@ -27,21 +27,20 @@ _log = logging.getLogger("fedlora")
 
 
 class RunRecord:
-    """One run's folder, `<run.dir>/<run.name>/<run.id or time>/`, and what is written there.
+    """One run's folder, `<run.dir>/<run.name>/<run.id or time>/`, and the files in it.
 
     Attributes:
-        folder: this run's own; no other process writes there until `finish`.
-        key: of this run, the same whenever it is resumed.
-        data: what result.json holds.
+        folder: the run's folder; no other process writes there until `finish`.
+        key: the run's key, which stays the same when the run is resumed.
+        data: the content of result.json.
     """
 
     def __init__(self, config: Config) -> None:
-        """Begin a record, or open the one of `run.id` again where `run.resume` is set.
+        """Begin a record, or open that of `run.id` again if `run.resume` is set.
 
         Raises:
-            RunError: the folder exists already or cannot be made; or there is nothing to resume in it, or another
-                process is at it.
-            ConfigError: the run to resume was of another config.
+            RunError: the folder exists already, cannot be made, has no run to resume, or is in use by another process.
+            ConfigError: the run to resume has a config that differs in a key that must not change.
         """
         self._config = config
         self.folder = folder_of(config)
@@ -73,10 +72,10 @@ class RunRecord:
 
     def _make_folder(self) -> None:
         try:
-            self.folder.mkdir(parents=True, mode=0o700)  # an adapter can tell rows
+            self.folder.mkdir(parents=True, mode=0o700)  # an adapter can reveal rows
         except FileExistsError:
             raise RunError(
-                f"{self.folder} exists already; choose another run.name or run.id, or go on with that run: "
+                f"{self.folder} exists already; choose another run.name or run.id, or continue that run: "
                 f"fedlora run --resume {self.folder}"
             ) from None
         except OSError as error:
@@ -97,20 +96,22 @@ class RunRecord:
         }
 
     def go_on(self, done: int | None) -> None:
-        """Of a run that is resumed, drop what was recorded of rounds after `done`, which are played again.
+        """If the run is resumed, drop the records of rounds after `done`, which are played again.
 
         Args:
-            done: the last round that the server's checkpoint knows; None without a checkpoint.
+            done: the last round in the server's saved state; None without a saved state.
 
         Raises:
-            RunError: rounds were complete, but their checkpoint is gone.
+            RunError: rounds were complete, but the server's saved state is gone.
         """
         if not self._resumes:
             return
         rounds = self.data["rounds"]
-        if done is None and len(rounds) > 1:  # a round is recorded, then its checkpoint: it may lack for the first only
+        if (
+            done is None and len(rounds) > 1
+        ):  # a round is recorded before its state is saved, so that only the first round may lack a state
             raise RunError(
-                f"{self.folder}: {len(rounds)} rounds are recorded, and there is no checkpoint in "
+                f"{self.folder}: {len(rounds)} rounds are recorded, but there is no saved state in "
                 f"{self.folder / 'state'}; this run cannot be resumed, start a new one"
             )
         self.data["rounds"] = [entry for entry in rounds if done is not None and entry["round"] <= done]
@@ -130,20 +131,20 @@ class RunRecord:
         facts: Mapping[str, str] | None = None,
         classes: Sequence[str] = (),
     ) -> None:
-        """Who takes part, on which base.
+        """Record the clients and the base model.
 
         Args:
-            clients: all that are known.
-            fingerprint: of the base.
-            facts: what else is to be said of the base, by names.
-            classes: what they are called, in the order of their numbers; nothing where they have numbers alone.
+            clients: all clients that are known.
+            fingerprint: the base model's fingerprint.
+            facts: further texts about the base model, by name.
+            classes: names of the classes, in the order of their numbers; empty if they have only numbers.
 
         Raises:
-            RunError: the run to resume was on another base.
+            RunError: the run to resume had another base model.
         """
         if self.data.get("base", fingerprint) != fingerprint:
             raise RunError(
-                f"{self.folder}: its rounds were on base model {self.data['base']!r}, model.name = "
+                f"{self.folder}: its rounds were on base model {self.data['base']!r}, but model.name = "
                 f"{self._config.model.name} is now {fingerprint!r}; put the earlier model back, or start a new run"
             )
         self.data["base"] = fingerprint
@@ -156,27 +157,27 @@ class RunRecord:
         self._write()
 
     def joined(self, client: ClientInfo, round: int) -> None:
-        """A client that came, or came back on another node, after the run had begun."""
+        """Record a client that came, or came back on another node, after the run had begun."""
         others = [about for about in self.data["clients"] if about["client-id"] != client.client_id]
         others.append(_about(client) | {"joined-in-round": round})
         self.data["clients"] = sorted(others, key=lambda about: about["client-id"])
         self._write()
 
     def _tell(self) -> None:
-        """Where the results are, once there are some."""
+        """Log the folder of the results, once there are some."""
         if not self._told:
             self._told = True
             _log.info("results: %s", self.folder)
 
     def baseline(self, metrics: Mapping[str, float]) -> None:
-        """Held-out metrics before round 1."""
+        """Record the held-out metrics before round 1."""
         self.data["baseline"] = dict(metrics)
         self._scalars("heldout", metrics, 0)
         self._write()
         self._tell()
 
     def round(self, entry: Mapping[str, Any]) -> None:
-        """A complete round."""
+        """Record a complete round."""
         self.data["rounds"].append(dict(entry))
         number = entry["round"]
         self._scalars("heldout", entry.get("heldout", {}), number)
@@ -189,11 +190,11 @@ class RunRecord:
 
     @property
     def excluded(self) -> frozenset[int]:
-        """Clients that the run goes on without."""
+        """The clients that were excluded from the rest of the run."""
         return frozenset(int(client) for client in self.data.get("excluded", {}))
 
     def exclude(self, client: int, reason: str, undone: int | None) -> None:
-        """Note that the run goes on without a client, and which round's result was dropped, if any was."""
+        """Record that a client is excluded from the rest of the run, and the round whose result was dropped, if any."""
         self.data.setdefault("excluded", {})[str(client)] = reason
         for entry in self.data["rounds"]:
             if entry["round"] == undone:
@@ -201,10 +202,10 @@ class RunRecord:
         self._write()
 
     def save_adapter(self, adapter: AdapterState) -> None:
-        """The PEFT checkpoint of everything learned so far.
+        """Write the PEFT checkpoint of the global adapter.
 
         Raises:
-            RunError: it cannot be written.
+            RunError: the checkpoint cannot be written.
         """
         from safetensors import SafetensorError
 
@@ -220,7 +221,7 @@ class RunRecord:
             raise RunError(f"{folder}: the adapter cannot be written: {error}") from error
 
     def finish(self, status: str, error: str | None = None) -> None:
-        """The last word: completed, interrupted or failed. After an error the disk may not take it."""
+        """Record how the run ended: completed, interrupted or failed. After an error, a failure to write is logged."""
         self.data["status"] = status
         if error:
             self.data["error"] = error
@@ -268,5 +269,5 @@ def _now() -> str:
 
 
 def cut_share(result: Mapping[str, Any]) -> float:
-    """The share of the rows trained on that were longer than `data.max-length`, as the last round has it."""
+    """The share of the training rows that were longer than `data.max-length`, from the last round's record."""
     return next((e["train-cut"] for e in reversed(result.get("rounds", [])) if e.get("train-cut") is not None), 0.0)

@@ -1,4 +1,4 @@
-"""Where a run's results lie, and what a resumed run may change."""
+"""The folder of a run's results, and the keys that a resumed run may change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .runs import run_folder
 SCHEMA = 1
 
 
-# What a run that is resumed may have changed: everything else decides what it computes, or what it measures.
+# The keys that a resumed run may change. All others decide what the run computes or measures.
 _MAY_CHANGE = frozenset(
     {
         "federation.rounds",
@@ -50,7 +50,7 @@ _PATHS = frozenset({"model.name", "data.source"})
 
 
 def stamp(config: Config) -> Config:
-    """The config with the time as `run.id`, where it has none; with a number after it where that folder is there."""
+    """The config with the time as `run.id`, if it has none, and with a number after it if this folder exists."""
     if config.run.id:
         return config
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -61,21 +61,21 @@ def stamp(config: Config) -> Config:
 
 
 def folder_of(config: Config) -> Path:
-    """Where a run's results go."""
+    """The folder for a run's results."""
     run = stamp(config).run
     return Path(run.dir).expanduser().resolve() / run.name / run.id
 
 
 def resumed(folder: Path, overrides: Sequence[str] = (), from_round: int = -1) -> Config:
-    """The config that goes on with the run in this folder: its own, with `key=value` overrides.
+    """The config that continues the run in this folder: the run's own, with `key=value` overrides.
 
     Args:
-        folder: the run's.
-        overrides: what is changed.
-        from_round: to go back to what the server had after this round; -1 goes on from the last.
+        folder: the run's folder.
+        overrides: the changes, each as `key=value`.
+        from_round: the round after which to continue, with the server's state of that time; -1: after the last round.
 
     Raises:
-        RunError: there is no run in this folder, it is complete, or a process is still at it.
+        RunError: there is no run in this folder, the run is complete, or a process still works on it.
         ConfigError: an override is wrong, or would change what the run computes.
     """
     folder = run_folder(folder)
@@ -93,7 +93,7 @@ def stored(folder: Path) -> dict[str, Any]:
     """The result.json of a run.
 
     Raises:
-        RunError: there is none, or it is no run's.
+        RunError: there is no such file, or it is not the record of a run.
     """
     path = folder / "result.json"
     try:
@@ -108,7 +108,7 @@ def stored(folder: Path) -> dict[str, Any]:
 
 
 def _is_record(data: Any) -> bool:
-    """Whether this has what a record of this version always has."""
+    """Whether this has everything that a record of this version always has."""
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         return False
     kinds = {"key": str, "status": str, "config": dict, "rounds": list}
@@ -122,47 +122,47 @@ def _is_record(data: Any) -> bool:
 
 
 def check_changes(data: Mapping[str, Any], config: Config) -> None:
-    """Whether this config may go on with a recorded run.
+    """Check that this config may continue a recorded run.
 
     Raises:
         RunError: the run is complete.
-        ConfigError: a key differs that decides what the run computes.
+        ConfigError: a key has changed that decides what the run computes.
     """
     before, now = data["config"], config.to_flat()
     rounds = before.get("federation.rounds", 0)
     if config.federation.rounds < rounds:
         raise ConfigError(
             f"federation.rounds = {config.federation.rounds}: a run that is resumed may have more rounds than its "
-            f"{rounds}, not fewer"
+            f"{rounds}, but not fewer"
         )
     goes_back = 0 <= config.run.from_round < rounds
     if data["status"] == "completed" and config.federation.rounds == rounds and not goes_back:
         raise RunError(
-            f"{folder_of(config)}: all {rounds} rounds are complete; for more of them set a larger federation.rounds, "
-            "to go back give --from-round"
+            f"{folder_of(config)}: all {rounds} rounds are complete; for more rounds set a larger federation.rounds, "
+            "or go back with --from-round"
         )
     for key in sorted(now.keys() - _MAY_CHANGE - _WHERE):
         if key in before and not _same(key, before[key], now[key]):
             raise ConfigError(
-                f"{key} = {now[key]!r}: the run to resume has {before[key]!r}, and would become another run; leave it, "
-                "or start a new run"
+                f"{key} = {now[key]!r}: the run to resume has {before[key]!r}, and would become another run; leave it "
+                "unchanged, or start a new run"
             )
 
 
 def _same(key: str, before: Scalar, now: Scalar) -> bool:
-    """Whether two values are one; Flower's engine makes paths absolute."""
+    """Whether two values mean the same; paths may differ, since Flower's engine makes them absolute."""
     if key not in _PATHS or before == now:
         return before == now
     short, long = sorted((Path(str(before)).parts, Path(str(now)).parts), key=len)
     return bool(short) and long[-len(short) :] == short
 
 
-_HOLDER = ".pid"  # beside the lock: of the process that has it, and its machine
+_HOLDER = ".pid"  # file beside the lock, with the process that has it and the machine
 
 
 @contextmanager
 def nothing_left(config: Config) -> Iterator[None]:
-    """A run's folder that is made within the block goes again when the block fails before anything was run."""
+    """Remove a run's folder that was made within the block, if the block fails before a round has begun."""
     folder = folder_of(config)
     new = [path for path in (folder, folder.parent, folder.parent.parent) if not path.exists()]
     try:
@@ -177,7 +177,7 @@ def nothing_left(config: Config) -> Iterator[None]:
 
 
 def _holds_results(folder: Path) -> bool:
-    """Whether a round has begun, or the base was evaluated."""
+    """Whether a round has begun, or the base model was evaluated."""
     try:
         data = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -187,7 +187,7 @@ def _holds_results(folder: Path) -> bool:
 
 
 def is_taken(folder: Path) -> bool:
-    """Whether a process is at the run in this folder."""
+    """Whether a process works on the run in this folder."""
     try:
         with FileLock(folder / ".lock", timeout=0):
             return False
@@ -198,18 +198,18 @@ def is_taken(folder: Path) -> bool:
 
 
 def taken(folder: Path) -> str:
-    """Which process is at the run in this folder, and what to do about it."""
+    """The message that a process works on the run in this folder, and what to do about it."""
     try:
         pid, _, machine = (folder / _HOLDER).read_text(encoding="utf-8").partition(" ")
     except OSError:
         pid, machine = "", ""
     where = f"process {pid} on {machine}" if pid.isdigit() else "another process"
     how = f" (kill {pid})" if pid.isdigit() else ""
-    return f"{folder}: {where} is still at this run; wait for it, or stop it{how}"
+    return f"{folder}: {where} still works on this run; wait for it, or stop it{how}"
 
 
 def ended_by(folder: Path, error: Exception) -> bool:
-    """Whether the run in this folder ended with this error, which engines in other processes tell within their own."""
+    """Whether the run in this folder ended with this error, which engines in other processes quote in their own."""
     try:
         said = stored(folder).get("error")
     except RunError:

@@ -1,4 +1,4 @@
-"""Which run a user means: one finds it by its name, its folder, or the folder of its adapter."""
+"""Finds the run that a user means by its name, its folder, or the folder of its adapter."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def run_folder(named: Path | str) -> Path:
     """The folder of a run.
 
     Args:
-        named: runs/<name>/<time>; runs/<name> for its last run; <name> or <name>/<time> for what is in runs/; or the
-            adapter or the record in a run's folder.
+        named: runs/<name>/<time>; runs/<name> for the latest run of that name; <name> or <name>/<time>, for the same in
+            runs/; or the path of the adapter or of result.json in a run's folder.
 
     Raises:
         RunError: there is no such run.
@@ -31,10 +31,10 @@ def run_folder(named: Path | str) -> Path:
 
 
 def adapter_folder(named: Path | str) -> Path:
-    """The folder of a PEFT checkpoint: itself, or the one of a run that is named as `run_folder` takes it.
+    """The folder of a PEFT checkpoint, given as this folder itself, or as a run (see `run_folder`).
 
     Raises:
-        AdapterError: there is neither, or the run has none.
+        AdapterError: there is no such checkpoint or run, or the run has no adapter yet.
     """
     given = Path(named).expanduser()
     if _holds_adapter(given):
@@ -56,7 +56,7 @@ def _holds_adapter(folder: Path) -> bool:
 
 
 def _in(path: Path) -> Path | None:
-    """The run whose folder this is, whose adapter or record it is, or which is the last one in it."""
+    """The folder of the run to which this path belongs, or of the latest run in this folder; None if there is none."""
     for own in (path, path.parent):
         if (own / _RECORD).is_file() and (own == path or path.name in ("adapter", _RECORD)):
             return own

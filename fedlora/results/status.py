@@ -1,4 +1,4 @@
-"""Where a run stands: its round, its clients, their last losses. Read from its folder, while it runs or afterwards."""
+"""The progress of a run (its round, its clients, their last losses), read from its folder while it runs or later."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from .runs import run_folder
 
 @dataclass(frozen=True)
 class ClientStatus:
-    """Args:
-    client_id, rank: as the client said.
-    round: the last one that it answered; 0 for none.
-    train_loss: mean over that round's steps.
-    test_loss: on its own test rows, when last evaluated.
-    seconds: that its training took.
-    note: where it stands in the present round.
+    """The progress of one client.
+
+    Args:
+        client_id: number of the client.
+        rank: the client's rank.
+        round: the last round in which the client's reply counted; 0: none.
+        train_loss: mean training loss over that round's steps.
+        test_loss: loss on the client's own test rows, when last evaluated.
+        seconds: seconds that its training took.
+        note: text about the client in the present round.
     """
 
     client_id: int
@@ -35,15 +38,17 @@ class ClientStatus:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Args:
-    folder: the run's.
-    status: running, completed, failed, interrupted; or died, where its process is gone without a word.
-    error: why it failed.
-    round: complete ones.
-    rounds: of the whole run.
-    heldout: the last held-out metrics.
-    quiet_seconds: since the last event; None when no event was recorded.
-    clients: in order of id.
+    """The progress of a run.
+
+    Args:
+        folder: the run's folder.
+        status: running, completed, failed, interrupted; or died, if its process ended without recording why.
+        error: the error with which the run failed; empty if it did not.
+        round: number of complete rounds.
+        rounds: number of rounds of the whole run.
+        heldout: the last held-out metrics.
+        quiet_seconds: seconds since the last event; None if no event was recorded.
+        clients: the clients, in the order of their ids.
     """
 
     folder: Path
@@ -57,13 +62,13 @@ class RunStatus:
 
 
 def status(folder: Path) -> RunStatus:
-    """Read it.
+    """Read the progress of a run.
 
     Args:
-        folder: a run, as `run_folder` takes it.
+        folder: the run; see `run_folder`.
 
     Raises:
-        RunError: there is no run.
+        RunError: there is no such run.
     """
     folder = run_folder(folder)
     data = stored(folder)
@@ -88,7 +93,7 @@ def status(folder: Path) -> RunStatus:
 
 
 def _present(events: list[dict[str, Any]], ended: int) -> dict[int, str]:
-    """What each client did in the round that is on."""
+    """Client id -> text about the client in the present round."""
     notes: dict[int, str] = {}
     number = ended + 1
     for event in events:

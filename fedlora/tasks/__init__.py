@@ -1,4 +1,4 @@
-"""What a model learns to do: from rows to examples, batches, losses, predictions and metrics.
+"""Tasks: a task is what a model learns to do, with its examples, batches, losses, predictions and metrics.
 
-A task is one class in one file, and one line in the table of `registry.py`.
+Each task is one class in a file of its own, and has one line in the table of `registry.py`.
 """

@@ -1,4 +1,4 @@
-"""What a task is: everything between rows of data and metrics that depends on what a model learns to do."""
+"""The base class of tasks. A task has everything from rows to metrics that depends on what a model learns to do."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ Batch = dict[str, Tensor]
 class Task(ABC):
     """What a model learns to do. The fields of a subclass, each with a default, are its options.
 
-    Methods are called in this order: of the configuration (`check_config`), of rows (`unusable` to `class_names`), of
-    the base model (`auto_class` to `narrowed`), of batches (`collate` to `predict`), of the end (`scores`).
-    `unusable`, `check_rows` and `encode` may run before any weights are loaded, and on every client.
+    Methods are called in this order: those on the configuration (`check_config`), on rows (`unusable` to
+    `class_names`), on the base model (`auto_class` to `narrowed`), on batches (`collate` to `predict`), and `scores` at
+    the end. `unusable`, `check_rows` and `encode` may run before any weights are loaded, and on every client.
 
     Attributes:
-        forms: the values of `data.form` that it can be learned from; with "auto", the first whose columns are there.
-        metrics: every name that `scores` gives; "loss" is one of them.
-        lower: those of its metrics that are better when they are lower.
-        peft_type: `task_type` of PEFT's checkpoints.
-        pipeline: the hub's name for what a trained model does, for model cards.
-        kind: what transformers' models for it are called, for messages.
+        forms: the values of `data.form` from which the task can be learned. If `data.form` is "auto", the first form
+            whose columns the rows have is taken.
+        metrics: all names that `scores` returns; "loss" must be one of them.
+        lower: the metrics that are better when they are lower.
+        peft_type: the `task_type` in PEFT checkpoints.
+        pipeline: the hub's name for the use of a trained model, for model cards.
+        kind: name for a model of this task, such as "causal language model", for messages.
     """
 
     forms: ClassVar[tuple[str, ...]]
@@ -46,127 +47,169 @@ class Task(ABC):
     pipeline: ClassVar[str]
     kind: ClassVar[str]
 
-    # Of the configuration.
+    # Methods on the configuration.
 
     @classmethod
     def options_of(cls, model: ModelConfig) -> dict[str, Option]:
-        """Fields that other keys of the model section set, such as `model.labels`; none by default."""
+        """The options that other keys of the section model set, such as `model.labels`; none by default."""
         return {}
 
     def check_config(self, config: Config) -> None:  # noqa: B027 - most tasks need none
-        """Raises ConfigError where other keys of a run do not fit; before anything is loaded."""
+        """Check, before anything is loaded, that the other keys of a run fit this task.
 
-    # Of rows.
+        Raises:
+            ConfigError: a key does not fit.
+        """
+
+    # Methods on rows.
 
     @property
     def classes(self) -> int:
-        """How many classes it tells apart; 0 where it has none."""
+        """The number of classes; 0 for a task without classes."""
         return 0
 
     @abstractmethod
     def unusable(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase | None, data: DataConfig
     ) -> tuple[dict[int, str], dict[int, str]]:
-        """By their places, why rows have nothing to predict and are left out, and what is wrong with others.
+        """The rows that cannot be used, in two groups, each as number of the row -> reason.
 
-        Without a tokenizer, a text that is not blank is held to have tokens.
+        Args:
+            rows: the rows to look at.
+            tokenizer: the model's tokenizer; None: every text that is not blank is assumed to have tokens.
+            data: the run's section data.
+
+        Returns:
+            The rows that have nothing to predict and are left out, and the rows that are faulty.
 
         Raises:
             DataError: a column is missing.
         """
 
     def check_rows(self, rows: Dataset, data: DataConfig) -> None:  # noqa: B027 - most tasks need none
-        """Raises DataError where the values of rows that have something to predict cannot be learned from."""
+        """Check the values of rows that have something to predict.
+
+        Raises:
+            DataError: the task cannot be learned from these values.
+        """
 
     @abstractmethod
     def encode(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig
     ) -> tuple[Sequence[Example | None], dict[int, str]]:
-        """An example of each row, and by the places of rows that cannot be one (None), why."""
+        """An example for each row (None if a row cannot be encoded), and number of the row -> reason for the latter."""
 
     def class_names(self, rows: Dataset, data: DataConfig) -> tuple[str, ...]:
-        """What the rows call the classes, in the order of their numbers; nothing where they have numbers, or none."""
+        """The names that the rows give the classes, in the order of their numbers; empty if they have no names."""
         return ()
 
     def learned(self, example: Example) -> Sequence[bool]:
-        """Which of an example's tokens the loss is taken of; none by default."""
+        """For each token of an example, whether it is in the loss; none by default."""
         return [False] * len(example["input_ids"])
 
     def answer(self, example: Example, names: Sequence[str]) -> str:
-        """What is to be predicted beside the tokens, in words; nothing by default.
+        """The part of an example's target that is not among its tokens, such as its class, in words; empty by default.
 
         Args:
-            example: as `encode` makes it.
-            names: as `class_names` gives them.
+            example: an example that `encode` made.
+            names: the names of the classes, from `class_names`.
         """
         return ""
 
-    # Of the base model.
+    # Methods on the base model.
 
     @abstractmethod
     def auto_class(self) -> Any:
-        """transformers' class that reads the base, such as `AutoModelForCausalLM`."""
+        """The class of transformers that loads the base model, such as `AutoModelForCausalLM`."""
 
     def model_options(self) -> dict[str, Any]:
-        """What transformers is told beside the folder; nothing by default."""
+        """Further arguments for loading the base model with transformers; none by default."""
         return {}
 
     def check_architecture(self, name: str, settings: PreTrainedConfig) -> None:  # noqa: B027 - most tasks need none
-        """Raises ModelError where a model of this config.json cannot serve, before its weights are read."""
+        """Check, before weights are read, that a model with this config.json fits the task.
+
+        Args:
+            name: `model.name`, for messages.
+            settings: the model's config.json.
+
+        Raises:
+            ModelError: the model does not fit.
+        """
 
     @abstractmethod
     def first_tokens(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tensor:
-        """A few tokens [rows, T] that go through every base when it is loaded, to see whether it can serve."""
-
-    def check_first(self, logits: Tensor, name: str, kind: str) -> None:  # noqa: B027 - most tasks need none
-        """Raises ModelError where the logits of `first_tokens` show that the model cannot serve.
+        """A few tokens [rows, T] on which every base model is tried when it is loaded.
 
         Args:
-            logits: fp32, as the model gives them.
-            name: `model.name`.
-            kind: the model's class.
+            tokenizer: the model's tokenizer.
+            vocabulary: number of the model's tokens.
+        """
+
+    def check_first(self, logits: Tensor, name: str, kind: str) -> None:  # noqa: B027 - most tasks need none
+        """Check the model's logits for `first_tokens`.
+
+        Args:
+            logits: the model's logits, in fp32.
+            name: `model.name`, for messages.
+            kind: name of the model's class, for messages.
+
+        Raises:
+            ModelError: the logits show that the model does not fit the task.
         """
 
     def prepare(self, model: nn.Module) -> None:  # noqa: B027 - most tasks need none
-        """Find out of a model with its adapters in place what `losses` wants to know; nothing by default."""
+        """Find out what `losses` has to know about a model that has adapters; nothing by default."""
 
     def outputs(self, settings: PreTrainedConfig) -> int:
-        """How many numbers the model gives for each token, for an estimate of memory; 0 where they are few."""
+        """The number of outputs for each token, for an estimate of memory; 0 if there are few."""
         return 0
 
     def narrowed(self, model: nn.Module) -> nn.Module | None:
-        """The layer that `losses` and `predict` give a part of the tokens only; None without one."""
+        """The layer that `losses` and `predict` run on some of the tokens only; None if there is none."""
         return None
 
-    # Of batches. Each row of a batch is one example.
+    # Methods on batches. Each row of a batch is one example.
 
     @abstractmethod
     def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
-        """Examples as one batch; see `fedlora.data.collate`."""
+        """The examples as one batch; see `fedlora.data.collate`.
+
+        Args:
+            examples: the examples, one for each row of the batch.
+            pad_id: token that fills up shorter rows on the right.
+        """
 
     @abstractmethod
     def tokens(self, batch: Batch) -> Tensor:
-        """How many tokens of each row go through the model, padding left out: int64 [rows]."""
+        """The number of tokens of each row without padding, int64 [rows]."""
 
     @abstractmethod
     def counts(self, batch: Batch) -> Tensor:
-        """How many losses each row has: int64 [rows]; known without the model."""
+        """The number of losses of each row, int64 [rows]; it must not depend on the model."""
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Every loss, fp32 [n], and the row of the batch that it is of, int64 [n]. A step takes the mean of all."""
+        """All losses of a batch; an optimizer step uses their mean.
+
+        Returns:
+            The losses, fp32 [n], and for each of them the number of its row in the batch, int64 [n].
+        """
 
     @abstractmethod
     def predict(self, model: nn.Module, batch: Batch, adapters: Sequence[str] | None = None) -> Predictions:
-        """What the model says wherever there is something to predict; `rows` counts the batch's, in rising order.
+        """The model's predictions at all positions of a batch that have a target.
 
         Args:
-            model: with its adapter in place, in eval mode.
-            batch: as `collate` makes it.
-            adapters: PEFT's name of the adapter of each row, to be passed on as `adapter_names`; the active one for
-                all when left out.
+            model: the model with its adapter, in eval mode.
+            batch: a batch that `collate` made.
+            adapters: PEFT's name of each row's adapter, to be passed to the model as `adapter_names`; the active
+                adapter for all rows when left out.
+
+        Returns:
+            The predictions; their `rows` are the rows of the batch, in ascending order.
         """
 
     @abstractmethod
     def scores(self, predictions: Predictions) -> dict[str, float]:
-        """A number for each of `metrics`, over at least one position."""
+        """A number for each of `metrics`, computed from at least one position."""

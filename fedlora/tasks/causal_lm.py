@@ -1,4 +1,4 @@
-"""Causal language modelling: each labelled token from those before it."""
+"""Causal language modelling: the model learns to predict each labelled token from the tokens before it."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-_FIRST = 12  # tokens of a first pass
-# What earlier logits may change by when later tokens do, as a share of what later logits change by: none but rounding
-# and int8's outliers in a causal model, a third and more in an encoder.
+_FIRST = 12  # tokens of the pass that tries a base model
+# When later tokens change, earlier logits of a causal model change only by rounding and int8's outliers; those of an
+# encoder change by a third or more of the change of later logits. This share is the limit between the two.
 _LEAK = 0.03
 
 
 @dataclass(frozen=True)
 class CausalLM(TextTask):
-    """The next token, of texts or of what the assistant says in conversations.
+    """Predicting the next token, in texts or in the assistant's part of conversations.
 
-    Conversations go through the tokenizer's chat template, and the loss is taken of what the assistant says and of
-    the token that ends its turn. A tokenizer without a template gets "prompt\\nresponse" and the end token. An
-    assistant turn that the template renders otherwise once more turns follow (some drop the reasoning of earlier ones)
-    is context, not loss. Form text learns every token and the end token. What is longer than `data.max-length` is cut,
-    see `fedlora.data.chats`; a text loses its end.
+    Conversations are rendered with the tokenizer's chat template. The loss is taken over the assistant's words and the
+    token that ends its turn. If a tokenizer has no template, a conversation is "prompt\\nresponse" and the end token.
+    Some templates render an assistant's turn differently once more turns follow, for instance without its reasoning;
+    such a turn is context, and not in the loss. With form text, the loss is taken over all tokens and the end token.
+    Examples longer than `data.max-length` are cut (see `fedlora.data.chats`); a text is cut at its end.
 
-    Labels are the tokens themselves where the loss is taken, and -100 elsewhere; the model shifts them.
+    Labels are the tokens themselves at positions in the loss, and -100 elsewhere; the model shifts them.
     """
 
     forms: ClassVar[tuple[str, ...]] = ("chat", "prompt", "sharegpt", "alpaca", "text")
@@ -74,8 +74,8 @@ class CausalLM(TextTask):
             return _encode_texts(rows[:][data.text_column], tokenizer, data.max_length), {}
         if not tokenizer.is_fast:
             raise DataError(
-                f"{type(tokenizer).__name__} gives no character offsets, which conversations need to find the "
-                f"response; use a model with a tokenizer.json, or data.form = 'text'"
+                f"{type(tokenizer).__name__} gives no character offsets, which are needed to find the response in a "
+                f"conversation; use a model with a tokenizer.json, or data.form = 'text'"
             )
         render = Template(tokenizer, data)
 
@@ -97,7 +97,7 @@ class CausalLM(TextTask):
     def check_architecture(self, name: str, settings: PreTrainedConfig) -> None:
         if settings.is_encoder_decoder:
             raise ModelError(
-                f"{name}: a {settings.model_type} model is an encoder and a decoder, and model.task = "
+                f"{name}: a {settings.model_type} model is an encoder and a decoder, but model.task = "
                 "'causal-lm' needs a decoder alone; choose another model, or model.task = 'classification'"
             )
 
@@ -137,8 +137,11 @@ class CausalLM(TextTask):
         return Predictions.of_logits(logits, targets, rows)
 
     def scores(self, predictions: Predictions) -> dict[str, float]:
-        """The common ones; perplexity; and the share of examples whose every labelled token is the most probable one
-        after the true prefix, which is to say: whose label greedy generation gives."""
+        """The common metrics, perplexity, and exact match.
+
+        Exact match is the share of examples in which each labelled token is the most probable one after the true
+        prefix. For these, greedy generation gives exactly the label.
+        """
         found = common(predictions)
         found["perplexity"] = math.exp(min(found["loss"], 700.0))
         correct = predictions.predicted == predictions.targets

@@ -1,4 +1,4 @@
-"""What a task gives back, checked where it is used: a wrong shape is said in one sentence, and trains nothing."""
+"""Checks of what a task returns, so that a wrong shape ends in one sentence instead of being trained on."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def mean_loss(task: Task, model: nn.Module, batch: Batch) -> Tensor:
 
 
 def each_loss(task: Task, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """`task.losses`.
+    """`task.losses`, checked.
 
     Raises:
-        TaskError: they are no two tensors of one length.
+        TaskError: the task did not return two tensors of one length.
     """
     found: Any = task.losses(model, batch)
     fits = (
@@ -34,19 +34,19 @@ def each_loss(task: Task, model: nn.Module, batch: Batch) -> tuple[Tensor, Tenso
         and not found[1].is_floating_point()
     )
     if not fits:
-        raise _wrong(task, "losses", found, "every loss [n] and the row of the batch that it is of [n], int64")
+        raise _wrong(task, "losses", found, "all losses [n], and the number of each one's row in the batch, int64 [n]")
     return found
 
 
 def check_batch(task: Task, batch: Batch, rows: int) -> Batch:
-    """The batch, once it is seen that it has so many rows, and that the task counts tokens and losses of each.
+    """The batch, after a check of its number of rows, and of the task's counts of tokens and losses in each row.
 
     Raises:
-        TaskError: it has not.
+        TaskError: the number of rows or a count is wrong.
     """
     whole = isinstance(batch, dict) and batch and all(isinstance(array, Tensor) for array in batch.values())
     if not whole or any(not array.ndim or len(array) != rows for array in batch.values()):
-        raise _wrong(task, "collate", batch, f"a dictionary of tensors, each of {rows} rows, as many as examples")
+        raise _wrong(task, "collate", batch, f"a dictionary of tensors, each with {rows} rows, one for each example")
     for name in ("tokens", "counts"):
         found: Any = getattr(task, name)(batch)
         if not isinstance(found, Tensor) or found.shape != (rows,) or found.is_floating_point():
@@ -55,10 +55,10 @@ def check_batch(task: Task, batch: Batch, rows: int) -> Batch:
 
 
 def check_predictions(task: Task, found: Predictions) -> Predictions:
-    """The predictions, once it is seen that all columns are of one length.
+    """The predictions, after a check that all columns have one length.
 
     Raises:
-        TaskError: they are not.
+        TaskError: a column has another length.
     """
     if not isinstance(found, Predictions):
         raise _wrong(task, "predict", found, "fedlora.tasks.scores.Predictions")
@@ -70,21 +70,21 @@ def check_predictions(task: Task, found: Predictions) -> Predictions:
 
 
 def check_scores(task: Task, found: Mapping[str, float]) -> dict[str, float]:
-    """The scores, once it is seen that they are a number for each of the task's metrics.
+    """The scores, after a check that there is one number for each of the task's metrics.
 
     Raises:
-        TaskError: they are not.
+        TaskError: a metric is missing or is not one of the task's.
     """
     if not isinstance(found, dict) or found.keys() != task.metrics:
         got = ", ".join(sorted(found)) if isinstance(found, dict) else type(found).__name__
         raise TaskError(
-            f"{_name(task)}.scores gave {got}, expected a number for each of {', '.join(sorted(task.metrics))}"
+            f"{_name(task)}.scores returned {got}, expected a number for each of {', '.join(sorted(task.metrics))}"
         )
     return {name: float(value) for name, value in found.items()}
 
 
 def _wrong(task: Task, method: str, got: object, expected: str) -> TaskError:
-    return TaskError(f"{_name(task)}.{method} gave {_shown(got)}, expected {expected}")
+    return TaskError(f"{_name(task)}.{method} returned {_shown(got)}, expected {expected}")
 
 
 def _name(task: Task) -> str:

@@ -1,4 +1,4 @@
-"""Classification: one of several classes for each text."""
+"""Classification: the model learns to choose one of several classes for each text."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Classification(TextTask):
-    """The class of a text, by the model's own head, which is trained in full.
+    """Predicting the class of a text with the model's head, which is trained in full.
 
     Args:
-        labels: how many classes; `model.labels` sets it.
+        labels: number of classes; set by `model.labels`.
     """
 
     forms: ClassVar[tuple[str, ...]] = ("label",)
@@ -52,7 +52,7 @@ class Classification(TextTask):
         names = label_names(config.data)
         if names and len(names) != self.labels:
             raise ConfigError(
-                f"data.label-names = {config.data.label_names!r} names {len(names)} classes, and model.labels = "
+                f"data.label-names = {config.data.label_names!r} names {len(names)} classes, but model.labels = "
                 f"{self.labels}; make them agree"
             )
 
@@ -104,7 +104,7 @@ class Classification(TextTask):
         return {"num_labels": self.labels}
 
     def first_tokens(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tensor:
-        """A text with the tokenizer's own start and end."""
+        """A short text with the tokenizer's start and end tokens."""
         return tokenizer(["one text"], return_tensors="pt")["input_ids"]  # pyright: ignore[reportReturnType]
 
     def counts(self, batch: Batch) -> Tensor:
@@ -120,12 +120,12 @@ class Classification(TextTask):
     def logits(
         self, model: nn.Module, batch: Batch, adapters: Sequence[str] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [rows, classes], targets [rows] and the numbers of the rows [rows]; see `predict`."""
+        """Logits [rows, classes], targets [rows] and the numbers of the rows [rows]; arguments as in `predict`."""
         inputs = inputs_of(model, batch)
         targets = batch["labels"].to(inputs["input_ids"].device)
         more = {} if adapters is None else {"adapter_names": list(adapters)}
         return model(**inputs, **more).logits, targets, torch.arange(len(targets), device=targets.device)
 
     def scores(self, predictions: Predictions) -> dict[str, float]:
-        """The common ones, and the mean of the F1 of each class that occurs among targets or predictions."""
+        """The common metrics, and the mean F1 over the classes that occur among targets or predictions."""
         return common(predictions) | {"macro-f1": macro_f1(predictions.predicted, predictions.targets)}

@@ -1,4 +1,4 @@
-"""Cross-entropy of a causal model's labelled tokens, without ever holding all their logits."""
+"""Cross-entropy of a causal model's labelled tokens, without all their logits in memory at the same time."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from .base import Batch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-IGNORED = -100  # torch's cross entropy leaves this label out
+IGNORED = -100  # the label that torch's cross-entropy leaves out
 _LOGITS_AT_ONCE = 2**23  # values; 32 MiB in fp32
 _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def inputs_of(model: nn.Module, batch: Batch) -> Batch:
-    """The tokens of a batch and their mask, where the model is."""
+    """The tokens of a batch and their mask, moved to the model's device."""
     device = next(model.parameters()).device
     return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
 def labelled_positions(model: nn.Module, batch: Batch) -> tuple[Batch, Tensor, Tensor, Tensor]:
-    """The model's inputs, and where there is a token to predict: targets, rows and columns, each `[n]`.
+    """The model's inputs, and the targets, rows and columns `[n]` of all positions that have a token to predict.
 
     The logits at position t predict the label at t + 1.
     """
@@ -42,14 +42,14 @@ def labelled_positions(model: nn.Module, batch: Batch) -> tuple[Batch, Tensor, T
 def labelled_logits(
     model: nn.Module, batch: Batch, adapters: Sequence[str] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits `[n, vocabulary]`, targets `[n]` and rows of the batch `[n]` where there is a token to predict.
+    """Logits `[n, vocabulary]`, targets `[n]` and rows `[n]` of all positions that have a token to predict.
 
-    The output layer runs on these positions alone: prompts and padding cost nothing there.
+    The output layer runs on these positions alone, so that prompts and padding cost nothing there.
 
     Args:
-        model: with its adapter in place.
-        batch: of tokens, their mask and labels.
-        adapters: the adapter of each row, by PEFT's names; the active one for all when left out.
+        model: the model with its adapter.
+        batch: a batch with tokens, their mask and labels.
+        adapters: PEFT's name of each row's adapter; the active adapter for all rows when left out.
     """
     inputs, targets, rows, columns = labelled_positions(model, batch)
     more = {} if adapters is None else {"adapter_names": list(adapters)}
@@ -61,11 +61,11 @@ def labelled_logits(
 
 
 def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy `[n]` of each labelled next token, and its row of the batch `[n]`.
+    """Cross-entropy `[n]` of each labelled next token, and the number of its row in the batch `[n]`.
 
-    Where the model's logits are a frozen linear map of its last hidden state (see `look_at`), a part of the positions
-    goes through that map at a time, and its gradient by the hidden state is computed on the spot: logits
-    are by far the largest tensor of a small model with a large vocabulary.
+    If the model's logits are a frozen linear map of its last hidden state (see `look_at`), that map is computed for a
+    part of the positions at a time, together with the loss's gradient by the hidden state. This saves memory, since
+    logits are by far the largest tensor of a small model with a large vocabulary.
     """
     if not _plain.get(model):
         logits, targets, rows = labelled_logits(model, batch)
@@ -78,7 +78,7 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 class _Frozen(torch.autograd.Function):
-    """Cross-entropy of `hidden [n, d]` through a frozen output layer, a part of the rows at a time."""
+    """Cross-entropy of `hidden [n, d]` after a frozen output layer, computed for a part of the rows at a time."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class _Frozen(torch.autograd.Function):
             total = logits.logsumexp(dim=1, keepdim=True)
             chosen = targets[part, None]
             losses[part] = (total - logits.gather(1, chosen)).squeeze(1)
-            if gradient is not None:  # softmax - one-hot, through the layer
+            if gradient is not None:  # (softmax - one-hot) times the layer's weight
                 logits.sub_(total).exp_()
                 logits.scatter_add_(1, chosen, logits.new_full(chosen.shape, -1.0))
                 gradient[part] = logits.to(weight.dtype) @ weight
@@ -106,7 +106,7 @@ class _Frozen(torch.autograd.Function):
 
 @contextmanager
 def _caught(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """What comes into a layer, which itself gets nothing to do."""
+    """Within the block, collect a layer's inputs and hand the layer an empty input instead."""
     seen: list[Tensor] = []
 
     def catch(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -121,7 +121,7 @@ def _caught(layer: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def look_at(model: nn.Module) -> None:
-    """Find out, on two tokens, whether the logits are a frozen linear map of what the output layer gets."""
+    """Find out, with two tokens, whether the model's logits are the output of a frozen linear output layer."""
     layer = output_layer(model)
     if type(layer) is not nn.Linear or layer.weight.requires_grad:
         return
@@ -136,6 +136,6 @@ def look_at(model: nn.Module) -> None:
 
 
 def output_layer(model: nn.Module) -> nn.Module:
-    """What makes a causal model's logits."""
+    """The layer that computes a causal model's logits."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     return cast("nn.Module", cast("PreTrainedModel", inner).get_output_embeddings())

@@ -1,4 +1,4 @@
-"""What the model in place predicts for a data set, and its metrics."""
+"""The predictions of a model for a data set, and their metrics."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def predict(
     *,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Predictions:
-    """What the model says of a data set, on the CPU; one batch's logits are held at a time.
+    """The model's predictions for a data set, moved to the CPU. Only one batch's logits are in memory at a time.
 
     Args:
-        task: that the examples are of.
-        model: with its adapter in place.
-        examples: at least one.
+        task: the task to which the examples belong.
+        model: the model with its adapter.
+        examples: the data set, at least one example.
         batch_size: examples per forward pass.
-        pad_id: fills the batches' right side.
-        on_batch: called after each batch with (examples done, examples).
+        pad_id: token that fills up shorter rows of a batch on the right.
+        on_batch: called after each batch with (number of examples done, number of all examples).
     """
     kept = list(examples)
     parts: list[Predictions] = []
@@ -57,5 +57,5 @@ def evaluate(
     *,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
-    """The `scores` of what the model predicts for a data set; see `predict` for the arguments."""
+    """The `scores` of the model's predictions for a data set; arguments as in `predict`."""
     return scores(task, predict(task, model, examples, batch_size, pad_id, on_batch=on_batch))

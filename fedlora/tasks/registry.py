@@ -1,4 +1,4 @@
-"""Tasks by name, imported only when one is asked for: this module loads no torch."""
+"""Tasks by name. A task is imported only when it is asked for, so that this module loads no torch."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ TASKS = Registry(
     names=NAMES,
 )
 
-# What a task says of itself in attributes of its class; see `Task`.
+# The attributes that every task's class must have; see `Task`.
 _SAID = ("forms", "metrics", "peft_type", "pipeline", "kind")
 
 
 def is_own(model: ModelConfig) -> bool:
-    """Whether the task is a user's own, which another machine may have and this one not."""
+    """Whether the task is a user's own class, which may be missing on this machine."""
     return ":" in model.task
 
 
@@ -62,10 +62,10 @@ def task_of(model: ModelConfig) -> Task:
 
 
 def check_task(config: Config) -> Task:
-    """The run's task, once it is known and the other keys fit it; nothing is loaded.
+    """The run's task, after a check that the other keys fit it; no model or data is loaded.
 
     Raises:
-        ConfigError: as for `task_of`, or another key does not fit.
+        ConfigError: as in `task_of`, or another key does not fit the task.
     """
     task = task_of(config.model)
     task.check_config(config)

@@ -1,4 +1,4 @@
-"""Metrics of predictions: loss, accuracy, macro F1, exact match, calibration error; over all examples or some."""
+"""Metrics of predictions, over all or some examples: loss, accuracy, macro F1, exact match, calibration error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedlora.common.errors import DataError
 if TYPE_CHECKING:
     from .base import Task
 
-# The names that `common` gives.
+# The names of the metrics that `common` returns.
 COMMON = frozenset({"loss", "accuracy", "calibration-error"})
 
 # Bins of confidence, as in Guo et al. 2017, section 5.
@@ -24,15 +24,15 @@ _BINS = 15
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model said wherever there was something to predict: n positions.
+    """A model's predictions at n positions: all positions of some examples that have a target.
 
     Attributes:
-        rows: int64 [n], the position's example, counted as the examples were given.
-        targets: [n], what is true: a token or a class (int64).
-        predicted: [n], of the same kind: the most probable one; for a causal model after the true prefix.
-        probabilities: fp32 [n], of `predicted`.
-        losses: fp32 [n], minus the logarithm of the target's probability (nats).
-        more: what a task's own metrics need besides, each [n, …], by name.
+        rows: number of each position's example, in the order in which the examples were given; int64 [n].
+        targets: the true token or class at each position, int64 [n].
+        predicted: the most probable token or class, int64 [n]; of a causal model, after the true prefix.
+        probabilities: the probability of `predicted`, fp32 [n].
+        losses: minus the logarithm of the target's probability, in nats, fp32 [n].
+        more: further tensors [n, …] by name, for a task's own metrics.
     """
 
     rows: Tensor
@@ -44,17 +44,17 @@ class Predictions:
 
     @classmethod
     def of_logits(cls, logits: Tensor, targets: Tensor, rows: Tensor) -> Predictions:
-        """The most probable class of each position, its probability, and the target's loss.
+        """The predictions from logits: the most probable class, its probability, and the target's loss.
 
         Args:
-            logits: `[n, classes]`, of any float type.
-            targets: int64 `[n]`.
-            rows: int64 `[n]`.
+            logits: logits of any float type, `[n, classes]`.
+            targets: true class of each position, int64 `[n]`.
+            rows: number of each position's example, int64 `[n]`.
         """
         wide = logits.float()
         losses = F.cross_entropy(wide, targets, reduction="none")
         top, predicted = wide.max(dim=-1)
-        # log p(predicted) = log p(target) + the difference of their logits: no second sum over the vocabulary
+        # log p(predicted) = log p(target) + the difference of their logits, which saves a second sum over all classes
         own = wide.gather(-1, targets[:, None])[:, 0]
         return cls(rows, targets, predicted, (top - own - losses).exp().clamp(max=1.0), losses)
 
@@ -65,28 +65,28 @@ class Predictions:
 
     @classmethod
     def from_columns(cls, columns: Mapping[str, Tensor]) -> Predictions:
-        """Back from `columns`."""
+        """The predictions with these `columns`."""
         more = {name.removeprefix("more."): column for name, column in columns.items() if name not in _COLUMNS}
         return cls(**{name: columns[name] for name in _COLUMNS}, more=more)
 
     @classmethod
     def joined(cls, parts: Sequence[Predictions]) -> Predictions:
-        """Several as one, on the CPU."""
+        """Several predictions as one, moved to the CPU."""
         columns = [part.columns() for part in parts]
         return cls.from_columns({name: torch.cat([each[name] for each in columns]).cpu() for name in columns[0]})
 
     def split(self, counts: Sequence[int]) -> list[Predictions]:
-        """The first so many positions, the next, and so on."""
+        """The predictions in parts: the first counts[0] positions, the next counts[1], and so on."""
         parts = {name: column.split(list(counts)) for name, column in self.columns().items()}
         return [self.from_columns({name: part[i] for name, part in parts.items()}) for i in range(len(counts))]
 
     def of(self, rows: Tensor) -> Predictions:
-        """Those of some examples."""
+        """The predictions for the examples with these numbers."""
         chosen = torch.isin(self.rows, rows)
         return self.from_columns({name: column[chosen] for name, column in self.columns().items()})
 
     def at(self, rows: Tensor) -> Predictions:
-        """The same of other examples: the one at `rows[i]` in place of the i-th."""
+        """The same predictions with other numbers of examples: number i becomes `rows[i]`."""
         return replace(self, rows=rows[self.rows])
 
 
@@ -97,9 +97,9 @@ def scores(task: Task, predictions: Predictions, rows: Tensor | None = None) -> 
     """A task's metrics over all examples, or over some.
 
     Args:
-        task: that the predictions are of.
-        predictions: of any examples.
-        rows: int64, the examples that count; all when left out.
+        task: the task to which the predictions belong.
+        predictions: the predictions for any examples.
+        rows: numbers of the examples that count, int64; all examples when left out.
 
     Raises:
         DataError: these examples have no labelled position.
@@ -129,8 +129,8 @@ def calibration_error(probabilities: Tensor, correct: Tensor) -> float:
     the positions whose confidence lies in ((m - 1) / 15, m / 15].
 
     Args:
-        probabilities: [n], of what was predicted.
-        correct: bool [n].
+        probabilities: the probability of each prediction, [n].
+        correct: whether each prediction is right, bool [n].
     """
     edges = torch.linspace(0, 1, _BINS + 1, dtype=torch.float64)[1:-1]
     bins = torch.bucketize(probabilities.double(), edges)
@@ -142,8 +142,8 @@ def exact_match(rows: Tensor, correct: Tensor) -> float:
     """The share of examples all of whose positions are correct.
 
     Args:
-        rows: int64 [n], the position's example.
-        correct: bool [n].
+        rows: number of each position's example, int64 [n].
+        correct: whether the prediction at each position is right, bool [n].
     """
     examples, position = rows.unique(return_inverse=True)
     missed = torch.bincount(position, ~correct, minlength=len(examples))
@@ -151,11 +151,11 @@ def exact_match(rows: Tensor, correct: Tensor) -> float:
 
 
 def macro_f1(predicted: Tensor, targets: Tensor) -> float:
-    """The mean over classes of `F1 = 2 |hits| / (|predicted| + |true|)`; of those that occur in either.
+    """The mean of `F1 = 2 |hits| / (|predicted| + |true|)` over the classes that occur in either argument.
 
     Args:
-        predicted: int64 [n], non-negative.
-        targets: int64 [n], non-negative.
+        predicted: number of the predicted class, int64 [n].
+        targets: number of the true class, int64 [n].
     """
     classes = int(torch.maximum(predicted.max(), targets.max())) + 1
     hits = torch.bincount(targets[predicted == targets], minlength=classes).double()

@@ -1,4 +1,4 @@
-"""What tasks on texts have in common: tokens, their mask, and labels."""
+"""The base class of tasks on texts, whose examples have tokens and labels."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .losses import IGNORED
 
 @dataclass(frozen=True)
 class TextTask(Task):
-    """A task whose examples have `input_ids`, tokens of at most `data.max-length`, and `labels`.
+    """A task whose examples have `input_ids`, at most `data.max-length` tokens, and `labels`.
 
-    A batch has `input_ids` and `attention_mask` [rows, T], and `labels`: [rows, T] with -100 where there are none, or
-    [rows]; all int64. The pad token may be the end token, since the mask goes by position.
+    A batch has `input_ids` and `attention_mask` [rows, T], and `labels`, which are [rows, T] with -100 at positions
+    without a label, or [rows]; all int64. The pad token may be the end token, since the mask is made from positions.
     """
 
     def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:

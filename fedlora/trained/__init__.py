@@ -1,1 +1,1 @@
-"""What is done with a trained adapter: evaluated, mixed with others, exported."""
+"""Evaluates, compares and exports trained adapters."""

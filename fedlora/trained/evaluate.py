@@ -1,4 +1,4 @@
-"""Adapters on rows: PEFT checkpoints beside the base that they were trained on, and one that is in memory."""
+"""Evaluates adapters on rows: PEFT checkpoints together with their base model, or an adapter in memory."""
 
 from __future__ import annotations
 
@@ -32,15 +32,19 @@ if TYPE_CHECKING:
 def compare_with_base(
     adapters: Sequence[Path], config: Config, on_batch: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, dict[str, float]]:
-    """Metrics of the base as it is and with each adapter, on the run's held-out rows, in one pass.
+    """The metrics of the base model alone and with each adapter, on held-out rows, in one pass.
 
     Args:
         adapters: folders of PEFT checkpoints, at least one.
-        config: of the model and the data.
-        on_batch: called after each batch with (rows done, rows), of all adapters and the base together.
+        config: the configuration of model and data.
+        on_batch: called after each batch with (number of rows done, number of all rows), where a row counts once for
+            each adapter and once for the base model.
+
+    Returns:
+        Label of the base model or an adapter -> its metrics by name.
 
     Raises:
-        ModelError: an adapter was trained on another base.
+        ModelError: an adapter was trained on another base model.
         AdapterError: a checkpoint does not fit the model.
     """
     base = load_base(config.model, seed=config.run.seed)
@@ -56,17 +60,18 @@ def compare_with_base(
 
 
 def load(base: BaseModel, adapters: Sequence[Path], config: Config) -> PeftModel:
-    """The base with these checkpoints as PEFT's adapters "adapter0", "adapter1" ….
+    """The base model with these checkpoints as PEFT's adapters "adapter0", "adapter1" ….
 
     Raises:
-        ModelError: an adapter was trained on another base.
+        ModelError: an adapter was trained on another base model.
         AdapterError: a checkpoint does not fit the model.
     """
     for adapter in adapters:
         trained_on = described(adapter).get("base")
         if trained_on not in (None, base.fingerprint):
             raise ModelError(
-                f"{adapter} was trained on base {trained_on}, model.name = {config.model.name!r} is {base.fingerprint}"
+                f"{adapter} was trained on base {trained_on}, but model.name = {config.model.name!r} is "
+                f"{base.fingerprint}; set model.name to the base model of the adapter"
             )
     model: PeftModel | None = None
     for index, adapter in enumerate(adapters):
@@ -85,10 +90,10 @@ def load(base: BaseModel, adapters: Sequence[Path], config: Config) -> PeftModel
 
 
 def described(adapter: Path) -> dict[str, Any]:
-    """What the adapter's fedlora.json says of it; nothing where there is no such file.
+    """The content of the adapter's fedlora.json; empty if there is no such file.
 
     Raises:
-        AdapterError: it is damaged.
+        AdapterError: the file is damaged.
     """
     path = adapter / "fedlora.json"
     try:
@@ -96,13 +101,15 @@ def described(adapter: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path}: cannot be read: {error}") from None
     if not isinstance(about, dict) or not isinstance(about.get("config", {}), dict):
-        raise AdapterError(f"{path}: cannot be read: not what a run wrote beside its adapter")
+        raise AdapterError(f"{path}: cannot be read: it is not the file that a run wrote beside its adapter")
     return about
 
 
 def titles(adapters: Sequence[Path]) -> list[str]:
-    """What each adapter is called in a table: "with the adapter" if it is alone, else the part of its path that
-    differs from the others'."""
+    """The label of each adapter in a table.
+
+    A single adapter is "with the adapter"; of several, the label is the part of the path that differs from the others.
+    """
     if len(adapters) == 1:
         return ["with the adapter"]
     parts = [adapter.parts for adapter in adapters]
@@ -115,7 +122,7 @@ def titles(adapters: Sequence[Path]) -> list[str]:
 
 
 def _common(paths: Sequence[Sequence[str]]) -> int:
-    """How many first parts are equal in all."""
+    """The number of first parts that are equal in all paths."""
     count = 0
     for column in zip(*paths, strict=False):
         if len(set(column)) > 1:
@@ -129,13 +136,13 @@ def _name(index: int) -> str:
 
 
 def score(adapter: AdapterState, rows: Dataset, config: Config, classes: tuple[str, ...] = ()) -> dict[str, float]:
-    """Metrics of an adapter in memory on any rows.
+    """The metrics of an adapter in memory, on any rows.
 
     Args:
-        adapter: all that was learned, on the untouched base, as pairs of factors.
-        rows: with the columns that `config.data` names.
-        config: the run's that learned it.
-        classes: what the run called them, in order; nothing where they have numbers alone.
+        adapter: the whole trained adapter, for the unchanged base model, as pairs of factors.
+        rows: rows with the columns that `config.data` names.
+        config: the configuration of the run that trained the adapter.
+        classes: names of that run's classes, in their order; empty if they have only numbers.
 
     Raises:
         DataError: rows cannot be used.
@@ -143,6 +150,6 @@ def score(adapter: AdapterState, rows: Dataset, config: Config, classes: tuple[s
     model = adapted.adapted_model(config.model, replace(config.lora, kind="lora", kind_options=""))
     form_of(rows.column_names, config.data, model.task)
     examples = encode(with_places(numbered(rows, config.data, classes)), model.base.tokenizer, config.data, model.task)
-    adapted.merge_folds(model, None, ())  # a run may have left its own in the weights
+    adapted.merge_folds(model, None, ())  # a run may have left its folds in the weights
     adapted.install(model, adapter)
     return evaluate(model.task, model.model, examples, config.evaluate.batch_size, model.base.pad_id)

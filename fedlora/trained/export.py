@@ -1,4 +1,4 @@
-"""A run's adapter as something to hand on: a PEFT checkpoint of a chosen rank, or a merged model; with a model card."""
+"""Exports a run's adapter as a PEFT checkpoint of a chosen rank, or as a merged model, with a model card."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ _log = logging.getLogger("fedlora")
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported: the adapter of a run, and what is known of that run.
+    """The adapter to export, and what is known of its run.
 
     Attributes:
-        adapter: the folder of its PEFT checkpoint.
-        about: the checkpoint's fedlora.json.
-        config: the run's.
-        result: the run's result.json; empty where the checkpoint was moved away from its run.
+        adapter: folder of the PEFT checkpoint.
+        about: content of the checkpoint's fedlora.json.
+        config: the run's configuration.
+        result: content of the run's result.json; empty if the checkpoint was moved away from its run.
     """
 
     adapter: Path
@@ -53,19 +53,20 @@ class Source:
 
     @property
     def run(self) -> Path:
-        """The run's folder, where there is one."""
+        """The folder that contains the checkpoint, which is the run's folder unless the checkpoint was moved."""
         return self.adapter.parent
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """The result of an export.
 
     Attributes:
-        folder: where.
-        error: `|exported - trained|_F / |trained|_F` over all modules; None for what kept its rank.
-        ranks: the least and the largest rank over modules.
-        intruders: `lambda`, and how many there were `before` and are `after` over all modules, where it was asked for.
+        folder: the folder that was written.
+        error: `|exported - trained|_F / |trained|_F` over all modules; None if the rank did not change.
+        ranks: the smallest and the largest rank of a module.
+        intruders: if intruders were scaled, `lambda`, and their number over all modules `before` and `after`; else
+            empty.
     """
 
     folder: Path
@@ -75,10 +76,10 @@ class Exported:
 
 
 def find(path: Path) -> Source:
-    """The checkpoint of a run, or of another folder that has one.
+    """The checkpoint of a run, or in any other folder.
 
     Raises:
-        AdapterError: there is none, or it was not written by this product.
+        AdapterError: there is no checkpoint, or FedLoRA did not write it.
         RunError: the run's record is damaged.
     """
     folder = adapter_folder(path)
@@ -95,12 +96,12 @@ def find(path: Path) -> Source:
 
 
 def at_rank(adapter: AdapterState, rank: int) -> AdapterState:
-    """The best approximation of every module's update of at most this rank."""
+    """The adapter with the best approximation of every module's update of at most this rank."""
     return replace(adapter, lora=compress(adapter.lora, rank))
 
 
 def for_client(adapter: AdapterState, client: ClientInfo) -> AdapterState:
-    """The best approximation at a client's own ranks, module by module."""
+    """The adapter with the best approximation of every module's update of a client's own ranks."""
     lora = {name: leading_factors(svd, client.rank_of(name)) for name, svd in svd_each(adapter.lora).items()}
     return replace(adapter, lora=lora)
 
@@ -111,19 +112,19 @@ def with_fewer_intruders(
     """The adapter with its intruder dimensions scaled, and then cut; see `fedlora.models.intruders`.
 
     Args:
-        source: names the base, as it was trained on.
-        trained: an update for every adapted module.
-        lam: 0 takes the intruders out, 1 leaves all as it is.
-        cut: to a lower rank, or nothing.
-        merge: intruders are those of the full-precision base in fp32, with which the adapter is to be merged.
+        source: the adapter's source, which names the base model.
+        trained: the trained adapter, with an update for every adapted module.
+        lam: with 0 the intruders are removed, with 1 nothing changes.
+        cut: function that is applied afterwards, such as a reduction to a lower rank.
+        merge: True if the adapter will be merged; intruders are then those of the full-precision base model in fp32.
 
     Returns:
-        The changed adapter; and `lambda`, and the number of intruders over all modules `before` and `after`. Some may
-        be left with lambda = 0: weaker directions become leading ones, and a cut brings back a little of what went.
+        The changed adapter; and `lambda` with the number of intruders over all modules `before` and `after`. Some may
+        be left with lambda = 0, since weaker directions become leading ones, and a cut restores a little of the others.
 
     Raises:
-        ModelError: the base is not the one that the adapter was trained on.
-        AdapterError: the adapter does not fit the base.
+        ModelError: the base model is not the one on which the adapter was trained.
+        AdapterError: the adapter does not fit the base model.
     """
     plain = replace(source.config.model, quantization="none", compute_dtype="fp32", device="cpu")
     bench = adapted_model(plain if merge else source.config.model, source.config.lora)
@@ -146,18 +147,18 @@ def write_adapter(
     *,
     paper: str = "",
 ) -> Exported:
-    """A PEFT checkpoint with a model card; whole or not at all.
+    """Write a PEFT checkpoint with a model card. After an error, nothing is left.
 
     Args:
-        source: where the adapter comes from.
-        trained: what is exported before `change`.
-        out: the folder, which must not exist, or be empty.
-        change: of the adapter: a lower rank, for instance.
-        facts: for fedlora.json and the card: what was asked for, by names.
-        paper: the strategy's, for the card.
+        source: the adapter's source.
+        trained: the trained adapter, before `change`.
+        out: the folder to write; it must be new or empty.
+        change: function that is applied to the adapter, such as a reduction to a lower rank.
+        facts: options of the export by name, for fedlora.json and the card.
+        paper: citation of the strategy's paper, for the card.
 
     Raises:
-        AdapterError: `out` holds something already.
+        AdapterError: `out` is not empty.
     """
     changed = change(trained)
     error = relative_error(changed.lora, trained.lora)
@@ -181,11 +182,13 @@ def write_merged(
     *,
     paper: str = "",
 ) -> Exported:
-    """The base in full precision with the adapter added to its weights, as a transformers folder in fp32.
+    """Write the full-precision base model with the adapter added to its weights, as a transformers folder in fp32.
+
+    The arguments are those of `write_adapter`.
 
     Raises:
-        ModelError: the base is not the one that the adapter was trained on.
-        AdapterError: `out` holds something already, or the adapter does not fit the base.
+        ModelError: the base model is not the one on which the adapter was trained.
+        AdapterError: `out` is not empty, or the adapter does not fit the base model.
     """
     config = replace(source.config.model, quantization="none", compute_dtype="fp32", device="cpu")
     changed = change(trained)
@@ -209,12 +212,12 @@ def write_merged(
 
 
 def _write_card(folder: Path, card: Card) -> None:
-    """README.md; with a section on intruder dimensions where they were scaled."""
+    """Write README.md; it has a section on intruder dimensions if they were scaled."""
     text, found = render(card), card.facts.get("intruders")
     if found:
         text += (
-            f"\n## Intruder dimensions\n\nLeading directions of the tuned weights that the base's do not resemble were "
-            f"scaled by {found['lambda']:g}: {found['before']} before, {found['after']} after, over all modules.\n"
+            f"\n## Intruder dimensions\n\nLeading directions of the tuned weights that are like none of the base's "
+            f"were scaled by {found['lambda']:g}: {found['before']} before, {found['after']} after, over all modules.\n"
         )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -225,12 +228,12 @@ def _base_config(source: Source) -> Path:
 
 
 def _name_classes(folder: Path, config: Path, source: Source) -> None:
-    """config.json with the number of classes, which transformers leaves to the reader's default, and their names.
+    """Write config.json with the names of the classes, and so with their number, for which readers have a default.
 
     Args:
-        folder: where it is written.
-        config: the model's, which has names of its own where the rows had numbers alone.
-        source: of the run, which knows the names in the rows.
+        folder: folder for the file.
+        config: the base model's config.json, whose names are used if the rows have only numbers.
+        source: the adapter's source, with the names in the run's rows.
     """
     settings = json.loads(config.read_text(encoding="utf-8"))
     known = settings.get("id2label") or {}
@@ -246,18 +249,19 @@ def _name_classes(folder: Path, config: Path, source: Source) -> None:
 
 
 def merge(base: BaseModel, adapter: AdapterState) -> list[str]:
-    """Add every module's dW to the weights of an unquantized base, and put the dense tensors in their places.
+    """Add every module's dW to the weights of an unquantized base model, and copy the tensors trained in full into it.
 
     Returns:
-        The modules that shared their weight with another one, which stays as it was: each has its own now.
+        The modules that shared their weight with another module. They have a weight of their own now; that of the other
+        module is unchanged.
 
     Raises:
-        AdapterError: a module or a tensor is not the model's.
+        AdapterError: the model has no such module or tensor.
     """
     model, heads = base.model, dict(base.model.named_parameters())
     as_found = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
     model.config.use_cache = True
-    if "rescale_every" in as_found:  # RWKV's own, off in training
+    if "rescale_every" in as_found:  # a feature of RWKV that is switched off in training
         model.config.rescale_every = as_found["rescale_every"]
     untied: list[str] = []
     with torch.no_grad():
@@ -265,7 +269,7 @@ def merge(base: BaseModel, adapter: AdapterState) -> list[str]:
             try:
                 module: nn.Module = model.get_submodule(name)
             except AttributeError:
-                raise AdapterError(f"{name}: the base has no such module; the adapter is of another model") from None
+                raise AdapterError(f"{name}: the base has no such module; the adapter is for another model") from None
             other = untie(model, name)
             if other:
                 _log.info("%s shares its weight with %s, and gets its own for the merge", name, other)
@@ -274,7 +278,7 @@ def merge(base: BaseModel, adapter: AdapterState) -> list[str]:
             update = update.T if isinstance(module, Conv1D) else update
             if update.shape != weight.shape:
                 raise AdapterError(
-                    f"{name}: the adapter's update is {tuple(update.shape)}, the weight {tuple(weight.shape)}"
+                    f"{name}: the adapter's update is {tuple(update.shape)}, but the weight is {tuple(weight.shape)}"
                 )
             weight.add_(update.to(weight))
         for name, tensor in adapter.tensors.items():
@@ -285,24 +289,24 @@ def merge(base: BaseModel, adapter: AdapterState) -> list[str]:
 
 
 def check_base(source: Source, base: BaseModel) -> None:
-    """Raises ModelError when the adapter was trained on another base."""
+    """Raise ModelError if the adapter was trained on another base model."""
     trained_on = source.about.get("base")
     if trained_on not in (None, base.fingerprint):
         raise ModelError(
-            f"{source.adapter} was trained on base {trained_on}, model.name = {source.config.model.name!r} is "
-            f"{base.fingerprint}"
+            f"{source.adapter} was trained on base {trained_on}, but model.name = {source.config.model.name!r} is "
+            f"{base.fingerprint}; put the earlier model back"
         )
 
 
 def check_free(out: Path) -> None:
-    """Raises AdapterError when `out` is a file, or a folder that is not empty."""
+    """Raise AdapterError if `out` is a file, or a folder that is not empty."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise AdapterError(f"{out}: exists already and is not empty; choose another folder, or remove it")
 
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill beside `out`, which it becomes at the block's end; after an error nothing is left."""
+    """A new folder to fill in the block, which becomes `out` at its end; after an error, nothing is left."""
     check_free(out)
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)

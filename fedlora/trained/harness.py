@@ -1,4 +1,4 @@
-"""Adapters on the tasks of EleutherAI's lm-evaluation-harness, through its own Python API (an optional extra)."""
+"""Evaluates adapters on the tasks of EleutherAI's lm-evaluation-harness, by its Python API (an optional extra)."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _INSTALL = "pip install 'fedlora[lm-eval]'"
 def scores(
     adapters: Sequence[Path], config: Config, tasks: Sequence[str], path: Path | None = None, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
-    """Each task's metrics, as the harness computes them, of the untouched base and of each adapter.
+    """The metrics of the unchanged base model and of each adapter on each task, computed by the harness.
 
     Args:
         adapters: folders of PEFT checkpoints of one base model, at least one.
-        config: names the base model, and the batch size.
-        tasks: names that the harness knows, or that files in `path` define.
-        path: a folder with task files of one's own.
-        limit: only the first rows of each task.
+        config: the configuration, with the base model and the batch size.
+        tasks: names of tasks that the harness knows, or that files in `path` define.
+        path: folder with a user's own task files.
+        limit: largest number of rows of each task; None: all rows.
 
     Returns:
-        Label -> "task metric" -> value.
+        Label of the base model or an adapter -> "task metric" -> value.
 
     Raises:
         ConfigError: the harness is not installed, a task is unknown, or the model is a classifier.
     """
     api = _api()
     if task_of(config.model).pipeline != "text-generation":
-        raise ConfigError("--lm-eval: its tasks need a model that writes, as model.task = causal-lm; leave it out")
+        raise ConfigError("--lm-eval: its tasks need a model that generates text, model.task = causal-lm; leave it out")
     manager = api.tasks.TaskManager(include_path=str(path) if path else None)
     known = set(manager.all_tasks)
     for task in tasks:
@@ -64,7 +64,7 @@ def scores(
 
 
 def flat(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The harness's results as "task metric" -> value; its standard errors, names and filters' defaults left out."""
+    """The harness's results as "task metric" -> value, without standard errors, names and names of default filters."""
     found: dict[str, float] = {}
     for task, metrics in results.items():
         for key, value in metrics.items():
@@ -76,7 +76,7 @@ def flat(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _api() -> Any:
-    """The harness's package, with the parts that are used here."""
+    """The harness's package, after an import of the parts that are used here."""
     try:
         for part in ("lm_eval.tasks", "lm_eval.models.huggingface"):
             importlib.import_module(part)

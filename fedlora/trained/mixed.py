@@ -1,7 +1,7 @@
-"""Many adapters beside one base in one pass: each batch's rows are repeated, once for every adapter.
+"""Evaluates several adapters of one base model in one pass: each batch's rows are repeated, once for every adapter.
 
-PEFT's mixed batches: the base's layers see all rows together, each adapter's factors only its own. As in S-LoRA
-(Sheng et al. 2023, https://arxiv.org/abs/2311.03285), whose kernels for unequal ranks are not used here.
+This uses PEFT's mixed batches: the base model's layers get all rows together, and each adapter only its own rows.
+S-LoRA does the same (Sheng et al. 2023, https://arxiv.org/abs/2311.03285); its kernels for unequal ranks are not used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedlora.tasks.checked import check_predictions
 from fedlora.tasks.predict import predict
 from fedlora.tasks.scores import Predictions
 
-# The base as it is, among the names of adapters.
+# The name of the base model without an adapter, among the names of adapters.
 BASE = "__base__"
 _MIXABLE_HEADS = (nn.Linear, nn.Embedding)
 _log = logging.getLogger("fedlora")
@@ -37,18 +37,21 @@ def predict_many(
     pad_id: int,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Predictions]:
-    """What each adapter says at every labelled position of a data set: `evaluate.predict` of each, in one pass.
+    """The predictions of each adapter for a data set, in one pass; they are the same as those of `predict`.
 
-    Where PEFT cannot mix this model's batches, the adapters take their turns, which is said once.
+    If PEFT cannot mix batches in this model, the adapters are evaluated one after another, which is logged.
 
     Args:
-        task: that the examples are of.
-        model: with all the adapters loaded, of any ranks; unmerged.
-        names: the adapters', and `BASE` for the bare base; each once.
-        examples: at least one.
-        batch_size: rows per forward pass, the repeated ones included.
-        pad_id: fills the batches' right side.
-        on_batch: called after each batch with (rows done, rows), of all adapters together.
+        task: the task to which the examples belong.
+        model: the model with all adapters loaded, of any ranks and not merged.
+        names: names of the adapters, each once; `BASE` stands for the base model alone.
+        examples: the data set, at least one example.
+        batch_size: number of rows per forward pass, with the repeated rows.
+        pad_id: token that fills up shorter rows of a batch on the right.
+        on_batch: called after each batch with (number of rows done, number of all rows), over all adapters.
+
+    Returns:
+        Name -> predictions.
     """
     reason = unmixable(task, model)
     if reason:
@@ -77,11 +80,11 @@ def predict_many(
 def _one_batch(
     task: Task, model: PeftModel, names: Sequence[str], chosen: Mapping[int, Example], pad_id: int
 ) -> list[Predictions]:
-    """What each adapter says of these examples, which are given by their places."""
+    """The predictions of each adapter for these examples, which are given by their numbers."""
     batch = task.collate([*chosen.values()] * len(names), pad_id)
     found = check_predictions(task, task.predict(model, batch, [name for name in names for _ in chosen]))
     seats = found.rows // len(chosen)
-    counts = torch.bincount(seats, minlength=len(names)).tolist()  # the seats' positions follow one another
+    counts = torch.bincount(seats, minlength=len(names)).tolist()  # the positions are in the order of the adapters
     return found.at(torch.tensor([*chosen] * len(names), device=found.rows.device)).split(counts)
 
 
@@ -95,7 +98,7 @@ def one_by_one(
     pad_id: int,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Predictions]:
-    """`predict_many` in as many passes as there are names."""
+    """The same as `predict_many`, with one pass for each name."""
     before, total = model.active_adapters[0], len(names) * len(examples)
     found: dict[str, Predictions] = {}
     for turn, name in enumerate(names):
@@ -114,7 +117,7 @@ def one_by_one(
 
 
 def unmixable(task: Task, model: PeftModel) -> str:
-    """Why PEFT cannot mix adapters in this model's batches; empty when it can."""
+    """The reason why PEFT cannot mix adapters in this model's batches; empty if it can."""
     if isinstance(task.narrowed(model), (LoraLayer, AuxiliaryTrainingWrapper)):
         return "the output layer has an adapter of its own"
     for name, module in model.named_modules():

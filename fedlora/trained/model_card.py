@@ -1,4 +1,4 @@
-"""The README.md of an exported adapter: how it was trained, what was measured, what it is not."""
+"""The README.md of an exported adapter: how it was trained, what was measured, and its limits."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from fedlora.tasks.registry import task_of
 
 @dataclass(frozen=True)
 class Card:
-    """What a card is made of.
+    """The contents of a card.
 
     Attributes:
-        config: the run's.
-        about: fedlora.json of the checkpoint.
-        result: result.json of the run, or nothing.
-        facts: of the export: `rank`, `client`, `ranks`, `relative-error`, `merged`.
-        paper: the strategy's, as its class cites it.
-        name: of the exported folder.
+        config: the run's configuration.
+        about: content of the checkpoint's fedlora.json.
+        result: content of the run's result.json, or empty.
+        facts: facts about the export: `rank`, `client`, `ranks`, `relative-error`, `merged`.
+        paper: citation of the strategy's paper, from the docstring of its class.
+        name: name of the exported folder.
     """
 
     config: Config
@@ -39,7 +39,7 @@ class Card:
 
 
 def citation(docstring: str) -> str:
-    """The first paper that a strategy's docstring names, with its link; empty when there is none.
+    """The first paper that a strategy's docstring names, with its link; empty if it names none.
 
     Example:
         >>> citation('Means. Guo et al. 2024, "Selective Aggregation", https://arxiv.org/abs/2410.01463. More.')
@@ -69,18 +69,18 @@ def render(card: Card) -> str:
 
 
 def class_names(about: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the rows of a run call their classes, in the order of their numbers; nothing where they have numbers."""
+    """The names of a run's classes, in the order of their numbers; empty if they have only numbers."""
     return tuple(about.get("classes") or result.get("classes") or ())
 
 
 def base_name(name: str) -> str:
-    """A base model's id on the hub, or the last part of a local path."""
+    """A base model's hub id, or the last part of a local path."""
     local = name.startswith((".", "/", "~")) or name.endswith(".gguf")
     return Path(name).name if local else hub_name(name)
 
 
 def _weights(name: str) -> str:
-    """A base model's name, and what its weights are where they are not those of that name on the hub."""
+    """A base model's name, with the origin of its weights if they differ from those of that name on the hub."""
     asset = known().get(name)
     words = asset.weights if asset else "dequantized from GGUF" if name.endswith(".gguf") else ""
     return base_name(name) + (f", {words}" if words else "")
@@ -102,17 +102,19 @@ def _what(card: Card) -> str:
     lines = [f"{kind} {base}, trained by federated learning."]
     if "client" in facts:
         own = facts.get("personal")
-        how = f"its own factors {own} beside the shared ones" if own else "the global adapter cut to its rank"
+        how = f"its own factors {own} with the shared ones" if own else "the global adapter, cut to its rank"
         lines.append(f"This is the adapter of client {facts['client']}: {how}.")
     ranks = facts.get("ranks", [])
     if ranks:
         spread = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         lines.append(
-            f"Rank: {spread}. Relative error (Frobenius norm, all modules) against what was trained: "
+            f"Rank: {spread}. Relative error (Frobenius norm, all modules) against the trained adapter: "
             f"{facts['relative-error']:.3g}."
         )
     if facts.get("untied"):
-        lines.append(f"Shared weights of the base are apart here: {', '.join(facts['untied'])} has its own.")
+        lines.append(
+            f"Of the weights that modules of the base share, these are separate: {', '.join(facts['untied'])}."
+        )
     if facts.get("merged"):
         code = f'from transformers import {_auto(card)}\n\nmodel = {_auto(card)}.from_pretrained("{card.name}")'
     else:
@@ -126,7 +128,7 @@ def _what(card: Card) -> str:
 
 
 def _labels(card: Card) -> str:
-    """What a classifier's base is to be read with."""
+    """The arguments with which a classifier's base model must be read."""
     names = dict(enumerate(class_names(card.about, card.result)))
     if len(names) != card.config.model.labels:
         return f", num_labels={card.config.model.labels}"
@@ -174,7 +176,7 @@ def _training(card: Card) -> list[tuple[str, str]]:
 
 
 def _metrics(card: Card) -> str:
-    """One row per round: held-out metrics, or else the means of the clients' own test rows; and bytes."""
+    """A table with a row for each round: held-out metrics, or else means over the clients' own test rows, and bytes."""
     rounds: Sequence[Mapping[str, Any]] = card.result["rounds"]
     on_clients = not any("heldout" in entry for entry in rounds)
     rows: list[tuple[int, Mapping[str, Any], Mapping[str, Any]]] = (
@@ -192,7 +194,7 @@ def _metrics(card: Card) -> str:
         lines.append(_row([str(number), *values, *traffic]))
     where = "Means over the clients' own test rows." if on_clients else "On held-out rows; round 0 is the base alone."
     changed = card.facts.get("relative-error", 0) > 1e-4 or "client" in card.facts
-    more = " They are the run's, not those of this export, which differs from the run's adapter." if changed else ""
+    more = " They are those of the run's adapter, from which this export differs." if changed else ""
     return f"{where}{more}\n\n" + "\n".join(lines) + "\n"
 
 
@@ -213,18 +215,18 @@ def _made(card: Card) -> list[tuple[str, str]]:
 
 def _limits(card: Card) -> list[tuple[str, str]]:
     quantization, weights = card.config.model.quantization, _weights(card.config.model.name)
-    limits = [("Scope", "evaluated on rows like those it was trained on, and on nothing else")]
+    limits = [("Scope", "evaluated only on rows like those on which it was trained")]
     if quantization != "none" and card.facts.get("merged"):
         text = (
-            f"the adapter was trained beside an {quantization} base and is merged into the full-precision one, so that "
-            "its numbers differ from those above"
+            f"the adapter was trained with an {quantization} base and is merged into the full-precision one, so that "
+            "its metrics differ from those above"
         )
         limits.append(("Precision", text))
     elif quantization != "none":
-        limits.append(("Precision", f"trained beside an {quantization} base; on another precision its numbers differ"))
+        limits.append(("Precision", f"trained with an {quantization} base; in another precision its metrics differ"))
     if weights != base_name(card.config.model.name):
-        limits.append(("Base", f"the weights in training were those of {weights}; beside others the numbers differ"))
-    limits.append(("Privacy", "an adapter can reveal some of the rows it was trained on; nothing here rules that out"))
+        limits.append(("Base", f"trained with the weights of {weights}; with others its metrics differ"))
+    limits.append(("Privacy", "an adapter can reveal some of the rows on which it was trained; this was not prevented"))
     return limits
 
 

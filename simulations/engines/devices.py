@@ -1,8 +1,8 @@
-"""The in-process engine over several devices: a process for each, which trains and evaluates its share of the clients.
+"""The local engine on several devices: a process for each device trains and evaluates its share of the clients.
 
-Clients are dealt to the devices in turn, for the whole run: the folds that a process holds stay those of its clients,
-and a client's state on disk has one writer. What a process tells, events and lines of the log, comes through the same
-pipe as its answers, in order, and is told on here while answers are waited for.
+Clients are assigned to the devices in turn, for the whole run. The folds in a process are then always those of its
+clients, and a client's state on disk has only one writer. A process sends its events and log lines through the same
+pipe as its answers, in order; this process passes them on while it waits for answers.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _log = logging.getLogger("fedlora")
 
 
 def devices_of(text: str) -> tuple[str, ...]:
-    """`--devices`: names such as "cuda:0,cuda:1" or "cpu,cpu", each a process of its own; auto is every CUDA device.
+    """The devices that `--devices` names, such as "cuda:0,cuda:1" or "cpu,cpu"; auto: all CUDA devices, or the CPU.
 
     Raises:
-        ConfigError: a name is of another form, or of a device that is not here.
+        ConfigError: a name has another form, or the device does not exist.
     """
     import torch
 
@@ -54,23 +54,23 @@ def devices_of(text: str) -> tuple[str, ...]:
         index = _CUDA.fullmatch(name)
         if index is None and name != "cpu":
             raise ConfigError(
-                f"--devices {text!r}: {name!r} is none, expected auto, or cpu and cuda:N, such as cuda:0,cuda:1"
+                f"--devices {text!r}: {name!r} is not a device, expected auto, or cpu and cuda:N, such as cuda:0,cuda:1"
             )
         if index and int(index[1]) >= count:
             raise ConfigError(
-                f"--devices {text!r}: {name} is not here, torch sees {count} CUDA devices; use auto or cpu"
+                f"--devices {text!r}: {name} does not exist, torch sees {count} CUDA devices; use auto or cpu"
             )
         found.append(f"cuda:{int(index[1])}" if index else name)
     return tuple(found)
 
 
 class Child:
-    """The process of one device: started when it is asked first, and again once it has died.
+    """The process for one device. It is started when it first gets work, and again after it has died.
 
     Args:
-        device: as `model.device`.
-        threads: of torch.
-        log: a file for what it prints.
+        device: name of the device, as for `model.device`.
+        threads: number of torch's threads in the process.
+        log: file for the process's output.
     """
 
     def __init__(self, device: str, threads: int, log: Path) -> None:
@@ -81,27 +81,30 @@ class Child:
 
     @property
     def pipe(self) -> Connection:
-        """What it says comes here."""
+        """The pipe through which the process answers."""
         return self._pipe
 
     def ask(self, task: str, requests: Requests) -> None:
-        """Give it work; it has none.
+        """Give the process work. It must have none at this time.
 
         Args:
-            task: "size": how many clients such as this one to train at once; "train" or "evaluate".
+            task: "train", "evaluate", or "size", which asks for the number of clients like this one to train at once.
             requests: content and context of each message.
         """
         if self._process is None or not self._process.is_alive():
             self.stop()
             self._start()
-        with suppress(OSError):  # it died: `hear` says so
+        with suppress(OSError):  # the process died, which `hear` reports
             self.pipe.send((task, requests))
 
     def hear(self) -> tuple[str, Any]:
-        """The next that it says: ("event", (kind, facts)), ("log", (level, text)), ("size", int) or ("answers", list).
+        """The next message of the process.
+
+        Returns:
+            One of ("event", (kind, facts)), ("log", (level, text)), ("size", int) and ("answers", list).
 
         Raises:
-            RunError: it died.
+            RunError: the process died.
         """
         try:
             return self.pipe.recv()
@@ -110,15 +113,15 @@ class Child:
             code = self._process.exitcode
             self.stop()
             raise RunError(
-                f"the process on {self.device} died with exit code {code}, out of memory or killed; what it printed is "
-                f"in {self._log.parent.name}/{self._log.name} of the run's folder"
+                f"the process on {self.device} died with exit code {code}, out of memory or killed; its output is in "
+                f"{self._log.parent.name}/{self._log.name} of the run's folder"
             ) from None
 
     def stop(self) -> None:
-        """At once; what it is at is lost."""
+        """Stop the process at once; its present work is lost."""
         if self._process is None:
             return
-        if self._process.pid is not None:  # else its start was cut short
+        if self._process.pid is not None:  # it is None if the start was interrupted
             self._process.terminate()
             self._process.join(_STOP_SECONDS)
             if self._process.is_alive():
@@ -140,18 +143,19 @@ class Child:
 
 
 class DevicesGrid(LocalGrid):
-    """A grid whose clients run in a process for each device; `with` it, none of them outlives the block.
+    """A grid whose clients run in other processes, one for each device. As a context manager, it stops them in the end.
 
-    A process that dies fails the messages that it was at, as a client that crashes does, and is started again for the
-    next. What needs no base model, a client's description, is answered in this process.
+    If a process dies, the messages that it was working on fail, as if their clients had crashed, and it is started
+    again for the next message. Questions for a client's description need no base model, and are answered in this
+    process.
 
     Args:
-        client_app: answers what needs no base model.
-        node_configs: one per client.
-        run_config: what each client's context carries.
-        run_id: of this run.
-        devices: as `model.device`; one may be there several times.
-        logs: folder for what the processes print.
+        client_app: answers the messages that need no base model.
+        node_configs: the config of each client's node.
+        run_config: the run's configuration, for each client's context.
+        run_id: number of this run.
+        devices: names of devices, as for `model.device`; a name may occur several times.
+        logs: folder for the processes' output.
     """
 
     def __init__(
@@ -176,7 +180,8 @@ class DevicesGrid(LocalGrid):
         self._told: set[str] = set()
 
     def __enter__(self) -> DevicesGrid:
-        _log.info("clients are spread over %s, a process for each", ", ".join(child.device for child in self._children))
+        devices = ", ".join(child.device for child in self._children)
+        _log.info("clients are divided among %s, with a process for each device", devices)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -184,7 +189,7 @@ class DevicesGrid(LocalGrid):
             child.stop()
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Hands these messages to the devices that are free, waits for an answer, and returns all that have come."""
+        """Give these messages to the devices that are free, wait for an answer, and return all answers so far."""
         asked = list(message_ids)
         waiting = [self._waiting[known] for known in asked if known in self._waiting]
         here = [m for m in waiting if m.metadata.message_type not in (MessageType.TRAIN, MessageType.EVALUATE)]
@@ -209,7 +214,7 @@ class DevicesGrid(LocalGrid):
             child.ask(task, self._requests(chosen))
 
     def _taken(self, child: Child, asked: Sequence[str], most: int, kind: str = "") -> list[Message]:
-        """The first of the messages that wait for this process, of this kind alone where one is given."""
+        """The first `most` messages that wait for this process; if a kind is given, only messages of this kind."""
         waiting = [self._waiting[known] for known in asked if known in self._waiting]
         taken = [
             message
@@ -221,7 +226,7 @@ class DevicesGrid(LocalGrid):
         return taken
 
     def _heard(self, asked: Sequence[str]) -> list[Message]:
-        """What has come from the processes that work, once something has."""
+        """Wait until a working process says something; return the replies among what they said."""
         replies: list[Message] = []
         at_work = {child.pipe: child for child in self._at}
         for pipe in connection.wait(list(at_work)):
@@ -248,7 +253,7 @@ class DevicesGrid(LocalGrid):
         return replies
 
     def _tell(self, level: int, text: str) -> None:
-        """A line of a process's log; what each of them would say, no warning, is told once."""
+        """Log a line of a process. A line that is no warning is logged once, even if all processes send it."""
         if level > logging.INFO or text not in self._told:
             self._told.add(text)
             _log.log(level, "%s", text)
@@ -259,21 +264,21 @@ class DevicesGrid(LocalGrid):
 
 @contextmanager
 def _no_main() -> Iterator[None]:
-    """A process that is started within the block does not run this one's script again: it needs none of it."""
+    """A process that is started within the block does not run the script of this process again."""
     with mock.patch.dict(sys.modules, {"__main__": ModuleType("__main__")}):
         yield
 
 
 @contextmanager
 def _no_ctrl_c() -> Iterator[None]:
-    """A process that is started within the block never hears Ctrl-C, not even while it imports; this one does after it.
+    """A process that is started within the block never gets Ctrl-C, not even while it imports modules.
 
-    Windows has no such mask.
+    This process gets it after the block. On Windows, which has no such mask, the block does nothing.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # else the first start brings it up, and lifts the mask
+    resource_tracker.ensure_running()  # otherwise the first process start would start it, and remove the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -282,7 +287,7 @@ def _no_ctrl_c() -> Iterator[None]:
 
 
 class _Told(logging.Handler):
-    """In a child: its log is its parent's."""
+    """In a child process: sends all log lines to the parent."""
 
     def __init__(self, pipe: Connection) -> None:
         super().__init__()
@@ -293,7 +298,7 @@ class _Told(logging.Handler):
 
 
 def serve(pipe: Connection, threads: int, log: Path) -> None:
-    """In a child: answers until its parent is gone, leaves Ctrl-C to it, and prints to a file."""
+    """The main function of a child process: answer until the parent is gone, ignore Ctrl-C, and print to a file."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)

@@ -1,7 +1,7 @@
-"""Flower's simulation engine, wrapped: a private SuperLink, `flwr run`, and a failed run is an error.
+"""Flower's simulation engine: a run gets a SuperLink of its own, is started by `flwr run`, and raises if it fails.
 
 Flower's shared local SuperLink outlives its runs and keeps its first caller's folder and environment. Here each
-run gets its own on free ports, in a neutral folder, and takes it down again.
+run starts its own SuperLink, on free ports and in a neutral folder, and stops it in the end.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def run(config: Config, at_once: int = 1) -> None:
     """Run a federation through `flwr run` on Flower's simulation engine (Ray).
 
     Args:
-        config: the run.
-        at_once: clients that train at the same time, each with its own process and base model; they share
-            the cores, and a GPU when there is one.
+        config: the run's configuration.
+        at_once: number of clients that train at the same time, each with its own process and base model. They share
+            the cores, and a GPU if there is one.
 
     Raises:
-        RunError: Flower did not start, or the run did not complete; the message holds the reason.
+        RunError: Flower did not start, or the run did not complete; the message says why.
     """
     processes.share_cores(at_once)
     config = absolute(stamp(config))
@@ -58,7 +58,7 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
         "FLWR_LOCAL_CONTROL_API_PORT": str(control),
         "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
         PLUGINS: "any",
-        ALLOW_FILES: "1",  # clients run here, as the user who named the files; their node configs are Flower's to set
+        ALLOW_FILES: "1",  # clients run as the user who named the files; Flower sets their node configs, not FedLoRA
     }
     command = [flower_programs.program("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--control-api-address", f"127.0.0.1:{control}"]
@@ -73,7 +73,7 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
 
 
 def _resources(config: Config, at_once: int) -> str:
-    """What `flwr run` is told of the simulation: nodes, and the share of this machine for each."""
+    """The simulation's settings for `flwr run`: the number of nodes, and each one's share of this machine."""
     cores = os.cpu_count() or 1
     resources = [
         f"num-supernodes={config.federation.clients}",

@@ -1,4 +1,4 @@
-"""The in-process engine: the same ServerApp and clients in one process, several of them as one batch."""
+"""The in-process engine: the ServerApp and all clients in one process, where several clients can train as one batch."""
 
 from __future__ import annotations
 
@@ -22,30 +22,31 @@ WINDOW = 16
 
 
 class Cohorts(Protocol):
-    """What trains several clients as one batch: `clients.together`."""
+    """The functions of `clients.answering.together`, which train several clients as one batch."""
 
     def how_many(self, context: Context) -> int:
-        """How many clients such as this one to train at once."""
+        """The number of clients like this one to train at once."""
         ...
 
     def train(self, requests: Sequence[tuple[RecordDict, Context]]) -> list[RecordDict | Error]:
-        """The answers to their training messages, in order."""
+        """The answers to the clients' training messages, in order."""
         ...
 
 
 class LocalGrid(Grid):
-    """A grid whose clients run here, when their replies are pulled.
+    """A grid whose clients run in this process, at the moment when their replies are pulled.
 
     Args:
         client_app: handles every message.
-        node_configs: one per client; server and clients are one user, so that `allow-files` is true, and `plugins` any,
-            where they do not say.
-        run_config: what each client's context carries.
-        run_id: of this run.
-        cohorts: trains several clients as one batch, in the ClientApp's place.
+        node_configs: the config of each client's node. Since server and clients belong to one user, `allow-files` is
+            true and `plugins` is "any" if a config does not set them.
+        run_config: the run's configuration, for each client's context.
+        run_id: number of this run.
+        cohorts: trains several clients as one batch, in place of the ClientApp.
 
     Attributes:
-        window: messages that the server should have open at a time; more would wait here, and cost memory.
+        window: the number of messages that the server should have open at a time. More messages would only wait here
+            and cost memory.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class LocalGrid(Grid):
             for node, node_config in enumerate(node_configs, start=SERVER + 1)
         }
         self._waiting: dict[str, Message] = {}
-        # Message() takes its sender from here; Flower sets it in the processes that it starts itself.
+        # Message() takes its sender from TaskIdentity, which Flower sets only in processes that it starts itself.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, SERVER, 0
 
     def set_run(self, run: Run) -> None:
@@ -92,7 +93,11 @@ class LocalGrid(Grid):
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Runs the first of these clients that is still waiting, with others where they train as one; the replies."""
+        """Run the first of these clients that still waits, and others with it if they train as one batch.
+
+        Returns:
+            Their replies.
+        """
         waiting = [self._waiting[known] for known in message_ids if known in self._waiting]
         if not waiting:
             return []

@@ -1,4 +1,4 @@
-"""An initializer: how the shared adapter starts, and what clients are asked for before round 1."""
+"""The base class of initializers. An initializer makes the adapter of round 1, if need be from clients' statistics."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..base import slice_adapter_for
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from.
+    """The adapter and the folds from which a run starts.
 
     Args:
         adapter: the shared adapter, at the largest rank.
-        folds: frozen updates that every client adds to its base first: an adapter that does not start at zero can
-            take itself away from the base by one of them, with a scaling below zero.
+        folds: frozen updates that every client adds to its base model before round 1. If the adapter's update is not
+            zero at the start, a fold with its negative (a scaling below zero) keeps the model what it was.
     """
 
     adapter: AdapterState
@@ -30,23 +30,24 @@ class Start:
 
 
 class Initializer(ABC):
-    """A frozen dataclass whose fields are its options.
+    """Makes the adapter of round 1. A subclass is a frozen dataclass whose fields are its options.
 
     Attributes:
-        statistic: what clients measure in a round 0, before round 1: a name of `clients/statistics`, or a user's own as
-            package.module:Class. Empty: nothing is asked, and there is no round 0.
-        cores: True if the start has a core R between A and B; only strategies that keep cores can go on from it.
+        statistic: name of the statistic that clients measure in a round 0, before round 1: one of `clients/statistics`,
+            or a user's own as package.module:Class. If it is empty, there is no round 0.
+        cores: True if the start has a core, the small matrix R between B and A. Only strategies with `cores` can use
+            such a start.
     """
 
     statistic: ClassVar[str] = ""
     cores: ClassVar[bool] = False
 
     def ask(self, adapter: AdapterState, client: ClientInfo) -> Broadcast:
-        """What one client is asked in round 0: the statistic at the base model, at the client's own ranks.
+        """The message to one client in round 0. It asks for the statistic of the base model, at the client's ranks.
 
         Args:
-            adapter: LoRA's own start, whose shapes matter.
-            client: whom it is for.
+            adapter: LoRA's own start, of which only the shapes are used.
+            client: the client that gets the message.
         """
         sliced = slice_adapter_for(adapter, client)
         lora = {
@@ -58,9 +59,11 @@ class Initializer(ABC):
 
     @abstractmethod
     def start(self, adapter: AdapterState, replies: Iterable[ClientUpdate]) -> Start:
-        """What the run starts from.
+        """The adapter and the folds from which the run starts.
 
         Args:
-            adapter: LoRA's own start: seeded A, B = 0, at each module's largest rank, and the head.
-            replies: the clients' statistics in the order of client ids, to be consumed once; none without a statistic.
+            adapter: LoRA's own start at each module's largest rank, with A drawn with the run's seed and B = 0, and a
+                classifier's head.
+            replies: the clients' statistics in the order of client ids, which can be read only once; empty if the
+                initializer has no statistic.
         """

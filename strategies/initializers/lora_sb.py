@@ -1,4 +1,4 @@
-"""LoRA-SB: fixed A and B along the leading directions of the first gradient, and a core R between them."""
+"""LoRA-SB: A and B are fixed to the leading directions of the first gradient, with a core R between them."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ from .base import Initializer, Start
 
 @dataclass(frozen=True)
 class LoraSb(Initializer):
-    """`dW = B R A`, with `-sum_k p_k G_k = U S V'` cut to rank r: B = U, A = V', and R = c diag(S).
+    """`dW = B R A` with B = U, A = V' and R = c diag(S), where `-sum_k p_k G_k = U S V'`, cut to rank r.
 
     Ponkshe et al. 2024, "Initialization using Update Approximation is a Silver Bullet for Extremely Efficient Low-Rank
-    Fine-Tuning" (LoRA-SB), https://arxiv.org/abs/2411.19557. Of all first steps of its size and rank, R's start is the
-    one along the gradient. Differences: LoRA-SB decomposes the sign of the mean gradient, which would need all of it,
-    and not its directions alone; the size c comes from `first_step`. A module that no reply has counts as one without a
-    gradient: R starts at 0 between orthonormal directions that no client chose. The scaling is 1 whatever `lora.alpha`
-    says, since B has unit columns and A unit rows.
+    Fine-Tuning" (LoRA-SB), https://arxiv.org/abs/2411.19557. G_k is the gradient of client k's loss by the weight W.
+    The start of R makes the first update the step along the gradient of this rank and size. Differences from the paper:
+    LoRA-SB decomposes the sign of the mean gradient, for which clients would have to send whole gradients instead of
+    their leading directions; and c follows from `first_step`. For a module that no reply contains, R is 0, and A and B
+    are arbitrary orthonormal directions. The scaling is 1 whatever `lora.alpha` says, since the columns of B and the
+    rows of A have norm 1.
     Memory: all replies. Cost: O(d (K r)^2).
 
     Args:
-        first_step: root of the mean square of the first update's entries; 1e-5, a usual learning rate of full
-            fine-tuning, whose first Adam step moves every entry by that much. 0 starts at the base model.
+        first_step: root of the mean square of the first update's entries. 1e-5 is a usual learning rate of full
+            fine-tuning, where Adam's first step changes every entry by the learning rate. With 0, the run starts at
+            the base model.
     """
 
     first_step: float = 1e-5
@@ -47,7 +49,7 @@ class LoraSb(Initializer):
             )
 
     def start(self, adapter: AdapterState, replies: Iterable[ClientUpdate]) -> Start:
-        """Orthonormal A and B with the first R between them."""
+        """Orthonormal A and B, and the first R."""
         found, _ = gather(replies, 0)
         lora = dict(adapter.lora)
         descent = {
@@ -58,7 +60,7 @@ class LoraSb(Initializer):
         }
         for name, svd in svd_each(descent, max(f.rank for f in lora.values())).items():
             rank, d_out, d_in = lora[name].rank, lora[name].B.shape[0], lora[name].A.shape[1]
-            # padded, so that the bases are whole where the replies have fewer directions than r
+            # padded, so that there are r orthonormal directions even if the replies have fewer
             u, s, vh = whole_svd(pad(leading(svd, rank, dtype=torch.float64), rank))
             size = float(s.norm())
             step = self.first_step * (d_out * d_in) ** 0.5 / size if size else 0.0

@@ -28,16 +28,16 @@ INITIALIZERS = Registry(
 
 
 def initializer(lora: LoraConfig, strategy: Strategy) -> Initializer:
-    """How a run starts: as `lora.init` says, or as the strategy wants it where that is auto.
+    """The initializer that `lora.init` names, or, if that is auto, the one that the strategy needs.
 
     Raises:
         ConfigError: there is no such initializer, or it has no such options.
-        StrategyError: the strategy needs another start, or cannot go on from this one.
+        StrategyError: the strategy needs another initializer, or cannot use this one.
     """
     needed = strategy.starts_with
     if needed and lora.init not in ("auto", needed):
         raise StrategyError(
-            f"lora.init = {lora.init}: this strategy trains between factors that start as {needed} makes them; "
+            f"lora.init = {lora.init}: this strategy needs factors that start as {needed} makes them; "
             f"set lora.init = auto, or {needed}"
         )
     name = (needed or "uniform") if lora.init == "auto" else lora.init

@@ -1,4 +1,4 @@
-"""LoRA's own start: A uniform, B = 0."""
+"""LoRA's own start: A from a uniform distribution, B = 0."""
 
 from __future__ import annotations
 
@@ -19,17 +19,22 @@ from .base import Initializer, Start
 
 @dataclass(frozen=True)
 class Uniform(Initializer):
-    """LoRA's own start (Hu et al. 2021, https://arxiv.org/abs/2106.09685): A uniform as PEFT draws it, B = 0."""
+    """LoRA's own start (Hu et al. 2021, https://arxiv.org/abs/2106.09685): A uniform, drawn as in PEFT, and B = 0."""
 
     def start(self, adapter: AdapterState, replies: Iterable[ClientUpdate]) -> Start:
-        """The adapter as it is."""
+        """The given adapter, unchanged."""
         return Start(adapter)
 
 
 def seeded(config: Config, clients: Sequence[ClientInfo], base: injection.Shapes | None = None) -> AdapterState:
-    """The seeded adapter of round 1, from the base model's shapes: at each module's largest rank, B = 0.
+    """LoRA's own start at each module's largest rank: A drawn with the run's seed, and B = 0.
 
-    A classifier's head is the base's own, or a seeded one; see `model.head`.
+    A classifier's head is the base model's own, or one drawn with the run's seed (see `model.head`).
+
+    Args:
+        config: the run's configuration.
+        clients: the run's clients, whose ranks decide.
+        base: shapes of the base model's modules and head; read from its files when left out.
     """
     found = base or injection.shapes(config.model, config.lora)
     largest = {module: max(clients, key=lambda client: client.rank_of(module)) for module in found.lora}

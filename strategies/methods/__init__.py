@@ -1,1 +1,1 @@
-"""One paper, one file."""
+"""Aggregation methods: each file has the strategy of one paper."""

@@ -1,4 +1,4 @@
-"""FedAvg over the factors, as FedIT does it: the means of A and of B, one rank for all."""
+"""FedAvg over the factors, as in FedIT: the mean of the A and the mean of the B, for clients of one rank."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class FedAvg(Strategy):
 
     Zhang et al. 2023, "Towards Building the Federated GPT: Federated Instruction Tuning" (FedIT),
     https://arxiv.org/abs/2305.05644, Algorithm 1. The product of the means is not the mean of the products: it
-    misses `sum_k p_k s (B_k - B)(A_k - A)`. Means run as replies arrive, so memory is that of one reply.
+    lacks `sum_k p_k s (B_k - B)(A_k - A)`.
+    Memory: one reply, since each is added to the means when it arrives.
     """
 
     linear: ClassVar[bool] = True
@@ -31,7 +32,11 @@ class FedAvg(Strategy):
     any_kind: ClassVar[bool] = True
 
     def check(self, clients: Sequence[ClientInfo]) -> None:
-        """Raises StrategyError if ranks or effective scalings differ between clients."""
+        """Check that all clients have the same ranks and scalings.
+
+        Raises:
+            StrategyError: they differ.
+        """
         if len({client.all_ranks for client in clients}) > 1:
             ranks = [client.rank for client in clients]
             raise StrategyError(
@@ -47,20 +52,20 @@ class FedAvg(Strategy):
             )
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
-        """The mean factors.
+        """The mean factors, which are the same for all clients.
 
         Raises:
-            StrategyError: the client's rank is not the server's.
+            StrategyError: the client's rank differs from the server's.
         """
         for name, factors in state.adapter.lora.items():
             _check_rank(name, client.client_id, client.rank_of(name), factors.rank, "has")
         return super().broadcast(state, client, round)
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
-        """The means; a module or dense tensor that no reply has stays as it was.
+        """The means of A and of B. A module or tensor that no reply contains keeps its value.
 
         Raises:
-            StrategyError: a reply has another rank than the server, or another scaling than the replies before it.
+            StrategyError: a reply's rank differs from the server's, or its scaling from that of the first reply.
         """
         means_a, means_b, dense = Means(), Means(), Means()
         expected: dict[str, tuple[int, float]] = {}
@@ -86,7 +91,7 @@ class FedAvg(Strategy):
 def _check_rank(module: str, client_id: int, got: int, expected: int, verb: str) -> None:
     if got != expected:
         raise StrategyError(
-            f"{module}: client {client_id} {verb} rank {got}, the server's fedavg needs {expected}; "
+            f"{module}: client {client_id} {verb} rank {got}, but fedavg on the server needs rank {expected}; "
             f"{_one_rank([expected])}",
             needs="unequal_ranks",
         )
@@ -95,14 +100,14 @@ def _check_rank(module: str, client_id: int, got: int, expected: int, verb: str)
 def _check_scaling(module: str, client_id: int, got: float, expected: float) -> None:
     if not math.isclose(got, expected, rel_tol=1e-6):
         raise StrategyError(
-            f"{module}: client {client_id} sent scaling {got:g}, the server's fedavg needs {expected:g}; "
+            f"{module}: client {client_id} sent scaling {got:g}, but fedavg on the server needs {expected:g}; "
             "set one lora.alpha and lora.rslora for all clients",
             needs="unequal_ranks",
         )
 
 
 def _scalings(client: ClientInfo) -> tuple[float, ...]:
-    """The scaling at every rank that occurs in this client's modules."""
+    """This client's scaling at each rank that its modules have."""
     ranks = (client.rank, *client.rank_pattern.values())
     return tuple(replace(client, rank=rank, rank_pattern={}).scaling_of("") for rank in ranks)
 

@@ -18,10 +18,11 @@ class FedAvgZeropad(Strategy):
     """`A = sum_k p_k pad(s_k A_k)`, `B = sum_k p_k pad(B_k)`, with zeros in the rows and columns that client k lacks.
 
     The baseline for unequal ranks in Wang et al. 2024, "FLoRA: Federated Fine-Tuning Large Language Models with
-    Heterogeneous Low-Rank Adaptations", https://arxiv.org/abs/2409.05976. Besides what `fedavg` misses, the zeros
-    shrink every row that not all clients have, in A and in B: its product with the square of the share that has it.
-    Here A_k carries the client's scaling, so that unequal scalings are averaged as the updates they stand for.
-    Means run as replies arrive, so memory is that of one reply.
+    Heterogeneous Low-Rank Adaptations", https://arxiv.org/abs/2409.05976. The result lacks what `fedavg`'s lacks, and
+    the zeros also shrink each row that some clients do not have. If clients with a share p of the examples have the
+    row, A and B are both multiplied by p, and their product by p^2. Here A_k is multiplied by the client's scaling
+    before the mean, so that clients with unequal scalings are averaged by their updates.
+    Memory: one reply, since each is added to the means when it arrives.
     """
 
     linear: ClassVar[bool] = True
@@ -29,7 +30,7 @@ class FedAvgZeropad(Strategy):
     any_kind: ClassVar[bool] = True
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
-        """The padded means; a module or dense tensor that no reply has stays as it was."""
+        """The padded means. A module or tensor that no reply contains keeps its value."""
         means, dense = effective_means(updates, round, zero_pad=True)
         lora = dict[str, LoraFactors]()
         for name, factors in means.items():

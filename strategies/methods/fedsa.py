@@ -1,4 +1,4 @@
-"""FedSA-LoRA: A is shared, B stays with its client."""
+"""FedSA-LoRA: clients share A, and each keeps its own B."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..tools.replies import arrivals
 
 @dataclass(frozen=True)
 class FedSa(Strategy):
-    """`s A = sum_k p_k s_k A_k`; both factors are trained, A alone is sent, and client k goes on from its own B_k.
+    """`s A = sum_k p_k s_k A_k`. Clients train both factors and send only A; client k continues from its own B_k.
 
     Guo et al. 2024, "Selective Aggregation for Low-Rank Adaptation in Federated Learning",
     https://arxiv.org/abs/2410.01463. Here ranks may differ: row j of A is the mean over the clients that have it.
-    The server never sees a B: its adapter has B = 0, and only clients can evaluate what they learn.
+    The server never gets a B. Its adapter has B = 0, so that only the clients can evaluate the trained model.
     Memory: one reply. Cost: O(K d_in r).
     """
 
@@ -32,12 +32,12 @@ class FedSa(Strategy):
     personal: ClassVar[frozenset[str]] = frozenset("B")
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
-        """The mean A, with B = 0 for a client that has none of its own yet; only A is sent back."""
+        """The mean A, with B = 0 for clients that have no B of their own yet. Clients send back only A."""
         sent = super().broadcast(state, client, round)
         return replace(sent, plan=replace(sent.plan, send=frozenset("A")))
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
-        """The mean of each row; a row, a module or a dense tensor that no reply has stays as it was."""
+        """The mean of each row of A. A row, module or tensor that no reply contains keeps its value."""
         means, dense = RankMeans(0, zero_pad=False), Means()
         for update in arrivals(updates, round):
             server = state.adapter.lora

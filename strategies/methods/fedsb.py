@@ -1,4 +1,4 @@
-"""Fed-SB: A and B are fixed to the leading directions of the first gradient, and only R between them is trained."""
+"""Fed-SB: A and B are fixed to the leading directions of the first gradient, and only the core R is trained."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ..tools.replies import arrivals
 
 @dataclass(frozen=True)
 class FedSb(Strategy):
-    """`dW = B R A` with fixed orthonormal B and A, and `R = sum_k p_k R_k`: the mean of the updates, exactly.
+    """`dW = B R A` with fixed orthonormal B and A, and `R = sum_k p_k R_k`, which is exactly the mean of the updates.
 
     Singhal et al. 2025, "Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in (Private)
-    Federated LoRA Fine-Tuning", https://arxiv.org/abs/2502.15436, which starts as LoRA-SB does: see
-    `initializers/lora_sb.py` for round 0, and for where it differs. Ranks may differ, client k training the leading
-    r_k x r_k block of R.
+    Federated LoRA Fine-Tuning", https://arxiv.org/abs/2502.15436. It starts as LoRA-SB does; `initializers/lora_sb.py`
+    explains round 0 and the differences from the paper. Ranks may differ: client k trains the upper left r_k x r_k
+    block of R.
     Memory: one reply. Cost: O(K r^2).
     """
 
@@ -32,12 +32,12 @@ class FedSb(Strategy):
     cores: ClassVar[bool] = True
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
-        """A, B, and the client's block of R, which alone is trained and sent back."""
+        """A, B and the client's block of R. The client trains and sends back only R."""
         sent = super().broadcast(state, client, round)
         return replace(sent, plan=Plan(frozenset("R"), frozenset("R")))
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
-        """The mean R, smaller blocks filled up with zeros."""
+        """The mean R. Smaller blocks are filled up with zeros."""
         cores, tensors = Means(), Means()
         for update in arrivals(updates, round):
             sent = {name: f.R for name, f in update.adapter.lora.items() if f.R is not None}
@@ -49,6 +49,6 @@ class FedSb(Strategy):
 
 
 def _filled(block: Tensor, rank: int) -> Tensor:
-    """The block in the upper left of zeros, [rank, rank]."""
+    """A matrix of zeros, [rank, rank], with the block in its upper left corner."""
     extra = rank - len(block)
     return F.pad(block, (0, extra, 0, extra))

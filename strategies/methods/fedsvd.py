@@ -1,4 +1,4 @@
-"""FedSVD: FFA-LoRA whose frozen A follows what was learned, as the right singular vectors of B A."""
+"""FedSVD: like FFA-LoRA, but from time to time the frozen A is replaced by the right singular vectors of B A."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ..tools.averaging import averaged
 
 @dataclass(frozen=True)
 class FedSvd(Strategy):
-    """`B = sum_k p_k B_k` on a common A; then, with `s B A = U S V'`, the next rounds have `A = V'` and `B = U S / s`.
+    """`B = sum_k p_k B_k` with one A for all; with `s B A = U S V'`, the next rounds have `A = V'` and `B = U S / s`.
 
     Lee et al. 2025, "FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA",
-    https://arxiv.org/abs/2505.12805. The product stays what it is, so that aggregation is exact. Here ranks may
-    differ, as in `ffa`; a smaller client gets the leading singular directions. Until something is learned, A is
-    the run's seeded one. Where S = 0, rows of A are orthonormal directions of the old A, with zero columns of B,
-    and can still be trained.
+    https://arxiv.org/abs/2505.12805. The decomposition does not change the product, so that aggregation is exact. Here
+    ranks may differ, as in `ffa`; a client of a smaller rank gets the leading singular directions. While B = 0, A is
+    the one drawn with the run's seed. Where S = 0, the rows of A are orthonormal directions of the old A, and the
+    columns of B are zero; both can still be trained.
     Memory: one reply. Cost: O(K d_out r), and O(d r^2) more for each decomposition.
 
     Args:
-        period: rounds from one decomposition to the next; 1 as in the paper.
+        period: number of rounds from one decomposition to the next; 1 as in the paper.
     """
 
     period: int = 1
@@ -38,11 +38,11 @@ class FedSvd(Strategy):
             raise StrategyError(f"strategy.options: fedsvd's period = {self.period}, expected at least 1")
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
-        """A and B; only B is trained and sent back."""
+        """A and B. Clients train and send back only B."""
         return replace(super().broadcast(state, client, round), plan=Plan(frozenset("B"), frozenset("B")))
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
-        """The mean B on the same A, or every `period` rounds the same product on a new A."""
+        """The mean B with the same A; after every `period` rounds, the same product with a new A."""
         state = averaged(state, updates, round, "B")
         if round % self.period:
             return state
@@ -51,7 +51,7 @@ class FedSvd(Strategy):
 
 
 def _turned(factors: LoraFactors) -> LoraFactors:
-    """The same update with orthonormal rows of A, at the same rank and scaling; zero rows where r > d_in."""
+    """The same update at the same rank and scaling, but with orthonormal rows of A; rows beyond d_in are zero."""
     u, s, vh = whole_svd(factors)
     b = F.pad(u[:, : len(s)] * (s / factors.scaling), (0, factors.rank - len(s)))
     a = F.pad(vh, (0, 0, 0, factors.rank - len(vh)))

@@ -1,4 +1,4 @@
-"""FFA-LoRA: A is drawn once and frozen, so that the mean of the B_k is exact."""
+"""FFA-LoRA: A is drawn once and frozen, so that the mean of the B_k gives the mean of the updates exactly."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..tools.averaging import averaged
 
 @dataclass(frozen=True)
 class Ffa(Strategy):
-    """`B = sum_k p_k B_k` with one A for all, never trained: `B A` is the mean of the updates.
+    """`B = sum_k p_k B_k` with one A for all, which is never trained; `B A` is then the mean of the updates.
 
     Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated Learning", https://arxiv.org/abs/2403.12313.
-    Here ranks may differ: client k holds the first r_k rows of A, with the scale in them, so that its B_k filled up
-    with zero columns counts in the mean as it is. A comes with every broadcast; it is the run's seeded one.
+    Here ranks may differ: client k holds the first r_k rows of A, times the server's scaling over its own. Its B_k then
+    needs only zero columns to enter the mean. A is drawn with the run's seed and sent in every broadcast.
     Memory: one reply. Cost: O(K d_out r).
     """
 
@@ -26,9 +26,9 @@ class Ffa(Strategy):
     steady: ClassVar[bool] = True
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
-        """A and the mean B; only B is trained and sent back."""
+        """A and the mean B. Clients train and send back only B."""
         return replace(super().broadcast(state, client, round), plan=Plan(frozenset("B"), frozenset("B")))
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
-        """The mean B; a module or dense tensor that no reply has stays as it was."""
+        """The mean B. A module or tensor that no reply contains keeps its value."""
         return averaged(state, updates, round, "B")

@@ -1,4 +1,4 @@
-"""FlexLoRA: the SVD of the mean update, redistributed by rank; optionally with a tail that leaves nothing behind."""
+"""FlexLoRA: each client gets the leading part of the mean update's SVD, and optionally the rest as an anchor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..base import ServerState, Strategy
 from ..tools.averaging import with_rank_restored
 from ..tools.replies import ModuleReplies, gather
 
-# Smaller singular values, relative to the largest, are rounding of the fp32 factors that they come from.
+# Singular values below this share of the largest one are only rounding of the fp32 factors.
 _KNOWN = torch.finfo(torch.float32).eps
 
 
@@ -23,19 +23,20 @@ class FlexLora(Strategy):
     """`U S V' = sum_k p_k s_k B_k A_k`; client j starts from `B = U sqrt(S/s_j)`, `A = sqrt(S/s_j) V'`, cut to r_j.
 
     Bai et al. 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources"
-    (FlexLoRA), https://arxiv.org/abs/2402.11505. The SVD is that of the stacked factors, and S is split evenly
-    between A and B. Where the mean update has fewer components than the largest rank, the server's earlier rows of A
-    stay, with B = 0: rows that are zero in both would have no gradient and never train.
+    (FlexLoRA), https://arxiv.org/abs/2402.11505. The SVD is computed from the stacked factors, and S is split evenly
+    between A and B. If the mean update has fewer components than the largest rank, the remaining rows of A keep their
+    value, with B = 0: rows that are zero in both factors would have no gradient and never be trained.
 
-    With `keep_tail`, which the paper does not have, the components beyond a client's rank go with the broadcast as
-    a frozen anchor, so that all clients train the same model whatever their rank. The server adds
-    `sum_k p_k anchor_k` back before the next SVD, since it knows what it sent: no round loses anything.
-    `anchor.max-rank` then says how many components are kept, but never fewer than the largest rank of the clients;
-    0: min(d_out, d_in), where nothing is lost.
-    Memory: the factors of all replies. Cost: O(d R^2 + R^3), R = sum of the r_k; with `keep_tail`, plus those kept.
+    `keep_tail` is not in the paper. With it, the broadcast also carries the components beyond the client's rank, the
+    *tail*, as a frozen anchor, so that all clients train the same model whatever their rank. The server knows which
+    anchors it sent and adds `sum_k p_k anchor_k` back before the next SVD, so that no round loses anything.
+    `anchor.max-rank` then limits the number of components that are kept, but never below the largest rank of the
+    clients; 0: min(d_out, d_in), which loses nothing.
+    Memory: the factors of all replies. Cost: O(d R^2 + R^3), where R is the sum of the r_k, and with `keep_tail` also
+    of the number of components that are kept.
 
     Args:
-        keep_tail: see above. Off by default, as in the paper: the download grows by the rank of the tail.
+        keep_tail: whether clients get the tail. Off by default, as in the paper, since the tail enlarges the download.
     """
 
     keep_tail: bool = False
@@ -45,10 +46,10 @@ class FlexLora(Strategy):
         return self.keep_tail
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
-        """The best rank-r_j part, and with `keep_tail` the rest as an anchor that replaces the one before.
+        """The r_j leading components and, with `keep_tail`, the others as an anchor that replaces the last one.
 
         Raises:
-            StrategyError: the client's rank exceeds the largest of the run.
+            StrategyError: the client's rank is larger than the server's.
         """
         sent = super().broadcast(balanced(state, client), client, round)
         if not state.folds.version:
@@ -60,11 +61,12 @@ class FlexLora(Strategy):
             beyond[: client.rank_of(name)] = False
             if bool(beyond.any()):
                 anchor[name] = LoraFactors(A=every.A[beyond], B=every.B[:, beyond], scaling=1.0)
-        # Whole whatever the client holds: anchors of one version differ from rank to rank, and clients may share them.
+        # The whole anchor, whatever folds the client holds: the anchors of one version depend on the rank, and clients
+        # on one node share their folds.
         return replace(sent, folds=(AdapterState(lora=anchor),) if anchor else (), folds_from=0)
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
-        """The components of the mean update, strongest first; a module or dense tensor that no reply has stays."""
+        """The components of the mean update, strongest first. A module or tensor in no reply keeps its value."""
         parts, dense = gather(updates, round)
         stacks = {name: stack(part.factors, part.shares) for name, part in parts.items()}
         if state.folds.version:
@@ -85,14 +87,14 @@ class FlexLora(Strategy):
         return replace(state.updated(lora, dense), folds=folds)
 
     def _kept(self, rank: int, limit: int) -> int:
-        """The most components that are kept of a module whose largest rank this is; 0: all."""
+        """The largest number of components that are kept of a module whose largest rank is `rank`; 0: all."""
         if not self.keep_tail:
             return rank
         return max(limit, rank) if limit else 0
 
 
 def balanced(state: ServerState, client: ClientInfo) -> ServerState:
-    """The same components at this client's scaling, which A and B share evenly; rows with B = 0 stay as they are."""
+    """The state at this client's scaling, with the factor split evenly between A and B; rows with B = 0 are kept."""
     lora: dict[str, LoraFactors] = {}
     for name, f in state.adapter.lora.items():
         scaling = client.scaling_of(name)
@@ -103,12 +105,12 @@ def balanced(state: ServerState, client: ClientInfo) -> ServerState:
 
 
 def components(state: ServerState, module: str) -> LoraFactors:
-    """All that the server holds of a module, the adapter's rows first, then the tail; scaling 1."""
+    """All components of a module on the server, at scaling 1: first the adapter's rows, then the tail."""
     return stack([state.adapter.lora[module], *(f.lora[module] for f in state.folds.parts if module in f.lora)])
 
 
 def anchors(state: ServerState, module: str, parts: ModuleReplies) -> LoraFactors:
-    """`sum_k p_k anchor_k`: each component by the share of the clients whose rank left it out."""
+    """`sum_k p_k anchor_k`: each component, times the shares of all clients whose rank was too small for it."""
     every = components(state, module)
     missing = every.A.new_zeros(every.rank)
     for factors, share in zip(parts.factors, parts.shares, strict=True):

@@ -1,4 +1,4 @@
-"""FLoRA: the stack of all replies is folded into the base, and the adapter restarts."""
+"""FLoRA: the stacked factors of all replies become a fold, and the adapter starts anew."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ class Flora(Strategy):
     """Folds `B = [B_1|...|B_K]`, `A = [p_1 s_1 A_1; ...; p_K s_K A_K]`: the product is `sum_k p_k s_k B_k A_k`.
 
     Wang et al. 2024, "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank
-    Adaptations", https://arxiv.org/abs/2409.05976, Algorithm 1. Here the scale is folded in as well, and
-    the fold is kept as a frozen adapter beside the base, which may be quantized, rather than added to its weights.
+    Adaptations", https://arxiv.org/abs/2409.05976, Algorithm 1. Differences from the paper: A_k is multiplied by the
+    client's scaling. The fold is not added to the base model's weights, but kept as a frozen adapter beside them, so
+    that the base may be quantized.
     Memory: the factors of all replies.
     """
 
@@ -27,12 +28,12 @@ class Flora(Strategy):
         """The first r_j rows of the round's random A with B = 0, and the folds that this client lacks.
 
         Raises:
-            StrategyError: the client's rank exceeds the largest of the run.
+            StrategyError: the client's rank is larger than the server's.
         """
         return super().broadcast(unscaled(state, client), client, round)
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
-        """The stack as one more fold, and the next round's restart."""
+        """The stacked replies as one more fold, and a new adapter for the next round."""
         parts, dense = gather(updates, round)
         fold = AdapterState(lora={name: stack(p.factors, p.shares) for name, p in parts.items()})
         fresh = restart(state.adapter, state.seed, round + 1)

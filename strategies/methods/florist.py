@@ -1,4 +1,4 @@
-"""FLoRIST: the leading singular directions of all replies are folded into the base, and the adapter restarts."""
+"""FLoRIST: the leading singular directions of the mean update become a fold, and the adapter starts anew."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ class Florist(Strategy):
 
     Ramesh and Dass 2025, "FLoRIST: Singular Value Thresholding for Efficient and Accurate Federated Fine-Tuning of
     Large Language Models", https://arxiv.org/abs/2506.09199. The energy is the sum of the squared singular values
-    S, and k is chosen by module: `sum_(i<=k) S_i^2 >= tau sum_i S_i^2`. The decomposition is that of the stacks'
-    Gram matrices instead of each stack's own SVD; scales are folded in; fold and restart are those of `flora`.
-    Memory: the factors of all replies. Cost: O(d R^2 + R^3), R = sum of the r_k.
+    S, and each module has its own k: `sum_(i<=k) S_i^2 >= tau sum_i S_i^2`. Differences from the paper: the SVD is
+    computed from the Gram matrices of the stacked factors instead of from their own SVDs, and A_k is multiplied by the
+    client's scaling. The fold and the new start are those of `flora`.
+    Memory: the factors of all replies. Cost: O(d R^2 + R^3), where R is the sum of the r_k.
 
     Args:
-        tau: share of the energy that is kept, in (0, 1]. At 0.99 the fold is within 10 % of the ideal, in norm, at
-            a fraction of the stack's rank; at 1 it is the ideal.
+        tau: share of the energy that is kept, in (0, 1]. At 0.99 the fold differs from the ideal by at most 10 % of
+            the ideal's norm, at a fraction of its rank. At 1 the fold is the ideal.
     """
 
     tau: float = 0.99
@@ -41,12 +42,12 @@ class Florist(Strategy):
         """The first r_j rows of the round's random A with B = 0, and the folds that this client lacks.
 
         Raises:
-            StrategyError: the client's rank exceeds the largest of the run.
+            StrategyError: the client's rank is larger than the server's.
         """
         return super().broadcast(unscaled(state, client), client, round)
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
-        """The truncated stack as one more fold, and the next round's restart."""
+        """The truncated mean update as one more fold, and a new adapter for the next round."""
         parts, dense = gather(updates, round)
         stacks = {name: stack(part.factors, part.shares) for name, part in parts.items()}
         fold = {
@@ -58,6 +59,11 @@ class Florist(Strategy):
 
 
 def energy_rank(singular_values: Tensor, tau: float) -> int:
-    """The smallest k, at least 1, with `sum_(i<=k) S_i^2 >= tau sum_i S_i^2`; singular values in descending order."""
+    """The smallest k, at least 1, with `sum_(i<=k) S_i^2 >= tau sum_i S_i^2`.
+
+    Args:
+        singular_values: S in descending order.
+        tau: the share of the energy, in (0, 1].
+    """
     energy = singular_values.square().cumsum(dim=0)
     return min(int((energy < tau * energy[-1]).sum()) + 1, len(energy))

@@ -18,7 +18,7 @@ from ..base import ServerState, Strategy
 from ..tools.averaging import padded_mean, with_rank_restored
 from ..tools.replies import gather
 
-_PRUNED = "hetlora.pruned"  # client id -> how often it was pruned
+_PRUNED = "hetlora.pruned"  # client id -> number of times that the client's rank was lowered
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,15 @@ class HetLora(Strategy):
 
     Cho et al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models" (HetLoRA),
     https://arxiv.org/abs/2401.06432: zero-padding, sparsity-weighted aggregation, truncation and rank self-pruning.
-    The numbers of examples do not count. Differences: norms are those of s_k B_k A_k, from Gram matrices instead of
-    the products; A_k carries the client's scaling.
+    Numbers of examples play no part. Differences from the paper: the norms are those of s_k B_k A_k, computed from Gram
+    matrices instead of the products, and A_k is multiplied by the client's scaling.
 
-    Pruning: with `prune_gamma` = g, rows from ceil(g r) on are the tail of a client of rank r. The plan asks clients to
-    add `prune_weight sum |B tail|_F |A tail|_F` over the modules to their loss; where the sum ended below that of what
-    the client was sent, the tail is dropped from the reply, and the client's rank is ceil(g r) from then on, which the
-    next pruning starts from. The decision is made here, on the numbers that the client would use, so that its rank is
-    part of the server's state; the paper's client makes it, and saves one upload of the tail.
+    Pruning lowers a client's rank. With `prune_gamma` = g, the rows from ceil(g r) on are the tail of a client of rank
+    r. The plan adds the term `prune_weight sum |B tail|_F |A tail|_F` over the modules to the client's loss, which
+    shrinks the tail. If that sum is smaller in the client's reply than in what it was sent, the
+    tail is dropped from the reply, and the client's rank is ceil(g r) from then on. In the paper the client decides
+    this, and saves one upload of its tail. Here the server decides it from the same numbers, so that clients' ranks
+    are part of the server's state.
     Memory: the factors of all replies. Cost: O(K d r^2).
 
     Args:
@@ -58,7 +59,11 @@ class HetLora(Strategy):
             )
 
     def check(self, clients: Sequence[ClientInfo]) -> None:
-        """Raises StrategyError if pruning is asked for, and is rounded away at every client's rank."""
+        """Check that pruning, if it is wanted, lowers at least one client's rank.
+
+        Raises:
+            StrategyError: rounding up leaves every client's rank as it is.
+        """
         super().check(clients)
         ranks = {rank for client in clients for rank in (client.rank, *client.rank_pattern.values())}
         if self.prune_gamma and ranks and all(pruned_rank(rank, self.prune_gamma) == rank for rank in ranks):
@@ -70,10 +75,10 @@ class HetLora(Strategy):
             )
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
-        """The padded means, cut to the rank that pruning has left the client, and the term that shrinks its tail.
+        """The padded means, cut to the client's rank after pruning, and the term that shrinks its tail.
 
         Raises:
-            StrategyError: the client's rank exceeds the largest of the run.
+            StrategyError: the client's rank is larger than the server's.
         """
         for _ in range(_times(state, client.client_id)):
             client = client.with_ranks(lambda rank: pruned_rank(rank, self.prune_gamma))
@@ -83,7 +88,10 @@ class HetLora(Strategy):
         return replace(sent, plan=replace(sent.plan, terms=(Term("tail", self.prune_weight, self.prune_gamma),)))
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
-        """The padded means, with equal weights where no update moved; what no reply has stays as it was."""
+        """The padded means. A module or tensor that no reply contains keeps its value.
+
+        Where all updates of a module are zero, its weights are equal.
+        """
         times = dict(state.memory.get(_PRUNED, AdapterState()).tensors)
         parts, dense = gather((self._pruned(update, state, times) for update in updates), round)
         lora = dict[str, LoraFactors]()
@@ -97,7 +105,7 @@ class HetLora(Strategy):
         return replace(state.updated(lora, dense), memory=memory)
 
     def _pruned(self, update: ClientUpdate, state: ServerState, times: dict[str, Tensor]) -> ClientUpdate:
-        """The reply without its tail, where that shrank; counts it in `times`."""
+        """The reply, without its tail if the tail shrank, which is then counted in `times`."""
         if not self.prune_gamma:
             return update
         keep = {name: pruned_rank(f.rank, self.prune_gamma) for name, f in update.adapter.lora.items()}
@@ -116,11 +124,11 @@ class HetLora(Strategy):
 
 
 def _times(state: ServerState, client_id: int) -> int:
-    """How often a client was pruned."""
+    """How many times a client's rank was lowered."""
     times = state.memory.get(_PRUNED, AdapterState()).tensors.get(str(client_id))
     return 0 if times is None else int(times)
 
 
 def _tail(factors: LoraFactors, keep: int) -> float:
-    """`|B tail|_F |A tail|_F`, the tail being what lies beyond the first `keep` rows."""
+    """`|B tail|_F |A tail|_F`, where the tail is all rows of A and columns of B after the first `keep`."""
     return float(factors.B[:, keep:].double().norm() * factors.A[keep:].double().norm())

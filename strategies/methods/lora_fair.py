@@ -1,4 +1,4 @@
-"""LoRA-FAIR: the mean factors, with B corrected towards the mean of the products."""
+"""LoRA-FAIR: the mean factors, with B corrected so that B A comes near to the ideal."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _ROUNDING = 1e-12  # of f, which is near 1
 
 @dataclass(frozen=True)
 class LoraFair(Strategy):
-    """`A = mean A_k`, `B = mean B_k + dB`, with dB such that `B A` is near to `sum_k p_k s_k B_k A_k` and dB is small.
+    """`A = mean A_k`, `B = mean B_k + dB`, with a small dB that brings `B A` near to `sum_k p_k s_k B_k A_k`.
 
     Bian et al. 2024, "LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement",
-    https://arxiv.org/abs/2411.14961, with the clients starting from the result ("Avg-Initial"). Differences: the
-    minimum is computed instead of approached by SGD; the default similarity is the squared distance, which has a
-    closed form; scalings are folded into A_k, and unequal ranks zero-padded.
+    https://arxiv.org/abs/2411.14961, with the clients starting from the result ("Avg-Initial"). Differences from the
+    paper: the minimum is computed instead of approached by SGD; the default similarity is the squared distance, which
+    has a closed form; A_k is multiplied by the client's scaling, and smaller ranks are padded with zeros.
     Memory: the factors of all replies. Cost: O(K d r^2), and with "cosine" O(d r^2) more for each step.
 
     Args:
@@ -48,7 +48,7 @@ class LoraFair(Strategy):
             raise StrategyError(f"strategy.options: lora-fair's lam = {self.lam}, expected a number of at least 0")
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
-        """The refined factors; a module or dense tensor that no reply has stays as it was."""
+        """The mean A and the corrected B. A module or tensor that no reply contains keeps its value."""
         parts, dense = gather(updates, round)
         lora = dict[str, LoraFactors]()
         for batch in equal_shapes(parts):
@@ -62,7 +62,7 @@ class LoraFair(Strategy):
         return state.updated(lora, dense)
 
     def _refined(self, batch: EqualShapes) -> tuple[Tensor, Tensor]:
-        """The mean factors with B corrected, [n, r, d_in] and [n, d_out, r], r the largest rank, in fp64."""
+        """The mean A, [n, r, d_in], and the corrected B, [n, d_out, r], in fp64; r is the largest rank."""
         A, B = batch.A, batch.B  # their product is the ideal; p_k s_k is in A
         rank = int(batch.rows.max()) + 1
         mean_a = A.new_zeros(len(A), rank, A.shape[2]).index_add_(1, batch.rows, A)
@@ -77,7 +77,7 @@ class LoraFair(Strategy):
 
 
 def solve(right: Tensor, gram: Tensor, ridge: float) -> Tensor:
-    """`right (gram + ridge I)^-1`, or with a singular matrix the pseudo-inverse's answer, the smallest one.
+    """`right (gram + ridge I)^-1`; if the matrix is singular, the smallest solution, by its pseudo-inverse.
 
     Args:
         right: [..., d_out, r].
@@ -86,19 +86,19 @@ def solve(right: Tensor, gram: Tensor, ridge: float) -> Tensor:
     """
     values, vectors = torch.linalg.eigh(gram)
     shifted = values.clamp(min=0.0) + ridge
-    # Rows of A known to fp32's 1e-7 leave eigenvalues of A A' below 1e-13 of the largest to rounding.
+    # Rows of A are known to fp32's relative 1e-7, so that eigenvalues of A A' below 1e-13 of the largest are rounding.
     known = shifted > 1e-13 * shifted.amax(dim=-1, keepdim=True)
     inverse = torch.where(known, 1.0 / shifted.where(known, torch.ones_like(shifted)), 0.0)
     return (right @ vectors) * inverse[..., None, :] @ vectors.mT
 
 
 def cosine_minimum(mean_b: Tensor, gram: Tensor, cross: Tensor, ideal_norm: float, lam: float) -> Tensor:
-    """A minimum X of `f = 1 - cos(ideal, X A) + lam |X - B|^2`, from X = B down to a gradient below 1e-8.
+    """A minimum X of `f = 1 - cos(ideal, X A) + lam |X - B|^2`, sought from X = B until the gradient is below 1e-8.
 
     With q = |X A| and c = cos, the gradient is zero where `X ((c/q^2) G + 2 lam I) = C/(|ideal| q) + 2 lam B`.
-    Each step solves this for the X on the left, then scales X to `<X, B>/<X, X>` of itself: the cosine does not
-    see the scale, and without this the steps creep along it. No minimum exists where the best direction points
-    away from B (X shrinks for ever); the search ends after 1000 steps, or when f rises.
+    Each step solves this equation for the X on the left, then multiplies X by `<X, B>/<X, X>`: the cosine does not
+    depend on the scale, which would otherwise change only slowly. No minimum exists if the best direction points
+    away from B, since X then shrinks for ever. The search ends after 1000 steps, or when f rises.
 
     Args:
         mean_b: B, [d_out, r].
@@ -108,7 +108,7 @@ def cosine_minimum(mean_b: Tensor, gram: Tensor, cross: Tensor, ideal_norm: floa
         lam: at least 0.
 
     Returns:
-        X, [d_out, r]; B itself where a cosine is undefined, as `B A` or the ideal is zero.
+        X, [d_out, r]; B itself if the cosine is undefined, because `B A` or the ideal is zero.
     """
 
     def evaluate(x: Tensor) -> tuple[float, float, float]:
@@ -124,7 +124,7 @@ def cosine_minimum(mean_b: Tensor, gram: Tensor, cross: Tensor, ideal_norm: floa
         gradient = (c / q**2) * (x @ gram) - cross / (ideal_norm * q) + 2 * lam * (x - mean_b)
         if float(gradient.norm()) < _GRADIENT:
             break
-        # |c|: a negative cosine would turn the step uphill
+        # |c|, since with a negative cosine the step would increase f
         tried = x - solve(gradient, (abs(c) / q**2) * gram, 2 * lam)
         along = float((tried * mean_b).sum())
         if along > 0:

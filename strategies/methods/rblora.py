@@ -1,4 +1,4 @@
-"""Rank-wise averaging: each row of A and column of B over the clients that have it."""
+"""Rank-wise averaging: the mean of each row of A and column of B is taken over the clients that have it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from ..tools.averaging import effective_means
 
 @dataclass(frozen=True)
 class RbLora(Strategy):
-    """`A[j] = sum_k n_k s_k A_k[j] / sum_k n_k`, both sums over the clients with r_k > j; columns of B likewise.
+    """`A[j] = sum_k n_k s_k A_k[j] / sum_k n_k`, with both sums over the clients with r_k > j; columns of B likewise.
 
     Chen et al. 2024, "RBLA: Rank-Based-LoRA-Aggregation for Fine-tuning Heterogeneous Models in FLaaS",
     https://arxiv.org/abs/2408.08699. Wu et al. 2026, https://arxiv.org/abs/2602.13486, show why the weights must
-    depend on the rank: with one weight per client, what only the large ranks hold shrinks geometrically. Here A_k
-    carries the client's scaling, and rows that no reply of the round has stay as they were.
-    Means run as replies arrive, so memory is that of one reply.
+    depend on the rank: with one weight per client, rows that only clients of large ranks have shrink by a constant
+    factor in every round. Here A_k is multiplied by the client's scaling, and a row that no reply of the round contains
+    keeps its value.
+    Memory: one reply, since each is added to the means when it arrives.
     """
 
     linear: ClassVar[bool] = True
@@ -31,7 +32,7 @@ class RbLora(Strategy):
     any_kind: ClassVar[bool] = True
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
-        """The row-wise means; a module, row or dense tensor that no reply has stays as it was."""
+        """The row-wise means. A module, row or tensor that no reply contains keeps its value."""
         means, dense = effective_means(updates, round, zero_pad=False)
         lora = dict[str, LoraFactors]()
         for name, factors in means.items():

@@ -1,4 +1,4 @@
-"""RoLoRA: rounds train B and A in turn, so that the mean of the trained factor is exact."""
+"""RoLoRA: rounds train B and A in turn, so that the mean of the trained factor gives the ideal exactly."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..tools.averaging import averaged
 
 @dataclass(frozen=True)
 class RoLora(Strategy):
-    """Rounds 1, 3, ... train B on a common A: `B = sum_k p_k B_k`; rounds 2, 4, ... A on a common B.
+    """Rounds 1, 3, ... train B with one A for all, `B = sum_k p_k B_k`; rounds 2, 4, ... train A with one B for all.
 
     Chen et al. 2024, "Robust Federated Finetuning of Foundation Models via Alternating Minimization of LoRA",
-    https://arxiv.org/abs/2409.02346. B comes first: while B = 0, A has no gradient. Here ranks may differ: rows that
-    a client lacks count as zeros, and A is the mean of `s_k A_k` over the server's own scaling.
+    https://arxiv.org/abs/2409.02346. B is trained first, since A has no gradient while B = 0. Here ranks may differ:
+    rows that a client lacks count as zeros, and A is the mean of `s_k A_k`, divided by the server's own scaling.
     Memory: one reply. Cost: O(K d r).
     """
 
@@ -26,15 +26,15 @@ class RoLora(Strategy):
     steady: ClassVar[bool] = True
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
-        """Both factors; the round's own is trained and sent back."""
+        """Both factors. Clients train and send back only the factor of this round."""
         factor = frozenset(trained_in(round))
         return replace(super().broadcast(state, client, round), plan=Plan(factor, factor))
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
-        """The mean of the trained factor; a module or dense tensor that no reply has stays as it was."""
+        """The mean of the trained factor. A module or tensor that no reply contains keeps its value."""
         return averaged(state, updates, round, trained_in(round))
 
 
 def trained_in(round: int) -> Literal["A", "B"]:
-    """The factor that a round trains: B in the first."""
+    """The factor that a round trains: B in rounds 1, 3, …, and A in rounds 2, 4, …"""
     return "B" if round % 2 else "A"

@@ -1,4 +1,4 @@
-"""A schedule: whom to ask, and when to aggregate."""
+"""The base class of schedules. A schedule decides which clients are asked, and when replies are aggregated."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from .session import Session
 
 
 class Schedule(ABC):
-    """A frozen dataclass whose fields are its options. It plays a session, and keeps nothing else."""
+    """Plays the rounds of a session. A subclass is a frozen dataclass whose fields are its options.
+
+    All state of the run is in the session; a schedule has none of its own.
+    """
 
     @abstractmethod
     def play(self, session: Session) -> None:
         """Play the rounds from `session.done + 1` to `session.rounds`.
 
-        A run that is resumed has some of them behind it. Where one client spoiled a round, `session.done` stays as it
-        was, and that client is left out from then on: the round is to be played again.
+        In a run that is resumed, `session.done` is not 0 at first. If a client's reply made a round useless,
+        `session.done` does not grow, and that client is left out from then on; the round must be played again.
         """

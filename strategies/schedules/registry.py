@@ -1,4 +1,4 @@
-"""Schedules by name, and a run by the one that its config names."""
+"""Schedules by name, and a run under the schedule that its config names."""
 
 from __future__ import annotations
 
@@ -23,13 +23,19 @@ SCHEDULES = Registry(
 def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
     """Run a whole federation.
 
-    `record` keeps everything learned, as one adapter on the untouched base, and the numbers of every complete round,
-    and so survives an interruption; the server's state is saved after every round, and lets the run go on from there.
+    After every round, the server's state is saved, so that an interrupted run can be resumed.
+
+    Args:
+        grid: carries the server's messages to the clients.
+        config: the run's configuration.
+        record: gets the numbers of every complete round, and the sum of all updates as one adapter for the unchanged
+            base model.
+        run_id: Flower's number of the run.
 
     Raises:
-        RunError: fewer clients than `federation.min-clients` connected, or answered a round; or, once all rounds are
-            done, a client was refused in every one of them.
-        StrategyError: the strategy cannot serve these clients, or nobody could evaluate what it learns.
+        RunError: fewer clients than `federation.min-clients` connected or replied in a round; or, after the last
+            round, a client had been refused in every round.
+        StrategyError: the strategy cannot serve these clients, or nothing could evaluate the adapter that it makes.
         ConfigError: there is no such schedule, initializer or kind of adapter.
     """
     schedule = SCHEDULES.make(config.federation.schedule, config.federation.schedule_options)

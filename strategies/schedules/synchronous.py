@@ -1,4 +1,4 @@
-"""One round after another; each waits for all clients that it asked."""
+"""The synchronous schedule: one round after another, each waiting for all clients that it asked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .session import Session
 
 @dataclass(frozen=True)
 class Synchronous(Schedule):
-    """Each round samples `federation.fraction` of the clients, and ends when they have answered or failed."""
+    """Each round asks a share `federation.fraction` of the clients, and ends when all of these replied or failed."""
 
     def play(self, session: Session) -> None:
         while session.done < session.rounds:

@@ -1,1 +1,1 @@
-"""The server's part of a round: who takes part, what is asked, what comes back, what is saved."""
+"""The server's part of a round: the clients that take part, messages to them, their replies, and the saved state."""

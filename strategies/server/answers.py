@@ -1,4 +1,4 @@
-"""What one client's answer is before its content is read: there, refused, diverged, or not there at all."""
+"""The kinds of a client's answer, before its content is read: a reply, a refusal, a diverged training, or none."""
 
 from __future__ import annotations
 
@@ -8,29 +8,39 @@ from flwr.common.constant import ErrorCode
 from fedlora.common.errors import WireError
 from fedlora.exchange import wire
 
-_LONGEST_REASON = 500  # characters of a client's own words in the record
+_LONGEST_REASON = 500  # largest number of characters of a client's own text in the record
 _AWAY = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
-# What came of a question to one client: None when the deadline passed, a WireError where its node's reply is malformed.
+# The result of a question to a client: None if the deadline passed, a WireError if the node's reply is malformed.
 Answer = RecordDict | Error | WireError | None
 
 
 class AwayError(WireError):
-    """A client that gave no answer: its node is gone, or late. An accident, which may be over in the next round."""
+    """A client gave no answer, since its node is gone or late. It may be there again in the next round."""
 
 
 class DivergedReplyError(WireError):
-    """A client whose training left the finite numbers."""
+    """The loss or the result of a client's training is not finite."""
 
 
 def of(reply: Message | None) -> RecordDict | Error | None:
-    """A message's content, or its error."""
+    """A message's content or its error; None without a message."""
     if reply is None:
         return None
     return reply.error if reply.has_error() else reply.content
 
 
 def content(answer: Answer, who: str) -> RecordDict:
-    """The answer's content, or why there is none."""
+    """The content of a client's answer.
+
+    Args:
+        answer: the answer.
+        who: the client, for error messages.
+
+    Raises:
+        AwayError: the client gave no answer.
+        DivergedReplyError: its training diverged.
+        WireError: it refused the message or failed, or its reply is malformed.
+    """
     if answer is None:
         raise AwayError(f"{who} did not answer before the deadline (federation.round-timeout)")
     if isinstance(answer, WireError):

@@ -1,6 +1,7 @@
-"""The server's audit log: which runs were handed in, with which config, which node answered what, who was refused.
+"""The server's audit log: the runs and their configs, each node's answers, and all refusals.
 
-JSON lines in the server's own state folder, beyond the runs' own; no rows, no texts but refusals' reasons.
+It has JSON lines in the server's own state folder, apart from the logs of runs. It contains no rows, and no texts of
+clients except the reasons of refusals.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fedlora.config import Config
 from fedlora.results.journal import Journal
 from fedlora.results.record import RunRecord
 
-# The file that `fedlora server` names for its runs.
+# Environment variable with the path of the log, which `fedlora server` sets for its runs.
 VARIABLE = "FEDLORA_AUDIT"
 _KEPT = frozenset(
     {"run-submitted", "client-met", "client-joined", "client-answered", "client-failed", "round-end", "run-ended"}
@@ -30,7 +31,7 @@ _KEPT = frozenset(
 
 @contextmanager
 def audited(config: Config, run_id: int, record: RunRecord) -> Iterator[None]:
-    """Around a run, where its server keeps such a log; its last line is what the record ends with."""
+    """Around a run, write the server's audit log, if it has one; the last line has the status of the record."""
     path = os.environ.get(VARIABLE)
     if not path:
         yield
@@ -58,7 +59,7 @@ def audited(config: Config, run_id: int, record: RunRecord) -> Iterator[None]:
 
 
 def digest(content: RecordDict) -> str:
-    """Of a reply's tensors, where such a log is kept; empty elsewhere."""
+    """The sha256 of a reply's tensors; empty if the server has no audit log."""
     if not os.environ.get(VARIABLE):
         return ""
     whole = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Which node's key a client id belongs to: bound when it is first used, and kept in the server's own state."""
+"""The keys to which client ids belong. An id is bound to the key of the node that first uses it, for all later runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from flwr.serverapp import Grid
 from fedlora.common.errors import RunError
 from fedlora.common.files import write_json
 
-# The file that `fedlora server` names for its runs; without node authentication there are no keys to bind.
+# Environment variable with the path of the file of bindings, which `fedlora server` sets for its runs. Without node
+# authentication there are no keys.
 VARIABLE = "FEDLORA_CLIENT_KEYS"
 
 
@@ -24,9 +25,9 @@ class Identity:
     """A node as the SuperLink knows it.
 
     Attributes:
-        key: the name that its public key was registered under, or else a digest of that key; empty without node
-            authentication. A new key that replaces one takes over its name, and with it its clients.
-        registered: when it came to be known, in Flower's own words, which sort by time.
+        key: the name under which the node's public key was registered, or else a digest of the key; empty without node
+            authentication. A key that replaces another one takes over its name, and with it its clients.
+        registered: the time of registration, as a text of Flower's that sorts by time.
     """
 
     key: str = ""
@@ -34,7 +35,7 @@ class Identity:
 
 
 def identities(grid: Grid) -> Mapping[int, Identity]:
-    """Node id -> who it is; empty for a grid whose nodes have no identities, such as the in-process one's."""
+    """Node id -> identity; empty for a grid whose nodes have no identities, such as that of the in-process engine."""
     try:
         nodes = list(grid.get_nodes())
     except (AttributeError, NotImplementedError):
@@ -43,10 +44,10 @@ def identities(grid: Grid) -> Mapping[int, Identity]:
 
 
 def bind(clients: Mapping[int, str]) -> None:
-    """Keep whose each client id is, where nobody's it was.
+    """Bind client ids to keys. An id that is bound already is not changed.
 
     Args:
-        clients: client id -> digest of its node's key; those without one are left out.
+        clients: client id -> `Identity.key` of its node; clients with an empty key are left out.
 
     Raises:
         RunError: the server's file of bindings cannot be read or written.
@@ -65,7 +66,7 @@ def bind(clients: Mapping[int, str]) -> None:
 
 
 def where() -> str:
-    """The file, for messages."""
+    """The path of the file of bindings, for messages."""
     return str(_path() or "")
 
 
@@ -75,7 +76,7 @@ def _path() -> Path | None:
 
 
 def known() -> dict[int, str]:
-    """Client id -> digest of the key that it is bound to.
+    """Client id -> key to which the id is bound.
 
     Raises:
         RunError: the server's file of bindings cannot be read.
@@ -88,7 +89,7 @@ def known() -> dict[int, str]:
         if not isinstance(found, dict) or not all(
             name.isdigit() and isinstance(key, str) for name, key in found.items()
         ):
-            raise ValueError("it is no table of client ids and keys")
+            raise ValueError("it is not a table of client ids and keys")
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: the keys of clients cannot be read: {error}; put a copy back, or remove it") from None
     return {int(name): key for name, key in found.items()}

@@ -1,4 +1,4 @@
-"""What clients call their classes: one list for all of them, or a number would mean another thing on every node."""
+"""Checks that all clients use the same names of classes, since a number must mean the same class on every node."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 
 from fedlora.exchange import ClientInfo
 
-_MOST = 8  # names that a sentence lists
+_MOST = 8  # largest number of names in a message
 
 
 def disagreeing(infos: Mapping[int, ClientInfo], own: Sequence[str] | None) -> dict[int, str]:
-    """Why clients cannot take part whose classes are called otherwise than the others', by client id.
+    """The clients that cannot take part because their classes have other names: client id -> reason.
 
     Args:
-        infos: of all clients.
-        own: what the server calls them in its own rows, nothing where it has numbers; None where it reads no rows.
-            The clients are then held against most of them, of as many against those with the lowest id.
+        infos: the descriptions of all clients.
+        own: the names in the server's own rows, empty if these have only numbers; None if the server reads no rows. In
+            that case, clients must have the names that most clients have; if there is a tie, those of the lowest id.
     """
     said = {client: info.class_names for client, info in sorted(infos.items())}
     if own is not None:
@@ -24,25 +24,25 @@ def disagreeing(infos: Mapping[int, ClientInfo], own: Sequence[str] | None) -> d
     else:
         common, whose = next(iter(Counter(said.values()).most_common(1)), ((), 0))[0], "most others"
     return {
-        client: f"client {client} calls its classes {_shown(names)}, {whose} {_shown(common)}; set data.label-names of "
-        "the run to one list for all"
+        client: f"client {client} calls its classes {_shown(names)}, but {whose} {_shown(common)}; set the run's "
+        "data.label-names to one list for all"
         for client, names in said.items()
         if names != common
     }
 
 
 def out_of_order(head: Sequence[str], rows: Sequence[str]) -> str:
-    """Why a run cannot begin with a model's own head that has the rows' classes in another order; empty otherwise.
+    """The reason why a model's own head does not fit, if it has the rows' classes in another order; otherwise empty.
 
     Args:
-        head: what the model calls the classes of its head.
-        rows: what the rows call theirs.
+        head: names of the classes of the model's head.
+        rows: names of the classes in the rows.
     """
     mine, theirs = ([name.casefold() for name in names] for names in (head, rows))
     if mine == theirs or sorted(mine) != sorted(theirs):
         return ""
     return (
-        f"model.head = 'keep': the model's own head has the classes in the order {_shown(head)}, the rows in that of "
+        f"model.head = 'keep': the model's own head has the classes in the order {_shown(head)}, but the rows have "
         f"{_shown(rows)}; set data.label-names = {', '.join(rows[theirs.index(name)] for name in mine)!r}, or "
         "model.head = 'fresh'"
     )

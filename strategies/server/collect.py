@@ -1,4 +1,4 @@
-"""One round's training, and an evaluation: what clients are asked and what they answer."""
+"""Sends the messages of a round or of an evaluation to the clients, and collects their answers."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from .answers import Answer, AwayError, DivergedReplyError
 from .mailbox import Mailbox
 from .roster import Roster
 
-_LOOKED_AT = 32  # replies that are held until the first of them are counted: against these they are judged
+_LOOKED_AT = 32  # number of first replies that are judged together, before any of them counts
 
 
 @dataclass
 class TrainRound:
-    """One round of training messages, and what came of it.
+    """One round of training messages and their results.
 
     Attributes:
-        answers: client id -> its metrics, and `weight`, its share in the round's means.
-        failures: client id -> why it does not count in this round.
-        refused: those of them that were there, and whose answer does not count: no accident.
-        diverged: those whose training left the finite numbers.
-        moves: client id -> how far its reply moved the model, see `guard.moved`; of those set aside as well.
-        kept: the updates, when `keep` is set.
-        sent: client id -> its broadcast, as the client reads it; with `keep`, of all clients.
-        wait_seconds, decode_seconds: of `updates`.
+        answers: client id -> its metrics and number of examples, for all clients that count.
+        failures: client id -> reason why the client does not count in this round.
+        refused: those of `failures` that answered, but whose answers do not count.
+        diverged: those of `failures` whose training was not finite.
+        moves: client id -> distance by which its reply moved the model (see `guard.moved`), also of ignored replies.
+        kept: the updates of all clients that count, if `keep` is set.
+        sent: client id -> its broadcast, as the client received it; with `keep`, for all clients.
+        wait_seconds, decode_seconds: seconds that `updates` spent on waiting for replies and on reading them.
     """
 
     grid: Grid
@@ -65,9 +65,10 @@ class TrainRound:
     _moved: dict[int, float] = field(default_factory=dict)
 
     def trusted(self, chosen: Sequence[int]) -> Iterator[ClientUpdate]:
-        """`updates` without those that lie too far beyond the others; see `guard`.
+        """`updates` without those that move the model much farther than the others; see `guard`.
 
-        The first 32 are judged together; each later one by those before it, so that a large round is not held whole.
+        The first 32 replies are judged together. Each later one is compared with those before it, so that the replies
+        of a large round need not all be in memory.
         """
         waiting: list[ClientUpdate] = []
         enough = False
@@ -81,7 +82,7 @@ class TrainRound:
         yield from self._passed(waiting)
 
     def _passed(self, updates: Sequence[ClientUpdate]) -> Iterator[ClientUpdate]:
-        # A robust rule needs its clients, and knows what to do with those that lie far out.
+        # A robust rule needs all clients, and treats extreme updates itself.
         bound = self.config.federation.max_move if self.config.strategy.robust == "none" else 0.0
         dtype = self.config.model.compute_dtype
         for update in updates:
@@ -95,7 +96,7 @@ class TrainRound:
                 yield update
 
     def updates(self, chosen: Sequence[int]) -> Iterator[ClientUpdate]:
-        """Good updates in the order of client ids, each as soon as those before it are settled.
+        """The usable updates in the order of client ids, each as soon as all before it have been read.
 
         The fixed order makes equal runs bitwise equal, whatever the order of arrival.
         """
@@ -187,12 +188,12 @@ class TrainRound:
         emit("client-failed", client_id=client, node=self.roster.nodes[client], reason=str(error), round=self.number)
 
     def weighed(self) -> dict[int, dict[str, float]]:
-        """`answers` in the order of clients, each with its `weight` in the round's means."""
+        """`answers` in the order of client ids, each with the client's `weight` in the round's means."""
         total = sum(answer["num-examples"] for answer in self.answers.values())
         return {c: a | {"weight": a["num-examples"] / total} for c, a in sorted(self.answers.items())}
 
     def mean(self, metric: str) -> float | None:
-        """Mean of a metric over the clients that answered, weighted by their examples."""
+        """The mean of a metric over the clients that count, weighted by their numbers of examples."""
         return weighted_mean(self.answers, metric)
 
 
@@ -206,7 +207,7 @@ def evaluate_on_clients(
     number: int,
     make_broadcast: Callable[[ClientInfo], Broadcast],
 ) -> dict[str, Any]:
-    """Federated evaluation: the chosen clients' metrics on their own test rows, and their weighted means."""
+    """Let the chosen clients evaluate on their own test rows; return their metrics and the weighted means."""
     mailbox = Mailbox(grid, "evaluate", str(number), config.federation.round_timeout)
     asked = roster.by_node(chosen)
 
@@ -238,7 +239,7 @@ def evaluate_on_clients(
 
 
 def weighted_mean(answers: Mapping[int, Mapping[str, float]], metric: str) -> float | None:
-    """The mean of a metric over the clients that sent it, weighted by num-examples; None when nobody did."""
+    """The mean of a metric over the clients that sent it, weighted by num-examples; None if no client did."""
     having = [answer for answer in answers.values() if metric in answer]
     total = sum(answer["num-examples"] for answer in having)
     return sum(answer[metric] * (answer["num-examples"] / total) for answer in having) if having else None

@@ -1,4 +1,4 @@
-"""The global adapter on the server's held-out rows."""
+"""Evaluates the global adapter on the server's held-out rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..base import ServerState, Strategy
 
 
 class HeldOutEvaluator:
-    """The global adapter on the held-out rows; callable, so that the rows are encoded once."""
+    """Evaluates the global adapter on the held-out rows, which are encoded only once."""
 
     def __init__(self, config: Config, run_id: int) -> None:
         self._config, self._run_id = config, run_id
@@ -31,9 +31,15 @@ class HeldOutEvaluator:
         self._examples: list[Example] = encode(rows, self._bench.base.tokenizer, config.data, self._bench.task)
 
     def __call__(self, strategy: Strategy, state: ServerState, learned: AdapterState) -> dict[str, float]:
-        """Metrics of what is learned: the strategy's global adapter at this state."""
+        """The metrics of the global adapter.
+
+        Args:
+            strategy: the run's strategy.
+            state: the server's state.
+            learned: the strategy's global adapter at this state.
+        """
         emit("evaluate-start", examples=len(self._examples))
-        # this process's clients share the weights, into which a run may merge its folds
+        # clients in this process share the weights, into which a run may merge its folds
         beside = adapted.place(self._bench, state.folds.parts, self._config.anchor, self._run_id)
         if beside != state.folds.parts:
             learned = strategy.global_adapter(replace(state, folds=state.folds.emptied()))

@@ -1,8 +1,8 @@
-"""One client against the rest, by default: how much it may weigh, and how far beyond the others its update may lie.
+"""Limits for a single client that hold in every run: for its weight in the mean, and for the size of its update.
 
-Robust rules (`robust.py`) are chosen by whoever knows what to expect of the clients. What is here goes for every run,
-and leaves honest clients alone: it keeps out updates that would end the run, and claims that would make one client the
-only one that counts.
+These limits do not affect honest clients. They keep out updates that would ruin the model, and numbers of examples that
+would give one client all the weight. Robust rules (`robust.py`) go further, and are for runs in which attacks are
+expected.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from fedlora.adapters import LoraFactors, fill_missing, norm, stack
 from fedlora.adapters.flat import OWN
 from fedlora.exchange import Broadcast, ClientUpdate
 
-# Of a round after which every client diverged: who moved so much farther than the others may have done it.
+# If all clients diverge after a round, a client that moved so many times as far as the others' median is the suspect.
 _SUSPECT = 2.0
-_LARGEST = {"fp16": torch.finfo(torch.float16).max}  # bf16 and fp32 reach equally far
+_LARGEST = {"fp16": torch.finfo(torch.float16).max}  # bf16 and fp32 have the same range
 _FP32 = torch.finfo(torch.float32).max
 
 
 def weights(examples: Mapping[int, int], most: float) -> dict[int, int]:
-    """Client id -> the examples that it counts for: at most `most` times the mean of the other clients'.
+    """The number of examples with which each client counts: at most `most` times the mean of the other clients'.
 
-    The largest claims are cut to one bound b, the smallest cut that makes `b <= most * mean of the others` hold.
+    The largest numbers are cut to one bound b. As few of them are cut as `b <= most * mean of the others` allows.
 
     Args:
-        examples: client id -> the examples that it says it has.
+        examples: client id -> number of examples that the client says it has.
         most: `federation.max-share`, at least 1; 0: no bound.
     """
     claims, others = sorted(examples.values()), len(examples) - 1
-    for cut in range(len(claims) if most and others else 0):  # how many claims are above the bound
+    for cut in range(len(claims) if most and others else 0):  # cut: number of claims above the bound
         rest = claims[: len(claims) - cut]
         if not cut:
             bound = most * (sum(claims) - claims[-1]) / others
@@ -48,11 +48,11 @@ def weights(examples: Mapping[int, int], most: float) -> dict[int, int]:
 
 
 def moved(update: ClientUpdate, sent: Broadcast) -> float:
-    """How far a client's reply lies from what it was sent: the Frobenius norm, by Gram matrices in fp64.
+    """The distance between a client's reply and what it was sent, in the Frobenius norm, by Gram matrices in fp64.
 
-    Over all modules, of the change of `s B A`, a factor that was not sent back being as it was; of the factors
-    themselves where the other one stays on the client. Tensors trained in full count with their own change. Infinite
-    where a product leaves the numbers of fp64.
+    It is the norm of the change of `s B A` over all modules, where factors that were not sent back count as unchanged.
+    If a client keeps personal factors, it is the norm of the change of the factors that it sent. The change of tensors
+    trained in full is added. The result is infinite if a product is too large for fp64.
     """
     start, personal = sent.adapter, bool(sent.plan.keep)
     whole = fill_missing(update.adapter, start)
@@ -70,12 +70,12 @@ def moved(update: ClientUpdate, sent: Broadcast) -> float:
 
 
 def excess(client: int, moves: Mapping[int, float], bound: float) -> str:
-    """Why this client's update is set aside: it moved more than `bound` times the median of the others; else empty.
+    """The reason to ignore a client's update, if it moves more than `bound` times the others' median; otherwise empty.
 
     Args:
-        client: one of `moves`.
-        moves: client id -> `moved`, of all replies that are known.
-        bound: `federation.max-move`; 0: none.
+        client: the client, one of `moves`.
+        moves: client id -> result of `moved`, for all replies so far.
+        bound: `federation.max-move`; 0: no limit.
     """
     others = [move for other, move in moves.items() if other != client and math.isfinite(move)]
     middle = median_low(others) if others else 0.0
@@ -83,16 +83,16 @@ def excess(client: int, moves: Mapping[int, float], bound: float) -> str:
         return ""
     return (
         f"its update moved the model by {moves[client]:.3g}, {moves[client] / middle:.3g} times the median of the "
-        f"others ({middle:.3g}); federation.max-move = {bound:g} sets it aside"
+        f"others ({middle:.3g}), and is ignored (federation.max-move = {bound:g})"
     )
 
 
 def overflow(update: ClientUpdate, move: float, dtype: str) -> str:
-    """Why this update cannot be computed with: a value, or the size of its product, leaves the compute dtype's numbers.
+    """The reason to ignore an update, if its values or its size are too large for the compute dtype; otherwise empty.
 
     Args:
-        update: of finite values in fp32.
-        move: see `moved`.
+        update: an update whose values are finite in fp32.
+        move: the result of `moved`.
         dtype: `model.compute-dtype`.
     """
     most = _LARGEST.get(dtype, _FP32)
@@ -107,7 +107,7 @@ def overflow(update: ClientUpdate, move: float, dtype: str) -> str:
 
 
 def suspect(moves: Mapping[int, float]) -> int | None:
-    """The client that moved farther than all others, and twice as far as their median; None where none stands out."""
+    """The client that moved farthest, if it moved more than twice as far as the others' median; otherwise None."""
     if len(moves) < 2:
         return None
     client = max(moves, key=lambda one: (moves[one], -one))

@@ -1,4 +1,4 @@
-"""The ServerApp's connection to its SuperLink: how long that may be away, and what its errors come from."""
+"""The ServerApp's connection to its SuperLink: how long the SuperLink may be away, and the causes of its errors."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedlora.deployment import superlink_data
 
-# The SuperLink's database, which `fedlora server` names for its runs: they are on its machine.
+# Environment variable with the path of the SuperLink's database, which `fedlora server` sets for its runs.
 DATABASE = "FEDLORA_DATABASE"
-_AWAY_SECONDS = 300.0  # a SuperLink that died is back in less: it is started again, or never
-_END_SECONDS = 60.0  # that a process may take to end, once its run has ended
+_AWAY_SECONDS = 300.0  # a SuperLink that died is started again within this time, or never
+_END_SECONDS = 60.0  # time for a process to end after its run has ended
 
 
 def bound(grid: Grid) -> None:
-    """From now on, a SuperLink that does not come back is an error after some minutes."""
+    """Make it an error if the SuperLink does not come back within some minutes."""
     invoker = getattr(grid, "_retry_invoker", None)
     if isinstance(invoker, RetryInvoker):
         invoker.max_time = _AWAY_SECONDS
 
 
 def end_soon(grid: Grid) -> None:
-    """The run has ended: a process that Flower cannot end, since its SuperLink is gone, ends all the same."""
+    """End this process a minute after its run, in case Flower cannot end it because its SuperLink is gone."""
     if not isinstance(grid, HttpGrid):
         return
 
@@ -40,14 +40,14 @@ def end_soon(grid: Grid) -> None:
 
 
 def full() -> str:
-    """That the disk of the SuperLink's database is full; empty where it is not, or is not known."""
+    """The message that the disk of the SuperLink's database is full; empty if it is not, or if this is unknown."""
     database = os.environ.get(DATABASE)
     said = superlink_data.full(Path(database)) if database else ""
     return f"{said}, and resume the run" if said else ""
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong at the SuperLink, in words; empty for an error that is not its."""
+    """The message about an error of the SuperLink; empty for all other errors."""
     if not isinstance(error, httpx.HTTPError):
         return ""
     if said := full():

@@ -1,4 +1,4 @@
-"""Questions to nodes and their answers as they arrive, over any Flower grid; what Flower loses is asked again."""
+"""Sends questions to nodes over any Flower grid, receives their answers, and repeats questions that Flower lost."""
 
 from __future__ import annotations
 
@@ -19,24 +19,29 @@ from fedlora.exchange import wire
 
 from . import sizes
 
-SMALL = 4 << 20  # bytes of a reply without tensors, of any number of clients
-# A dead node's error reply, or a full queue, takes Flower up to a minute; asking more often costs more than it gains.
+SMALL = 4 << 20  # largest number of bytes of a reply without tensors, for any number of clients
+# Longest pause between two looks for replies. Flower itself needs up to a minute for a dead node or a full queue.
 _LONGEST_PAUSE_SECONDS = 1.0
-_MOST_TIMES = 4  # that a node is asked one thing
-# Flower's own errors for a question, or a reply, whose bytes are gone. A node that is not there has another.
+_MOST_TIMES = 4  # largest number of times that a node is asked the same question
+# Flower's errors for a question or a reply whose bytes are lost. For a node that is not there, it has another one.
 _LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
 _FOREVER_SECONDS = 10 * 365 * 86400.0
-_AGAIN_SECONDS = 5.0  # until a node that is not there is asked again
+_AGAIN_SECONDS = 5.0  # pause before a node that was not there is asked again
 _log = logging.getLogger("fedlora")
 
 
 @dataclass(eq=False)
 class _Question:
-    """One thing that a node is asked, under one message id for each time that it is asked.
+    """A question to a node; it has a message id for each time that it was asked.
 
     Attributes:
-        away: the answer that the node is not there, once it came.
-        next: when it is asked again, by `time.monotonic`.
+        node: Flower's number of the node.
+        make: makes the content of the message.
+        most: the largest number of bytes that the reply may have.
+        ids: the ids of the messages.
+        times: number of times that the question was asked.
+        away: Flower's answer that the node is not there, if it came.
+        next: the time, by `time.monotonic`, at which an absent node is asked again.
     """
 
     node: int
@@ -49,14 +54,14 @@ class _Question:
 
 
 class Mailbox:
-    """Questions of one kind to many nodes, and one answer to each.
+    """Questions of one kind to many nodes, with one answer to each.
 
-    A SuperLink that dies takes with it what was on its way: a question that no node has read, a reply whose upload
-    had begun. Nobody is told, so that every question that is open when the connection comes back is asked again; the
-    first answer counts. Clients answer a repeated question as they did before.
+    When a SuperLink dies, messages on their way are lost without a notice: a question that no node has read, or a reply
+    whose upload had begun. When the connection comes back, all open questions are therefore asked again, and the first
+    answer counts. Clients give the same answer to a repeated question.
 
-    A node that is not there is asked again once it is back, as long as others are still at work, and beyond that for
-    `patience` seconds while `wanted` says that its answer is needed.
+    A node that is not there is asked again when it is back. The mailbox waits for it as long as other nodes still work,
+    and then for at most `patience` seconds while `wanted` says that its answer is needed.
     """
 
     def __init__(
@@ -69,9 +74,16 @@ class Mailbox:
         patience: float = 0.0,
         wanted: Callable[[], bool] = lambda: True,
     ) -> None:
-        """A timeout of 0 waits as long as it takes; a message that outlives the timeout is dropped by Flower.
+        """Make a mailbox.
 
-        Without a lifetime of its own, a message has Flower's default one, which a long round may outlast.
+        Args:
+            grid: carries the messages.
+            kind: Flower's type of the messages, such as "train".
+            group: Flower's group id of the messages.
+            timeout: seconds to wait for answers, which is also the lifetime of the messages, since Flower's default
+                may be too short for a long round; 0: no limit.
+            patience: seconds to wait for absent nodes when no other node works.
+            wanted: whether the answers of absent nodes are needed.
         """
         self._grid, self._kind, self._group = grid, kind, group
         self._ttl = timeout or _FOREVER_SECONDS
@@ -86,11 +98,15 @@ class Mailbox:
         self._heard = False
 
     def post(self, node: int, make: Callable[[], RecordDict], most: Callable[[], int] = lambda: SMALL) -> None:
-        """Ask a node; `make` gives the message's content, each time that it is sent.
+        """Ask a node.
 
-        Where a reply comes over a connection, one of more bytes than `most` says, once the message is made, is dropped.
+        If the grid has a `window`, at most so many questions are open; others are sent when answers have come.
 
-        A grid with a `window` has at most so many questions open; the others are sent as answers come.
+        Args:
+            node: Flower's number of the node.
+            make: makes the message's content; called each time that the message is sent.
+            most: the largest number of bytes of the reply; called after `make`. A larger reply that comes over a
+                connection is dropped.
         """
         self._unasked.append(_Question(node, make, most))
         self._fill()
@@ -101,7 +117,7 @@ class Mailbox:
             self._ask(self._unasked.popleft())
 
     def replies(self) -> Iterator[tuple[int, Message | None]]:
-        """`(node, reply)` as they arrive; at the deadline `(node, None)` for each that did not answer."""
+        """Pairs (node, reply) as the replies arrive; at the deadline (node, None) for each node without one."""
         pause = 0.02
         while (self._open or self._waits_for_absent()) and not self._is_over():
             yield from self.arrived()
@@ -113,17 +129,17 @@ class Mailbox:
         yield from ((question.node, None) for question in {q.node: q for q in self._open.values()}.values())
 
     def arrived(self) -> Iterator[tuple[int, Message]]:
-        """What came since the last look; nothing is waited for."""
+        """Pairs (node, reply) of the replies that came since the last call, without waiting."""
         arrived = list(self._grid.pull_messages(list(self._open))) if self._open else []
         self._heard = bool(arrived)
         for reply in arrived:
-            # The reply for a dead node comes from the SuperLink, so that only this id says who is meant.
+            # For a dead node, the SuperLink replies, so that only this id shows which node it is about.
             question = self._open.get(reply.metadata.reply_to_message_id)
             if question is None:
                 continue
             if self._sizes and reply.metadata.reply_to_message_id in self._sizes.too_large:
                 most = self._sizes.too_large[reply.metadata.reply_to_message_id]
-                reply.error = Error(wire.REFUSED, f"its reply is larger than the {most} bytes that it may hold")
+                reply.error = Error(wire.REFUSED, f"its reply is larger than {most} bytes, the most that it may have")
             elif reply.has_error() and reply.error.code in _LOST and question.times < _MOST_TIMES:
                 del self._open[reply.metadata.reply_to_message_id]
                 self._ask_again(question, "its reply was lost on the way")
@@ -143,7 +159,7 @@ class Mailbox:
 
     @property
     def waited_for(self) -> set[int]:
-        """The nodes whose answer has not come."""
+        """The nodes whose answers have not come yet."""
         return {question.node for question in (*self._open.values(), *self._unasked)}
 
     def _is_over(self) -> bool:
@@ -155,14 +171,14 @@ class Mailbox:
         self._away.append(question)
 
     def _waits_for_absent(self) -> bool:
-        """Whether to wait for nodes that are not there, when nobody else is at work."""
+        """Whether to wait for absent nodes although no other node works."""
         if not self._away or not self._wanted():
             return False
         self._alone_since = min(self._alone_since, time.monotonic())
         return time.monotonic() - self._alone_since < self._patience
 
     def _ask_absent(self) -> None:
-        """Ask those again that are back: a question to a node that is not listed would wait for Flower's error."""
+        """Ask absent nodes again that are back. Others are not asked, since Flower's error for them takes long."""
         due = [question for question in self._away if time.monotonic() >= question.next]
         if not due:
             return
@@ -199,7 +215,7 @@ class Mailbox:
 
 
 class _Counted:
-    """A retry invoker's `on_success`, which also counts the calls that needed more than one try."""
+    """A retry invoker's `on_success` that also counts the calls that needed more than one try."""
 
     def __init__(self, told: Callable[[RetryState], None] | None) -> None:
         self._told = told
@@ -212,10 +228,10 @@ class _Counted:
 
 
 def _reconnects(grid: Grid) -> int:
-    """How often the grid's connection was lost and came back, counted from the first call for this grid.
+    """The number of times that the grid's connection was lost and came back, since the first call for this grid.
 
-    Flower's grid tries again until the SuperLink is back, and tells nobody but its own retry invoker. A grid without
-    one has no connection to lose.
+    Flower's grid tries again until the SuperLink is back, and only its retry invoker knows of this. A grid without a
+    retry invoker has no connection that can be lost.
     """
     invoker = getattr(grid, "_retry_invoker", None)
     if not isinstance(invoker, RetryInvoker):

@@ -1,4 +1,4 @@
-"""What a strategy returns, held against what it was given, before anything is made of it."""
+"""The check of the state that a strategy returns, before it is used."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from ..base import ServerState
 
 
 class NotFiniteError(StrategyError):
-    """A strategy's result that holds values that are not finite."""
+    """A strategy's result has values that are not finite."""
 
 
 def check(name: str, before: ServerState, after: object, round: int) -> ServerState:
-    """The state that a strategy returned, if the next round can start from it.
+    """The state that a strategy returned, after a check that the next round can start from it.
 
     Args:
-        name: the strategy's, as the user wrote it.
-        before: what `aggregate` was given.
-        after: what it returned.
-        round: the round's number.
+        name: name of the strategy, as the user wrote it.
+        before: the state that `aggregate` was given.
+        after: the result of `aggregate`.
+        round: number of the round.
 
     Raises:
         NotFiniteError: a value is not finite.
-        StrategyError: it is no state, or lacks a module, or a factor's shape is not the module's.
+        StrategyError: the result is not a state, it has other modules, or the shape of a factor is wrong.
     """
     where = f"strategy.name = {name!r}: round {round}"
     if not isinstance(after, ServerState):
@@ -31,10 +31,10 @@ def check(name: str, before: ServerState, after: object, round: int) -> ServerSt
     odd = before.adapter.lora.keys() ^ after.adapter.lora.keys()
     if odd:
         raise StrategyError(
-            f"{where}: aggregate returned other modules than it was given, for instance {min(odd)}; a module without "
-            "replies stays as it was"
+            f"{where}: aggregate returned other modules than it was given, for instance {min(odd)}; keep modules "
+            "without replies as they were"
         )
-    # folds of earlier rounds were looked at when they were new
+    # folds of earlier rounds were checked when they were new
     new = [fold for fold in after.folds.parts if not any(fold is old for old in before.folds.parts)]
     for part, adapter in (("adapter", after.adapter), *(("folds", fold) for fold in new)):
         for module, factors in adapter.lora.items():

@@ -1,4 +1,4 @@
-"""Who takes part: the nodes that connect, and the clients that they say they are."""
+"""The clients that take part: nodes connect and say which clients they are, and the server accepts or refuses them."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ from .bindings import Identity
 from .classes import disagreeing
 from .mailbox import Mailbox
 
-_HELLO_SECONDS = 600.0  # a first answer may need a download; one that comes later than the run begins counts from then
-_OTHERS_SECONDS = 10.0  # for the others that are connected, once enough have answered
+_HELLO_SECONDS = 600.0  # a node's first answer may need a download; clients join later if the run has begun by then
+_OTHERS_SECONDS = 10.0  # wait for the other connected nodes when enough clients have answered
 _LOOK_SECONDS = 0.5
 _log = logging.getLogger("fedlora")
 
 
 @dataclass
 class Roster:
-    """Who takes part: what the server knows of each client, and the node that it lives on.
+    """The clients that take part.
 
     Attributes:
-        infos, nodes: by client id.
-        hosts: nodes whose messages have a part for each of several clients.
-        refusals: why others cannot take part.
+        infos: client id -> the client's description.
+        nodes: client id -> number of the node on which the client lives.
+        hosts: the nodes that host several clients, and whose messages have a part for each of them.
+        refusals: for each client that was refused, the reason.
     """
 
     infos: dict[int, ClientInfo]
@@ -47,28 +48,28 @@ class Roster:
     refusals: list[str] = field(default_factory=list)
 
     def by_node(self, chosen: Sequence[int]) -> dict[int, list[int]]:
-        """Node -> those of its clients that are chosen, in their order: they are asked by one message."""
+        """Node -> its clients among the chosen ones, in order; one message asks all of them."""
         found: dict[int, list[int]] = {}
         for client in chosen:
             found.setdefault(self.nodes[client], []).append(client)
         return found
 
     def message(self, node: int, clients: Sequence[int], encoded: Callable[[int], RecordDict]) -> RecordDict:
-        """What a node is sent for these of its clients; `encoded` makes one client's message."""
+        """The message to a node for these of its clients; `encoded` makes one client's message."""
         if node in self.hosts:
             return parts.join({client: encoded(client) for client in clients})
         [client] = clients
         return encoded(client)
 
     def answers(self, node: int, clients: Sequence[int], reply: Message | None) -> dict[int, Answer]:
-        """What a node answers for these of its clients; one that is malformed as a whole is so for each of them."""
+        """The answers of these clients in their node's reply; if the whole reply is malformed, each gets the error."""
         answer = of_client.of(reply)
         if node not in self.hosts or not isinstance(answer, RecordDict):
             return dict.fromkeys(clients, answer)
         try:
             found = parts.split(answer, f"node {node}")
             if found.keys() != {*clients}:
-                raise WireError(f"node {node} answered for clients {sorted(found)[:5]}, it was asked for {clients[:5]}")
+                raise WireError(f"node {node} answered for clients {sorted(found)[:5]}, not for {clients[:5]}")
         except WireError as error:
             return dict.fromkeys(clients, error)
         return {client: found[client] for client in clients}
@@ -76,7 +77,7 @@ class Roster:
 
 @dataclass(frozen=True)
 class _Offer:
-    """A client that a node says it is, or is one of."""
+    """A client that a node says it is or hosts."""
 
     info: ClientInfo
     node: int
@@ -84,21 +85,21 @@ class _Offer:
 
 
 class Meeting:
-    """Nodes that are asked who their clients are: before the run, and those that come later between its rounds.
+    """Asks nodes which clients they are, before the run, and between its rounds those that come later.
 
-    No node decides how many clients a run has. There are at most `federation.clients` of them. Where more would take
-    part, those come first whose id their node's key has had before, then those of nodes with fewer clients, then those
-    of nodes that were registered earlier.
+    A run has at most `federation.clients` clients, whatever nodes say. If more want to take part, clients come first
+    whose id already belongs to their node's key, then clients of nodes with fewer clients, then clients of nodes that
+    were registered earlier.
 
     Args:
-        grid: the nodes.
-        config: the run's.
-        fingerprint: of its base.
-        classes: what the server calls them in its own rows; None where it reads none. See `disagreeing`.
+        grid: carries the messages to the nodes.
+        config: the run's configuration.
+        fingerprint: fingerprint of the run's base model.
+        classes: names of the classes in the server's own rows; None if it reads no rows. See `disagreeing`.
         allocated: gives a client its ranks by module, as `lora.allocation` says.
 
     Attributes:
-        roster: who takes part.
+        roster: the clients that take part.
     """
 
     def __init__(
@@ -122,13 +123,13 @@ class Meeting:
         self._mailbox = Mailbox(grid, "query", "0", max(config.federation.wait_timeout, _HELLO_SECONDS))
 
     def begin(self) -> None:
-        """Ask each node that connects who its clients are, until all are there or `federation.wait-timeout` is over.
+        """Ask each node that connects, until all clients are there or `federation.wait-timeout` is over.
 
-        A node that does not answer, since it died and Flower still lists it, is asked again while it is listed; one
-        that hangs is not waited for beyond that time.
+        A dead node that Flower still lists is asked again as long as it is listed. For a node that hangs, the server
+        waits no longer than that time.
 
         Raises:
-            RunError: fewer than `federation.min-clients` are there by then, or too many cannot take part.
+            RunError: fewer than `federation.min-clients` clients have connected by then or can take part.
         """
         federation = self._config.federation
         wanted, least, wait = federation.clients, federation.min_clients, federation.wait_timeout
@@ -150,7 +151,7 @@ class Meeting:
                 time.sleep(min(_LOOK_SECONDS, wait))
         if self._reached < least:
             raise RunError(
-                f"{self._reached} of {wanted} clients connected within {wait:.0f} s{self._who_did_not()}, and "
+                f"{self._reached} of {wanted} clients connected within {wait:.0f} s{self._who_did_not()}, but "
                 f"federation.min-clients = {least}; start more clients or raise federation.wait-timeout"
             )
         self._accept(self._choose())
@@ -161,12 +162,12 @@ class Meeting:
             refusals = self.roster.refusals
             why = f"; the first said: {refusals[0]}" if refusals else self._who_did_not()
             raise RunError(
-                f"{len(self.roster.infos)} of {self._reached} clients can take part, and federation.min-clients = "
+                f"{len(self.roster.infos)} of {self._reached} clients can take part, but federation.min-clients = "
                 f"{least}{why}"
             )
 
     def welcome(self) -> list[int]:
-        """The clients that have come since, or came back on another node: they take part from now on."""
+        """Accept the clients that have come since, or have come back on another node; return their ids."""
         self._ask_newcomers()
         self._hear()
         roster = self.roster
@@ -184,7 +185,7 @@ class Meeting:
         return sorted({*back, *new} - others.keys())
 
     def turn_away(self, client: int, why: str) -> None:
-        """A client that came late cannot take part."""
+        """Remove a client that came late and cannot take part."""
         node = self.roster.nodes.pop(client)
         del self.roster.infos[client]
         self._offers.pop(client, None)
@@ -192,7 +193,7 @@ class Meeting:
 
     @property
     def _reached(self) -> int:
-        """Clients that have answered; refusals of one node count for no more than its even share of the run."""
+        """The number of clients that have answered; a node's refusals count at most for its equal share of clients."""
         share = math.ceil(self._config.federation.clients / max(1, len(self._connected)))
         return len(self._offers) + sum(min(len(said), share) for said in self._refusals.values())
 
@@ -201,13 +202,13 @@ class Meeting:
         if silent:
             shown = ", ".join(map(str, silent[:3])) + (", …" if len(silent) > 3 else "")
             return (
-                f" (connected, and without an answer as yet: node {shown}; a first answer may take a download, and a "
-                "node that is at work answers after it)"
+                f" (connected, but without an answer yet: node {shown}; a first answer may take a download, and a "
+                "node that is working answers afterwards)"
             )
         return f" (the first that did not: {self._away[0]})" if self._away else ""
 
     def _ask_newcomers(self) -> None:
-        """Ask those nodes that have not said yet who they are."""
+        """Ask the nodes that have not been asked yet which clients they are."""
         self._connected = {*self._grid.get_node_ids()}
         newcomers = sorted(self._connected - self._asked)
         if not newcomers:
@@ -218,13 +219,13 @@ class Meeting:
             self._mailbox.post(node, partial(wire.encode_hello, self._fingerprint))
 
     def _hear(self) -> bool:
-        """Take in the answers that have come; whether there were any but that a node is not there."""
+        """Process the answers that have come; return whether there was one other than that a node is not there."""
         heard = False
         most = self._config.federation.max_hosted
         for node, reply in self._mailbox.arrived():
             answers = _introductions(node, reply)
             if most and len(answers) > most:
-                many = f"node {node} says that it is {len(answers)} clients"
+                many = f"node {node} says that it hosts {len(answers)} clients"
                 self._deny(node, f"{many}, and is refused: federation.max-hosted = {most}")
             else:
                 for client, answer in answers.items():
@@ -255,7 +256,7 @@ class Meeting:
         emit("client-failed", client_id=client, node=node, reason=reason, round=0)
 
     def _choose(self) -> list[int]:
-        """Those who do not take part yet, first those who come first."""
+        """The clients that do not take part yet, in the order in which they may."""
         of_node = Counter(offer.node for offer in self._offers.values())
 
         def order(client: int) -> tuple[bool, int, str, int, int]:
@@ -266,7 +267,7 @@ class Meeting:
         return sorted(self._offers.keys() - self.roster.infos.keys(), key=order)
 
     def _accept(self, clients: Sequence[int]) -> None:
-        """Enter these into the roster, as far as `federation.clients` goes; their ids are theirs from now on."""
+        """Add these clients to the roster, up to `federation.clients`, and bind their ids to their nodes' keys."""
         roster, most = self.roster, self._config.federation.clients
         for client in clients:
             offer = self._offers[client]
@@ -285,9 +286,9 @@ class Meeting:
         self._bound = bindings.known()
 
     def _may_be(self, node: int, client: int) -> bool:
-        """Whether this node is that client: its key is bound to the id, or else it is the first that says so.
+        """Whether this node may be that client: its key is bound to the id, or it is the first node that says so.
 
-        Another that says so is refused and named, and the run goes on: else one node could stop every run.
+        Any other node that says so is refused by name, and the run goes on. Otherwise one node could stop every run.
         """
         mine = self._identities.get(node, Identity())
         owner, own = self._bound.get(client, ""), sorted(one for one, key in self._bound.items() if key == mine.key)
@@ -299,7 +300,7 @@ class Meeting:
         if holder is None or holder == node:
             return True
         theirs = self._identities.get(holder, Identity())
-        if not mine.key and holder not in self._connected:  # without keys, a node that is started again is another
+        if not mine.key and holder not in self._connected:  # without keys, a node that is started again is a new one
             return True
         first = (mine.registered, node) < (theirs.registered, holder) and client not in self.roster.infos
         winner, loser = (node, holder) if first else (holder, node)
@@ -316,7 +317,7 @@ class Meeting:
 
 
 def _introductions(node: int, reply: Message | None) -> dict[int | None, Answer]:
-    """A node's answers to the server's first question: its only client's, under no id, or one for each it hosts."""
+    """A node's answers to the server's first question: one under None, or one for each client that it hosts."""
     answer = of_client.of(reply)
     if not isinstance(answer, RecordDict) or not parts.is_joined(answer):
         return {None: answer}
@@ -327,13 +328,13 @@ def _introductions(node: int, reply: Message | None) -> dict[int | None, Answer]
 
 
 def _same_run(info: ClientInfo, config: Config, who: str) -> ClientInfo:
-    """The client's description, if what every client takes from the run's config is what it has.
+    """The client's description, after a check of the values that all clients must take from the run's config.
 
-    Its rank may be its own, up to what the run allows: ranks decide how much is computed and sent. A pattern is regular
-    expressions that the server evaluates, and a scale multiplies all that the client sends.
+    These are the rank pattern, whose regular expressions the server evaluates, and alpha and the kind of scaling, which
+    multiply all that the client sends. Only its rank may be its own, up to the largest that the run allows.
 
     Raises:
-        WireError: it has another pattern, alpha or kind of scaling, or a larger rank than the run allows.
+        WireError: the client has another pattern, alpha or kind of scaling, or a larger rank than the run allows.
     """
     lora = config.lora
     for key, mine, theirs in (
@@ -342,11 +343,11 @@ def _same_run(info: ClientInfo, config: Config, who: str) -> ClientInfo:
         ("lora.rslora", lora.rslora, info.rslora),
     ):
         if mine != theirs:
-            raise WireError(f"{who} has another {key} than this run, which goes for every client alike")
+            raise WireError(f"{who} has another {key} than this run, but all clients must have the run's")
     most = largest_rank(config)
     if info.rank > most:
         key = f"federation.max-rank = {most}" if config.federation.max_rank else f"the largest of lora.ranks is {most}"
         raise WireError(
-            f"{who} has rank {info.rank}, and {key}; lower its own rank, or set federation.max-rank = {info.rank}"
+            f"{who} has rank {info.rank}, but {key}; lower its own rank, or set federation.max-rank = {info.rank}"
         )
     return info

@@ -1,6 +1,6 @@
-"""The server's whole state on disk after every round: one safetensors file, so that a run survives its process.
+"""Saves the server's whole state after every round, as one safetensors file, from which a run can be resumed.
 
-Those of the last few rounds are kept, to go back to.
+The states of the last few rounds are kept, so that a run can go back to them.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _FILES = "round-*.safetensors"
 
 
 def save(folder: Path, state: ServerState, round: int, run: str, keep: int = 1) -> None:
-    """Write the state after this round; others go once the new one is on the disk.
+    """Write the state after a round. Older states are removed only when the new one is on the disk.
 
-    The file's header holds, as JSON, what is no tensor: names in their order, scalings, the first fold's version.
+    The file's header has, as JSON, everything that is not a tensor: names in order, scalings, the first fold's version.
 
     Args:
-        folder: of this run's checkpoints alone; made when missing.
-        state: every tensor keeps its number format.
-        round: that ended with this state.
-        run: the run's key, held against `load`'s.
-        keep: so many states stay, of the last rounds up to this one.
+        folder: folder for the states of this run only; made if it is missing.
+        state: the state; every tensor keeps its number format.
+        round: number of the round that ended with this state.
+        run: the run's key, which `load` compares.
+        keep: number of states that are kept, those of the last rounds up to this one.
 
     Raises:
-        RunError: the file cannot be written, for instance on a full disk; the older checkpoints are as they were.
+        RunError: the file cannot be written, for instance on a full disk; older states are then unchanged.
     """
     tensors: dict[str, Tensor] = {}
     about = {
@@ -69,24 +69,24 @@ def save(folder: Path, state: ServerState, round: int, run: str, keep: int = 1) 
 
 
 def load(folder: Path, run: str, after: int = -1) -> tuple[ServerState, int] | None:
-    """The newest state that `save` wrote there, and its round; None when there is none.
+    """The latest state in the folder, and the number of its round; None if there is no state.
 
     What the run's config says is not in the file: the seed, and the limits of the folds.
 
     Args:
-        folder: of this run's checkpoints alone.
+        folder: folder with the states of this run only.
         run: the run's key.
-        after: the state after this round in place of the newest.
+        after: number of the round whose state is wanted instead of the latest; -1: the latest.
 
     Raises:
-        RunError: the file cannot be read, is no checkpoint, is another run's, or that of this round is not kept.
+        RunError: the file cannot be read, is not a saved state or is of another run, or the round's state is not kept.
     """
     files = {_round_of(path): path for path in folder.glob(_FILES)}
     if after >= 0 and after not in files:
         there = ", ".join(map(str, sorted(files))) or "none"
         raise RunError(
-            f"{folder}: no state after round {after} is kept; there are those after rounds: {there} (run.keep says how "
-            "many)"
+            f"{folder}: no state after round {after} is kept; there are states after rounds: {there} (run.keep sets "
+            "their number)"
         )
     if not files:
         return None
@@ -97,7 +97,7 @@ def load(folder: Path, run: str, after: int = -1) -> tuple[ServerState, int] | N
             if about["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {about['schema']}, this version reads {SCHEMA}")
 
-            # out of the file's map, whose tensors begin anywhere
+            # copied out of the mapped file, where tensors are not aligned
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
             state = ServerState(
                 adapter=_get(tensors, "adapter", about["adapter"]),
@@ -109,24 +109,24 @@ def load(folder: Path, run: str, after: int = -1) -> tuple[ServerState, int] | N
             )
             owner, round = str(about["run"]), int(about["round"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"{path}: no readable checkpoint ({error}); this run cannot go on, start a new one") from None
+        raise RunError(f"{path}: not a readable state ({error}); this run cannot continue, start a new one") from None
     if owner != run:
-        raise RunError(f"{path}: the checkpoint of another run; put back this run's own file, or start a new run")
+        raise RunError(f"{path}: the state of another run; put back this run's own file, or start a new run")
     return state, round
 
 
 def drop_after(folder: Path, round: int) -> None:
-    """Remove the states of later rounds: a run that went back to this one goes on from it, whatever happens."""
+    """Remove the states of rounds after this one, to which the run went back."""
     for path in folder.glob(_FILES):
         if _round_of(path) > round:
             path.unlink()
 
 
 def plain(state: ServerState) -> ServerState:
-    """The same state with every tensor contiguous in memory of its own, as `load` gives it.
+    """The same state with every tensor contiguous and in memory of its own, as `load` returns it.
 
-    Matrix products round by the layout of what they multiply: a run that goes on from a file and one that was never
-    interrupted have the same bits only if both hold the same layout.
+    The rounding of matrix products depends on the layout of the factors. A resumed run has the same bits as one that
+    was never interrupted only if both have the same layout.
     """
     return replace(
         state,
@@ -145,7 +145,7 @@ def _plain(adapter: AdapterState) -> AdapterState:
 
 
 def _put(tensors: dict[str, Tensor], where: str, adapter: AdapterState) -> dict[str, float]:
-    """Adds one adapter's tensors; returns its scalings."""
+    """Add an adapter's tensors to `tensors`; return its scalings."""
     tensors |= {f"{where}|{name}": tensor for name, tensor in OWN.put(adapter).items()}
     return {name: factors.scaling for name, factors in adapter.lora.items()}
 
@@ -156,7 +156,7 @@ def _get(tensors: Mapping[str, Tensor], where: str, scalings: Mapping[str, float
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, and no two of them in the same memory, which safetensors refuses."""
+    """The tensors on the CPU, contiguous, and no two in the same memory, which safetensors refuses."""
     seen: set[int] = set()
     apart: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -170,5 +170,5 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _round_of(path: Path) -> int:
     number = path.stem.removeprefix("round-")
     if not number.isdigit():
-        raise RunError(f"{path}: not a name of a checkpoint, such as round-3.safetensors; move it elsewhere")
+        raise RunError(f"{path}: not the name of a saved state, such as round-3.safetensors; move it elsewhere")
     return int(number)

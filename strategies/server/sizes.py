@@ -1,8 +1,8 @@
-"""How much one reply may hold: what comes beyond that is not fetched from the SuperLink, and is deleted there.
+"""Limits the size of replies: a reply that is too large is not fetched from the SuperLink, but deleted there.
 
-Flower's grid fetches a reply object by object (arrays in pieces of 5 MB) and hands it on when it is whole. Here each
-object is counted before the next one is fetched. Objects that are no array's bytes become many small ones in Python:
-they may be a part of a reply only, and a reply may not have any number of objects.
+Flower's grid fetches a reply object by object (arrays in pieces of 5 MB), and returns it when it is complete. This
+module counts the bytes of each object before the next one is fetched. Objects other than bytes of arrays become many
+small Python objects. They may therefore be only a part of a reply, and the number of objects is limited too.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from flwr.superlink.grid.http_grid import HttpGrid
 
 _ATTRIBUTE = "_fedlora_sizes"
 _BYTES = "ArrayChunk"
-_OTHERS_SHARE, _OTHERS_LEAST = 8, 1 << 20  # what is no array's bytes: an eighth of a reply, or a megabyte
-_OBJECT, _SOME = 256, 64  # a reply has an object for each so many of its bytes at most, and some
+_OTHERS_SHARE, _OTHERS_LEAST = 8, 1 << 20  # objects other than arrays: at most an eighth of a reply, or a megabyte
+_OBJECT, _SOME = 256, 64  # a reply may have one object for each 256 of its bytes, and 64 more
 
 
 class Sizes:
-    """The limits of replies that are on their way, by the id of the message that each answers.
+    """The limits of expected replies, by the id of the message that each reply answers.
 
     Attributes:
-        too_large: the ids of those messages whose reply was not fetched, with the limit that it exceeds.
+        too_large: id of a message whose reply was not fetched -> the limit in bytes that the reply exceeds.
     """
 
     def __init__(self, client: Any, node: Any) -> None:
-        """Watches a connection to the SuperLink from now on.
+        """Begin to watch a connection to the SuperLink.
 
         Args:
             client: Flower's client of the Runtime API, whose methods `PullMessages` and `PullObject` are replaced.
@@ -46,7 +46,7 @@ class Sizes:
         client.PullMessages, client.PullObject = self._messages, self._object
 
     def expect(self, message_id: str, most: int) -> None:
-        """The reply to this message may hold so many bytes."""
+        """Limit the reply to this message to so many bytes."""
         self._limits[message_id] = most
 
     def _messages(self, request: Any) -> Any:
@@ -79,18 +79,18 @@ class Sizes:
         return PullObjectResponse(object_found=False)
 
     def _drop(self, asked: str, most: int, reply: str, run_id: int) -> None:
-        """Fetch no more of this reply, and have it deleted where it lies."""
+        """Fetch no more of this reply, and have the SuperLink delete it."""
         with self._lock:
             first = asked not in self.too_large
             self.too_large[asked] = most
         if first:
-            self._client.ConfirmMessageReceived(  # which deletes a message and its objects
+            self._client.ConfirmMessageReceived(  # this deletes a message and its objects
                 ConfirmMessageReceivedRequest(node=self._node, run_id=run_id, message_object_id=reply)
             )
 
 
 def of(grid: Grid) -> Sizes | None:
-    """The grid's limits, from the first call on; None where replies do not come over a connection."""
+    """The limits of this grid, made by the first call; None if replies do not come over a connection."""
     if not isinstance(grid, HttpGrid):
         return None
     client = grid._runtime_client

@@ -1,1 +1,1 @@
-"""What methods share."""
+"""Functions that several methods use."""

@@ -1,4 +1,4 @@
-"""Means of factors that methods share."""
+"""Means of factors, for several methods."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from .replies import arrivals
 def effective_means(
     updates: Iterable[ClientUpdate], round: int, zero_pad: bool
 ) -> tuple[dict[str, LoraFactors], dict[str, Tensor]]:
-    """Means of s_k A_k and of B_k by module, at the largest rank that arrived, and of the dense tensors.
+    """The means of s_k A_k and of B_k for each module, at the largest rank of all replies; means of other tensors.
 
     Args:
-        updates: consumed as they arrive.
-        round: for error messages.
-        zero_pad: whether a row counts as zero for a client that lacks it, or not at all.
+        updates: the replies, which are read as they arrive.
+        round: number of the round, for error messages.
+        zero_pad: True if a row that a client lacks counts as zero in the mean; False if the mean of a row is taken
+            over the clients that have it.
 
     Returns:
-        Factors at the scaling of the first reply, and tensors.
+        The factors of each module, at the scaling of its first reply, and the means of the tensors trained in full.
     """
     means_a, means_b, dense = RankMeans(0, zero_pad), RankMeans(1, zero_pad), Means()
     scalings: dict[str, float] = {}
@@ -47,16 +48,16 @@ def effective_means(
 
 
 def at_scaling(factors: LoraFactors, scaling: float) -> Tensor:
-    """A of the same update at another scaling; A itself, uncopied, where it is the same."""
+    """A, multiplied so that the update stays the same at another scaling; A itself, not a copy, at its own scaling."""
     return factors.A if factors.scaling == scaling else (factors.scaling / scaling) * to_fp32(factors.A)
 
 
 def padded_mean(factors: Sequence[LoraFactors], weights: Sequence[float]) -> LoraFactors:
-    """The weighted means of pad(s_k A_k) and pad(B_k), scaling 1, of factors held together.
+    """The weighted means of pad(s_k A_k) and pad(B_k), where pad fills up to the largest rank with zeros; scaling 1.
 
     Args:
-        factors: one per client, of any ranks.
-        weights: with sum 1.
+        factors: the factors of each client, of any ranks.
+        weights: the weight of each client; their sum is 1.
     """
     first, rank = factors[0], max(f.rank for f in factors)
     A = to_fp32(first.A).new_zeros(rank, first.A.shape[1])
@@ -68,15 +69,16 @@ def padded_mean(factors: Sequence[LoraFactors], weights: Sequence[float]) -> Lor
 
 
 def averaged(state: ServerState, updates: Iterable[ClientUpdate], round: int, factor: Literal["A", "B"]) -> ServerState:
-    """The state with one factor replaced by its mean over clients that hold the other in common, which is exact.
+    """The state with one factor replaced by its mean over the clients.
 
-    Ranks below the largest are filled up with zeros, and the scales are taken into A.
+    The result is exact, since the other factor is the same for all clients. Smaller ranks are filled up with zeros,
+    and A is multiplied so that all clients have the server's scaling.
 
     Args:
-        state: that the round started from.
-        updates: with this factor at least.
-        round: for messages.
-        factor: the one that was trained.
+        state: the state from which the round started.
+        updates: the replies, each with at least this factor.
+        round: number of the round, for error messages.
+        factor: the factor that was trained.
     """
     means, dense = RankMeans(0 if factor == "A" else 1, zero_pad=True), Means()
     for update in arrivals(updates, round):
@@ -95,10 +97,10 @@ def averaged(state: ServerState, updates: Iterable[ClientUpdate], round: int, fa
 
 
 def _replaced(before: LoraFactors, factor: Literal["A", "B"], mean: Tensor) -> LoraFactors:
-    """The factors with a new A or B, with zeros where the mean has fewer ranks than the server.
+    """The factors with the mean as their new A or B; ranks that the mean lacks are filled up with zeros.
 
-    A row that would be zero in both factors has no gradient and would stay so for good; it keeps what it was,
-    which adds nothing while the other factor is zero.
+    A row that is zero in both factors would have no gradient and could never be trained. Such a row keeps its value
+    instead, which adds nothing to the update while the other factor is zero.
     """
     axis = 0 if factor == "A" else 1
     missing = before.rank - mean.shape[axis]
@@ -111,10 +113,14 @@ def _replaced(before: LoraFactors, factor: Literal["A", "B"], mean: Tensor) -> L
 
 
 def with_rank_restored(factors: LoraFactors, before: LoraFactors) -> LoraFactors:
-    """The same update at the rank that the server held before, if that is larger.
+    """The same update at the server's earlier rank, if that is larger than the rank of `factors`.
 
-    When no client of the largest rank was sampled, zero-padding would leave rows of A and columns of B that
-    are both zero, and stay so for good, having no gradient. The rows of A are kept instead, with B = 0.
+    If no client of the largest rank replied, zero-padding would leave rows of A and columns of B that are both zero.
+    They would have no gradient and could never be trained. The earlier rows of A are kept instead, with B = 0.
+
+    Args:
+        factors: the new factors of a module.
+        before: the server's factors of that module before the round.
     """
     rank = factors.rank
     if rank >= before.rank:

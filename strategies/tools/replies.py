@@ -1,4 +1,4 @@
-"""What strategies read from a round's replies: means that run as replies arrive, or all factors by module."""
+"""A round's replies, read one by one, or collected by module."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fedlora.exchange import ClientUpdate
 
 @dataclass(frozen=True)
 class ModuleReplies:
-    """One module's factors from all clients that sent it, by ascending client id.
+    """One module's factors from all clients that sent it, in the order of client ids.
 
     Args:
-        factors: one per client.
-        shares: p_k = n_k / sum(n) over these clients.
+        factors: the factors of each client.
+        shares: the weight of each client, p_k = n_k / sum(n), where n_k is its number of examples.
     """
 
     factors: list[LoraFactors]
@@ -28,15 +28,17 @@ class ModuleReplies:
 
 
 def arrivals(updates: Iterable[ClientUpdate], round: int) -> Iterator[ClientUpdate]:
-    """The replies one by one, as they come.
+    """The replies one by one, in the order of their arrival, each of them checked.
 
     Raises:
-        StrategyError: there are none, one counts for nothing, or a client replied twice.
+        StrategyError: there is no reply, a reply has no examples, or a client replied twice.
     """
     seen: set[int] = set()
     for update in updates:
         if update.client_id in seen:
-            raise StrategyError(f"round {round}: client {update.client_id} replied twice; each counts once")
+            raise StrategyError(
+                f"round {round}: client {update.client_id} replied twice; expected one reply per client"
+            )
         seen.add(update.client_id)
         if not update.num_examples > 0:
             raise StrategyError(
@@ -48,10 +50,10 @@ def arrivals(updates: Iterable[ClientUpdate], round: int) -> Iterator[ClientUpda
 
 
 def gather(updates: Iterable[ClientUpdate], round: int) -> tuple[dict[str, ModuleReplies], dict[str, Tensor]]:
-    """All factors by module, and the means of the dense tensors.
+    """All replies' factors by module, and the means of the tensors trained in full.
 
-    Holds every reply's factors, for methods that need them together. Sorted by client id, so that the
-    order of arrival does not show in the last bits of what is made of them.
+    This is for methods that need all factors at the same time, so that all of them are in memory. They are sorted by
+    client id, so that the order of arrival has no influence on the last bits of a result.
     """
     kept: dict[str, list[tuple[int, int, LoraFactors]]] = {}
     dense = Means()
@@ -69,15 +71,16 @@ def gather(updates: Iterable[ClientUpdate], round: int) -> tuple[dict[str, Modul
 
 @dataclass(frozen=True)
 class EqualShapes:
-    """The stacks of n modules of one shape, from the same clients with the same ranks, in fp64.
+    """The stacked factors of n modules of one shape, from the same clients with the same ranks, in fp64.
 
     Args:
-        names: of the modules.
-        A: [n, R, d_in], R = sum of the ranks; row j of client k is scaled by p_k s_k.
-        B: [n, d_out, R]; B @ A is the ideal.
-        rows: [R], each row's place in its client's A.
-        shares: [R], p_k of the row's client.
-        dtype: of results: fp32, or fp64 where the factors are.
+        names: names of the n modules.
+        A: the clients' A one below the other, [n, R, d_in], where R is the sum of the ranks. The rows of client k are
+            multiplied by p_k s_k.
+        B: the clients' B side by side, [n, d_out, R]; B @ A is the ideal.
+        rows: the number of each row in its client's own A, [R].
+        shares: the weight p_k of each row's client, [R].
+        dtype: number format for results: fp64 if the clients' factors are fp64, else fp32.
     """
 
     names: Sequence[str]
@@ -89,7 +92,7 @@ class EqualShapes:
 
 
 def equal_shapes(parts: Mapping[str, ModuleReplies]) -> Iterator[EqualShapes]:
-    """Modules that can be computed together, so that a loop over a model's modules costs nothing."""
+    """The modules in groups of equal shapes, so that a few batched operations replace a loop over all modules."""
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, part in parts.items():
         key = (tuple((f.B.shape[0], *f.A.shape) for f in part.factors), tuple(part.shares))

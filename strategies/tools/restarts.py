@@ -1,4 +1,4 @@
-"""Adapters that begin anew after a fold."""
+"""Adapters that start anew after a fold."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from ..base import ServerState
 
 
 def unscaled(state: ServerState, client: ClientInfo) -> ServerState:
-    """The state as this client's scaling sees it, for B = 0: A carries no scale then, and is sent as it was drawn."""
+    """The state with this client's scaling and unchanged A, for adapters with B = 0.
+
+    Since the update is zero whatever the scaling, A needs no conversion and is sent as it was drawn.
+    """
     lora = {name: replace(f, scaling=client.scaling_of(name)) for name, f in state.adapter.lora.items()}
     return replace(state, adapter=replace(state.adapter, lora=lora))
 
 
 def restart(adapter: AdapterState, seed: int, round: int) -> AdapterState:
-    """A fresh adapter of the same shapes, ranks and scalings: A by (seed, round), B = 0."""
+    """A new adapter of the same shapes, ranks and scalings: a random A that depends on seed and round, and B = 0."""
     lora = adapter.lora
     # torch seeds its CPU generator with the low 32 bits alone, so both numbers must be mixed into them
     digest = hashlib.sha256(f"{seed}/{round}".encode()).digest()

@@ -1,1 +1,1 @@
-"""What stands around a strategy and changes one step of it."""
+"""Wrappers: a wrapper is a strategy that contains another strategy and changes one step of it."""

@@ -1,4 +1,4 @@
-"""How far clients moved, and how far apart they are: norms of factored updates, in fp64."""
+"""Distances between clients' updates, and from each client's start to its end, from factors and in fp64."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from fedlora.exchange import ClientUpdate
 
 from ..base import ServerState, whole_adapter
 
-# Below this share of |dW_i|^2 + |dW_j|^2, a difference of fp64 Gram entries has lost half of its digits.
+# A difference of fp64 Gram entries below this share of |dW_i|^2 + |dW_j|^2 has lost half of its digits.
 _CANCELLED = 1e-8
 
 
 def squared_distances(updates: Sequence[ClientUpdate], state: ServerState) -> Tensor:
-    """`|dW_i - dW_j|^2` over all modules and dense tensors, [K, K] in fp64.
+    """`|dW_i - dW_j|^2`, summed over all modules and over the tensors trained in full, [K, K] in fp64.
 
-    `<dW_i, dW_j>` is the sum over block (i, j) of `(B'B) * (A A')`, B and A being the stacks of all clients. Where the
-    difference `<i, i> + <j, j> - 2 <i, j>` cancels, it is computed again by QR. A factor or a module that a client
-    did not send is the server's.
+    `<dW_i, dW_j>` is the sum over block (i, j) of `(B'B) * (A A')`, where B and A are the stacks of all clients. Where
+    the difference `<i, i> + <j, j> - 2 <i, j>` cancels, it is computed again by QR. For a factor or a module that a
+    client did not send, the server's is taken.
+
+    Args:
+        updates: the replies of K clients.
+        state: the state from which the round started.
     """
     count = len(updates)
     total = torch.zeros(count, count, dtype=torch.float64)
@@ -63,9 +67,15 @@ def started_from(update: ClientUpdate) -> AdapterState:
 
 @dataclass(frozen=True)
 class Move:
-    """A client's way from its start, `factors = start + c (end - start)`: the coefficients of its squared length.
+    """The straight line from a client's start to its end, `factors = start + c (end - start)` with c from 0 to 1.
 
-    The effective update moves by `c X + c^2 Y`, with `X = s (B dA + dB A)` and `Y = s dB dA`.
+    At c, the update s B A differs from that of the start by `c X + c^2 Y`, with `X = s (B dA + dB A)` and
+    `Y = s dB dA`, where dA and dB are the differences between end and start.
+
+    Args:
+        xx: the inner product `<X, X>`.
+        xy: the inner product `<X, Y>`.
+        yy: the inner product `<Y, Y>`.
     """
 
     xx: float
@@ -79,7 +89,7 @@ class Move:
         for name, end in update.adapter.lora.items():
             f = start.lora[name]
             A, B = f.A.double(), f.B.double()
-            if end.R is not None and f.R is not None:  # the only factor that was trained
+            if end.R is not None and f.R is not None:  # only the core R was trained
                 core = LoraFactors(A=A, B=B, scaling=f.scaling, R=end.R.double() - f.R.double())
                 xx += inner(core, core)
                 continue
@@ -97,7 +107,7 @@ class Move:
         return math.sqrt(max(square, 0.0))
 
     def share(self, limit: float) -> float:
-        """A point of the way at this distance from its start, which its end exceeds, by bisection."""
+        """The c at which the distance from the start is `limit`, by bisection; the end must be farther than that."""
         low, high = 0.0, 1.0
         while (middle := (low + high) / 2) not in (low, high):
             low, high = (middle, high) if self.norm(middle) <= limit else (low, middle)

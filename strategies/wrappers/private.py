@@ -1,4 +1,4 @@
-"""Privacy stages around a strategy: on the replies that it sees, and on the adapter that it makes."""
+"""A wrapper with privacy stages: they change the replies before the strategy, and the adapter after it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Private(Wrapper):
-    """The server's two places of `fedlora.exchange.stages.Stage`.
+    """Calls the two methods that privacy stages have for the server (see `fedlora.exchange.stages.Stage`).
 
     Args:
-        inner: any strategy; a linear one, where a stage needs that.
-        stages: in their order.
+        inner: the strategy inside; it must be linear if a stage needs that.
+        stages: the stages, in the order in which they are applied.
     """
 
     stages: tuple[Stage, ...] = ()
@@ -46,7 +46,7 @@ class Private(Wrapper):
         return self.inner.begin(state, replies, initializer)
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
-        """The inner strategy's next state, between the stages."""
+        """The inner strategy's next state; the stages change its replies and then its adapter."""
         for stage in self.stages:
             updates = stage.arriving(updates, round)
         new = self.inner.aggregate(state, updates, round)

@@ -1,4 +1,4 @@
-"""Chain of LoRA: every so many rounds the adapter is folded into the base, and a fresh one starts."""
+"""Chain of LoRA: after every E rounds the adapter becomes a fold, and a new adapter starts."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from .wrapper import Wrapper, innermost
 
 @dataclass(frozen=True)
 class Restart(Wrapper):
-    """After every E-th round the inner strategy's adapter becomes a fold, and the next one starts: A random, B = 0.
+    """After every E rounds the inner strategy's adapter becomes a fold, and a new one starts, with random A and B = 0.
 
     Xia et al. 2024, "Chain of LoRA: Efficient Fine-tuning of Language Models via Residual Learning",
-    https://arxiv.org/abs/2401.04151, with the server's adapter as the link of the chain, kept as frozen factors
-    beside the base instead of merged into it. The sum of links of rank r has any rank. For the inner strategy a link
-    is a run of its own: what it remembers (the momenta of an optimizer, which belong to rows that are gone) is
-    dropped at the restart, tensors trained in full go on. With E = 1 and an inner strategy that loses nothing, it
-    does what FLoRA does.
-    Memory and download: one fold of the inner adapter's rank more every E rounds, until folds are compacted.
+    https://arxiv.org/abs/2401.04151. The folds are the links of the paper's chain; here they are kept as frozen factors
+    beside the base model instead of being merged into it. A sum of links of rank r can have any rank. For the inner
+    strategy, each link is a new run: its memory is dropped, since for instance an optimizer's momenta belong to rows
+    that no longer exist. Only tensors trained in full keep their values. With E = 1 and an exact inner strategy, the
+    result is that of FLoRA.
+    Memory and download: one more fold of the inner adapter's rank after every E rounds, until folds are combined.
 
     Args:
-        inner: a strategy without personal factors, that starts as LoRA does.
-        every: E, at least 1.
+        inner: a strategy without personal factors that starts as LoRA does.
+        every: the number E of rounds, at least 1.
     """
 
     every: int = 1
@@ -40,18 +40,18 @@ class Restart(Wrapper):
         name = type(innermost(self.inner)).__name__
         if self.inner.personal:
             raise StrategyError(
-                f"strategy.restart-every = {self.every} folds the whole adapter, and {name} leaves "
+                f"strategy.restart-every = {self.every} folds the whole adapter, but {name} leaves "
                 f"{' and '.join(sorted(self.inner.personal))} on the clients; set strategy.restart-every = 0"
             )
         if self.inner.starts_with:
             raise StrategyError(
-                f"strategy.restart-every = {self.every} draws a fresh A, and {name} needs one made from statistics; "
+                f"strategy.restart-every = {self.every} draws a new A, but {name} needs one made from statistics; "
                 "set strategy.restart-every = 0"
             )
         if self.every > 1 and self.inner.replaces_folds:
             raise StrategyError(
-                f"strategy.restart-every = {self.every}: {name} takes folds back that it sent a round before, as its "
-                "options ask for, and the links of a chain stay; set strategy.restart-every = 1, or leave out "
+                f"strategy.restart-every = {self.every}: {name} takes back folds of the round before, as its options "
+                "ask for, but the folds of restarts cannot be taken back; set strategy.restart-every = 1, or leave out "
                 "strategy.options"
             )
 
@@ -64,21 +64,21 @@ class Restart(Wrapper):
         return False
 
     def check(self, clients: Sequence[ClientInfo]) -> None:
-        """As the inner strategy's; and B must be trained in the rounds that follow a restart.
+        """The check of the inner strategy; in addition, the first round after each new start must train B.
 
         Raises:
             StrategyError: the inner strategy refuses the clients, or would train A alone while B = 0.
         """
         super().check(clients)
         empty = self.init(AdapterState())
-        for link in range(1, 5):  # methods that take turns have short periods
+        for link in range(1, 5):  # strategies that train A and B in turn have short periods
             self.broadcast(empty, clients[0], link * self.every + 1)
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
-        """What the inner strategy sends, with all folds; after a restart A is sent as it was drawn.
+        """The inner strategy's message, with the folds that the client lacks; a new A is sent as it was drawn.
 
         Raises:
-            StrategyError: the inner strategy trains A alone right after a restart.
+            StrategyError: the inner strategy trains A alone in the round after a new start.
         """
         inside = replace(state, folds=state.folds.emptied())
         sent = self.inner.broadcast(inside, client, round)
@@ -87,18 +87,18 @@ class Restart(Wrapper):
                 raise StrategyError(
                     f"strategy.restart-every = {self.every}: round {round} starts from B = 0, where A has no gradient, "
                     f"and {type(innermost(self.inner)).__name__} would train A alone; set another "
-                    "strategy.restart-every (an even one, where A and B take turns)"
+                    "strategy.restart-every (an even one, if A and B are trained in turn)"
                 )
-            # A client that sends no A is taken to have the server's, at the server's scaling.
+            # If clients send no A back, the server takes its own A at its own scaling for theirs.
             if "A" in sent.plan.send:
                 sent = self.inner.broadcast(restarts.unscaled(inside, client), client, round)
         folds_from, folds = state.folds.since(client.known_base_version)
         return replace(sent, base_version=state.folds.version, folds=folds, folds_from=folds_from, steady=False)
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
-        """The inner strategy's next state; after every E-th round, all that it holds as one more fold.
+        """The inner strategy's next state; after every E rounds its whole update becomes a fold.
 
-        The inner strategy does not see the folds, which are not its own to change; those that it makes are added.
+        The inner strategy does not see the folds, and so cannot change them. Folds that it makes itself are added.
         """
         new, folds = self.inner.aggregate(replace(state, folds=state.folds.emptied()), updates, round), state.folds
         if round % self.every:

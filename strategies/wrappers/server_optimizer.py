@@ -1,4 +1,4 @@
-"""FedOpt: the server takes the change of a round for a gradient, and its own optimizer makes the step."""
+"""FedOpt: an optimizer on the server, which takes the change of a round as its gradient."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ _FIRST, _SECOND = "server-optimizer.first", "server-optimizer.second"
 
 @dataclass(frozen=True)
 class ServerOptimizer(Wrapper):
-    """`D = inner's factors - the old ones`, entry by entry; `m` and `v` are its moments:
+    """Steps along D, the change of the inner strategy's factors in a round, entry by entry; m and v are its moments.
 
     - "momentum": `m = beta1 m + D`, `x = x + lr m`. FedAvgM, Hsu et al. 2019, https://arxiv.org/abs/1909.06335.
-    - the others: `m = beta1 m + (1 - beta1) D`, `x = x + lr m / (sqrt(v) + tau)`, v = tau^2 at first, without bias
-      correction; "adam": `v = beta2 v + (1 - beta2) D^2`; "yogi": `v = v - (1 - beta2) D^2 sign(v - D^2)`;
+    - the others: `m = beta1 m + (1 - beta1) D`, `x = x + lr m / (sqrt(v) + tau)`, with v = tau^2 at first and without
+      bias correction; "adam": `v = beta2 v + (1 - beta2) D^2`; "yogi": `v = v - (1 - beta2) D^2 sign(v - D^2)`;
       "adagrad": `v = v + D^2`. FedOpt, Reddi et al. 2021, https://arxiv.org/abs/2003.00295, Algorithm 2.
 
-    The factors are the server's, at its own scaling; tensors trained in full have their moments too. A row of A or
-    column of B that a round leaves as it was (a frozen factor, a module without replies) stays bitwise, and so do
-    its moments: no reply spoke of it. Where the inner strategy sets a column of B to zero, since no sampled client
-    has that rank, the row starts anew with zero moments: momentum would go on from a B that is gone.
+    The factors are the server's, at its own scaling. Tensors trained in full have moments too. A row of A or column of
+    B that a round does not change (a frozen factor, a module without replies) keeps its bits, and so do its moments.
+    If the inner strategy sets a column of B to zero, because no client of the round has that rank, its row starts anew
+    with zero moments, since the momentum belongs to a B that no longer exists.
     Memory: one more copy of the adapter, or two.
 
     Args:
-        inner: a strategy that is steady: rows of A must mean the same in the next round.
-        kind: see above.
-        lr: the server's learning rate. 1 with momentum and beta1 = 0 is `inner` itself; the adaptive kinds make
-            steps of about `lr` whatever the size of D, and want values such as 0.01.
-        beta1: decay of the first moment, in [0, 1); 0.9 as in the papers' experiments.
-        beta2: decay of the second, in [0, 1); 0.99 as in FedOpt's experiments.
-        tau: the degree of adaptivity, above 0; 1e-3 as in FedOpt's experiments.
+        inner: a steady strategy; rows of A must mean the same from one round to the next.
+        kind: the rule for m, v and x, as above.
+        lr: the server's learning rate. With "momentum", lr = 1 and beta1 = 0, the result is that of `inner` alone. The
+            other kinds make steps of about `lr` whatever the size of D, and need values such as 0.01.
+        beta1: decay of the first moment m, in [0, 1); 0.9 as in the papers' experiments.
+        beta2: decay of the second moment v, in [0, 1); 0.99 as in FedOpt's experiments.
+        tau: added to the root of v, above 0; the larger, the less steps depend on v. 1e-3 as in FedOpt's experiments.
     """
 
     kind: Literal["momentum", "adam", "yogi", "adagrad"] = "momentum"
@@ -54,7 +54,7 @@ class ServerOptimizer(Wrapper):
         super().__post_init__()
         if not self.inner.steady:
             raise StrategyError(
-                f"strategy.server-optimizer = {self.kind} adds up changes over rounds, and "
+                f"strategy.server-optimizer = {self.kind} adds up changes over rounds, but "
                 f"{type(innermost(self.inner)).__name__} does not keep rows of A from round to round; "
                 "set strategy.server-optimizer = none",
                 needs="steady",
@@ -69,7 +69,7 @@ class ServerOptimizer(Wrapper):
                 raise StrategyError(f"strategy.server-{name} = {value}, expected {expected}")
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
-        """The inner strategy's next state, with the optimizer's step in place of its own."""
+        """The inner strategy's next state, with the optimizer's step in place of the inner strategy's own change."""
         new = self.inner.aggregate(state, updates, round)
         first, second = (state.memory.get(key, AdapterState()) for key in (_FIRST, _SECOND))
         lora, lora_m, lora_v = dict(new.adapter.lora), dict(first.lora), dict(second.lora)
@@ -105,15 +105,15 @@ class ServerOptimizer(Wrapper):
         rows: int | None = None,
         gone: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`(x, m, v)` of one tensor.
+        """The next `(x, m, v)` of one tensor.
 
         Args:
-            old: before the round.
-            after: what the inner strategy made of it.
-            m: the first moment; None at first.
-            v: the second moment; None at first.
-            rows: the dimension along which entries are a row; None: the tensor is one.
-            gone: the rows that start anew at the inner strategy's values.
+            old: the tensor before the round.
+            after: the tensor in the inner strategy's next state.
+            m: the first moment; None in the first round.
+            v: the second moment; None in the first round.
+            rows: the dimension along which the entries of a row (or column) lie; None: the whole tensor is one row.
+            gone: mask of the rows that start anew with the inner strategy's values.
         """
         m = torch.zeros_like(after) if m is None else m
         v = torch.full_like(after, self.tau**2) if v is None else v

@@ -1,4 +1,4 @@
-"""What wrappers share: each stands for another strategy, and changes one step of it."""
+"""The base class of wrappers. A wrapper is a strategy that contains another strategy and changes one step of it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Wrapper(Strategy):
-    """Leaves everything to `inner` but what a subclass overrides.
+    """Hands every call on to `inner`, except those that a subclass overrides.
 
-    The state is the inner strategy's, with entries of the wrapper's own in `memory`; so wrappers nest, in any order
-    that their own conditions admit, and one type of state serves all.
+    The state is that of the inner strategy. A wrapper adds entries of its own to `memory`. Wrappers can therefore
+    contain each other, as far as their own conditions allow.
 
     Args:
-        inner: the strategy, which may be a wrapper itself, though not of the same class.
+        inner: the strategy inside, which may itself be a wrapper, but not of the same class.
     """
 
     inner: Strategy
@@ -33,10 +33,10 @@ class Wrapper(Strategy):
         layer = self.inner
         while isinstance(layer, Wrapper):
             if type(layer) is type(self):
-                raise StrategyError(f"{type(self).__name__} is around the strategy already; its entries would collide")
+                raise StrategyError(f"{type(self).__name__} wraps the strategy already; use each wrapper once")
             layer = layer.inner
 
-    # Constants of a strategy's class; of a wrapper's instance, since they depend on what is inside.
+    # These are constants of a strategy's class, but properties of a wrapper, since they depend on the inner strategy.
     @property
     def linear(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.inner.linear
@@ -70,23 +70,23 @@ class Wrapper(Strategy):
         return self.inner.starts_with
 
     def check(self, clients: Sequence[ClientInfo]) -> None:
-        """As the inner strategy's."""
+        """The check of the inner strategy."""
         self.inner.check(clients)
 
     def init(self, adapter: AdapterState) -> ServerState:
-        """As the inner strategy's."""
+        """The inner strategy's first state."""
         return self.inner.init(adapter)
 
     def begin(self, state: ServerState, replies: Iterable[ClientUpdate], initializer: Initializer) -> ServerState:
-        """As the inner strategy's."""
+        """The inner strategy's state before round 1."""
         return self.inner.begin(state, replies, initializer)
 
     def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
-        """As the inner strategy's."""
+        """The inner strategy's message."""
         return self.inner.broadcast(state, client, round)
 
     def global_adapter(self, state: ServerState) -> AdapterState:
-        """As the inner strategy's."""
+        """The inner strategy's global adapter."""
         return self.inner.global_adapter(state)
 
 

@@ -92,9 +92,9 @@ ERRORS = [
     (["run", "quickstart", "-c", "strategy.name=fedvag"], "; did you mean 'fedavg'?"),
     (["run", "quickstart", "-c", "strategy.name=fedavg"], "flora, florist, hetlora, lora-fair,"),
     (["run", "quickstart", "-c", "strategy.options=lamda=1"], "flora has no option 'lamda'"),
-    (["run", "quickstart", "-c", "run.id=../../x"], "run.id = '../../x' is no name of one folder"),
-    (["run", "quickstart", "-c", "run.name=a/b"], "run.name = 'a/b' is no name of one folder"),
-    (["run", "quickstart", "--at-once", "2"], "--at-once is of --engine flower"),
+    (["run", "quickstart", "-c", "run.id=../../x"], "run.id = '../../x' is not the name of a single folder"),
+    (["run", "quickstart", "-c", "run.name=a/b"], "run.name = 'a/b' is not the name of a single folder"),
+    (["run", "quickstart", "--at-once", "2"], "--at-once needs --engine flower"),
     (["run", "--resume", "nowhere"], "nowhere: no run here"),
     (["status", "nowhere"], "nowhere: no run here"),
     (["report", "nowhere"], "nowhere: no run here"),
@@ -289,7 +289,7 @@ def test_data_is_the_check_before_a_run(call, tmp_path, tiny_llama):
         (["-c", "partition-id=x"], "node config: partition-id = 'x', expected a number from 0"),
         (["-c", "allow-files=yes"], "node config: allow-files = 'yes', expected true or false"),
         (["-c", "text-column=words"], "node config: text-column describes a file of the node's own"),
-        (["-c", "data=nowhere.csv"], "node config: data names no file on this node"),
+        (["-c", "data=nowhere.csv"], "node config: data does not name a file on this node"),
         (["--run", "sentiment"], "node: --run names the run that --check looks at"),
     ],
 )
@@ -334,7 +334,7 @@ def test_data_holds_labels_against_the_models_classes(call, tmp_path, tiny_llama
     rows = [{"text": "ash", "label": number % 2 + 1} for number in range(12)]
     done = call("data", written(tmp_path, tiny_llama, rows, model__task="classification"))
     assert done.returncode == 1
-    assert "counts its classes from 1 to 2, and classes count from 0; subtract 1" in done.stderr
+    assert "counts its classes from 1 to 2, but classes count from 0; subtract 1" in done.stderr
 
 
 def test_doctor_checks_quantization(call):

@@ -183,7 +183,7 @@ def test_tar_members_stay_inside(index: Path, monkeypatch: pytest.MonkeyPatch, n
 
 def test_archive_without_the_files(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, asset_of(wheel(index, "rows", {"rows/data/a.txt": b""}), files="*.json"))
-    with pytest.raises(AssetError, match=r"holds no rows/data/\*.json"):
+    with pytest.raises(AssetError, match=r"has no rows/data/\*.json"):
         fetch("rows")
 
 

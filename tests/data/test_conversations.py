@@ -128,7 +128,7 @@ def test_tools_reach_the_template_or_are_refused(byte_level: Any, chatml: PreTra
         (
             {"conversations": [[{"from": "narrator", "value": "a"}]]},
             "sharegpt",
-            r"'conversations' has a message whose 'from' is text of 8 characters, and none of",
+            r"'conversations' has a message whose 'from' is text of 8 characters, expected one of",
         ),
         (
             {"conversations": [[{"from": "gpt", "value": None}]]},
@@ -144,7 +144,7 @@ def test_tools_reach_the_template_or_are_refused(byte_level: Any, chatml: PreTra
             "alpaca",
             r"'history' holds a list of 1",
         ),
-        ({"messages": [[]], "tools": ["{"]}, "chat", r"'tools' holds text of 1 characters, which is no JSON"),
+        ({"messages": [[]], "tools": ["{"]}, "chat", r"'tools' holds text of 1 characters, which is not valid JSON"),
         ({"messages": [[]], "tools": ['["look"]']}, "chat", r"'tools' holds .*expected a list of functions"),
     ],
 )

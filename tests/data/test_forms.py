@@ -197,9 +197,9 @@ def test_named_classes_are_numbers(plain: PreTrainedTokenizerFast) -> None:
 @pytest.mark.parametrize(
     ("labels", "says"),
     [
-        ([0, 1, 2], r"'label' holds classes outside 0 to 1 in row 3; mend these rows, or set model\.labels"),
+        ([0, 1, 2], r"'label' holds classes outside 0 to 1 in row 3; correct these rows, or set model\.labels"),
         ([0, 1, -1], r"'label' holds classes outside 0 to 1 in row 3"),
-        ([1, 2, 1], r"'label' counts its classes from 1 to 2, and classes count from 0; subtract 1"),
+        ([1, 2, 1], r"'label' counts its classes from 1 to 2, but classes count from 0; subtract 1"),
         ([0.0, 1.5, 1.0], r"'label' holds a number that is not whole in row 2, expected a class from 0 to 1"),
         (["0", "1", "secret"], r"'label' holds text of 1 characters in rows 1, 2 and 3, expected a class from 0 to 1"),
     ],
@@ -344,9 +344,7 @@ def test_templates_by_name(byte_level: Any, left: list[str]) -> None:
 
 @pytest.mark.parametrize("name", ["chatml", "plain"])
 def test_a_template_is_named_where_none_has_a_name(name: str, request: pytest.FixtureRequest) -> None:
-    with pytest.raises(
-        DataError, match=r"data\.chat-template = '\{\{ 1 \}\}'; this tokenizer has no templates by name"
-    ):
+    with pytest.raises(DataError, match=r"data\.chat-template = '\{\{ 1 \}\}'; this tokenizer has no named templates"):
         encode(pairs(("a", "b")), request.getfixturevalue(name), replace(DATA, chat_template="{{ 1 }}"), CAUSAL)
 
 

@@ -211,7 +211,7 @@ def test_keys_that_are_none(keys: list, message: str) -> None:
 
 def test_a_client_beyond_the_last() -> None:
     split = split_rows(table({"a": 20}), DATA, 2, 0)
-    with pytest.raises(DataError, match="client 2 has no rows: the data is dealt to 2 clients, 0 to 1"):
+    with pytest.raises(DataError, match="client 2 has no rows: the data is divided among 2 clients, 0 to 1"):
         split.client(2)
 
 

@@ -175,7 +175,7 @@ def test_class_names_are_numbered_over_the_whole_set(tmp_path: Path) -> None:
         (
             "a.jsonl",
             '{"a": 1}\n\n{"a": "x"}\n',
-            r"line 3: 'a' holds text, and a number in line 1; write all of them alike",
+            r"line 3: 'a' holds text, but a number in line 1; use one type in all rows",
         ),
         ("a.jsonl", '{"a": true}\n{"a": 1}\n', r"line 2: 'a' holds a number, and true or false in line 1"),
         ("a.jsonl", '{"a": [{"b": 1}, {"b": {}}]}', r"line 1: 'a\[\]\.b' holds an object, and a number in line 1"),
@@ -183,7 +183,7 @@ def test_class_names_are_numbered_over_the_whole_set(tmp_path: Path) -> None:
         (
             "a.csv",
             "a,b\n1,2\n1,2,3\n",
-            r"a\.csv: line 3 has 3 cells, the header 2, with a comma between them; put",
+            r"a\.csv: line 3 has 3 cells, but the header has 2, with a comma between them; put",
         ),
         ("a.csv", b"text,b\nx,2\n\xe9,2\n", r"a\.csv: line 3 is not UTF-8 .* iconv -f WINDOWS-1252 -t UTF-8 a\.csv"),
         ("a.parquet", "no parquet", r"a\.parquet: "),
@@ -244,7 +244,7 @@ def test_hub_errors_name_the_source(monkeypatch: pytest.MonkeyPatch, error: Exce
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(DataError, match=r"'owner/name' is no packaged set .*data\.split = 'trian'") as caught:
+    with pytest.raises(DataError, match=r"'owner/name' is neither a packaged set .*data\.split = 'trian'") as caught:
         load_rows(DataConfig(source="owner/name", split="trian"))
     assert str(error) in str(caught.value)
 
@@ -272,7 +272,9 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch: pytest.MonkeyPa
     if there:
         assert load_rows(DataConfig(source="owner/name")).to_list() == ROWS
     else:
-        with pytest.raises(DataError, match=r"'owner/name' is no packaged set .*, and the hub cannot be reached"):
+        with pytest.raises(
+            DataError, match=r"'owner/name' is neither a packaged set .*, and the hub cannot be reached"
+        ):
             load_rows(DataConfig(source="owner/name"))
     assert asked == ["owner/name"]
     assert not huggingface_hub.constants.HF_HUB_OFFLINE

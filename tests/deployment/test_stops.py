@@ -57,7 +57,7 @@ def test_a_stop_reaches_the_nodes_and_a_worker_that_hangs_is_replaced(tmp_path, 
         assert running.wait(timeout=90) == 130, said("stopped")
         assert json.loads((run / "result.json").read_text())["status"] == "interrupted"
         [left] = until(lambda: events(state, "message-answered", task="train"), "the node has stopped", 60.0)
-        assert left["error"].endswith("train was left: the run that it was for has ended")
+        assert left["error"].endswith("train was given up: its run has ended")
         assert time.monotonic() - began < 60
 
         # the next run is not in its way; its worker stops for good in the middle of it, and is replaced
@@ -76,7 +76,7 @@ def test_a_stop_reaches_the_nodes_and_a_worker_that_hangs_is_replaced(tmp_path, 
         until(lambda: len(events(state, "client-start", round=1)) > 3, "the node trains once more")
         resumed = called(f"fedlora run --resume {run} --server $SERVER --ca certs/ca.crt", site)
         assert resumed.returncode == 1
-        assert "is still at this run; wait for it, or stop it (kill " in resumed.stderr
+        assert "still works on this run; wait for it, or stop it (kill " in resumed.stderr
         kill(psutil.Process(server.pid))
         began = time.monotonic()
         assert running.wait(timeout=240) == 1, said("left")

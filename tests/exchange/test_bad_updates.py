@@ -386,7 +386,7 @@ def a_module_less(record: RecordDict) -> None:
     ("change", "says"),
     [
         (a_nan, r"client 2: .*(q|v|down)_proj\|A holds values that are not finite"),
-        (a_module_less, "client 2 sent modules other than it was sent: 5 for 6"),
+        (a_module_less, "client 2 sent other modules than it was sent: 5 instead of 6"),
         (set_head(num_examples=10**6), "client 2 sent num-examples 1000000"),
     ],
 )

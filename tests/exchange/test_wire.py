@@ -219,7 +219,7 @@ def test_a_header_of_many_empty_tensors_is_refused_before_it_is_read(monkeypatch
         arrays |= {f"x{i}": np.zeros((0,), dtype=np.float32) for i in range(20_000)}
     monkeypatch.setattr(safetensors.numpy, "load", lambda data: pytest.fail("it was read"))
     with pytest.raises(
-        WireError, match=r"client 7: the header of 'adapter' is 1\d{6} bytes, and 5 tensors need no more"
+        WireError, match=r"client 7: the header of 'adapter' is 1\d{6} bytes, but 5 tensors need no more"
     ):
         wire.decode_update(record, 7, SENT, BASE)
 
@@ -235,10 +235,10 @@ def test_values_beyond_what_was_asked_for_are_refused_before_they_are_copied(mon
 
 def test_other_bases_protocols_and_formats_are_refused_by_name():
     record = wire.encode_broadcast(SENT, BASE)
-    with pytest.raises(WireError, match="the server has base model 'abc123', this side 'def'"):
+    with pytest.raises(WireError, match="the server has base model 'abc123', but this side 'def'"):
         wire.decode_broadcast(record, "def")
     record["head"]["protocol"] = 99
-    with pytest.raises(WireError, match="speaks protocol 99, this side 2"):
+    with pytest.raises(WireError, match="uses protocol 99, but this side 2"):
         wire.decode_broadcast(record, BASE)
     record["head"]["protocol"] = wire.PROTOCOL
     record["head"]["dtype"] = "fp8"

@@ -172,7 +172,7 @@ def test_hub_out_of_reach() -> None:
 
 
 def test_revision_of_a_folder(tiny_llama: Path) -> None:
-    with pytest.raises(ModelError, match=r"model.revision = 'main' is for hub ids"):
+    with pytest.raises(ModelError, match=r"model.revision = 'main' is only for hub ids"):
         resolve(str(tiny_llama), "main")
 
 
@@ -221,7 +221,7 @@ def test_broken_gguf(tmp_path: Path, own_cache: Path) -> None:
 
 def test_devices() -> None:
     assert pick_device("cpu") == torch.device("cpu")
-    with pytest.raises(ModelError, match="'gpu' is no device"):
+    with pytest.raises(ModelError, match="'gpu' is not a device"):
         pick_device("gpu")
     with pytest.raises(ModelError, match=r"'cuda:99', but torch .* sees \d+ CUDA devices"):
         pick_device("cuda:99")
@@ -448,7 +448,7 @@ def test_base_fingerprint_needs_no_load_and_follows_the_files(copy: Path) -> Non
     rewrite(copy, "model.norm.weight")
     assert base_fingerprint(config(copy)) == fingerprint(copy)
     (copy / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"the model's files are not there any more: .*model.safetensors"):
+    with pytest.raises(ModelError, match=r"the model's files are no longer there: .*model.safetensors"):
         base_fingerprint(config(copy))
 
 

@@ -327,7 +327,7 @@ CLASSIFIERS: dict[str, Species] = {
         "XLNetModel",
         "classification",
         sizes=_XLNET,
-        refused="says of a row changes by .* with padding beside it",
+        refused="for a row changes by .* with padding",
     ),
     "t5": Species(
         "T5Config",

@@ -105,7 +105,7 @@ def test_flowers_engine_runs_it_too(tmp_path, tiny_llama, mine):
         ("optimizers_of_mine:NotOne", "", "NotOne is no client optimizer; write a frozen dataclass that extends"),
         ("optimizers_of_mine:SharpPlus", "radius=large", r"SharpPlus's radius = 'large' is str, expected float"),
         ("optimizers_of_mine:SharpPlus", "size=1", r"has no option 'size'; did you mean|known are radius, ratio"),
-        ("adamw-8bit", "", "needs a CUDA GPU, the model is on cpu"),
+        ("adamw-8bit", "", "needs a CUDA GPU, but the model is on cpu"),
     ],
 )
 def test_what_is_wrong_is_said_before_the_run(tmp_path, tiny_llama, mine, name, options, message):

@@ -171,5 +171,5 @@ def test_the_command_prints_the_table_and_goes_with_resume(tmp_path, tiny_llama,
     ids=["flower", "server"],
 )
 def test_it_refuses_what_computes_elsewhere(elsewhere, says):
-    with pytest.raises(ConfigError, match=f"--profile times this process, and with {says}"):
+    with pytest.raises(ConfigError, match=f"--profile measures this process, but with {says}"):
         run("quickstart", profile=True, **elsewhere)

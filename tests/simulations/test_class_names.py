@@ -60,7 +60,7 @@ def test_names_that_differ_between_nodes_are_refused_before_training(tmp_path: P
     assert result["classes"] == ["benign", "malignant", "unclear"]
     with pytest.raises(
         RunError,
-        match=r"client 1 calls its classes \(benign, unclear\), most others \(benign, malignant, unclear\); set "
+        match=r"client 1 calls its classes \(benign, unclear\), but most others \(benign, malignant, unclear\); set "
         r"data\.label-names of the run to one list for all",
     ):
         run_nodes(federation(tmp_path, tiny_llama, run__id="two", federation__lost_clients="fail"), files)
@@ -93,7 +93,7 @@ def test_a_list_of_names_makes_them_agree(tmp_path: Path, tiny_llama: Path) -> N
 def test_names_and_numbers_are_no_one_list(tmp_path: Path, tiny_llama: Path) -> None:
     names: list[list[Any]] = [[0, 1, 2], ["benign", "malignant", "unclear"], [0, 2]]
     files = [hospital(tmp_path / f"h{number}.jsonl", found) for number, found in enumerate(names)]
-    with pytest.raises(RunError, match=r"client 1 calls its classes \(benign, .*\), most others by numbers; set"):
+    with pytest.raises(RunError, match=r"client 1 calls its classes \(benign, .*\), but most others by numbers; set"):
         run_nodes(federation(tmp_path, tiny_llama, federation__lost_clients="fail"), files)
 
 
@@ -101,7 +101,9 @@ def test_the_servers_own_rows_say_what_classes_are_called(tmp_path: Path, tiny_l
     own = hospital(tmp_path / "server.jsonl", ["benign", "malignant", "unclear"], rows=40)
     files = [hospital(tmp_path / f"h{number}.jsonl", ["benign", "unclear"]) for number in range(3)]
     keys = {"data__source": str(own), "data__partition": "iid", "evaluate__server": True}
-    with pytest.raises(RunError, match=r"calls its classes \(benign, unclear\), the server \(benign, malignant, uncl"):
+    with pytest.raises(
+        RunError, match=r"calls its classes \(benign, unclear\), but the server \(benign, malignant, un"
+    ):
         run_nodes(federation(tmp_path, tiny_llama, **keys), files)
 
 
@@ -159,7 +161,7 @@ def test_a_models_own_head_has_the_classes_in_the_rows_order(tmp_path: Path, tin
     keys: dict[str, Any] = {"data__source": str(source), "data__partition": "iid", "model__labels": 2}
     keys["lora__target_modules"] = "query,value"
     with pytest.raises(
-        ConfigError, match=r"order \(Yes, No\), the rows in that of \(no, yes\); set data\.label-names = 'yes, no'"
+        ConfigError, match=r"order \(Yes, No\), but the rows have \(no, yes\); set data\.label-names = 'yes, no'"
     ):
         run_locally(federation(tmp_path, tmp_path / "own", **keys))
     for more in ({"data__label_names": "yes, no"}, {"model__head": "fresh"}):

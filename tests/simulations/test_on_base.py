@@ -68,7 +68,7 @@ def test_the_adapter_of_a_run_that_kept_the_head_holds_it(classifier: Path, tmp_
 @pytest.mark.parametrize(
     ("keys", "error", "words"),
     [
-        ({"data__max_length": 300}, ConfigError, "data.max-length = 300: .*gpt2 has positions for 256 tokens"),
+        ({"data__max_length": 300}, ConfigError, "data.max-length = 300, but .*gpt2 has positions for at most 256"),
         ({"lora__target_modules": "wte"}, ModelError, "lora.target-modules = 'wte': it is of class Embedding"),
         ({"lora__rank_pattern": "cattn=2"}, ConfigError, "lora.rank-pattern: 'cattn' .*; did you mean 'c_attn'"),
     ],

@@ -278,5 +278,5 @@ def test_a_kept_factor_of_another_rank_is_refused_with_what_to_do(tmp_path, tiny
     smaller = strategy.broadcast(start, ClientInfo(client_id=0, rank=2), 2)
     answer = node.ask("evaluate", smaller)
     assert answer.has_error()
-    assert "keeps a B (32, 4) of its own, this run's is (32, 2)" in str(answer.error.reason)
+    assert "personal B is (32, 4), but this run needs (32, 2)" in str(answer.error.reason)
     assert "client-0 to start it anew" in str(answer.error.reason)

@@ -148,7 +148,7 @@ def test_a_run_goes_back_to_an_earlier_round_with_all_that_was_kept_then(tmp_pat
     assert sorted(path.name for path in (folder / "state").iterdir()) == [
         f"round-{number}.safetensors" for number in (2, 3, 4)
     ]
-    with pytest.raises(RunError, match="no state after round 1 is kept; there are those after rounds: 2, 3, 4"):
+    with pytest.raises(RunError, match="no state after round 1 is kept; there are states after rounds: 2, 3, 4"):
         go_on(folder, from_round=1)
     forget()
 
@@ -174,9 +174,9 @@ def test_a_run_goes_back_after_another_learning_went_wrong_and_keeps_as_many_sta
     simulation.in_process(config)
     folder = folder_of(config)
     assert [path.name for path in (folder / "state").iterdir()] == ["round-4.safetensors"]
-    with pytest.raises(RunError, match=r"all 4 rounds are complete.*to go back give --from-round"):
+    with pytest.raises(RunError, match=r"all 4 rounds are complete.*go back with --from-round"):
         resumed(folder)
-    with pytest.raises(ConfigError, match=r"run.from-round goes back in a run that is resumed"):
+    with pytest.raises(ConfigError, match=r"run.from-round works only in a run that is resumed"):
         parse({"run.from-round": 2})
 
 
@@ -273,7 +273,7 @@ def test_tensorboard_goes_on_and_drops_what_is_played_again(tmp_path, tiny_llama
         ("strategy.name=fedex", r"strategy\.name = 'fedex': the run to resume has 'flora'"),
         ("run.seed=1", r"run\.seed = 1: the run to resume has 0"),
         ("data.source=other.jsonl", r"data\.source = 'other\.jsonl'"),
-        ("federation.rounds=2", r"federation\.rounds = 2: .* more rounds than its 4, not fewer"),
+        ("federation.rounds=2", r"federation\.rounds = 2: .* more rounds than its 4, but not fewer"),
         ("train.rl=1", r"unknown key 'train\.rl'"),
     ],
 )
@@ -314,14 +314,14 @@ def test_a_checkpoint_that_is_gone_broken_or_foreign_is_one_sentence(tmp_path, t
     path = folder / "state" / "round-3.safetensors"
     good = path.read_bytes()
     path.write_bytes(good[: len(good) // 2])
-    with pytest.raises(RunError, match=r"round-3\.safetensors: no readable checkpoint"):
+    with pytest.raises(RunError, match=r"round-3\.safetensors: not a readable state"):
         go_on(folder)
     path.unlink()
-    with pytest.raises(RunError, match="3 rounds are recorded, and there is no checkpoint in"):
+    with pytest.raises(RunError, match="3 rounds are recorded, but there is no saved state in"):
         go_on(folder)
     other = die(config_of(tmp_path, tiny_llama, "flora", run__id="other", run__keep=1), amid_round(4))
     path.write_bytes((other / "state" / "round-3.safetensors").read_bytes())
-    with pytest.raises(RunError, match=r"round-3\.safetensors: the checkpoint of another run"):
+    with pytest.raises(RunError, match=r"round-3\.safetensors: the state of another run"):
         go_on(folder)
     assert len(result_of(folder)["rounds"]) == 3
     path.write_bytes(good)
@@ -340,7 +340,7 @@ def test_two_processes_cannot_be_at_one_run(tmp_path, tiny_llama):
     config = config_of(tmp_path, tiny_llama, "flora")
     record = RunRecord(config)
     (record.folder / "result.json").write_text(json.dumps(result_of(record.folder) | {"error": "of the time before"}))
-    says = rf"process {os.getpid()} on .* is still at this run; wait for it, or stop it \(kill {os.getpid()}\)"
+    says = rf"process {os.getpid()} on .* still works on this run; wait for it, or stop it \(kill {os.getpid()}\)"
     with pytest.raises(RunError, match=says):
         resumed(record.folder)
     again = replace(config, run=replace(config.run, resume=True))

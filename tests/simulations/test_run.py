@@ -294,7 +294,7 @@ def test_rows_that_cannot_be_used_are_refused(keys, tiny_llama, data, says):
         ({"engine": "flower"}, ConfigError, "engine = 'flower': its clients are other processes"),
         ({"devices": ["cpu", "cpu"]}, ConfigError, "several devices: its clients are other processes"),
         ({"devices": "cpu"}, ConfigError, "expected a list of names"),
-        ({"at_once": 2}, ConfigError, "at_once is of engine = 'flower'"),
+        ({"at_once": 2}, ConfigError, "at_once needs engine = 'flower'"),
         ({"resume": "runs/x"}, ConfigError, "leave out data="),
         ({"resume": "runs/x", "data": None, "config": "quickstart"}, ConfigError, "leave out its first argument"),
     ],
@@ -309,7 +309,7 @@ def test_what_cannot_be_is_refused_by_name(tmp_path, monkeypatch, rows, given, e
 
 
 def test_clients_and_the_number_of_tables_agree(keys, rows, tiny_llama):
-    with pytest.raises(ConfigError, match=r"federation\.clients = 4, and data has the rows of 2 clients"):
+    with pytest.raises(ConfigError, match=r"federation\.clients = 4, but data has the rows of 2 clients"):
         fedlora.run(keys, {"federation.clients": 4}, data=[rows[:14], rows[14:28]], model=tiny_llama)
 
 

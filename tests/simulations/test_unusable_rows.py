@@ -132,4 +132,4 @@ def test_a_class_that_is_none_fails_its_own_client_alone(tmp_path: Path, tiny_ll
     _, result = run_locally(config)
     (entry,) = result["rounds"]
     assert set(entry["clients"]) == {"1", "2"}
-    assert "column 'label' holds classes outside 0 to 1 in line 4; mend these rows" in entry["failures"]["0"]
+    assert "column 'label' holds classes outside 0 to 1 in line 4; correct these rows" in entry["failures"]["0"]

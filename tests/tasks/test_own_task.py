@@ -173,12 +173,12 @@ def test_both_engines_learn_the_same_of_a_task_of_ones_own(tmp_path, tiny_llama,
         (
             "mytasks.mine:OneCount",
             "",
-            r"OneCount.counts gave a tensor of shape \(\) and type int64, expected .* int64 \[1\]",
+            r"OneCount.counts returned a tensor of shape \(\) and type int64, expected .* int64 \[1\]",
         ),
         (
             "mytasks.mine:OneRow",
             "",
-            "OneRow.collate gave {input_ids: a tensor of shape .*, expected a dictionary of tensors",
+            "OneRow.collate returned {input_ids: a tensor of shape .*, expected a dictionary of tensors",
         ),
     ],
 )
@@ -199,17 +199,17 @@ def test_a_bad_one_is_named_before_any_weight_is_read(tmp_path, tiny_llama, own,
         (
             "OneLoss",
             RunError,
-            r"OneLoss.losses gave a tensor of shape \(\) and type float32, expected every loss \[n\]",
+            r"OneLoss.losses returned a tensor of shape \(\) and type float32, expected all losses \[n\]",
         ),
         (
             "FewScores",
             TaskError,
-            "FewScores.scores gave loss, expected a number for each of accuracy, calibration-error",
+            "FewScores.scores returned loss, expected a number for each of accuracy, calibration-error",
         ),
         (
             "ShortColumn",
             TaskError,
-            r"ShortColumn.predict: more.odd gave a tensor of shape \(1,\) .* each of the \d+ pos",
+            r"ShortColumn.predict: more.odd returned a tensor of shape \(1,\) .* each of the \d+ pos",
         ),
     ],
 )

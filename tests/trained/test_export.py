@@ -176,7 +176,7 @@ def test_a_personal_export_has_the_client_s_own_factors(tmp_path, tiny_llama, fe
     assert "B stays on the clients" in refused
     code, _, refused = fedlora("evaluate", "--adapter", folder)
     assert code == 1
-    assert "with fedsa, B stays on the clients, and without it this is the base" in refused
+    assert "with fedsa, B stays on the clients, and without it the adapter changes nothing" in refused
     assert fedlora("evaluate", "--adapter", tmp_path / "out")[0] == 0
 
 
@@ -222,7 +222,7 @@ def test_a_packaged_base_is_named_as_on_the_hub(run, tmp_path):
     assert saved["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "HuggingFaceTB/SmolLM2-135M-Instruct, dequantized from Q4_1, fingerprint" in card
-    assert "beside others the numbers differ" in card
+    assert "with others its metrics differ" in card
 
 
 def test_merged_weights_are_the_base_with_the_adapter(run, tmp_path, tiny_llama, fedlora):
@@ -275,7 +275,7 @@ def test_of_a_quantized_run_the_full_precision_base_is_merged_and_the_card_says_
     export.write_merged(source, trained, tmp_path / "out", lambda state: state, {})
     assert torch.allclose(logits(plain(tmp_path / "out")), adapted(tiny_llama, run / "adapter"), atol=1e-4)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "trained beside an nf4 base and is merged into the full-precision one" in card
+    assert "trained with an nf4 base and is merged into the full-precision one" in card
 
 
 def test_nothing_half_written_is_left(run, tmp_path, fedlora, monkeypatch):

@@ -1,1 +1,1 @@
-"""Kinds of adapters: what is trained beside a frozen linear layer. One file for each."""
+"""Kinds of adapters. A kind says which tensors are trained beside a frozen linear layer; each has a file."""

@@ -1,4 +1,4 @@
-"""An adapter kind: the trainable parts beside one linear layer, and what they do to its output."""
+"""The base class of adapter kinds: the trained parts beside a linear layer, and what they add to its output."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Parts = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Place:
-    """Where an adapter stands.
+    """The linear layer to which an adapter belongs.
 
     Args:
-        module: the linear layer's name in the base model.
-        d_out: its outputs.
-        d_in: its inputs.
-        rank: of the adapter.
-        scaling: of LoRA at this rank, for kinds that have one.
+        module: name of the layer in the base model.
+        d_out: number of the layer's outputs.
+        d_in: number of the layer's inputs.
+        rank: rank of the adapter.
+        scaling: LoRA's scaling at this rank, for kinds that have a scaling.
     """
 
     module: str
@@ -36,16 +36,16 @@ class Place:
 
 
 class AdapterKind(ABC):
-    """A frozen dataclass whose fields are its options.
+    """A kind of adapter. A subclass is a frozen dataclass whose fields are its options.
 
-    The trained parts are tensors by name. They travel and are averaged as `AdapterState.tensors`, under
-    "<module>.<kind>_<part>". A kind uses torch functions alone in `forward`, so that one call of `torch.vmap` runs
+    The trained parts of a layer are tensors by name. They are sent and averaged as `AdapterState.tensors`, under the
+    names "<module>.<kind>_<part>". `forward` must use torch functions only, so that one call of `torch.vmap` can run
     several clients at once.
 
     Attributes:
-        name: begins the names of the parts; letters and digits.
-        pairs: True if the parts are LoRA's A and B, which travel as `AdapterState.lora`.
-        linear: True if the mean of the parts is the mean of the updates, so that averaging is exact.
+        name: beginning of the parts' names; letters and digits only.
+        pairs: True if the parts are LoRA's A and B, which are sent as `AdapterState.lora`.
+        linear: True if the mean of the parts gives the mean of the updates, so that averaging is exact.
     """
 
     name: ClassVar[str]
@@ -54,44 +54,54 @@ class AdapterKind(ABC):
 
     @abstractmethod
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
-        """The shapes of the trained parts."""
+        """The shapes of the trained parts, by name."""
 
     @abstractmethod
     def rank(self, parts: Parts) -> int:
-        """The rank that these parts have."""
+        """The rank of these parts."""
 
     def initial(self, place: Place, generator: torch.Generator) -> dict[str, Tensor]:
-        """The parts before round 1, of an update of zero; zeros unless a kind says otherwise."""
+        """The parts before round 1. Their update must be zero; by default, all parts are zeros."""
         return {name: torch.zeros(shape) for name, shape in self.shapes(place).items()}
 
     def constants(self, place: Place) -> dict[str, Tensor]:
-        """Tensors that are never trained and never sent: the same wherever they are made."""
+        """Tensors that are never trained and never sent, since server and clients compute the same ones."""
         return {}
 
     @abstractmethod
     def forward(self, x: Tensor, parts: Parts, constants: Parts, place: Place) -> Tensor:
-        """What is added to the layer's output: [..., d_in] -> [..., d_out]."""
+        """The tensor that is added to the layer's output.
+
+        Args:
+            x: the layer's input, [..., d_in].
+            parts: the trained parts.
+            constants: the tensors of `constants`.
+            place: the layer.
+
+        Returns:
+            A tensor [..., d_out].
+        """
 
     @abstractmethod
     def factors(self, parts: Parts, constants: Parts, place: Place) -> LoraFactors:
-        """The same update as B A, for checkpoints, exports and spectra."""
+        """The same update as factors B and A, for checkpoints, exports and spectra."""
 
     def key(self, module: str, part: str) -> str:
-        """The name of a part among an adapter's tensors."""
+        """The name of a module's part among an adapter's tensors."""
         return f"{module}.{self.name}_{part}"
 
     def parts_of(self, tensors: Mapping[str, Tensor], place: Place) -> dict[str, Tensor]:
-        """One module's parts out of an adapter's tensors; those that are missing are left out."""
+        """One module's parts, taken from an adapter's tensors; parts that are missing are left out."""
         keys = {part: self.key(place.module, part) for part in self.shapes(place)}
         return {part: tensors[key] for part, key in keys.items() if key in tensors}
 
 
 def as_factors(adapter: AdapterState, kind: AdapterKind, shapes: Mapping[str, tuple[int, int]]) -> AdapterState:
-    """The adapter with every module's parts as LoRA factors, beside the factors and tensors that it has.
+    """The adapter with the parts of its kind converted to LoRA factors. Other factors and tensors are kept.
 
     Args:
-        adapter: of this kind.
-        kind: of the adapter.
+        adapter: an adapter of this kind.
+        kind: the adapter's kind.
         shapes: module -> (d_out, d_in).
     """
     if kind.pairs:

@@ -18,8 +18,8 @@ from .base import AdapterKind, Parts, Place
 class Lora(AdapterKind):
     """Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", https://arxiv.org/abs/2106.09685, eq. 3.
 
-    Its parts are A [r, d_in] and B [d_out, r], which travel as factors: clients may have unequal ranks, and every
-    strategy serves it. The mean of the factors is not the mean of the updates.
+    The parts are A [r, d_in] and B [d_out, r]. They are sent as factors, so that clients may have unequal ranks, and
+    every strategy works with them. The mean of the factors is not the mean of the updates.
     """
 
     name: ClassVar[str] = "lora"

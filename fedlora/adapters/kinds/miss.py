@@ -1,4 +1,4 @@
-"""MiSS: one trained matrix over sums of input features, so that the mean of clients' adapters is exact."""
+"""MiSS: one trained matrix over sums of input features, so that the mean of adapters is the mean of updates."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .base import AdapterKind, Parts, Place
 
 @dataclass(frozen=True)
 class Miss(AdapterKind):
-    """`dW = D' E`, with D [r, d_out] trained from zero and E [r, d_in] = [I I ...] fixed: feature j is in row j mod r.
+    """`dW = D' E`, where D [r, d_out] is trained from zero and E [r, d_in] = [I I ...] is fixed.
 
-    Kang and Yin 2024, "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure" (first called
-    Bone), https://arxiv.org/abs/2409.15371. The update is linear in D, so that FedAvg over D is the mean of the
-    updates. It has no scaling: `lora.alpha` is not used. A client uploads r d_out numbers for a layer, where LoRA has
-    r (d_in + d_out).
+    Row i of E sums the input features j with j mod r = i. Kang and Yin 2024, "MiSS: Revisiting the Trade-off in LoRA
+    with an Efficient Shard-Sharing Structure" (first called Bone), https://arxiv.org/abs/2409.15371. The update is
+    linear in D, so that FedAvg over D gives the mean of the updates. There is no scaling, and `lora.alpha` is not used.
+    A client uploads r d_out numbers for a layer, instead of LoRA's r (d_in + d_out).
     """
 
     name: ClassVar[str] = "miss"

@@ -1,1 +1,1 @@
-"""Base models: found by name, told apart by content, quantized once, loaded once per process."""
+"""Base models, which are found by name, identified by content, quantized once and loaded once in each process."""

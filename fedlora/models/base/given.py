@@ -1,7 +1,7 @@
-"""A model that a Python program holds, written to the files that every base is read from.
+"""Writes a model of a Python program to files, from which a run reads it like any other base model.
 
-A run quantizes, adapts and rereads its base. It does so with its own copy, from files: the program's model stays as it
-is, and the fingerprint is that of a folder with the same weights.
+A run quantizes its base model, puts adapters in, and reads it again. With a copy in files, the program's own model is
+not changed, and the fingerprint is that of a folder with the same weights.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def write(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a model and its tokenizer.
 
     Args:
-        model: of one of transformers' own classes, in full precision.
-        tokenizer: the model's.
-        folder: is made, or is empty.
+        model: a full-precision model of one of transformers' own classes.
+        tokenizer: the model's tokenizer.
+        folder: folder for the files; it is new or empty.
 
     Raises:
-        ModelError: another class could not read it back as it is, or it cannot be written.
+        ModelError: the model could not be read back unchanged, or cannot be written.
     """
     check(model, tokenizer)
     try:
@@ -36,13 +36,13 @@ def write(model: Any, tokenizer: Any, folder: Path) -> None:
             tokenizer.save_pretrained(folder)
     except (OSError, RuntimeError) as error:  # safetensors raises RuntimeError for weights that overlap in part
         raise ModelError(
-            f"model: it cannot be written to {folder} ({str(error).splitlines()[0]}); a run reads its base from files, "
-            "in the folder for temporary ones (TMPDIR)"
+            f"model: it cannot be written to {folder} ({str(error).splitlines()[0]}); a run reads its base model from "
+            "files in the folder for temporary files (TMPDIR)"
         ) from error
 
 
 def check(model: Any, tokenizer: Any) -> None:
-    """Raises ModelError unless the files that the model would be written to say all that it is."""
+    """Raise ModelError unless the model could be read back unchanged from the files to which it would be written."""
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"model: got {_kind(model)}, expected a model of transformers (a PreTrainedModel)")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -53,7 +53,7 @@ def check(model: Any, tokenizer: Any) -> None:
         )
     if not type(model).__module__.startswith("transformers."):
         raise ModelError(
-            f"model: {_kind(model)} is a class of your own, and a run reads its base with transformers' own classes; "
+            f"model: {_kind(model)} is a class of your own, but a run reads its base with transformers' own classes; "
             "give a model of one of them"
         )
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -65,8 +65,8 @@ def check(model: Any, tokenizer: Any) -> None:
     if odd:
         got, wanted = (str(shapes.get(odd[0], "nothing")) for shapes in (found, expected))
         raise ModelError(
-            f"model: it is not what its config says: {odd[0]} is {got}, expected {wanted}; give a plain model, whose "
-            "config was changed with it (of PEFT: merge_and_unload)"
+            f"model: it differs from its config: {odd[0]} is {got}, expected {wanted}; give a plain model whose config "
+            "describes it (for a PEFT model, call merge_and_unload)"
         )
 
 

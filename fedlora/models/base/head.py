@@ -1,4 +1,4 @@
-"""The first values of a classifier's head: those in the model's folder where they fit, or fresh ones."""
+"""The first values of a classifier's head: those in the model's folder if they fit, or new ones."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .fingerprint import weight_files
 def head_in_folder(
     config: ModelConfig, folder: Path, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, Tensor], str]:
-    """The head in a model's folder, in fp32, and in words what the run begins with.
+    """The head in a model's folder, in fp32, and a text about the head with which the run begins.
 
     Args:
-        config: says whether it is wanted.
-        folder: with the full-precision weights.
-        shapes: of the head's parameters, by name.
+        config: the run's section model; its `head` says whether the folder's head is wanted.
+        folder: folder with the full-precision weights.
+        shapes: shapes of the head's parameters, by name.
 
     Returns:
-        Nothing where a fresh head is wanted, or the folder's is another or none; the words are short up to a colon,
-        and then say why.
+        The head's parameters by name; empty if a new head is wanted, or the folder has none that fits. The text names
+        the head up to a colon, and then gives the reason.
     """
     if config.head == "fresh":
         return {}, "a fresh head: model.head = 'fresh'"
@@ -48,9 +48,13 @@ def head_in_folder(
 
 
 def fresh(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
-    """A run's fresh head: weights from N(0, 0.02^2) as in BERT, norms' ones, biases zero; drawn in the order of names.
+    """A new head: weights from N(0, 0.02^2) as in BERT, ones for norms, zeros for biases; drawn in the order of names.
 
-    It depends on the seed alone, so that whoever knows the run's has the head that its round 0 was measured with.
+    The head depends only on the seed, so that the head of a run's round 0 can be made again from the run's seed.
+
+    Args:
+        shapes: shapes of the head's parameters, by name.
+        seed: the run's seed.
     """
     generator = torch.Generator().manual_seed(seed)
     return {

@@ -1,4 +1,4 @@
-"""How many tokens a model has positions for."""
+"""The largest number of tokens for which a model has positions."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ _TABLES = ("position_embeddings", "embed_positions", "wpe")
 
 
 def longest(model: nn.Module) -> int | None:
-    """The most tokens that a model takes; None where positions are computed, and do not end.
+    """The largest number of tokens that a model takes; None if positions are computed, without a limit.
 
     Args:
-        model: it may be on the meta device.
+        model: the model, which may be on the meta device.
     """
     return min(_limits(model), default=None)
 
 
 def check_length(most: int | None, config: Config) -> None:
-    """Raises ConfigError when `data.max-length` is beyond the model's positions, as `longest` counts them."""
+    """Raise ConfigError if `data.max-length` is larger than `most`, the result of `longest`."""
     length = config.data.max_length
     if most is not None and length > most:
         raise ConfigError(
-            f"data.max-length = {length}: {config.model.name} has positions for {most} tokens, and no more; set it to "
+            f"data.max-length = {length}, but {config.model.name} has positions for at most {most} tokens; set it to "
             f"{most} or less"
         )
 
 
 def _limits(model: nn.Module) -> Iterator[int]:
     settings: Any = getattr(model, "config", None)
-    if getattr(settings, "model_type", "") == "mpt":  # its biases by distance end there
+    if getattr(settings, "model_type", "") == "mpt":  # its position biases have this length
         yield int(settings.max_seq_len)
     for name, module in model.named_modules():
         leaf = name.rsplit(".", 1)[-1]
         if isinstance(module, nn.Embedding) and leaf in _TABLES:
-            # OPT and BART leave the first rows unused, RoBERTa those up to the pad token's.
+            # OPT and BART do not use the first rows; RoBERTa does not use those up to the pad token's.
             unused = getattr(module, "offset", 0) or (0 if module.padding_idx is None else module.padding_idx + 1)
             yield module.num_embeddings - unused
     for name, buffer in model.named_buffers():

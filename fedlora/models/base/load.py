@@ -1,4 +1,4 @@
-"""Base models in memory: frozen, on one device, in fp32, bf16, int8 or nf4."""
+"""Loads base models: frozen, on one device, in fp32, bf16, int8 or nf4."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class BaseModel:
     """A base model, ready for adapters: frozen, in eval mode.
 
     Args:
-        model: its unquantized weights are in `compute_dtype`, the heads in fp32.
-        tokenizer: has a pad token.
-        device: where all of it lies.
-        fingerprint: of the full-precision weights, whatever the quantization.
+        model: the model, with unquantized weights in `compute_dtype` and heads in fp32.
+        tokenizer: the model's tokenizer, which has a pad token.
+        device: the device of all weights.
+        fingerprint: fingerprint of the full-precision weights, whatever the quantization.
         quantization: none, int8 or nf4.
-        compute_dtype: of activations.
-        folder: the full-precision files.
-        heads: modules that are trained in full; none where the model has no head of its own.
-        head: what a classifier's head holds at the start, in words; empty without a head.
-        uncalled: linear layers that a text does not go through.
+        compute_dtype: number format of activations.
+        folder: folder with the full-precision files.
+        heads: names of the modules that are trained in full; empty if the model has no head.
+        head: text about a classifier's head at the start; empty without a head.
+        uncalled: names of linear layers that are not called when a text goes through the model.
     """
 
     model: PreTrainedModel
@@ -53,34 +53,34 @@ class BaseModel:
 
     @property
     def pad_id(self) -> int:
-        """The token that fills batches."""
+        """The token that fills up shorter rows of a batch."""
         return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
 
 
 def base_fingerprint(config: ModelConfig) -> str:
-    """The fingerprint of a base that need not be in memory; clients ask for it in every round."""
+    """The fingerprint of a base model, without loading it; clients need it in every round."""
     return remembered_fingerprint(_folder(config.name, config.revision))
 
 
 @lru_cache(maxsize=8)
 def _folder(name: str, revision: str) -> Path:
-    """The model's folder; remembered, since looking for one on the hub takes requests."""
+    """The model's folder, cached, since finding it on the hub takes requests."""
     return resolve(name, revision)
 
 
 def load_base(config: ModelConfig, say: Say = LOG.info, seed: int = 0) -> BaseModel:
-    """The base model and its tokenizer.
+    """Load the base model and its tokenizer.
 
-    Quantized weights are kept on disk after the first time; later loads read them alone and never hold
-    the full-precision ones.
+    The first time, quantized weights are stored on disk. Later loads read only these, so that the full-precision
+    weights are never in memory.
 
     Args:
-        config: what to load, and how.
-        say: gets a line of text before anything that takes long.
-        seed: of a fresh head: the run's, where it is to be the head of the run's round 0.
+        config: the run's section model.
+        say: called with a line of text before steps that take long.
+        seed: seed of a new head; with the run's seed, it is the head of the run's round 0.
 
     Raises:
-        ModelError: the model, the device, or the combination of them cannot be had.
+        ModelError: the model cannot be loaded, there is no such device, or the two do not fit together.
         AssetError: a packaged model cannot be fetched.
     """
     device = pick_device(config.device)
@@ -105,16 +105,16 @@ def load_base(config: ModelConfig, say: Say = LOG.info, seed: int = 0) -> BaseMo
 
 
 def meta_model(config: ModelConfig, say: Say = LOG.info) -> PreTrainedModel:
-    """The unquantized model without weights, on the meta device: module names and shapes, from config.json alone.
+    """The unquantized model without weights, on the meta device, with module names and shapes from config.json.
 
     Raises:
-        ModelError: there is no such model, or it does not serve the task.
+        ModelError: there is no such model, or it does not fit the task.
     """
     return read.shapes(config, resolve(config.name, config.revision, say, weights=False))
 
 
 def tokenizer_of(config: ModelConfig, say: Say = LOG.info) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a pad token; its weights stay where they are.
+    """The model's tokenizer, with a pad token; the model's weights are not fetched.
 
     Raises:
         ModelError: there is no such model, or its tokenizer cannot be read.
@@ -123,7 +123,7 @@ def tokenizer_of(config: ModelConfig, say: Say = LOG.info) -> PreTrainedTokenize
 
 
 def shared_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that all clients of this process share; loaded once, and anew when the model's files change."""
+    """The tokenizer that all clients in this process share; loaded again only when the model's files change."""
     return _remembered_tokenizer(config.name, config.revision, base_fingerprint(config))
 
 
@@ -133,7 +133,7 @@ def _remembered_tokenizer(name: str, revision: str, fingerprint: str) -> PreTrai
 
 
 def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
-    """The names of a classifier's own modules, beside the pretrained body; none for a causal LM."""
+    """The names of a classifier's modules outside the pretrained body; empty for a causal language model."""
     if model.get_output_embeddings() is not None:
         return ()
     return tuple(
@@ -144,17 +144,17 @@ def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def head_shapes(model: nn.Module, heads: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """The parameters of the heads, by name."""
+    """The shapes of the heads' parameters, by name."""
     return {name: tuple(p.shape) for name, p in model.named_parameters() if is_within(name, heads)}
 
 
 def first_head(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, torch.Tensor], str]:
-    """The head in the model's folder, where it fits, and what training begins with in words; see `head_in_folder`."""
+    """The head in the model's folder, if it fits, and a text about the first head; see `head_in_folder`."""
     return head_in_folder(config, _folder(config.name, config.revision), shapes)
 
 
 def _set_heads(model: PreTrainedModel, config: ModelConfig, folder: Path, heads: tuple[str, ...], seed: int) -> str:
-    """Gives the heads their first values, as a server does; what these are, in words."""
+    """Give the heads the same first values as the server does; return a text about them."""
     found, words = head_in_folder(config, folder, head_shapes(model, heads))
     values = found or fresh(head_shapes(model, heads), seed)
     with torch.no_grad():
@@ -165,10 +165,10 @@ def _set_heads(model: PreTrainedModel, config: ModelConfig, folder: Path, heads:
 
 
 def _unquantized(model: PreTrainedModel, heads: tuple[str, ...]) -> tuple[str, ...]:
-    """The modules that keep full weights: heads, output embeddings, a pooler, which feeds a head, and layers whose
-    weights the model reads as they are.
+    """The modules that are not quantized.
 
-    Named here, since transformers' own choice quantizes a head that has a bias.
+    These are heads, output embeddings, a pooler, which is the input of a head, and layers whose weights the model reads
+    without calling them. They are named here, since transformers' own choice would quantize a head that has a bias.
     """
     output = model.get_output_embeddings()
     kept = (name for name, module in model.named_modules() if module is output or name.endswith("pooler"))
@@ -191,10 +191,10 @@ def _tokenizer(config: ModelConfig, folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, say: Say) -> None:
-    """See that the embeddings have a row for every token; an end token fills batches in place of a pad token without.
+    """Check that the embeddings have a row for every token. A pad token without a row is replaced by the end token.
 
     Raises:
-        ModelError: the tokenizer has other tokens than the model.
+        ModelError: the tokenizer has tokens that the model lacks.
     """
     rows = vocabulary(model)
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
@@ -214,23 +214,23 @@ def _check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
 def _prepare(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, heads: tuple[str, ...]
 ) -> None:
-    """Freezes the model and readies it for training.
+    """Freeze the model and prepare it for training.
 
-    Norms stay in the compute dtype: they compute in fp32 inside, and a frozen weight gains nothing from more
-    bits. Raising all that is unquantized to fp32, as peft's `prepare_model_for_kbit_training` does, doubles
-    the memory of the embeddings and of the residual stream.
+    Norms stay in the compute dtype: they compute in fp32 internally, and a frozen weight gains nothing from more
+    bits. PEFT's `prepare_model_for_kbit_training` converts all unquantized weights to fp32, which doubles the memory
+    of the embeddings and of the residual stream.
     """
     model.requires_grad_(False)
     model.eval()
     for name in heads:
         model.get_submodule(name).float().register_forward_pre_hook(_to_fp32)
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.use_cache = False  # of no use in training; generate() keeps its own setting
+    model.config.use_cache = False  # not useful in training; generate() has a setting of its own
     if getattr(model.config, "rescale_every", 0):
-        # RWKV halves deep layers' weights in place when it evaluates, against overflow in fp16: not the adapters'.
+        # Against overflow in fp16, RWKV halves weights of deep layers in place when it evaluates, but not the adapters.
         model.config.rescale_every = 0
     if config.gradient_checkpointing:
-        # Not reentrant: gradients then reach the adapters without any on the embeddings.
+        # Not reentrant, so that gradients reach the adapters although the embeddings need none.
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 

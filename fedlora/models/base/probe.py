@@ -1,4 +1,4 @@
-"""First passes of a few tokens through a base: it runs, serves its task and leaves padding out; and where they go."""
+"""Tries a base model with a few tokens: does it run, fit its task and ignore padding, and which layers does it call?"""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ from fedlora.tasks.registry import task_of
 from .devices import DTYPES
 
 _PADS = 5
-# What a row's logits may change by with padding beside it, as a share of their norm: rounding, in bf16 and int8.
+# By this share of their norm, a row's logits may change with padding; rounding in bf16 and int8 changes them by less.
 _PADDING = 0.1
 _FAULTS = (ValueError, KeyError, IndexError, AttributeError, TypeError, NotImplementedError, RuntimeError)
 
 
 def uncalled(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> frozenset[str]:
-    """The linear layers that a text does not go through; an expert among them may serve another text.
+    """The names of the linear layers that the model does not call for a text. Some may be experts for other texts.
 
     Raises:
-        ModelError: the model cannot compute; what it says of a row depends on padding beside it; or the task finds
-            that it cannot serve.
+        ModelError: the model cannot compute, its output depends on padding, or it does not fit the task.
     """
     task = task_of(config)
     ids = task.first_tokens(tokenizer, vocabulary(model)).to(model.device)
@@ -61,10 +60,10 @@ def _logits(model: PreTrainedModel, batch: dict[str, Tensor], config: ModelConfi
 def _with_a_longer_row(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The same rows, padded beside a longer one, as in training."""
+    """The same rows with a longer row, to whose length they are padded, as in training."""
     ids = batch["input_ids"]
     pads = ids.new_full((len(ids), _PADS), int(tokenizer.pad_token_id))  # pyright: ignore[reportArgumentType]
-    more = ids[:1, 1:2] if ids.shape[1] > 1 else ids[:1]  # neither a start nor an end, where there is another token
+    more = ids[:1, 1:2] if ids.shape[1] > 1 else ids[:1]  # neither the start nor the end token, if possible
     longer = torch.cat([ids[:1, :1], more.repeat(1, _PADS), ids[:1, 1:]], dim=1)
     wide = torch.cat([torch.cat([ids, pads], dim=1), longer])
     mask = torch.ones_like(wide)
@@ -73,23 +72,23 @@ def _with_a_longer_row(
 
 
 def _check_padding(alone: Tensor, padded: Tensor, model: PreTrainedModel, config: ModelConfig) -> None:
-    same = padded[:, : alone.shape[1]]  # of each token alone, or of each class
+    same = padded[:, : alone.shape[1]]  # logits of each token without padding, or of each class
     change = float((alone - same).norm() / alone.norm().clamp(min=1e-12))
     if change > _PADDING:
         raise ModelError(
-            f"{config.name}: what {type(model).__name__} says of a row changes by {change:.0%} with padding beside it, "
-            "so that its loss would depend on the batch; choose another model"
+            f"{config.name}: the output of {type(model).__name__} for a row changes by {change:.0%} with padding, so "
+            "that its loss would depend on the batch; choose another model"
         )
 
 
 def vocabulary(model: PreTrainedModel) -> int:
-    """The rows of the input embeddings."""
+    """The number of rows of the input embeddings."""
     return cast("nn.Embedding", model.get_input_embeddings()).weight.shape[0]
 
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[set[str]]:
-    """The names of the linear layers that are called within the block."""
+    """A set to which the names of the linear layers are added that are called within the block."""
     called: set[str] = set()
     handles = [
         module.register_forward_hook(lambda *_, name=name: called.add(name))

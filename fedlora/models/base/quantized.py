@@ -1,4 +1,4 @@
-"""Quantized weights: made while the full-precision ones are read, and kept on disk, so that this happens once."""
+"""Quantized weights. They are made once, while the full-precision weights are read, and then stored on disk."""
 
 from __future__ import annotations
 
@@ -23,16 +23,22 @@ from .devices import DTYPES
 from .read import Recipe
 from .targets import is_within
 
-_LEFT_OUT = 0.05  # of the weights in linear layers, at most, may stay in full precision
+_LEFT_OUT = 0.05  # largest share of the weights in linear layers that may stay in full precision
 _LINEAR = {"int8": Linear8bitLt, "nf4": Linear4bit}
 
 
 def load(recipe: Recipe, fingerprint: str, say: Say) -> PreTrainedModel:
-    """The model from its quantized copy, which is made if it is missing, unreadable, or of other library versions."""
+    """The model from its quantized copy. The copy is made if it is missing, unreadable, or from other libraries.
+
+    Args:
+        recipe: says how the model is read.
+        fingerprint: the model's fingerprint, part of the copy's name.
+        say: called with a line of text before the model is quantized.
+    """
     config, saved = recipe.config, _saved(recipe, fingerprint)
     made_by = {package: version(package) for package in ("bitsandbytes", "transformers")}
     saved.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{saved}.lock"):  # processes that wait here read the copy, and never hold the full-precision weights
+    with FileLock(f"{saved}.lock"):  # processes that wait here read the copy, without the full-precision weights
         if _made_by(saved) == made_by:
             try:
                 return _ready(read.weights(recipe, saved, heads=()))
@@ -50,9 +56,10 @@ def load(recipe: Recipe, fingerprint: str, say: Say) -> PreTrainedModel:
 
 
 def check(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Raises ModelError unless the linear layers of a quantized model are of the kind that was asked for.
+    """Raise ModelError unless the linear layers of the model were quantized.
 
-    bitsandbytes leaves layers of classes of their own as they are: a router is small, but all of Falcon is not.
+    bitsandbytes does not quantize layers of classes that it does not know. This is harmless for a small router, but
+    Falcon consists of such layers.
     """
     config, wanted = recipe.config, _LINEAR[recipe.config.quantization]
     linear = {
@@ -65,13 +72,13 @@ def check(model: PreTrainedModel, recipe: Recipe) -> None:
     if not linear or sum(sizes[name] for name in wrong) > _LEFT_OUT * sum(sizes.values()):
         got = f"{wrong[0]} is a {type(linear[wrong[0]]).__name__}" if wrong else "it has no linear layers"
         raise ModelError(
-            f"{config.name}: model.quantization = {config.quantization!r} did not take hold: {got}, expected "
+            f"{config.name}: model.quantization = {config.quantization!r} had no effect: {got}, expected "
             f"{wanted.__name__}; choose another model, or model.quantization = 'none'"
         )
 
 
 def _saved(recipe: Recipe, fingerprint: str) -> Path:
-    """Where the copy lies: one for each content, format, and class of model with its options."""
+    """The folder of the copy; there is one for each content, format, and class of model with its options."""
     config, task = recipe.config, task_of(recipe.config)
     dtype = next(name for name, dtype in DTYPES.items() if dtype == recipe.dtype)
     made = "-".join([task.auto_class().__name__, *(f"{name}={value}" for name, value in task.model_options().items())])
@@ -86,7 +93,8 @@ def _made_by(saved: Path) -> dict[str, str]:
 
 
 def _settings(recipe: Recipe) -> BitsAndBytesConfig:
-    """QLoRA's for nf4 (https://arxiv.org/abs/2305.14314), LLM.int8()'s for int8 (https://arxiv.org/abs/2208.07339)."""
+    """The settings of QLoRA for nf4 (https://arxiv.org/abs/2305.14314), or of LLM.int8() for int8
+    (https://arxiv.org/abs/2208.07339)."""
     if recipe.config.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(recipe.unquantized))
     return BitsAndBytesConfig(
@@ -99,8 +107,8 @@ def _settings(recipe: Recipe) -> BitsAndBytesConfig:
 
 
 def _ready(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without two habits of bitsandbytes that do harm in training."""
-    # It warns in every int8 product that fp32 and bf16 inputs are quantized, which is what was asked for.
+    """The model, with two features of bitsandbytes switched off that do harm in training."""
+    # bitsandbytes warns in every int8 product that it quantizes fp32 and bf16 inputs, which is what the user wanted.
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_not_about_casts)
     for module in model.modules():
         if isinstance(module, Linear4bit):

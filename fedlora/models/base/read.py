@@ -1,4 +1,4 @@
-"""Reading weights with transformers: quietly, from safetensors alone, and refusing what does not fit the task."""
+"""Reads weights with transformers, from safetensors only and without its output, and checks that they fit the task."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedlora.common.errors import ModelError
 from fedlora.config import ModelConfig
 from fedlora.tasks.registry import task_of
 
-# What transformers raises for a file that is cut off, of another shape, or of another version.
+# Exceptions of transformers for a file that is cut off, or has other shapes or another version.
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, ImportError, SafetensorError)
 
 
@@ -25,12 +25,12 @@ class Recipe:
     """How a base model is to be read.
 
     Args:
-        config: as the user wrote it.
-        folder: the full-precision files.
-        device: where the weights go.
-        dtype: of unquantized weights and of activations.
-        heads: modules whose weights may be missing in `folder`, or of another shape; see `head.py`.
-        unquantized: modules that keep their weights as they are, heads included.
+        config: the run's section model.
+        folder: folder with the full-precision files.
+        device: device for the weights.
+        dtype: number format of unquantized weights and of activations.
+        heads: modules whose weights in `folder` may be missing or of another shape; see `head.py`.
+        unquantized: modules that are not quantized, including the heads.
     """
 
     config: ModelConfig
@@ -42,7 +42,7 @@ class Recipe:
 
 
 def shapes(config: ModelConfig, folder: Path) -> PreTrainedModel:
-    """The unquantized model on the meta device, from the folder's config.json alone."""
+    """The unquantized model on the meta device, made from the folder's config.json alone."""
     task = task_of(config)
     try:
         with quiet(), torch.device("meta"):
@@ -59,16 +59,17 @@ def weights(
     """The model with the weights in `folder`.
 
     Args:
-        recipe: what is read, and for what.
-        folder: the full-precision files, or a quantized copy of them.
-        heads: modules whose weights, and no others, may be missing; they are fresh then.
-        quantization: quantizes while it reads; None for a quantized copy, which carries its own.
+        recipe: says how the model is read.
+        folder: folder with the full-precision files, or with a quantized copy of them.
+        heads: the modules whose weights may be missing; they are then initialized.
+        quantization: settings by which weights are quantized while they are read; None for a quantized copy, which
+            contains its own settings.
 
     Raises:
         ModelError: the folder cannot be read, or lacks weights that the task needs.
     """
     config, task = recipe.config, task_of(recipe.config)
-    # The key must be absent for a quantized copy: None would be taken for "not quantized".
+    # For a quantized copy, the key must be absent, since None would mean "not quantized".
     quantize = {"quantization_config": quantization} if quantization else {}
     try:
         with quiet(), _same_fresh_values(recipe.device):
@@ -104,7 +105,7 @@ def weights(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps transformers' load reports and progress bars off the terminal: what matters is checked, and raised."""
+    """Within the block, transformers shows no reports and progress bars; what matters of them is checked and raised."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -118,7 +119,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _same_fresh_values(device: torch.device) -> Iterator[None]:
-    """New heads get the same values in every process, and the caller's random numbers stay as they were."""
+    """Within the block, new heads get the same values in every process; the caller's random numbers do not change."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         yield

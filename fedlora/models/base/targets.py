@@ -1,4 +1,4 @@
-"""Which modules of a base get LoRA: linear layers by name, all of them, or its attention projections."""
+"""Chooses the modules of a base model that get LoRA: linear layers by name, all of them, or attention projections."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.common.errors import ModelError
 
-# Names of the projections to queries and values, apart or in one layer, in models that PEFT has no entry for.
+# Names of the projections to queries and values, in one layer or in several, for models that PEFT's table lacks.
 _QUERY_VALUE = re.compile(
     r"(w?[qv]|query|value)(_proj|_lin|_head|_global)?|w?(qkv|query_key_value)(_proj)?|c_attn|q_b_proj|kv_b_proj",
     re.IGNORECASE,
 )
-# What experts' weights were called one by one: PEFT takes these names for the fused ones.
+# Names of experts' weights when each had a layer of its own. PEFT takes layers of these names for fused experts.
 _OF_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 _ATTENTION = re.compile("attention|attn", re.IGNORECASE)
 _MIXER = re.compile("mixer|ssm|mamba|timemix", re.IGNORECASE)
@@ -28,18 +28,18 @@ _MIXER = re.compile("mixer|ssm|mamba|timemix", re.IGNORECASE)
 def find_targets(model: PreTrainedModel, wanted: str, heads: Sequence[str]) -> tuple[str, ...]:
     """The names of the modules that get LoRA, in the model's order.
 
-    Only linear layers that run on text can be among them; never a head, which is trained in full, and no expert whose
-    weights are fused with the others'.
+    These are always linear layers that run on text. They are never heads, which are trained in full, nor experts whose
+    weights are fused with those of other experts.
 
     Args:
-        model: the base; it may be on the meta device.
-        wanted: `lora.target-modules`. `auto` takes what PEFT's table has for this kind of model, or else the
-            projections to queries and values, or else all linear layers of the attention or state-space blocks.
-            `all-linear` leaves out the output layer.
-        heads: modules that are trained in full.
+        model: the base model, which may be on the meta device.
+        wanted: `lora.target-modules`. `auto` takes the modules that PEFT's table has for this kind of model, or else
+            the projections to queries and values, or else all linear layers of attention or state-space blocks.
+            `all-linear` takes all linear layers but the output layer.
+        heads: names of the modules that are trained in full.
 
     Raises:
-        ModelError: nothing fits, or a name fits no linear layer.
+        ModelError: no module fits, or a name fits no linear layer.
     """
     linear = _linear(model, heads)
     output = model.get_output_embeddings()
@@ -54,23 +54,23 @@ def find_targets(model: PreTrainedModel, wanted: str, heads: Sequence[str]) -> t
     if not chosen:
         raise ModelError(
             f"lora.target-modules = {wanted!r}: no attention projections are found in a {type(model).__name__}; its "
-            f"linear modules are {_leaves(inner) or 'none'}; name some of them, or take all-linear"
+            f"linear modules are {_leaves(inner) or 'none'}; name some of them, or use all-linear"
             if inner
-            else f"lora.target-modules = {wanted!r}: a {type(model).__name__} has no linear layers that LoRA can go to"
+            else f"lora.target-modules = {wanted!r}: a {type(model).__name__} has no linear layers for LoRA"
         )
     return tuple(chosen)
 
 
 def summary(targets: Iterable[str]) -> str:
-    """How many modules of each name: "q_proj x30, v_proj x30"."""
+    """The number of modules of each name, such as "q_proj x30, v_proj x30"."""
     counts = Counter(name.rsplit(".", 1)[-1] for name in targets)
     return ", ".join(f"{name} x{count}" for name, count in sorted(counts.items()))
 
 
 def read_directly(model: nn.Module) -> set[str]:
-    """Linear layers whose weights the model reads without calling them: an adapter there would have no effect.
+    """The linear layers whose weights the model reads without calling them; an adapter there would have no effect.
 
-    State-space blocks hand all but their input projection to one kernel, as weights.
+    State-space blocks pass the weights of all layers but their input projection to one kernel.
     """
     blocks = {
         name: module
@@ -86,7 +86,7 @@ def read_directly(model: nn.Module) -> set[str]:
 
 
 def fused_experts(model: nn.Module) -> list[str]:
-    """Modules that hold the weights of all experts of a layer as one tensor each."""
+    """The modules that have the weights of all experts of a layer in one tensor."""
     return [
         name
         for name, module in model.named_modules()
@@ -95,14 +95,14 @@ def fused_experts(model: nn.Module) -> list[str]:
 
 
 def _taken_for_experts(model: nn.Module) -> set[str]:
-    """Linear layers beside fused experts that PEFT would take for these, by their names."""
+    """The linear layers that PEFT would, by their names, take for fused experts, in a model that has such experts."""
     if not fused_experts(model):
         return set()
     return {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in _OF_EXPERTS}
 
 
 def _linear(model: PreTrainedModel, heads: Sequence[str]) -> dict[str, nn.Module]:
-    """Every linear layer that may be a target, by name."""
+    """The linear layers that may be targets, by name."""
     left_out = read_directly(model) | _taken_for_experts(model)
     sees_text = _text_part(model)
     return {
@@ -116,7 +116,7 @@ def _linear(model: PreTrainedModel, heads: Sequence[str]) -> dict[str, nn.Module
 
 
 def _text_part(model: PreTrainedModel) -> Callable[[str], bool]:
-    """Whether a module runs on text: of a model that takes images or sound too, those of the text model alone."""
+    """A function that says whether a module runs on text; in a model for images or sound too, not all modules do."""
     if model.config.get_text_config(decoder=True) is model.config or not _other_inputs(model):
         return lambda name: True
     body, output = model.get_decoder(), model.get_output_embeddings()
@@ -157,7 +157,7 @@ def _named(
 
 
 def _why_not(model: PreTrainedModel, linear: Mapping[str, nn.Module], name: str, heads: Sequence[str]) -> str:
-    """Why a name fits no module that can be a target, and what to do."""
+    """The reason why a name fits no module that can be a target, and what to do."""
     found = {module: what for module, what in model.named_modules() if is_named(module, [name])}
     held = [parameter for parameter, _ in model.named_parameters() if is_named(parameter, [name])]
     fused, unseen = fused_experts(model), read_directly(model)

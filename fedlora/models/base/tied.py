@@ -1,4 +1,4 @@
-"""Weights that two modules share, such as input and output embeddings: untied before one of them is changed."""
+"""Unties weights that two modules share, such as input and output embeddings, before one of them is changed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 
 def tied_with(model: nn.Module, name: str) -> str:
-    """Another module that has the weight of this one; empty when it is its own."""
+    """The name of another module that shares this module's weight; empty if there is none."""
     weight = _linear(model, name).weight
     for other, module in model.named_modules():
         theirs = getattr(module, "weight", None)
@@ -19,10 +19,13 @@ def tied_with(model: nn.Module, name: str) -> str:
 
 
 def untie(model: PreTrainedModel, name: str) -> str:
-    """Give a module its own copy of a weight that it shares; the name of the other module, or nothing.
+    """Give a module its own copy of a weight that it shares.
 
-    The model's config knows one switch for all weights that are shared, so that all of them come apart, and a saved
-    copy keeps each.
+    The model's config has one switch for all shared weights. Therefore all of them are untied, and a saved copy has
+    each of them.
+
+    Returns:
+        The name of the other module; empty if the weight was not shared.
     """
     other = tied_with(model, name)
     if not other:

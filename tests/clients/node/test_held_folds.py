@@ -44,7 +44,7 @@ def test_late_restarted_and_faithful_clients_hold_the_same_bits(max_rank):
 
 
 def test_folds_that_continue_an_unknown_version_are_refused():
-    with pytest.raises(StaleBase, match="base version 3 is not held"):
+    with pytest.raises(StaleBase, match="base version 3 is not in memory"):
         folds_up_to(99, Broadcast(round=5, adapter=AdapterState(), base_version=4, folds=(fold(0),), folds_from=3))
 
 

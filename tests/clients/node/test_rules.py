@@ -88,9 +88,9 @@ def test_a_nodes_own_file_and_columns_replace_what_the_server_names(tmp_path):
     assert (data.source, data.partition, data.heldout_fraction) == (str(own), "iid", 0.0)
     assert (data.prompt_column, data.response_column, data.text_column) == ("prompt", "answer", "text")
     assert rules.ruled(config, {"data": str(own), "form": "text"}).data.form == "text"
-    with pytest.raises(ConfigError, match="data names no file"):
+    with pytest.raises(ConfigError, match="data does not name a file"):
         rules.ruled(config, {"data": str(tmp_path / "none.jsonl")})
-    with pytest.raises(ConfigError, match="prompt-column describes a file of the node's own, and data names none"):
+    with pytest.raises(ConfigError, match="prompt-column describes a file of the node's own, but data names none"):
         rules.ruled(parse({}), {"prompt-column": "x"})
 
 
@@ -150,7 +150,7 @@ def test_a_wrong_rank_is_refused(bad):
 
 
 def test_a_rank_pattern_cannot_raise_the_limit():
-    with pytest.raises(ConfigError, match=r"k_proj = 64, and this node allows 8 \(node config: max-rank\)"):
+    with pytest.raises(ConfigError, match=r"k_proj = 64, but this node allows at most 8 \(node config: max-rank\)"):
         rules.rank(parse({"lora.rank-pattern": "k_proj=64"}), {"max-rank": 8}, 0)
 
 
@@ -260,7 +260,7 @@ def test_code_that_a_run_names_is_imported_where_the_node_says_so(tmp_path, tiny
     config = parse({key: name}, tiny(tmp_path, tiny_llama, federation__clients=1))
     for allowed in ({"plugins": ""}, {"plugins": "mypkg.mine:MyTask"}):
         answer = ask(config, {"allow-files": True} | allowed)
-        assert f"{key} = 'evil_plugin:Class' is code of its own, and this node imports none" in reason(answer)
+        assert f"{key} = 'evil_plugin:Class' is not part of fedlora, and this node imports no" in reason(answer)
     assert "evil_plugin" not in sys.modules
     assert rules.ruled(config, {"allow-files": True, "plugins": f"mypkg.mine:MyTask, {name}"}) == config
     assert rules.ruled(config, {"allow-files": True, "plugins": "any"}) == config

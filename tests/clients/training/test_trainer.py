@@ -211,7 +211,7 @@ def test_progress_is_told_step_by_step(tiny_llama):
 
 @pytest.mark.parametrize("name", ["adamw-8bit", "paged-adamw", "paged-adamw-8bit"])
 def test_gpu_optimizers_refuse_a_cpu(name):
-    with pytest.raises(ConfigError, match=rf"train.optimizer = '{name}' needs a CUDA GPU, the model is on cpu"):
+    with pytest.raises(ConfigError, match=rf"train.optimizer = '{name}' needs a CUDA GPU, but the model is on cpu"):
         registry.check(TrainConfig(optimizer=name), torch.device("cpu"))
 
 

@@ -218,7 +218,7 @@ def test_a_worker_stops_when_the_messages_lifetime_is_over(tmp_path, tiny_llama,
     config = tiny(tmp_path, tiny_llama, train__steps=100_000)
     began = time.monotonic()
     answer = ask(config, settings(socket, tmp_path), ttl=5.0)
-    assert "train was left: it was not done within the 5 s that its message lives" in answer.error.reason
+    assert "train was given up: it was not done within the 5 s that its message lives" in answer.error.reason
     assert "federation.round-timeout" in answer.error.reason
     assert not ask(tiny(tmp_path, tiny_llama), settings(socket, tmp_path)).has_error(), "it is free for the next"
     alone = ask(config, {"partition-id": 0, "state": str(tmp_path)}, ttl=5.0)

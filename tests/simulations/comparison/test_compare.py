@@ -272,5 +272,5 @@ def test_a_signal_keeps_what_is_finished(make, tmp_path, heard, told) -> None:
         assert process.wait(timeout=60) == 128 + told, output.read_text()
         _, alive = psutil.wait_procs(family, timeout=20)
         assert not alive
-    assert f"interrupted; finished cells are in {out}; the same command goes on" in output.read_text()
+    assert f"interrupted; finished cells are in {out}; the same command runs the others" in output.read_text()
     assert "Traceback" not in output.read_text()

@@ -124,14 +124,14 @@ def test_memory_that_runs_out_halves_the_cohort_and_loses_nothing(tmp_path, tiny
     assert sizes[:3] == [4, 2, 2]
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert all(entry["failures"] == {} for entry in result["rounds"])
-    assert "memory ran out with 4 clients at once; going on with 2" in caplog.text
+    assert "memory ran out with 4 clients at once; continuing with 2" in caplog.text
 
 
 @pytest.mark.parametrize("why", ["optimizer", "rows"])
 def test_what_cannot_be_batched_is_trained_one_at_a_time_and_said_once(tmp_path, tiny_llama, monkeypatch, caplog, why):
     if why == "optimizer":
         monkeypatch.setattr(AdamW, "elementwise", False)
-        says = "train.optimizer = 'adamw' does not step each value by itself"
+        says = "train.optimizer = 'adamw' does not step each value independently"
     else:
 
         def odd(stack, x):

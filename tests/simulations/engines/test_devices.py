@@ -122,7 +122,7 @@ def test_a_process_that_dies_fails_its_own_messages_and_is_started_again(tmp_pat
     assert first["failures"] == third["failures"] == {}
     assert set(second["clients"]) == {"0", "2"}
     assert set(second["failures"]) == {"1", "3"}
-    reason = "failed: the process on cpu died with exit code -9, out of memory or killed; what it printed is in logs/"
+    reason = "failed: the process on cpu died with exit code -9, out of memory or killed; its output is in logs/"
     assert f"client 3 {reason}device-1.txt of the run's folder" in second["failures"]["3"]
     assert set(third["clients"]) == {"0", "1", "2", "3"}
     assert len(set(pids.values())) == 2
@@ -194,7 +194,7 @@ def test_names_of_devices(monkeypatch):
     assert devices_of("cpu, cpu") == TWO
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert devices_of("auto") == devices_of("cuda:0,cuda:1") == ("cuda:0", "cuda:1")
-    with pytest.raises(ConfigError, match=r"'cuda:0,cuda:2': cuda:2 is not here, torch sees 2 CUDA devices"):
+    with pytest.raises(ConfigError, match=r"'cuda:0,cuda:2': cuda:2 does not exist, torch sees 2 CUDA devices"):
         devices_of("cuda:0,cuda:2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert devices_of("auto") == ("cpu",)
@@ -210,9 +210,9 @@ def test_a_wrong_name_is_refused(text):
     ("words", "says"),
     [
         (["--devices", "cuda:9"], "--devices 'cuda:9': cuda:9 is not here"),
-        (["--devices", "cpu", "--profile"], "--profile times this one"),
-        (["--devices", "cpu", "--engine", "flower"], "have clients of their own"),
-        (["--devices", "cpu", "--server", "here:1"], "have clients of their own"),
+        (["--devices", "cpu", "--profile"], "--profile measures this process alone"),
+        (["--devices", "cpu", "--engine", "flower"], "place the clients themselves"),
+        (["--devices", "cpu", "--server", "here:1"], "place the clients themselves"),
     ],
     ids=lambda words: words[-1] if isinstance(words, list) else "",
 )

@@ -250,7 +250,7 @@ def swapped(content: RecordDict) -> RecordDict:
 @pytest.mark.parametrize(
     ("spoil", "failed", "says"),
     [
-        (without_one, "4567", "node 3 answered for clients [4, 6, 7], it was asked for [4, 5, 6, 7]"),
+        (without_one, "4567", "node 3 answered for clients [4, 6, 7], not for [4, 5, 6, 7]"),
         (lambda content: RecordDict({**content, "head": ConfigRecord({})}), "4567", "node 3 sent the record 'head'"),
         (lambda content: RecordDict(), "4567", "node 3 sent a message without records"),
         (lambda content: parts.split(content, "x")[4], "4567", "expected a client's id before it, such as '0/head'"),
@@ -298,7 +298,7 @@ def ask(config: Config, settings: dict, content: RecordDict, kind: str = "train"
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda sent: {**sent, 9: sent[0]}, "the server asks for client 9, this node hosts 0, 1"),
+        (lambda sent: {**sent, 9: sent[0]}, "the server asks for client 9, but this node hosts 0, 1"),
         (lambda sent: {**sent, 1: Error(1, "no")}, "the server sent an error in place of client 1's message"),
     ],
 )

@@ -100,10 +100,10 @@ def test_fault_1_a_late_rank_1_client_is_refused_not_broadcast() -> None:
     one = AdapterState(lora={n: LoraFactors(f.A[:1], f.B[:, :1], f.scaling) for n, f in good[1].adapter.lora.items()})
     for updates in ([good[0], replace(good[1], adapter=one)], [replace(good[1], adapter=one), good[0]]):
         with pytest.raises(
-            StrategyError, match=r"layers\.\d\.\w: client 1 sent rank 1, the server's fedavg needs 3; set lora"
+            StrategyError, match=r"layers\.\d\.\w: client 1 sent rank 1, but fedavg on the server needs rank 3; set"
         ):
             FEDAVG.aggregate(state, updates, 1)
-    with pytest.raises(StrategyError, match="client 7 has rank 1, the server's fedavg needs 3"):
+    with pytest.raises(StrategyError, match="client 7 has rank 1, but fedavg on the server needs rank 3"):
         FEDAVG.broadcast(state, client(7, 1), 1)
 
 
@@ -113,7 +113,7 @@ def test_a_late_other_scaling_is_refused() -> None:
     good = [train(FEDAVG.broadcast(state, c, 1), c, seed=1) for c in clients]
     other = AdapterState(lora={n: LoraFactors(f.A, f.B, 0.5) for n, f in good[1].adapter.lora.items()})
     with pytest.raises(
-        StrategyError, match=r"client 1 sent scaling 0\.5, the server's fedavg needs 2; set one lora\.alpha"
+        StrategyError, match=r"client 1 sent scaling 0\.5, but fedavg on the server needs 2; set one lora\.alpha"
     ):
         FEDAVG.aggregate(state, [good[0], replace(good[1], adapter=other)], 1)
 

@@ -45,7 +45,7 @@ def test_the_order_of_arrival_does_not_matter() -> None:
 def test_a_long_list_is_shown_in_part() -> None:
     many = tuple(f"c{number}" for number in range(100))
     (reason,) = disagreeing(infos(many), AB).values()
-    assert "client 0 calls its classes (c0, c1, c2, c3, c4, c5, c6, c7, … (100)), the server (a, b)" in reason
+    assert "client 0 calls its classes (c0, c1, c2, c3, c4, c5, c6, c7, … (100)), but the server (a, b)" in reason
 
 
 @pytest.mark.parametrize(

@@ -155,16 +155,16 @@ def test_the_number_of_a_keys_clients_is_bound_too(server, caplog):
 
 def test_a_node_with_more_clients_than_the_run_allows_is_refused(caplog):
     assert met({2: [0, 1, 2], 3: 3}, {}, max_hosted=2) == {3: 3}
-    assert "node 2 says that it is 3 clients, and is refused: federation.max-hosted = 2" in caplog.text
+    assert "node 2 says that it hosts 3 clients, and is refused: federation.max-hosted = 2" in caplog.text
     assert met({2: [0, 1], 3: 3}, {}, max_hosted=2) == {0: 2, 1: 2, 3: 3}
 
 
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"lora.ranks": "2,1"}, "has rank 4, and the largest of lora.ranks is 2"),
-        ({"lora.ranks": "", "lora.rank": 3}, "has rank 4, and the largest of lora.ranks is 3"),
-        ({"lora.ranks": "8", "federation.max-rank": 2}, "has rank 4, and federation.max-rank = 2"),
+        ({"lora.ranks": "2,1"}, "has rank 4, but the largest of lora.ranks is 2"),
+        ({"lora.ranks": "", "lora.rank": 3}, "has rank 4, but the largest of lora.ranks is 3"),
+        ({"lora.ranks": "8", "federation.max-rank": 2}, "has rank 4, but federation.max-rank = 2"),
     ],
 )
 def test_a_rank_beyond_the_runs_is_refused_before_the_run(keys, says):

@@ -201,7 +201,7 @@ def test_a_file_that_is_no_checkpoint_is_one_sentence(tmp_path: Path, how: str) 
     saved_state.save(tmp_path, after_rounds(load("fedavg"), 1), 1, "key")
     broken(tmp_path, how)
     with pytest.raises(
-        RunError, match=r"round-1\.safetensors: no readable checkpoint \(.+\); .* start a new one"
+        RunError, match=r"round-1\.safetensors: not a readable state \(.+\); .* start a new one"
     ) as error:
         saved_state.load(tmp_path, "key")
     assert "\n" not in str(error.value)
@@ -209,11 +209,11 @@ def test_a_file_that_is_no_checkpoint_is_one_sentence(tmp_path: Path, how: str) 
 
 def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
     saved_state.save(tmp_path, after_rounds(load("fedavg"), 1), 1, "key")
-    with pytest.raises(RunError, match=r"round-1\.safetensors: the checkpoint of another run"):
+    with pytest.raises(RunError, match=r"round-1\.safetensors: the state of another run"):
         saved_state.load(tmp_path, "other")
 
 
 def test_a_strange_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "round-two.safetensors").write_bytes(b"")
-    with pytest.raises(RunError, match=r"round-two\.safetensors: not a name of a checkpoint"):
+    with pytest.raises(RunError, match=r"round-two\.safetensors: not the name of a saved state"):
         saved_state.load(tmp_path, "key")

@@ -111,7 +111,7 @@ def test_a_reply_beyond_its_limit_is_dropped_and_deleted_and_the_others_arrive(l
     grid, link = linked({2: 1000, 3: 12 * PIECE, 4: PIECE})
     got = answers(grid, most=2 * PIECE)
     assert got[2] == got[4] == "good"
-    assert got[3] == f"its reply is larger than the {2 * PIECE} bytes that it may hold"
+    assert got[3] == f"its reply is larger than {2 * PIECE} bytes, the most that it may have"
     assert len(link.deleted) == 3  # each reply once: two that were read, and the one that was dropped
     assert len(set(link.deleted)) == 3
     assert sum(link.pulled.values()) < 6 * PIECE
@@ -124,7 +124,7 @@ def test_a_reply_of_very_many_small_things_is_dropped_before_it_is_read(linked):
     link.contents[4] = RecordDict({f"{i}/head": ConfigRecord({"a": i}) for i in range(20_000)})
     got = answers(grid, most=4 << 20)
     assert got[2] == "good"
-    assert got[3] == got[4] == f"its reply is larger than the {4 << 20} bytes that it may hold"
+    assert got[3] == got[4] == f"its reply is larger than {4 << 20} bytes, the most that it may have"
     assert len(set(link.deleted)) == 3
     assert len(link.pulled) < 100
 

@@ -198,7 +198,7 @@ def test_what_does_not_fit_is_refused() -> None:
         Restart(load("fedsa"))
     with pytest.raises(StrategyError, match="FedSb needs one made from statistics"):
         Restart(load("fedsb"))
-    with pytest.raises(StrategyError, match="FlexLora takes folds back that it sent"):
+    with pytest.raises(StrategyError, match="FlexLora takes back folds of the round before"):
         Restart(Robust(load("flexlora", keep_tail=True)), every=2)
     with pytest.raises(StrategyError, match=r"restart-every = 0, expected at least 1"):
         Restart(FedAvg(), every=0)

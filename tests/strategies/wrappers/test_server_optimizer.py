@@ -186,7 +186,7 @@ def test_a_poor_choice_is_refused() -> None:
         ServerOptimizer(load("flora"))
     with pytest.raises(StrategyError, match="FedAvg does not keep rows"):
         ServerOptimizer(Restart(FedAvg()))
-    with pytest.raises(StrategyError, match="ServerOptimizer is around the strategy already"):
+    with pytest.raises(StrategyError, match="ServerOptimizer wraps the strategy already"):
         Restart(ServerOptimizer(ServerOptimizer(FedAvg())))
     for option, value in [("lr", 0.0), ("lr", float("nan")), ("beta1", 1.0), ("beta2", -0.1), ("tau", 0.0)]:
         with pytest.raises(StrategyError, match=rf"strategy\.server-{option} = {value}, expected"):
