@@ -18,9 +18,13 @@ from torch import Tensor
 
 from fedlora.config import ModelConfig
 from fedlora.models import pick_device
+from tests import pretended
 
 VARIABLE = "FEDLORA_TEST_DEVICE"
-DEVICE = pick_device(os.environ.get(VARIABLE) or "cpu", VARIABLE)
+NAMED = os.environ.get(VARIABLE) or "cpu"
+if NAMED.startswith(pretended.NAME):
+    pretended.register()
+DEVICE = pick_device(NAMED, VARIABLE)
 ON_CPU = DEVICE.type == "cpu"
 COMPUTE_DTYPE = "fp32"
 

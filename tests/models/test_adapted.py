@@ -16,7 +16,7 @@ from fedlora.config import LoraConfig, ModelConfig
 from fedlora.models import adapted, fresh_head, injection, load_base, peft_files
 from fedlora.models.stacked import NotStackable, stacked
 from fedlora.tasks.checked import mean_loss
-from tests.device import activations, bound, model_config, on_device
+from tests.device import activations, assert_near, bound, model_config, on_device
 from tests.tiny import save_gpt2
 
 LORA = LoraConfig(target_modules="q_proj,v_proj,down_proj")
@@ -66,6 +66,17 @@ def test_factors_of_any_rank_do_what_their_product_says(tiny_llama):
         adapted.install(bench, adapter)
         adapted.install_anchor(bench, ())
         torch.testing.assert_close(logits(bench.model), dense_logits(config, adapter), rtol=1e-4, atol=1e-4)
+
+
+def test_bf16_is_fp32_up_to_its_rounding(tiny_llama):
+    """Of an unquantized base: weights that are rounded before they are quantized may get the next code."""
+    found = {}
+    for dtype in ("fp32", "bf16"):
+        bench = adapted.adapted_model(model_config(tiny_llama, compute_dtype=dtype), LORA)
+        adapted.install(bench, random_adapter(bench, 0, 4), folds=(random_adapter(bench, 1, 2),))
+        found[dtype] = logits(bench.model)
+    assert found["bf16"].dtype == torch.bfloat16
+    assert_near(found["bf16"], found["fp32"], bound(1e-5, torch.bfloat16))
 
 
 def test_folds_add_up_beside_the_adapter_and_leave_again(tiny_llama):

@@ -9,6 +9,7 @@ from fedlora.adapters import initial
 from fedlora.config import LoraConfig
 from fedlora.data import Example
 from fedlora.models import adapted, injection
+from fedlora.models.base.devices import DTYPES
 from fedlora.tasks import losses
 from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.checked import mean_loss
@@ -16,11 +17,18 @@ from fedlora.tasks.losses import labelled_logits
 from tests.device import DEVICE, bound, model_config, on_device
 
 
+@pytest.fixture(params=["fp32", "bf16"])
+def dtype(request) -> torch.dtype:
+    """That the model computes in."""
+    return DTYPES[request.param]
+
+
 @pytest.fixture
-def trained(tiny_llama):
+def trained(tiny_llama, dtype):
     """A model with a rank-3 adapter, and the adapter's parameters."""
     lora = LoraConfig(target_modules="q_proj,v_proj")
-    bench = adapted.adapted_model(model_config(tiny_llama), lora)
+    name = next(name for name, known in DTYPES.items() if known == dtype)
+    bench = adapted.adapted_model(model_config(tiny_llama, compute_dtype=name), lora)
     g = torch.Generator().manual_seed(0)
     start = initial(injection.shapes(bench.config, lora).lora, lambda name: 3, lambda name: 1.0, g)
     yield bench.model, adapted.install(bench, start, "AB").parameters
@@ -41,30 +49,32 @@ def gradients(loss: torch.Tensor, parameters: list[torch.nn.Parameter]) -> list[
 
 
 @pytest.mark.parametrize("at_once", [1, 300, 2**23])
-def test_losses_and_gradients_are_those_of_whole_logits(trained, monkeypatch, at_once):
+def test_losses_and_gradients_are_those_of_whole_logits(trained, dtype, monkeypatch, at_once):
     model, parameters = trained
     monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", at_once)
     assert losses._plain[model]
     logits, targets, rows = labelled_logits(model, batch())
-    expected = F.cross_entropy(logits, targets, reduction="none")
+    expected = F.cross_entropy(logits.float(), targets, reduction="none")
     got, same_rows = losses.token_losses(model, batch())
     assert torch.equal(rows, same_rows)
-    torch.testing.assert_close(got, expected, rtol=bound(1e-5), atol=bound(1e-6))
+    torch.testing.assert_close(got, expected, rtol=bound(1e-5, dtype), atol=bound(1e-6, dtype))
     weights = on_device(torch.linspace(0.1, 2.0, len(got)))  # each loss has its own weight in a cohort
     for one, two in zip(
         gradients((got * weights).sum(), parameters), gradients((expected * weights).sum(), parameters), strict=True
     ):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=bound(1e-5))
+        torch.testing.assert_close(one, two, rtol=bound(1e-4, dtype), atol=bound(1e-5, dtype))
     assert float(mean_loss(CausalLM(), model, batch()).detach()) == pytest.approx(
-        float(expected.detach().mean()), rel=bound(1e-5)
+        float(expected.detach().mean()), rel=bound(1e-5, dtype)
     )
 
 
-def test_without_a_gradient_to_take_it_is_the_same_loss(trained):
+def test_without_a_gradient_to_take_it_is_the_same_loss(trained, dtype):
     model, _ = trained
     with torch.no_grad():
         one = mean_loss(CausalLM(), model, batch())
-    assert float(one.detach()) == pytest.approx(float(mean_loss(CausalLM(), model, batch()).detach()), rel=bound(1e-6))
+    assert float(one.detach()) == pytest.approx(
+        float(mean_loss(CausalLM(), model, batch()).detach()), rel=bound(1e-6, dtype)
+    )
 
 
 def test_a_model_that_does_more_to_its_logits_is_found_out():
