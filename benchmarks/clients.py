@@ -1,6 +1,6 @@
 """Many clients on one machine: one batch for all of them, against one after another, plain PEFT and Flower with Ray.
 
-    python -m benchmarks.clients [--runs 3] [--quick] [--device cuda:0 --steps 50]
+    python -m benchmarks.clients [--runs 3] [--quick] [--device cuda:0 --steps 50] [--random FOLDER]
 
 Eight clients take ten optimizer steps each, of rank 8 on q, k, v and o, every example as long as `data.max-length`:
 
@@ -11,6 +11,8 @@ Eight clients take ten optimizer steps each, of rank 8 on q, k, v and o, every e
 
 Then the cost per client of a round of 8, 64 and 512 clients, with train.clients-at-once = auto. Each measurement is a
 process of its own; the kinds alternate, and medians are compared. Loading is left out, but for the whole time of d.
+With --random the bases have random weights and a tokenizer of bytes: a step takes the same time, and nothing is
+downloaded.
 Memory is the process's peak, on a GPU that of its tensors; d's that of all its processes together. Prints tables, and
 writes benchmarks/results/clients.json and docs/clients.png.
 """
@@ -26,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -39,10 +42,45 @@ SETTINGS = {  # name -> base model, quantization, tokens of an example
     "SmolLM2-135M nf4, 1 x 64": ("smollm2-135m-instruct", "nf4", 64),
     "15M Llama fp32, 1 x 32": ("15m", "none", 32),
 }
+SHAPES = {  # of those bases, as a Llama's config names them
+    "smollm2-135m-instruct": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+    },
+    "15m": {
+        "vocab_size": 49152,
+        "hidden_size": 216,
+        "intermediate_size": 576,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "head_dim": 36,
+    },
+}
 GROWTH = (8, 64, 512)
 
 
-def config_of(setting: str, folder: Path, at_once: str, device: str, *, clients: int = CLIENTS, steps: int = STEPS):
+@dataclass(frozen=True)
+class Place:
+    """Where is measured.
+
+    Attributes:
+        device: as model.device names it.
+        steps: of each client.
+        random: the folder of the bases with random weights; "": the real ones.
+    """
+
+    device: str = "cpu"
+    steps: int = STEPS
+    random: str = ""
+
+
+def config_of(setting: str, folder: Path, at_once: str, place: Place, *, clients: int = CLIENTS):
     """The run that is measured."""
     from fedlora.config import parse
 
@@ -55,9 +93,9 @@ def config_of(setting: str, folder: Path, at_once: str, device: str, *, clients:
         {
             "run.dir": str(folder / "runs"),
             "run.id": "bench",
-            "model.name": str(_small_llama(folder)) if model == "15m" else model,
+            "model.name": _base(model, folder, place),
             "model.quantization": quantization,
-            "model.device": device,
+            "model.device": place.device,
             "model.compute-dtype": "fp32",
             "lora.ranks": "",
             "lora.rank": RANK,
@@ -70,12 +108,27 @@ def config_of(setting: str, folder: Path, at_once: str, device: str, *, clients:
             "federation.clients": clients,
             "federation.rounds": 1,
             "strategy.name": "fedavg",
-            "train.steps": steps,
+            "train.steps": place.steps,
             "train.batch-size": 1,
             "train.clients-at-once": at_once,
             "evaluate.server": False,
         }
     )
+
+
+def _base(model: str, folder: Path, place: Place) -> str:
+    """The base's name or folder."""
+    if place.random:
+        return str(random_llama(Path(place.random), model))
+    return str(_small_llama(folder)) if model == "15m" else model
+
+
+def random_llama(folder: Path, model: str) -> Path:
+    """The base of random weights, which is made when it is not there yet."""
+    from tests.tiny import save_llama
+
+    made = folder / model
+    return made if made.exists() else save_llama(made, initializer_range=0.02, **SHAPES[model])
 
 
 def _small_llama(folder: Path) -> Path:
@@ -102,26 +155,26 @@ def _small_llama(folder: Path) -> Path:
     return place
 
 
-def engine(setting: str, at_once: str, device: str, *, clients: int = CLIENTS, steps: int = STEPS) -> dict[str, float]:
+def engine(setting: str, at_once: str, place: Place, *, clients: int = CLIENTS) -> dict[str, float]:
     """Seconds of the round, messages and aggregation included."""
     from fedlora.models import adapted
     from fedlora.results.run_folder import folder_of
     from fedlora.simulations import run as simulation
 
     with tempfile.TemporaryDirectory() as scratch:
-        config = config_of(setting, Path(scratch), at_once, device, clients=clients, steps=steps)
+        config = config_of(setting, Path(scratch), at_once, place, clients=clients)
         adapted.adapted_model(config.model, config.lora)
         simulation.in_process(config)
         [entry] = json.loads((folder_of(config) / "result.json").read_text())["rounds"]
     trained = sum(client["train-seconds"] for client in entry["clients"].values())
-    return {"seconds": entry["seconds"]["round"], "training": trained, "megabytes": _peak(device)}
+    return {"seconds": entry["seconds"]["round"], "training": trained, "megabytes": _peak(place.device)}
 
 
-def plain(setting: str, device: str, steps: int) -> dict[str, float]:
+def plain(setting: str, place: Place) -> dict[str, float]:
     """Seconds of PEFT, AdamW and a for loop."""
     with tempfile.TemporaryDirectory() as scratch:
-        seconds = plain_peft(config_of(setting, Path(scratch), "1", device, steps=steps))
-    return {"seconds": seconds, "training": seconds, "megabytes": _peak(device)}
+        seconds = plain_peft(config_of(setting, Path(scratch), "1", place))
+    return {"seconds": seconds, "training": seconds, "megabytes": _peak(place.device)}
 
 
 def ray(setting: str) -> dict[str, float]:
@@ -131,7 +184,7 @@ def ray(setting: str) -> dict[str, float]:
 
     peak = _Peak()
     with tempfile.TemporaryDirectory() as scratch, peak:
-        config = config_of(setting, Path(scratch), "1", "cpu")
+        config = config_of(setting, Path(scratch), "1", Place())
         began = time.perf_counter()
         flower.run(config, at_once=2)
         whole = time.perf_counter() - began
@@ -141,7 +194,7 @@ def ray(setting: str) -> dict[str, float]:
 
 
 def _peak(device: str) -> float:
-    if device != "cpu":
+    if device.startswith("cuda"):
         import torch
 
         return torch.cuda.max_memory_allocated(device) / 2**20
@@ -171,25 +224,25 @@ class _Peak:
             self.megabytes = max(self.megabytes, total / 2**20)
 
 
-def measure(kind: str, setting: str, device: str = "cpu", steps: int = STEPS) -> dict[str, float]:
-    """One measurement in a fresh process."""
+def measure(kind: str, setting: str, place: Place = Place(), timeout: float | None = None) -> dict[str, float]:
+    """One measurement in a fresh process, which may take so many seconds."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.clients", "--only", kind, "--setting", setting]
-    command += [f"--device={device}", f"--steps={steps}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command += [f"--device={place.device}", f"--steps={place.steps}", f"--random={place.random}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=timeout)
     if done.returncode:
         raise SystemExit(f"{kind}, {setting}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def one(kind: str, setting: str, device: str, steps: int) -> dict[str, float]:
+def one(kind: str, setting: str, place: Place) -> dict[str, float]:
     """The measurement that `kind` names."""
     if kind.startswith("growth-"):
-        return engine(setting, "auto", device, clients=int(kind.removeprefix("growth-")), steps=2)
+        return engine(setting, "auto", replace(place, steps=2), clients=int(kind.removeprefix("growth-")))
     if kind == "d":
         return ray(setting)
     if kind == "a":
-        return plain(setting, device, steps)
-    return engine(setting, {"b": "1", "c": str(CLIENTS)}[kind], device, steps=steps)
+        return plain(setting, place)
+    return engine(setting, {"b": "1", "c": str(CLIENTS)}[kind], place)
 
 
 def main() -> None:
@@ -198,16 +251,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one measurement of each, no Ray, no growth")
     parser.add_argument("--device", default="cpu", help="with another: no Ray, no growth, nothing written")
     parser.add_argument("--steps", type=int, default=STEPS, help="of each client")
+    parser.add_argument("--random", default="", metavar="FOLDER", help="bases of random weights; nothing written")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--setting", choices=SETTINGS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    place = Place(options.device, options.steps, options.random)
     if options.only:
-        print(json.dumps(one(options.only, options.setting, options.device, options.steps)))
+        print(json.dumps(one(options.only, options.setting, place)))
         return
     runs = 1 if options.quick else options.runs
-    short = options.quick or options.device != "cpu" or options.steps != STEPS
-    where = (options.device, options.steps)
-    speeds = {setting: _compare(setting, runs, *where, with_ray=not short) for setting in SETTINGS}
+    short = options.quick or place != Place()
+    speeds = {setting: _compare(setting, runs, place, with_ray=not short) for setting in SETTINGS}
     _show_speeds(speeds, options.steps)
     if short:
         return
@@ -217,11 +271,11 @@ def main() -> None:
     write("clients", {"clients": CLIENTS, "steps": STEPS, "rank": RANK, "speeds": speeds, "growth": growth})
 
 
-def _compare(setting: str, runs: int, device: str, steps: int, *, with_ray: bool) -> dict[str, list[dict[str, float]]]:
+def _compare(setting: str, runs: int, place: Place, *, with_ray: bool) -> dict[str, list[dict[str, float]]]:
     taken: dict[str, list[dict[str, float]]] = {"a": [], "b": [], "c": [], "d": []}
     for _ in range(runs):
         for kind in ("a", "b", "c"):
-            taken[kind].append(measure(kind, setting, device, steps))
+            taken[kind].append(measure(kind, setting, place))
             print(f"{setting}, {kind}: {taken[kind][-1]}", file=sys.stderr)
     if with_ray:
         taken["d"].append(measure("d", setting))

@@ -105,6 +105,8 @@ def plain_peft(config: Config) -> float:
                 torch.nn.utils.clip_grad_norm_(parameters, config.train.clip)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+    if base.device.type == "cuda":
+        torch.cuda.synchronize(base.device)
     return time.perf_counter() - began
 
 

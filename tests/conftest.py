@@ -16,6 +16,7 @@ import torch
 from fedlora.clients.node import held_folds
 from fedlora.models import adapted
 from fedlora.models.base.read import quiet
+from tests.device import DEVICE
 from tests.tiny import save_bert, save_llama
 
 
@@ -23,6 +24,19 @@ from tests.tiny import save_bert, save_llama
 def few_threads() -> None:
     """Tiny models are slower on many threads, and test runs share their machine."""
     torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """What the models of the tests compute on; see `tests.device`."""
+    return DEVICE
+
+
+@pytest.fixture(scope="session", autouse=True)
+def whole_fp32() -> None:
+    """fp32 on a GPU is fp32, and no TF32 of ten bits, which cuDNN's convolutions are by default."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from fedlora.config import Config, Scalar, parse
 from fedlora.exchange import wire
 from fedlora.results.run_folder import folder_of
 from fedlora.simulations import run as simulation
+from tests.device import COMPUTE_DTYPE, DEVICE
 
 WORDS = ["ash", "birch", "cedar", "elm", "fir", "hazel", "larch", "maple", "oak", "pine", "rowan", "willow"]
 
@@ -55,7 +56,8 @@ def tiny(folder: Path, model: Path, **keys: Scalar) -> Config:
         "run.threads": 1,
         "model.name": str(model),
         "model.quantization": "none",
-        "model.device": "cpu",
+        "model.device": str(DEVICE),
+        "model.compute-dtype": COMPUTE_DTYPE,
         "lora.ranks": "4,2,2,1",
         "lora.target-modules": "q_proj,v_proj,down_proj",
         "data.source": str(write_rows(folder / "rows.jsonl")),

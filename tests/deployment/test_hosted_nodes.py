@@ -14,6 +14,7 @@ from fedlora.results import journal
 from fedlora.results.run_folder import folder_of
 from fedlora.simulations import run as simulation
 from tests.deployment.programs import called, kept_running, make_site
+from tests.device import DEVICE
 from tests.federation import write_rows
 from tests.simulations.engines.test_cohorts import apart
 from tests.simulations.engines.test_local import saved_adapter
@@ -40,7 +41,7 @@ def test_the_documented_commands_train_cohorts_on_two_nodes(tmp_path, tiny_llama
         "run.threads": 1,
         "model.name": str(tiny_llama),
         "model.quantization": "none",
-        "model.device": "cpu",
+        "model.device": str(DEVICE),
         "lora.target-modules": "q_proj,v_proj",
         "data.source": str(write_rows(tmp_path / "rows.jsonl", people=8)),
         "data.partition-by": "person",

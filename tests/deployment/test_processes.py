@@ -16,6 +16,7 @@ from fedlora import config as configuration
 from fedlora.common.processes import free_port
 from fedlora.deployment.flower_programs import config_table
 from tests.deployment.programs import called, kept_running, make_site
+from tests.device import DEVICE
 from tests.federation import tiny, write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -48,7 +49,7 @@ def test_the_documented_commands_run_a_federation(site, tiny_llama):
     small = {
         "model.name": str(tiny_llama),
         "model.quantization": "none",
-        "model.device": "cpu",
+        "model.device": str(DEVICE),
         "lora.target-modules": "q_proj,v_proj",
         "federation.rounds": 2,
         "federation.min-clients": 3,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedlora.common.errors import ConfigError, RunError, StrategyError
+from tests.device import run_bound
 from tests.federation import run_locally, tiny
 from tests.plugins.module import assert_flower_gives_the_same, write_module
 from tests.simulations.engines.test_local import apart, saved_adapter
@@ -99,7 +100,7 @@ def test_a_run_starts_from_what_clients_measured(tmp_path, tiny_llama, mine, qua
         )
     )
     same = quantization == "none"  # the same run twice, or another size
-    assert (apart(saved_adapter(folder), saved_adapter(other)) == 0.0) is same
+    assert (apart(saved_adapter(folder), saved_adapter(other)) <= run_bound(0.0)) is same
 
 
 @pytest.mark.slow

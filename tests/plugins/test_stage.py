@@ -8,6 +8,7 @@ import pytest
 
 from fedlora.common.errors import ConfigError, StrategyError
 from fedlora.config import parse
+from tests.device import run_bound
 from tests.federation import run_locally, tiny
 from tests.plugins.module import assert_flower_gives_the_same, write_module
 from tests.simulations.engines.test_local import apart, saved_adapter
@@ -68,7 +69,7 @@ def config_of(folder, model, stages, **keys):
 def test_each_place_counts_and_the_run_learns(tmp_path, tiny_llama, mine, at_once):
     plain, before = run_locally(config_of(tmp_path, tiny_llama, "", train__clients_at_once=at_once))
     noisy, result = run_locally(config_of(tmp_path, tiny_llama, mine, run__id="two", train__clients_at_once=at_once))
-    assert apart(saved_adapter(plain), saved_adapter(noisy)) > 1e-3
+    assert apart(saved_adapter(plain), saved_adapter(noisy)) > run_bound(1e-3)
     assert result["rounds"][-1]["heldout"]["loss"] < result["baseline"]["loss"]
     louder, _ = run_locally(
         config_of(
@@ -82,7 +83,7 @@ def test_each_place_counts_and_the_run_learns(tmp_path, tiny_llama, mine, at_onc
     )
     assert apart(saved_adapter(plain), saved_adapter(louder)) > apart(saved_adapter(plain), saved_adapter(noisy))
     same, _ = run_locally(config_of(tmp_path, tiny_llama, "unchanged", run__id="three", train__clients_at_once=at_once))
-    assert apart(saved_adapter(plain), saved_adapter(same)) == 0.0
+    assert apart(saved_adapter(plain), saved_adapter(same)) <= run_bound(0.0)
     assert before["status"] == "completed"
 
 

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-import safetensors.numpy
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
@@ -19,6 +19,7 @@ from fedlora.models import adapted
 from fedlora.results import profile
 from fedlora.results.profile import MOST_BATCHES, ROWS, TABLE, TRACE, by_section, operations, profiled
 from fedlora.results.run_folder import folder_of
+from tests.device import assert_same, assert_same_figures
 from tests.federation import run_locally, tiny
 
 
@@ -43,7 +44,7 @@ def read(trace: Path):
 
 
 def tensors(folder: Path):
-    return safetensors.numpy.load_file(folder / "adapter" / "adapter_model.safetensors")
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("at_once", [1, 4], ids=["alone", "as-one"])
@@ -74,10 +75,10 @@ def test_the_result_is_bitwise_that_of_a_run_without_it(tmp_path, tiny_llama):
     plain, expected = run_locally(tiny(tmp_path / "plain", tiny_llama))
     before = dict(vars(wire))
     folder, _, _, result = watched(tiny(tmp_path / "watched", tiny_llama))
-    for name, values in tensors(plain).items():
-        assert (tensors(folder)[name] == values).all()
-    assert [r["train-loss"] for r in result["rounds"]] == [r["train-loss"] for r in expected["rounds"]]
-    assert result["baseline"] == expected["baseline"]
+    assert_same(tensors(folder), tensors(plain))
+    assert_same_figures(result["baseline"], expected["baseline"])
+    for entry, other in zip(result["rounds"], expected["rounds"], strict=True):
+        assert_same_figures(entry["train-loss"], other["train-loss"])
     assert vars(wire) == before
     assert adapted._current is not None
     layers = adapted._current[1].layers.values()

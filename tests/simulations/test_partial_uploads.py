@@ -130,7 +130,7 @@ def test_the_start_is_the_svd_of_the_gradient_by_the_full_weights(tmp_path, tiny
     task = CausalLM()
     mean_loss(task, base.model, task.collate([examples[i] for i in chosen], base.pad_id)).backward()
     for name, factors in learned.lora.items():
-        u, s, vh = torch.linalg.svd(base.model.get_submodule(name).weight.grad)
+        u, s, vh = torch.linalg.svd(base.model.get_submodule(name).weight.grad.cpu())
         best = -(u[:, :3] * s[:3]) @ vh[:3]
         first = delta(factors)
         torch.testing.assert_close(first / first.norm(), best / best.norm(), rtol=0, atol=1e-4)
@@ -231,7 +231,8 @@ def reference_loss(config: Config, partition: int, adapter: AdapterState, own: A
     base = load_base(config.model)
     for name, f in adapter.lora.items():
         update = delta(LoraFactors(A=f.A, B=own.lora[name].B, scaling=f.scaling))
-        base.model.get_submodule(name).weight.data += update
+        weight = base.model.get_submodule(name).weight.data
+        weight += update.to(weight)
     own_rows = train_and_test(config, partition, "")[1]
     return evaluate(CausalLM(), base.model, own_rows, 16, base.pad_id)["loss"]
 

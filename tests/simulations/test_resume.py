@@ -30,8 +30,9 @@ from fedlora.results.run_folder import folder_of, resumed
 from fedlora.simulations import run as simulation
 from fedlora.simulations.engines import local
 from fedlora.strategies.server import saved_state
+from tests.device import ON_CPU, assert_same, assert_same_figures
 from tests.federation import tiny
-from tests.simulations.engines.test_local import other_base
+from tests.simulations.engines.test_local import other_base, saved_adapter
 
 ROUNDS = 4
 EQUAL = {"lora.ranks": "2"}
@@ -94,9 +95,13 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_bits(one: Path, two: Path) -> None:
+    """Those of two runs; on a GPU, the adapters within its rounding."""
     left, right = tensors_of(one), tensors_of(two)
     assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    if ON_CPU:
+        assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    else:  # factors are determined up to a rotation
+        assert_same(saved_adapter(one), saved_adapter(two))
     assert any(bool(tensor.any()) for name, tensor in left.items() if name.startswith(("adapter", "client-")))
 
 
@@ -194,9 +199,8 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(tmp_pa
     assert result["status"] == "completed"
     assert "error" not in result
     assert [entry["round"] for entry in result["rounds"]] == [entry["round"] for entry in expected["rounds"]]
-    assert [e["train-loss"] for e in result["rounds"]] == [e["train-loss"] for e in expected["rounds"]]
-    assert [e.get("heldout") for e in result["rounds"]] == [e.get("heldout") for e in expected["rounds"]]
-    assert [e.get("client-test") for e in result["rounds"]] == [e.get("client-test") for e in expected["rounds"]]
+    for figure in ("train-loss", "heldout", "client-test"):
+        assert_same_figures([e.get(figure) for e in result["rounds"]], [e.get(figure) for e in expected["rounds"]])
     assert [entry["after-round"] for entry in result["resumed"]] == [2]
     assert parse(result["config"]) == config
 

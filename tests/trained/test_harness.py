@@ -12,11 +12,12 @@ from fedlora.common.errors import ConfigError
 from fedlora.config import parse
 from fedlora.models import load_base
 from fedlora.trained import harness
+from tests.device import DEVICE
 
 
 @pytest.fixture
 def adapter(tmp_path, tiny_llama):
-    config = parse({"model.name": str(tiny_llama), "model.quantization": "none", "model.device": "cpu"})
+    config = parse({"model.name": str(tiny_llama), "model.quantization": "none", "model.device": str(DEVICE)})
     model = get_peft_model(load_base(config.model).model, LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(str(tmp_path / "adapter"))
     return tmp_path / "adapter", config

@@ -12,11 +12,12 @@ from fedlora.clients.optimizers import registry
 from fedlora.clients.training import schedule as schedule_
 from fedlora.clients.training import terms, trainer
 from fedlora.common.errors import AdapterError, ConfigError
-from fedlora.config import LoraConfig, ModelConfig, TrainConfig
+from fedlora.config import LoraConfig, TrainConfig
 from fedlora.data import Example, batch_at
 from fedlora.exchange import Plan, Term
 from fedlora.models import adapted, injection
 from fedlora.models.trainable import Pair
+from tests.device import DEVICE, bound, model_config, on_device
 
 LORA = LoraConfig(target_modules="q_proj,down_proj")
 CONFIG = TrainConfig(steps=4, batch_size=2, lr=1e-2, schedule="constant", warmup_fraction=0.0, clip=0.0)
@@ -39,7 +40,7 @@ def examples(count: int = 9, seed: int = 0) -> list[Example]:
 
 
 def bench_and_start(folder):
-    config = ModelConfig(name=str(folder), quantization="none", device="cpu")
+    config = model_config(folder)
     bench = adapted.adapted_model(config, LORA)
     shapes = injection.shapes(config, LORA)
     start = initial(shapes.lora, lambda name: 3, lambda name: 2.0, torch.Generator().manual_seed(0))
@@ -80,10 +81,10 @@ def test_it_is_a_plain_adamw_loop(tiny_llama):
     bench.model.train()
     for step in range(4):
         sequences = [data[i] for i in batch_at(len(data), 2, step, 5)]
-        total, count = torch.zeros(()), 0
+        total, count = torch.zeros((), device=DEVICE), 0
         for example in sequences:  # one by one: no padding at all
-            ids, labels = torch.tensor([example["input_ids"]]), torch.tensor(example["labels"])
-            logits = bench.model(input_ids=ids).logits[0]
+            ids, labels = (on_device(torch.tensor(example[name])) for name in ("input_ids", "labels"))
+            logits = bench.model(input_ids=ids[None]).logits[0]
             for position in range(len(labels) - 1):
                 if labels[position + 1] != -100:
                     total = total + F.cross_entropy(logits[position], labels[position + 1])
@@ -107,7 +108,7 @@ def test_accumulation_is_one_large_batch(tiny_llama):
     _, large = train(bench, start, replace(sgd, batch_size=4))
     _, parts = train(bench, start, replace(sgd, batch_size=2, accumulate=2))
     assert distance(large, start) > 1e-3
-    assert distance(large, parts) < 1e-5
+    assert distance(large, parts) < bound(1e-5)
 
 
 def test_rounds_continue_through_the_data_and_the_schedule(tiny_llama):
@@ -116,17 +117,17 @@ def test_rounds_continue_through_the_data_and_the_schedule(tiny_llama):
     _, middle = train(bench, start, sgd, round=1, rounds=2)
     _, two_rounds = train(bench, middle, sgd, round=2, rounds=2)
     _, at_once = train(bench, start, replace(sgd, steps=6), round=1, rounds=1)
-    assert distance(two_rounds, at_once) < 1e-6
+    assert distance(two_rounds, at_once) < bound(1e-6)
 
 
 def test_the_same_seed_gives_the_same_bits_even_with_dropout(tiny_llama):
     lora = replace(LORA, dropout=0.3)
-    config = ModelConfig(name=str(tiny_llama), quantization="none", device="cpu")
+    config = model_config(tiny_llama)
     bench = adapted.adapted_model(config, lora)
     _, start = bench_and_start(tiny_llama)
     bench = adapted.adapted_model(config, lora)
     (_, one), (_, two) = train(bench, start), train(bench, start)
-    assert distance(one, two) == 0.0
+    assert distance(one, two) <= bound(0.0)
 
 
 def test_a_frozen_factor_stays_as_it_was(tiny_llama):

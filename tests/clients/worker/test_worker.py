@@ -14,7 +14,6 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
-import torch
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
@@ -32,6 +31,7 @@ from fedlora.simulations import run as simulation
 from fedlora.simulations.engines import local
 from fedlora.strategies.initializers import uniform
 from fedlora.strategies.server_app import app as server_app
+from tests.device import assert_same
 from tests.federation import tiny
 from tests.simulations.engines.test_local import saved_adapter
 
@@ -119,8 +119,7 @@ def test_a_federation_through_workers_is_the_same_federation(tmp_path, tiny_llam
             local.LocalGrid(client_app, nodes, other.to_flat(), 9), Context(9, 1, {}, RecordDict(), other.to_flat())
         )
     one, two = saved_adapter(folder_of(config)), saved_adapter(folder_of(other))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert_same(two, one)
     assert kept.count("worker-start") == 1
     assert kept.count("client-step") == 4 * 2 * 3  # progress comes through
     results = [json.loads((folder_of(c) / "result.json").read_text()) for c in (config, other)]

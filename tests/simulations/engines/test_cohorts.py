@@ -23,6 +23,7 @@ from fedlora.simulations import run as simulation
 from fedlora.simulations.engines import local
 from fedlora.strategies.initializers import uniform
 from fedlora.strategies.registry import NAMES
+from tests.device import assert_same, run_bound
 from tests.federation import tiny
 from tests.simulations.engines.test_local import saved_adapter
 
@@ -72,7 +73,7 @@ def test_every_strategy_learns_the_same(tmp_path, tiny_llama, name, caplog, size
     with caplog.at_level(logging.INFO, "fedlora"):
         (one, first), (two, second) = (played(config) for config in configs)
     assert sizes == [4] * configs[1].federation.rounds
-    assert apart(one, two) < 1e-4
+    assert apart(one, two) < run_bound(1e-4)
     for left, right in zip(first["rounds"], second["rounds"], strict=True):
         assert left["clients"].keys() == right["clients"].keys()
         for client, metrics in left["clients"].items():
@@ -97,7 +98,7 @@ def test_every_strategy_learns_the_same(tmp_path, tiny_llama, name, caplog, size
 def test_whatever_a_round_asks_for(tmp_path, tiny_llama, keys, sizes):
     one, two = (played(parse(keys, config_of(tmp_path, tiny_llama, n)))[0] for n in (1, 3))
     assert max(sizes) == 3
-    assert apart(one, two) < 1e-4
+    assert apart(one, two) < run_bound(1e-4)
 
 
 def test_the_same_run_gives_the_same_bits(tmp_path, tiny_llama, sizes):
@@ -105,7 +106,7 @@ def test_the_same_run_gives_the_same_bits(tmp_path, tiny_llama, sizes):
     (tmp_path / "again").mkdir()
     two, _ = played(config_of(tmp_path / "again", tiny_llama, 3))
     assert set(sizes) == {3}
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert_same(two, one)
 
 
 def test_memory_that_runs_out_halves_the_cohort_and_loses_nothing(tmp_path, tiny_llama, monkeypatch, caplog):
@@ -122,7 +123,7 @@ def test_memory_that_runs_out_halves_the_cohort_and_loses_nothing(tmp_path, tiny
     monkeypatch.setattr(cohort, "train", scarce)
     two, result = played(config_of(tmp_path, tiny_llama, 4))
     assert sizes[:3] == [4, 2, 2]
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert_same(two, one)
     assert all(entry["failures"] == {} for entry in result["rounds"])
     assert "memory ran out with 4 clients at once; continuing with 2" in caplog.text
 
@@ -142,7 +143,7 @@ def test_what_cannot_be_batched_is_trained_one_at_a_time_and_said_once(tmp_path,
     with caplog.at_level(logging.INFO, "fedlora"):
         one, _ = played(config_of(tmp_path, tiny_llama, 1))
         two, _ = played(config_of(tmp_path, tiny_llama, 4))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert_same(two, one)
     assert caplog.text.count("one at a time") == caplog.text.count(says) == 1
 
 

@@ -24,6 +24,7 @@ from fedlora.results.run_folder import folder_of
 from fedlora.simulations.engines import local
 from fedlora.strategies.initializers import uniform
 from fedlora.strategies.server_app import app as server_app
+from tests.device import assert_same, run_bound
 from tests.federation import METRICS, tiny, write_rows
 from tests.simulations.engines.test_cohorts import apart
 from tests.simulations.engines.test_local import saved_adapter
@@ -100,11 +101,10 @@ def test_two_nodes_with_four_clients_each_learn_what_eight_nodes_learn(tmp_path,
         two, second, grid = played(hosted, nodes_of(tmp_path / "hosted", TWO))
     if at_once == "1":
         assert sizes == []
-        assert one.keys() == two.keys()
-        assert all(torch.equal(one[name], two[name]) for name in one)
+        assert_same(two, one)
     else:
         assert max(sizes) == (3 if at_once == "3" else 4)
-        assert apart(one, two) < 1e-4
+        assert apart(one, two) < run_bound(1e-4)
     for left, right in zip(first["rounds"], second["rounds"], strict=True):
         assert left["clients"].keys() == right["clients"].keys()
         assert right["failures"] == {}
@@ -160,7 +160,7 @@ def test_clients_that_are_behind_are_asked_again_alone(tmp_path, tiny_llama):
     everyone, behind = grid.asked["train", "4", 2]
     assert (everyone, behind) == ((1, 3, 6, 7), (1, 3, 7))  # 6 is new to the run: it got all folds at once
     assert result["rounds"][-1]["failures"] == {}
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert_same(two, one)
 
 
 def test_a_hosted_client_that_is_refused_fails_alone(tmp_path, tiny_llama, monkeypatch, sizes):

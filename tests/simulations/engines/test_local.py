@@ -23,6 +23,7 @@ from fedlora.simulations.engines import local
 from fedlora.strategies.registry import configured
 from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.predict import evaluate
+from tests.device import bound, on_device, run_bound
 from tests.federation import run_locally, tiny, write_labels, write_rows
 from tests.tiny import save_llama
 
@@ -69,7 +70,7 @@ def test_what_is_learned_lowers_the_loss_and_peft_loads_it(tmp_path, tiny_llama,
     base = load_base(config.model)
     model = PeftModel.from_pretrained(base.model, str(folder / "adapter"))
     examples = encode(prepare(config).heldout, base.tokenizer, config.data, CausalLM())
-    assert evaluate(CausalLM(), model, examples, 16, base.pad_id)["loss"] == pytest.approx(losses[-1], rel=1e-5)
+    assert evaluate(CausalLM(), model, examples, 16, base.pad_id)["loss"] == pytest.approx(losses[-1], rel=bound(1e-5))
 
 
 def test_the_checkpoint_gives_the_logits_of_the_global_model(tmp_path, tiny_llama):
@@ -83,7 +84,7 @@ def test_the_checkpoint_gives_the_logits_of_the_global_model(tmp_path, tiny_llam
         patch.setattr(session.Session, "_aggregate", lambda *args: states.append(aggregate(*args)) or states[-1])
         folder, _ = run_locally(config)
     bench = adapted.adapted_model(config.model, config.lora)
-    ids = torch.arange(40).reshape(2, 20) + 20
+    ids = on_device(torch.arange(40).reshape(2, 20) + 20)
     bench.model.eval()
     adapted.install(bench, configured(config).global_adapter(states[-1]))
     adapted.install_anchor(bench, ())
@@ -104,8 +105,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path, tiny_l
     one, _ = run_locally(config)
     two, _ = run_locally(parse({"run.id": "two"}, config))
     other, _ = run_locally(parse({"run.id": "three", "run.seed": 1}, config))
-    assert apart(saved_adapter(one), saved_adapter(two)) == 0.0
-    assert apart(saved_adapter(one), saved_adapter(other)) > 0.01
+    assert apart(saved_adapter(one), saved_adapter(two)) <= run_bound(0.0)
+    assert apart(saved_adapter(one), saved_adapter(other)) > run_bound(0.01)
 
 
 def test_the_result_says_what_was_done(tmp_path, tiny_llama):
@@ -149,7 +150,7 @@ def test_clients_that_skip_rounds_change_nothing_but_who_trains(tmp_path, tiny_l
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(held_folds, "_VERSIONS_KEPT", 0)  # forgets at once: the server has to send everything again
         forgetful, again = run_locally(parse({"run.id": "two"}, config))
-    assert apart(saved_adapter(resident), saved_adapter(forgetful)) == 0.0
+    assert apart(saved_adapter(resident), saved_adapter(forgetful)) <= run_bound(0.0)
     assert all(not entry["failures"] for entry in again["rounds"])
     assert sum(e["download-bytes"] for e in again["rounds"]) > sum(e["download-bytes"] for e in result["rounds"])
 
@@ -159,7 +160,7 @@ def test_merging_into_the_base_is_the_same_federation(tmp_path, tiny_llama):
     merged, two = run_locally(
         tiny(tmp_path, tiny_llama, federation__rounds=3, anchor__base_update="merge", run__id="two")
     )
-    assert apart(saved_adapter(anchored), saved_adapter(merged)) < 1e-3
+    assert apart(saved_adapter(anchored), saved_adapter(merged)) < run_bound(1e-3)
     for left, right in zip(one["rounds"], two["rounds"], strict=True):
         assert left["heldout"]["loss"] == pytest.approx(right["heldout"]["loss"], rel=1e-4)
 
@@ -289,7 +290,7 @@ def test_an_interrupted_run_leaves_a_valid_result(tmp_path, tiny_llama):
     model = PeftModel.from_pretrained(base.model, str(folder / "adapter"))
     examples = encode(prepare(config).heldout, base.tokenizer, config.data, CausalLM())
     got = evaluate(CausalLM(), model, examples, 16, base.pad_id)["loss"]
-    assert got == pytest.approx(result["rounds"][0]["heldout"]["loss"], rel=1e-5)
+    assert got == pytest.approx(result["rounds"][0]["heldout"]["loss"], rel=bound(1e-5))
 
 
 def test_a_folder_is_never_written_over(tmp_path, tiny_llama):

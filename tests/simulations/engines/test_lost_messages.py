@@ -23,6 +23,7 @@ from fedlora.simulations import run as simulation
 from fedlora.simulations.engines import local
 from fedlora.strategies.server import mailbox, roster
 from fedlora.strategies.server.mailbox import Mailbox
+from tests.device import assert_same
 from tests.federation import tiny
 from tests.simulations.engines.test_local import saved_adapter
 
@@ -62,8 +63,7 @@ def test_lost_replies_are_asked_for_again_to_the_same_bits(tmp_path, tiny_llama,
     monkeypatch.setattr(simulation, "LocalGrid", Losing)
     simulation.in_process(other)
     one, two = saved_adapter(folder_of(config)), saved_adapter(folder_of(other))
-    assert one.keys() == two.keys()
-    assert all(one[name].equal(two[name]) for name in one)
+    assert_same(two, one)
     result = json.loads((folder_of(other) / "result.json").read_text())
     assert all(entry["failures"] == {} for entry in result["rounds"])
 
@@ -262,8 +262,7 @@ def test_a_client_that_comes_later_takes_part_from_the_next_round(
     other = tiny(tmp_path, tiny_llama, federation__rounds=3, run__id="away", **keys)
     simulation.in_process(other, client_app=Away())
     one, two = saved_adapter(folder_of(config)), saved_adapter(folder_of(other))
-    assert one.keys() == two.keys()
-    assert all(one[name].equal(two[name]) for name in one)
+    assert_same(two, one)
 
 
 def test_a_client_that_comes_later_and_cannot_be_served_is_named_and_the_run_goes_on(
