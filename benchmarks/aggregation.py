@@ -225,14 +225,14 @@ def peft(kind: str) -> float:
     return time.perf_counter() - began
 
 
-def products(round: Round) -> float:
+def products(number: Round) -> float:
     """Seconds of the strategy's large products and small decompositions, batched over equal modules, and no more.
 
     Only for strategies whose result is an SVD of the stack.
     """
     groups: dict[tuple[int, int], int] = {}
-    first = round.updates[0].adapter.lora
-    ranks = [u.adapter.lora[next(iter(first))].A.shape[0] for u in round.updates]
+    first = number.updates[0].adapter.lora
+    ranks = [u.adapter.lora[next(iter(first))].A.shape[0] for u in number.updates]
     for f in first.values():
         shape = (f.B.shape[0], f.A.shape[1])
         groups[shape] = groups.get(shape, 0) + 1

@@ -54,7 +54,7 @@ def one(quantization: str, steps: int) -> dict[str, Any]:
     parameters = adapted.install(bench, start, {"A", "B"})
     plan = replace(config.train, steps=steps, batch_size=2)
     result = trainer.train(
-        bench.task, bench.model, parameters, examples, plan, pad_id=bench.base.pad_id, round=1, rounds=1, seed=0
+        bench.task, bench.model, parameters, examples, plan, pad_id=bench.base.pad_id, number=1, rounds=1, seed=0
     )
     return {
         "load-seconds": seconds,

@@ -109,20 +109,20 @@ class Strategy(ABC):
             folds = folds.push(fold)
         return replace(state, adapter=start.adapter, folds=folds)
 
-    def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
+    def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
         """The message to one client at the start of a round: its slice of the adapter, and the folds that it lacks.
 
         Args:
             state: the state before the round.
             client: the client that gets the message.
-            round: number of the round, from 1.
+            number: number of the round, from 1.
 
         Raises:
             StrategyError: the client's rank is larger than the server's.
         """
         folds_from, folds = state.folds.since(client.known_base_version)
         return Broadcast(
-            round=round,
+            round=number,
             adapter=slice_adapter_for(state.adapter, client),
             base_version=state.folds.version,
             folds=folds,
@@ -132,14 +132,14 @@ class Strategy(ABC):
         )
 
     @abstractmethod
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The state after a round.
 
         Args:
             state: the state from which the round started.
             updates: the clients' replies in the order of their arrival. They are received while they are read, and
                 can be read only once.
-            round: number of the round, from 1.
+            number: number of the round, from 1.
 
         Raises:
             StrategyError: no reply arrived, or a reply does not fit the state.

@@ -140,7 +140,7 @@ def train_alone(work: TrainingJob) -> RecordDict:
             work.examples,
             config.train,
             pad_id=bench.base.pad_id,
-            round=broadcast.round,
+            number=broadcast.round,
             rounds=config.federation.rounds,
             seed=work.seed,
             on_step=work.tell,
@@ -188,7 +188,7 @@ def finish(work: TrainingJob, adapter: AdapterState, result: trainer.TrainResult
         config.wire.upload_dtype,
         broadcast.plan.send,
         known,
-        round=broadcast.round,
+        number=broadcast.round,
         job=broadcast.job,
     )
 
@@ -242,11 +242,11 @@ def _personal_part(adapter: AdapterState, personal: frozenset[str]) -> AdapterSt
     return AdapterState(lora=keep_factors(adapter, personal).lora)
 
 
-def _check_finite(adapter: AdapterState, round: int) -> None:
+def _check_finite(adapter: AdapterState, number: int) -> None:
     """Raises DivergedError where a value is not finite: it would spoil every later round, here and elsewhere."""
     name = not_finite(adapter)
     if name:
-        raise DivergedError(f"training diverged: {name} is not finite at the end of round {round}; lower train.lr")
+        raise DivergedError(f"training diverged: {name} is not finite at the end of round {number}; lower train.lr")
 
 
 def _own_folder(context: Context, broadcast: Broadcast) -> Path:

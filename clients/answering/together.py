@@ -111,7 +111,7 @@ def _as_one(works: Sequence[TrainingJob], folds: Folds) -> list[RecordDict | Err
         one.config.train,
         plan=one.broadcast.plan,
         folds=folds,
-        round=one.broadcast.round,
+        number=one.broadcast.round,
         rounds=one.config.federation.rounds,
         on_step=lambda member, step, steps, loss: works[member].tell(step, steps, loss),
         stages=stages(one.config.privacy),

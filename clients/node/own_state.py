@@ -22,18 +22,18 @@ from fedlora.common.files import replacing
 from fedlora.exchange import Broadcast
 
 
-def load(folder: Path, kind: str, round: int) -> AdapterState | None:
+def load(folder: Path, kind: str, number: int) -> AdapterState | None:
     """What a client has at the start of a round: what `save` stored in the latest earlier round, or None.
 
     Args:
         folder: the folder of this run and client; see `folder_of`.
         kind: "personal" or "left-out".
-        round: number of the round that starts.
+        number: number of the round that starts.
 
     Raises:
         DataError: the file cannot be read.
     """
-    earlier = {number: path for number, path in _files(folder, kind).items() if number < round}
+    earlier = {each: path for each, path in _files(folder, kind).items() if each < number}
     if not earlier:
         return None
     path = earlier[max(earlier)]
@@ -46,26 +46,26 @@ def load(folder: Path, kind: str, round: int) -> AdapterState | None:
     return OWN.get(tensors, scalings)
 
 
-def save(folder: Path, kind: str, state: AdapterState, round: int, keep: int = 2) -> None:
+def save(folder: Path, kind: str, state: AdapterState, number: int, keep: int = 2) -> None:
     """Store the result of a round beside those of earlier rounds. The file is complete or absent, whatever happens.
 
     Args:
         folder: the folder of this run and client; see `folder_of`.
         kind: "personal" or "left-out", which is part of the file's name.
         state: any factors and tensors; empty factors are left out.
-        round: number of the round. Files of later rounds are removed, since the server has undone these rounds.
+        number: number of the round. Files of later rounds are removed, since the server has undone these rounds.
         keep: number of files that stay. It should be one more than the server's saved states, since the server may
             have a next round under way.
     """
     tensors = {name: tensor.contiguous() for name, tensor in OWN.put(state).items()}
     scalings = {name: factors.scaling for name, factors in state.lora.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / f"{kind}-{round}.safetensors") as part:
+    with replacing(folder / f"{kind}-{number}.safetensors") as part:
         save_file(tensors, part, metadata={"scalings": json.dumps(scalings)})
     files = _files(folder, kind)
-    kept = sorted((number for number in files if number <= round), reverse=True)[:keep]
-    for number, path in files.items():
-        if number not in kept:
+    kept = sorted((each for each in files if each <= number), reverse=True)[:keep]
+    for each, path in files.items():
+        if each not in kept:
             path.unlink()
 
 

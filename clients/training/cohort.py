@@ -54,7 +54,7 @@ def train(
     *,
     plan: Plan,
     folds: tuple[AdapterState, ...] = (),
-    round: int,
+    number: int,
     rounds: int,
     on_step: Callable[[int, int, int, float], None] = lambda member, step, steps, loss: None,
     stages: Sequence[Stage] = (),
@@ -71,7 +71,7 @@ def train(
         config: the run's section train, for all members.
         plan: which factors are trained, and the terms of the loss; tensors trained in full are trained too.
         folds: the folds that stand beside all adapters as the anchor.
-        round: number of the round, from 1.
+        number: number of the round, from 1.
         rounds: number of rounds of the whole run.
         on_step: called after each member's step with (member, step, steps, loss).
         stages: privacy stages; see `trainer.train`.
@@ -94,7 +94,7 @@ def train(
                 slot,
                 members[m].examples,
                 config,
-                round=round,
+                number=number,
                 rounds=rounds,
                 seed=members[m].seed,
                 penalty=functools.partial(add_terms, slot.pairs, plan),
@@ -106,9 +106,9 @@ def train(
             stack.active = sum(local.steps > step for local in everyone)
             losses = _gradients(bench, stack, everyone[: stack.active], step, own_dropout)
             stack.share_gradients()
-            for number in range(everyone[0].passes - 1):
+            for passed in range(everyone[0].passes - 1):
                 for local in everyone[: stack.active]:
-                    local.after_pass(number)
+                    local.after_pass(passed)
                 stack.drop_gradients()
                 _gradients(bench, stack, everyone[: stack.active], step, own_dropout)
                 stack.share_gradients()

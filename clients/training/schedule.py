@@ -14,10 +14,10 @@ def steps_per_round(config: TrainConfig, num_examples: int) -> int:
     return config.steps or max(1, math.ceil(config.epochs * num_examples / per_step))
 
 
-def examples_of(config: TrainConfig, num_examples: int, round: int, seed: int) -> list[int]:
+def examples_of(config: TrainConfig, num_examples: int, number: int, seed: int) -> list[int]:
     """The numbers of the examples that a round trains on, each once and in ascending order."""
     steps, parts = steps_per_round(config, num_examples), config.accumulate
-    batches = range((round - 1) * steps * parts, round * steps * parts)
+    batches = range((number - 1) * steps * parts, number * steps * parts)
     return sorted({at for index in batches for at in batch_at(num_examples, config.batch_size, index, seed)})
 
 

@@ -53,7 +53,7 @@ def train(
     config: TrainConfig,
     *,
     pad_id: int,
-    round: int,
+    number: int,
     rounds: int,
     seed: int,
     on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
@@ -74,7 +74,7 @@ def train(
         examples: the client's own examples.
         config: the run's section train.
         pad_id: token that fills up shorter rows of a batch on the right.
-        round: number of the round, from 1.
+        number: number of the round, from 1.
         rounds: number of rounds of the whole run, for the schedule.
         seed: seed of this client's order of examples and of dropout.
         on_step: called after each step with (step, steps, loss).
@@ -85,15 +85,17 @@ def train(
         DivergedError: the loss is not finite.
     """
     began = time.perf_counter()
-    local = LocalSteps(trained, examples, config, round=round, rounds=rounds, seed=seed, penalty=penalty, stages=stages)
-    torch.manual_seed(hash_seed(seed, round))  # for everything that draws from torch's own generator
+    local = LocalSteps(
+        trained, examples, config, number=number, rounds=rounds, seed=seed, penalty=penalty, stages=stages
+    )
+    torch.manual_seed(hash_seed(seed, number))  # for everything that draws from torch's own generator
     model.train()
     own_dropout = draws_per_client(model)
     try:
         for step in range(local.steps):
             total = _gradients(task, model, local, step, pad_id, own_dropout=own_dropout)
-            for number in range(local.passes - 1):
-                local.after_pass(number)
+            for passed in range(local.passes - 1):
+                local.after_pass(passed)
                 _gradients(task, model, local, step, pad_id, own_dropout=own_dropout)
             with record_function("fedlora/optimizer"):
                 local.take(step, total)
@@ -139,7 +141,7 @@ class LocalSteps:
         examples: Sequence[Example],
         config: TrainConfig,
         *,
-        round: int,
+        number: int,
         rounds: int,
         seed: int,
         penalty: Callable[[], None] = lambda: None,
@@ -150,9 +152,9 @@ class LocalSteps:
         self.losses: list[float] = []
         self.tokens = 0
         parameters = trained.parameters
-        self.draws = torch.Generator(parameters[0].device).manual_seed(hash_seed(seed, round))
+        self.draws = torch.Generator(parameters[0].device).manual_seed(hash_seed(seed, number))
         self._parameters, self._examples, self._config, self._penalty = parameters, examples, config, penalty
-        self._seed, self._round, self._rounds, self._stages = seed, round, rounds, stages
+        self._seed, self._round, self._rounds, self._stages = seed, number, rounds, stages
         method = optimizer(config)
         self.passes = method.passes
         self._optimizer = method.begin(trained, config)
@@ -210,11 +212,11 @@ class LocalSteps:
         return (self._round - 1) * self.steps + step
 
 
-def diverged(loss: float, step: int, round: int) -> str:
+def diverged(loss: float, step: int, number: int) -> str:
     """The message of a DivergedError; it blames the learning rate only if the first step's loss was finite."""
     if step:
-        return f"training diverged: loss {loss} at step {step + 1} of round {round}; lower train.lr"
+        return f"training diverged: loss {loss} at step {step + 1} of round {number}; lower train.lr"
     return (
-        f"training diverged: loss {loss} at step 1 of round {round}, before anything was trained: the adapter that the "
-        "server sent gives no finite loss here"
+        f"training diverged: loss {loss} at step 1 of round {number}, before anything was trained: the adapter that "
+        "the server sent gives no finite loss here"
     )

@@ -181,7 +181,7 @@ def encode_update(
     send: frozenset[str] = frozenset({"A", "B"}),
     known_base_version: int = 0,
     *,
-    round: int = 1,
+    number: int = 1,
     job: str = "train",
 ) -> RecordDict:
     """A client's answer to a train message.
@@ -193,7 +193,7 @@ def encode_update(
         dtype: number format of the tensors, one of `codec.FORMATS`.
         send: the factors that are sent, from the broadcast's plan.
         known_base_version: the base version whose folds this client will still have in the next round (0: none).
-        round: number of the broadcast's round.
+        number: number of the broadcast's round.
         job: the broadcast's job.
 
     Raises:
@@ -204,7 +204,7 @@ def encode_update(
         "num-examples": update.num_examples,
         "base-version": update.base_version,
         "known-base-version": known_base_version,
-        "round": round,
+        "round": number,
         "job": job,
     }
     record = RecordDict()

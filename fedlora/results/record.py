@@ -156,10 +156,10 @@ class RunRecord:
         self.data["clients"] = [_about(client) for client in clients]
         self._write()
 
-    def joined(self, client: ClientInfo, round: int) -> None:
+    def joined(self, client: ClientInfo, number: int) -> None:
         """Record a client that came, or came back on another node, after the run had begun."""
         others = [about for about in self.data["clients"] if about["client-id"] != client.client_id]
-        others.append(_about(client) | {"joined-in-round": round})
+        others.append(_about(client) | {"joined-in-round": number})
         self.data["clients"] = sorted(others, key=lambda about: about["client-id"])
         self._write()
 

@@ -51,7 +51,7 @@ class FedAvg(Strategy):
                 needs="unequal_ranks",
             )
 
-    def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
+    def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
         """The mean factors, which are the same for all clients.
 
         Raises:
@@ -59,9 +59,9 @@ class FedAvg(Strategy):
         """
         for name, factors in state.adapter.lora.items():
             _check_rank(name, client.client_id, client.rank_of(name), factors.rank, "has")
-        return super().broadcast(state, client, round)
+        return super().broadcast(state, client, number)
 
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The means of A and of B. A module or tensor that no reply contains keeps its value.
 
         Raises:
@@ -69,7 +69,7 @@ class FedAvg(Strategy):
         """
         means_a, means_b, dense = Means(), Means(), Means()
         expected: dict[str, tuple[int, float]] = {}
-        for update in arrivals(updates, round):
+        for update in arrivals(updates, number):
             lora = update.adapter.lora
             sent = {name: (f.rank, f.scaling) for name, f in lora.items()}
             if sent != expected:

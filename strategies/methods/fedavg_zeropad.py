@@ -29,9 +29,9 @@ class FedAvgZeropad(Strategy):
     steady: ClassVar[bool] = True
     any_kind: ClassVar[bool] = True
 
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The padded means. A module or tensor that no reply contains keeps its value."""
-        means, dense = effective_means(updates, round, zero_pad=True)
+        means, dense = effective_means(updates, number, zero_pad=True)
         lora = dict[str, LoraFactors]()
         for name, factors in means.items():
             before = state.adapter.lora.get(name, factors)

@@ -29,9 +29,9 @@ class FedEx(Strategy):
 
     steady: ClassVar[bool] = True
 
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The means, and the residual as one more fold. A module or tensor that no reply contains keeps its value."""
-        parts, dense = gather(updates, round)
+        parts, dense = gather(updates, number)
         lora, residuals = dict[str, LoraFactors](), dict[str, LoraFactors]()
         for name, part in parts.items():
             mean = padded_mean(part.factors, part.shares)

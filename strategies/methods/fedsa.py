@@ -31,15 +31,15 @@ class FedSa(Strategy):
     steady: ClassVar[bool] = True
     personal: ClassVar[frozenset[str]] = frozenset("B")
 
-    def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
+    def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
         """The mean A, with B = 0 for clients that have no B of their own yet. Clients send back only A."""
-        sent = super().broadcast(state, client, round)
+        sent = super().broadcast(state, client, number)
         return replace(sent, plan=replace(sent.plan, send=frozenset("A")))
 
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The mean of each row of A. A row, module or tensor that no reply contains keeps its value."""
         means, dense = RankMeans(0, zero_pad=False), Means()
-        for update in arrivals(updates, round):
+        for update in arrivals(updates, number):
             server = state.adapter.lora
             means.add(
                 {name: at_scaling(f, server[name].scaling) for name, f in update.adapter.lora.items()},

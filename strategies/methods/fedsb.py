@@ -31,15 +31,15 @@ class FedSb(Strategy):
     starts_with: ClassVar[str] = "lora-sb"
     cores: ClassVar[bool] = True
 
-    def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
+    def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
         """A, B and the client's block of R. The client trains and sends back only R."""
-        sent = super().broadcast(state, client, round)
+        sent = super().broadcast(state, client, number)
         return replace(sent, plan=Plan(frozenset("R"), frozenset("R")))
 
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The mean R. Smaller blocks are filled up with zeros."""
         cores, tensors = Means(), Means()
-        for update in arrivals(updates, round):
+        for update in arrivals(updates, number):
             sent = {name: f.R for name, f in update.adapter.lora.items() if f.R is not None}
             whole = {name: _filled(R, state.adapter.lora[name].rank) for name, R in sent.items()}
             cores.add(whole, update.num_examples, update.client_id)

@@ -37,14 +37,14 @@ class FedSvd(Strategy):
         if self.period < 1:
             raise StrategyError(f"strategy.options: fedsvd's period = {self.period}, expected at least 1")
 
-    def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
+    def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
         """A and B. Clients train and send back only B."""
-        return replace(super().broadcast(state, client, round), plan=Plan(frozenset("B"), frozenset("B")))
+        return replace(super().broadcast(state, client, number), plan=Plan(frozenset("B"), frozenset("B")))
 
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The mean B with the same A; after every `period` rounds, the same product with a new A."""
-        state = averaged(state, updates, round, "B")
-        if round % self.period:
+        state = averaged(state, updates, number, "B")
+        if number % self.period:
             return state
         lora = {name: _turned(factors) if factors.B.any() else factors for name, factors in state.adapter.lora.items()}
         return replace(state, adapter=AdapterState(lora=lora, tensors=state.adapter.tensors))

@@ -25,10 +25,10 @@ class Ffa(Strategy):
     linear: ClassVar[bool] = True
     steady: ClassVar[bool] = True
 
-    def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
+    def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
         """A and the mean B. Clients train and send back only B."""
-        return replace(super().broadcast(state, client, round), plan=Plan(frozenset("B"), frozenset("B")))
+        return replace(super().broadcast(state, client, number), plan=Plan(frozenset("B"), frozenset("B")))
 
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The mean B. A module or tensor that no reply contains keeps its value."""
-        return averaged(state, updates, round, "B")
+        return averaged(state, updates, number, "B")

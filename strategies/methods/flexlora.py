@@ -45,13 +45,13 @@ class FlexLora(Strategy):
     def replaces_folds(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.keep_tail
 
-    def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
+    def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
         """The r_j leading components and, with `keep_tail`, the others as an anchor that replaces the last one.
 
         Raises:
             StrategyError: the client's rank is larger than the server's.
         """
-        sent = super().broadcast(balanced(state, client), client, round)
+        sent = super().broadcast(balanced(state, client), client, number)
         if not state.folds.version:
             return sent
         anchor: dict[str, LoraFactors] = {}
@@ -65,9 +65,9 @@ class FlexLora(Strategy):
         # on one node share their folds.
         return replace(sent, folds=(AdapterState(lora=anchor),) if anchor else (), folds_from=0)
 
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The components of the mean update, strongest first. A module or tensor in no reply keeps its value."""
-        parts, dense = gather(updates, round)
+        parts, dense = gather(updates, number)
         stacks = {name: stack(part.factors, part.shares) for name, part in parts.items()}
         if state.folds.version:
             stacks = {name: stack([f, anchors(state, name, parts[name])]) for name, f in stacks.items()}

@@ -24,17 +24,17 @@ class Flora(Strategy):
     Memory: the factors of all replies.
     """
 
-    def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
+    def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
         """The first r_j rows of the round's random A with B = 0, and the folds that this client lacks.
 
         Raises:
             StrategyError: the client's rank is larger than the server's.
         """
-        return super().broadcast(unscaled(state, client), client, round)
+        return super().broadcast(unscaled(state, client), client, number)
 
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The stacked replies as one more fold, and a new adapter for the next round."""
-        parts, dense = gather(updates, round)
+        parts, dense = gather(updates, number)
         fold = AdapterState(lora={name: stack(p.factors, p.shares) for name, p in parts.items()})
-        fresh = restart(state.adapter, state.seed, round + 1)
+        fresh = restart(state.adapter, state.seed, number + 1)
         return replace(state.updated(fresh.lora, dense), folds=state.folds.push(fold))

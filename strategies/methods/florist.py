@@ -38,23 +38,23 @@ class Florist(Strategy):
         if not 0 < self.tau <= 1:
             raise StrategyError(f"strategy.options: florist's tau = {self.tau}, expected a number above 0, at most 1")
 
-    def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
+    def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
         """The first r_j rows of the round's random A with B = 0, and the folds that this client lacks.
 
         Raises:
             StrategyError: the client's rank is larger than the server's.
         """
-        return super().broadcast(unscaled(state, client), client, round)
+        return super().broadcast(unscaled(state, client), client, number)
 
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The truncated mean update as one more fold, and a new adapter for the next round."""
-        parts, dense = gather(updates, round)
+        parts, dense = gather(updates, number)
         stacks = {name: stack(part.factors, part.shares) for name, part in parts.items()}
         fold = {
             name: leading(svd, energy_rank(svd[1], self.tau), dtype=to_fp32(stacks[name].A).dtype)
             for name, svd in svd_each(stacks, whole=self.tau == 1).items()
         }
-        fresh = restart(state.adapter, state.seed, round + 1)
+        fresh = restart(state.adapter, state.seed, number + 1)
         return replace(state.updated(fresh.lora, dense), folds=state.folds.push(AdapterState(lora=fold)))
 
 

@@ -74,7 +74,7 @@ class HetLora(Strategy):
                 f"{math.floor(1000 * (rank - 1) / rank) / 1000}, or to 0"
             )
 
-    def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
+    def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
         """The padded means, cut to the client's rank after pruning, and the term that shrinks its tail.
 
         Raises:
@@ -82,18 +82,18 @@ class HetLora(Strategy):
         """
         for _ in range(_times(state, client.client_id)):
             client = client.with_ranks(lambda rank: pruned_rank(rank, self.prune_gamma))
-        sent = super().broadcast(state, client, round)
+        sent = super().broadcast(state, client, number)
         if not (self.prune_gamma and self.prune_weight):
             return sent
         return replace(sent, plan=replace(sent.plan, terms=(Term("tail", self.prune_weight, self.prune_gamma),)))
 
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The padded means. A module or tensor that no reply contains keeps its value.
 
         Where all updates of a module are zero, its weights are equal.
         """
         times = dict(state.memory.get(_PRUNED, AdapterState()).tensors)
-        parts, dense = gather((self._pruned(update, state, times) for update in updates), round)
+        parts, dense = gather((self._pruned(update, state, times) for update in updates), number)
         lora = dict[str, LoraFactors]()
         for name, part in parts.items():
             norms = [norm(factors) for factors in part.factors]

@@ -47,9 +47,9 @@ class LoraFair(Strategy):
         if not 0 <= self.lam < float("inf"):
             raise StrategyError(f"strategy.options: lora-fair's lam = {self.lam}, expected a number of at least 0")
 
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The mean A and the corrected B. A module or tensor that no reply contains keeps its value."""
-        parts, dense = gather(updates, round)
+        parts, dense = gather(updates, number)
         lora = dict[str, LoraFactors]()
         for batch in equal_shapes(parts):
             A, B = self._refined(batch)

@@ -31,9 +31,9 @@ class RbLora(Strategy):
     steady: ClassVar[bool] = True
     any_kind: ClassVar[bool] = True
 
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The row-wise means. A module, row or tensor that no reply contains keeps its value."""
-        means, dense = effective_means(updates, round, zero_pad=False)
+        means, dense = effective_means(updates, number, zero_pad=False)
         lora = dict[str, LoraFactors]()
         for name, factors in means.items():
             before = state.adapter.lora.get(name, factors)

@@ -25,16 +25,16 @@ class RoLora(Strategy):
     linear: ClassVar[bool] = True
     steady: ClassVar[bool] = True
 
-    def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
+    def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
         """Both factors. Clients train and send back only the factor of this round."""
-        factor = frozenset(trained_in(round))
-        return replace(super().broadcast(state, client, round), plan=Plan(factor, factor))
+        factor = frozenset(trained_in(number))
+        return replace(super().broadcast(state, client, number), plan=Plan(factor, factor))
 
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The mean of the trained factor. A module or tensor that no reply contains keeps its value."""
-        return averaged(state, updates, round, trained_in(round))
+        return averaged(state, updates, number, trained_in(number))
 
 
-def trained_in(round: int) -> Literal["A", "B"]:
+def trained_in(number: int) -> Literal["A", "B"]:
     """The factor that a round trains: B in rounds 1, 3, …, and A in rounds 2, 4, …"""
-    return "B" if round % 2 else "A"
+    return "B" if number % 2 else "A"

@@ -367,10 +367,10 @@ def _classes(config: Config, evaluates: bool) -> tuple[str, ...] | None:
     return task.class_names(prepare(config).rows, config.data) if task.classes and evaluates else None
 
 
-def sample(client_ids: Sequence[int], fraction: float, seed: int, round: int) -> list[int]:
+def sample(client_ids: Sequence[int], fraction: float, seed: int, number: int) -> list[int]:
     """The clients of a round: at least one, drawn without replacement from (seed, round), in order of id."""
     count = clients_per_round(len(client_ids), fraction)
-    return sorted(random.Random(f"{seed}/{round}").sample(sorted(client_ids), count))
+    return sorted(random.Random(f"{seed}/{number}").sample(sorted(client_ids), count))
 
 
 def _chain(first: ClientUpdate, rest: Iterator[ClientUpdate]) -> Iterator[ClientUpdate]:

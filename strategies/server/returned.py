@@ -12,20 +12,20 @@ class NotFiniteError(StrategyError):
     """A strategy's result has values that are not finite."""
 
 
-def check(name: str, before: ServerState, after: object, round: int) -> ServerState:
+def check(name: str, before: ServerState, after: object, number: int) -> ServerState:
     """The state that a strategy returned, after a check that the next round can start from it.
 
     Args:
         name: name of the strategy, as the user wrote it.
         before: the state that `aggregate` was given.
         after: the result of `aggregate`.
-        round: number of the round.
+        number: number of the round.
 
     Raises:
         NotFiniteError: a value is not finite.
         StrategyError: the result is not a state, it has other modules, or the shape of a factor is wrong.
     """
-    where = f"strategy.name = {name!r}: round {round}"
+    where = f"strategy.name = {name!r}: round {number}"
     if not isinstance(after, ServerState):
         raise StrategyError(f"{where}: aggregate returned {type(after).__name__}, expected a ServerState")
     odd = before.adapter.lora.keys() ^ after.adapter.lora.keys()

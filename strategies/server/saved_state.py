@@ -27,7 +27,7 @@ SCHEMA = 2
 _FILES = "round-*.safetensors"
 
 
-def save(folder: Path, state: ServerState, round: int, run: str, keep: int = 1) -> None:
+def save(folder: Path, state: ServerState, number: int, run: str, keep: int = 1) -> None:
     """Write the state after a round. Older states are removed only when the new one is on the disk.
 
     The file's header has, as JSON, everything that is not a tensor: names in order, scalings, the first fold's version.
@@ -35,7 +35,7 @@ def save(folder: Path, state: ServerState, round: int, run: str, keep: int = 1) 
     Args:
         folder: folder for the states of this run only; made if it is missing.
         state: the state; every tensor keeps its number format.
-        round: number of the round that ended with this state.
+        number: number of the round that ended with this state.
         run: the run's key, which `load` compares.
         keep: number of states that are kept, those of the last rounds up to this one.
 
@@ -46,25 +46,25 @@ def save(folder: Path, state: ServerState, round: int, run: str, keep: int = 1) 
     about = {
         "schema": SCHEMA,
         "run": run,
-        "round": round,
+        "round": number,
         "adapter": _put(tensors, "adapter", state.adapter),
         "first-fold": state.folds.first,
         "folds": [_put(tensors, f"fold-{index}", part) for index, part in enumerate(state.folds.parts)],
         "memory": {name: _put(tensors, f"memory-{name}", adapter) for name, adapter in state.memory.items()},
     }
-    path = folder / f"round-{round}.safetensors"
+    path = folder / f"round-{number}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             save_file(_apart(tensors), part, metadata={"fedlora": json.dumps(about)})
         files = {old: _round_of(old) for old in folder.glob(_FILES)}
-        kept = sorted((number for number in files.values() if number <= round), reverse=True)[:keep]
-        for old in [old for old, number in files.items() if number not in kept]:
+        kept = sorted((each for each in files.values() if each <= number), reverse=True)[:keep]
+        for old in [old for old, each in files.items() if each not in kept]:
             old.unlink()
     except (OSError, SafetensorError) as error:
         raise RunError(
-            f"{path}: the server's state after round {round} cannot be written: {error}; make room, and resume the run "
-            f"with: fedlora run --resume {folder.parent}"
+            f"{path}: the server's state after round {number} cannot be written: {error}; make room, and resume the "
+            f"run with: fedlora run --resume {folder.parent}"
         ) from error
 
 
@@ -115,10 +115,10 @@ def load(folder: Path, run: str, after: int = -1) -> tuple[ServerState, int] | N
     return state, round
 
 
-def drop_after(folder: Path, round: int) -> None:
+def drop_after(folder: Path, number: int) -> None:
     """Remove the states of rounds after this one, to which the run went back."""
     for path in folder.glob(_FILES):
-        if _round_of(path) > round:
+        if _round_of(path) > number:
             path.unlink()
 
 

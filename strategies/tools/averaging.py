@@ -18,13 +18,13 @@ from .replies import arrivals
 
 
 def effective_means(
-    updates: Iterable[ClientUpdate], round: int, zero_pad: bool
+    updates: Iterable[ClientUpdate], number: int, zero_pad: bool
 ) -> tuple[dict[str, LoraFactors], dict[str, Tensor]]:
     """The means of s_k A_k and of B_k for each module, at the largest rank of all replies; means of other tensors.
 
     Args:
         updates: the replies, which are read as they arrive.
-        round: number of the round, for error messages.
+        number: number of the round, for error messages.
         zero_pad: True if a row that a client lacks counts as zero in the mean; False if the mean of a row is taken
             over the clients that have it.
 
@@ -33,7 +33,7 @@ def effective_means(
     """
     means_a, means_b, dense = RankMeans(0, zero_pad), RankMeans(1, zero_pad), Means()
     scalings: dict[str, float] = {}
-    for update in arrivals(updates, round):
+    for update in arrivals(updates, number):
         lora = update.adapter.lora
         means_a.add(
             {name: at_scaling(f, scalings.setdefault(name, f.scaling)) for name, f in lora.items()},
@@ -68,7 +68,9 @@ def padded_mean(factors: Sequence[LoraFactors], weights: Sequence[float]) -> Lor
     return LoraFactors(A=A, B=B, scaling=1.0)
 
 
-def averaged(state: ServerState, updates: Iterable[ClientUpdate], round: int, factor: Literal["A", "B"]) -> ServerState:
+def averaged(
+    state: ServerState, updates: Iterable[ClientUpdate], number: int, factor: Literal["A", "B"]
+) -> ServerState:
     """The state with one factor replaced by its mean over the clients.
 
     The result is exact, since the other factor is the same for all clients. Smaller ranks are filled up with zeros,
@@ -77,11 +79,11 @@ def averaged(state: ServerState, updates: Iterable[ClientUpdate], round: int, fa
     Args:
         state: the state from which the round started.
         updates: the replies, each with at least this factor.
-        round: number of the round, for error messages.
+        number: number of the round, for error messages.
         factor: the factor that was trained.
     """
     means, dense = RankMeans(0 if factor == "A" else 1, zero_pad=True), Means()
-    for update in arrivals(updates, round):
+    for update in arrivals(updates, number):
         lora, server = update.adapter.lora, state.adapter.lora
         if factor == "A":
             means.add(

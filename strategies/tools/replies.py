@@ -27,7 +27,7 @@ class ModuleReplies:
     shares: list[float]
 
 
-def arrivals(updates: Iterable[ClientUpdate], round: int) -> Iterator[ClientUpdate]:
+def arrivals(updates: Iterable[ClientUpdate], number: int) -> Iterator[ClientUpdate]:
     """The replies one by one, in the order of their arrival, each of them checked.
 
     Raises:
@@ -37,19 +37,19 @@ def arrivals(updates: Iterable[ClientUpdate], round: int) -> Iterator[ClientUpda
     for update in updates:
         if update.client_id in seen:
             raise StrategyError(
-                f"round {round}: client {update.client_id} replied twice; expected one reply per client"
+                f"round {number}: client {update.client_id} replied twice; expected one reply per client"
             )
         seen.add(update.client_id)
         if not update.num_examples > 0:
             raise StrategyError(
-                f"round {round}: client {update.client_id} sent num_examples = {update.num_examples}, expected > 0"
+                f"round {number}: client {update.client_id} sent num_examples = {update.num_examples}, expected > 0"
             )
         yield update
     if not seen:
-        raise StrategyError(f"round {round}: no client's reply arrived, so there is nothing to aggregate")
+        raise StrategyError(f"round {number}: no client's reply arrived, so there is nothing to aggregate")
 
 
-def gather(updates: Iterable[ClientUpdate], round: int) -> tuple[dict[str, ModuleReplies], dict[str, Tensor]]:
+def gather(updates: Iterable[ClientUpdate], number: int) -> tuple[dict[str, ModuleReplies], dict[str, Tensor]]:
     """All replies' factors by module, and the means of the tensors trained in full.
 
     This is for methods that need all factors at the same time, so that all of them are in memory. They are sorted by
@@ -57,7 +57,7 @@ def gather(updates: Iterable[ClientUpdate], round: int) -> tuple[dict[str, Modul
     """
     kept: dict[str, list[tuple[int, int, LoraFactors]]] = {}
     dense = Means()
-    for update in arrivals(updates, round):
+    for update in arrivals(updates, number):
         for name, factors in update.adapter.lora.items():
             kept.setdefault(name, []).append((update.client_id, update.num_examples, factors))
         dense.add(update.adapter.tensors, update.num_examples, update.client_id)

@@ -22,11 +22,11 @@ def unscaled(state: ServerState, client: ClientInfo) -> ServerState:
     return replace(state, adapter=replace(state.adapter, lora=lora))
 
 
-def restart(adapter: AdapterState, seed: int, round: int) -> AdapterState:
+def restart(adapter: AdapterState, seed: int, number: int) -> AdapterState:
     """A new adapter of the same shapes, ranks and scalings: a random A that depends on seed and round, and B = 0."""
     lora = adapter.lora
     # torch seeds its CPU generator with the low 32 bits alone, so both numbers must be mixed into them
-    digest = hashlib.sha256(f"{seed}/{round}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
     return initial(
         shapes={name: (f.B.shape[0], f.A.shape[1]) for name, f in lora.items()},
         ranks={name: f.rank for name, f in lora.items()},

@@ -45,12 +45,12 @@ class Private(Wrapper):
                 replies = stage.arriving(replies, 0)
         return self.inner.begin(state, replies, initializer)
 
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The inner strategy's next state; the stages change its replies and then its adapter."""
         for stage in self.stages:
-            updates = stage.arriving(updates, round)
-        new = self.inner.aggregate(state, updates, round)
+            updates = stage.arriving(updates, number)
+        new = self.inner.aggregate(state, updates, number)
         adapter = new.adapter
         for stage in self.stages:
-            adapter = stage.aggregated(state.adapter, adapter, round)
+            adapter = stage.aggregated(state.adapter, adapter, number)
         return replace(new, adapter=adapter)

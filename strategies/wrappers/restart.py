@@ -74,39 +74,39 @@ class Restart(Wrapper):
         for link in range(1, 5):  # strategies that train A and B in turn have short periods
             self.broadcast(empty, clients[0], link * self.every + 1)
 
-    def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
+    def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
         """The inner strategy's message, with the folds that the client lacks; a new A is sent as it was drawn.
 
         Raises:
             StrategyError: the inner strategy trains A alone in the round after a new start.
         """
         inside = replace(state, folds=state.folds.emptied())
-        sent = self.inner.broadcast(inside, client, round)
-        if (round - 1) % self.every == 0:
+        sent = self.inner.broadcast(inside, client, number)
+        if (number - 1) % self.every == 0:
             if "B" not in sent.plan.train:
                 raise StrategyError(
-                    f"strategy.restart-every = {self.every}: round {round} starts from B = 0, where A has no gradient, "
-                    f"and {type(innermost(self.inner)).__name__} would train A alone; set another "
+                    f"strategy.restart-every = {self.every}: round {number} starts from B = 0, where A has no "
+                    f"gradient, and {type(innermost(self.inner)).__name__} would train A alone; set another "
                     "strategy.restart-every (an even one, if A and B are trained in turn)"
                 )
             # If clients send no A back, the server takes its own A at its own scaling for theirs.
             if "A" in sent.plan.send:
-                sent = self.inner.broadcast(restarts.unscaled(inside, client), client, round)
+                sent = self.inner.broadcast(restarts.unscaled(inside, client), client, number)
         folds_from, folds = state.folds.since(client.known_base_version)
         return replace(sent, base_version=state.folds.version, folds=folds, folds_from=folds_from, steady=False)
 
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The inner strategy's next state; after every E rounds its whole update becomes a fold.
 
         The inner strategy does not see the folds, and so cannot change them. Folds that it makes itself are added.
         """
-        new, folds = self.inner.aggregate(replace(state, folds=state.folds.emptied()), updates, round), state.folds
-        if round % self.every:
+        new, folds = self.inner.aggregate(replace(state, folds=state.folds.emptied()), updates, number), state.folds
+        if number % self.every:
             for fold in new.folds.parts:
                 folds = folds.push(fold)
             return replace(new, folds=folds)
         link = {name: stack([f]) for name, f in self.inner.global_adapter(new).lora.items() if f.B.any()}
-        fresh = restarts.restart(new.adapter, state.seed, round + 1)
+        fresh = restarts.restart(new.adapter, state.seed, number + 1)
         begun = self.inner.init(AdapterState(lora=fresh.lora, tensors=new.adapter.tensors))
         if link:
             folds = folds.push(AdapterState(lora=link))

@@ -99,20 +99,20 @@ class Robust(Wrapper):
             raise self._unequal("the clients", [client.rank for client in clients])
         self._enough(len(clients), "the run")
 
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """What the inner strategy makes of the replies that the rule lets through.
 
         Raises:
             StrategyError: too few replies for the rule, or unequal ranks under a rule of entries.
         """
-        held = self._arrived(updates, round)
+        held = self._arrived(updates, number)
         if self.rule == "norm-bound":
             held = self._bounded(held)
         elif self._by_entry:
             held = [self._middle(held, state)]
         else:
             held = self._nearest(held, state)
-        return self.inner.aggregate(state, held, round)
+        return self.inner.aggregate(state, held, number)
 
     def begin(self, state: ServerState, replies: Iterable[ClientUpdate], initializer: Initializer) -> ServerState:
         """What the inner strategy begins with, from the statistics that the rule lets through.
@@ -129,10 +129,10 @@ class Robust(Wrapper):
         held = self._bounded(held) if self.rule == "norm-bound" else self._nearest(held, state)
         return self.inner.begin(state, held, initializer)
 
-    def _arrived(self, updates: Iterable[ClientUpdate], round: int) -> list[ClientUpdate]:
+    def _arrived(self, updates: Iterable[ClientUpdate], number: int) -> list[ClientUpdate]:
         """The replies in the order of client ids, enough of them for the rule."""
-        held = sorted(arrivals(updates, round), key=lambda update: update.client_id)
-        self._enough(len(held), f"round {round}")
+        held = sorted(arrivals(updates, number), key=lambda update: update.client_id)
+        self._enough(len(held), f"round {number}")
         return held
 
     def _bounded(self, updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:

@@ -68,9 +68,9 @@ class ServerOptimizer(Wrapper):
             if not good:
                 raise StrategyError(f"strategy.server-{name} = {value}, expected {expected}")
 
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The inner strategy's next state, with the optimizer's step in place of the inner strategy's own change."""
-        new = self.inner.aggregate(state, updates, round)
+        new = self.inner.aggregate(state, updates, number)
         first, second = (state.memory.get(key, AdapterState()) for key in (_FIRST, _SECOND))
         lora, lora_m, lora_v = dict(new.adapter.lora), dict(first.lora), dict(second.lora)
         for name, old in state.adapter.lora.items():

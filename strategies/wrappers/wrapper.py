@@ -81,9 +81,9 @@ class Wrapper(Strategy):
         """The inner strategy's state before round 1."""
         return self.inner.begin(state, replies, initializer)
 
-    def broadcast(self, state: ServerState, client: ClientInfo, round: int) -> Broadcast:
+    def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
         """The inner strategy's message."""
-        return self.inner.broadcast(state, client, round)
+        return self.inner.broadcast(state, client, number)
 
     def global_adapter(self, state: ServerState) -> AdapterState:
         """The inner strategy's global adapter."""

@@ -58,7 +58,7 @@ def reply(dtype: str, upload: str) -> RecordDict:
     update = ClientUpdate(
         client_id=7, adapter=adapter(1, upload == "R"), num_examples=EXAMPLES, base_version=2, metrics=METRICS
     )
-    return wire.encode_update(update, BASE, dtype, frozenset(upload), known_base_version=2, round=3)
+    return wire.encode_update(update, BASE, dtype, frozenset(upload), known_base_version=2, number=3)
 
 
 def decode(record: RecordDict, upload: str) -> ClientUpdate:

@@ -192,7 +192,7 @@ def test_a_forged_array_is_refused(values):
 
 def test_a_reply_of_another_round_is_refused():
     """A reply that is played again, from a round before on the same base."""
-    record = wire.encode_update(update(), BASE, round=1)
+    record = wire.encode_update(update(), BASE, number=1)
     assert wire.decode_update(record, 7, SENT, BASE).update.client_id == 7
     with pytest.raises(WireError, match="client 7 sent round 1, expected 2"):
         wire.decode_update(record, 7, replace(SENT, round=2), BASE)

@@ -121,7 +121,7 @@ def train(config: Config) -> Trained:
     assert trained == pytest.approx(before, abs=close)  # as no dropout is there
 
     settings = TrainConfig(steps=1, batch_size=len(examples), lr=1e-2)
-    trainer.train(bench.task, bench.model, parameters, examples, settings, pad_id=pad, round=1, rounds=1, seed=0)
+    trainer.train(bench.task, bench.model, parameters, examples, settings, pad_id=pad, number=1, rounds=1, seed=0)
     bench.model.eval()
     after = [evaluate(bench.task, bench.model, [one], 1, pad)["loss"] for one in examples]
     return Trained(

@@ -31,8 +31,8 @@ class Run(Wrapper):
         state = self.inner.init(adapter)
         return replace(state, seed=self.seed, folds=Folds(max_rank=self.max_rank, compact=self.compact))
 
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
-        return self.inner.aggregate(state, updates, round)
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
+        return self.inner.aggregate(state, updates, number)
 
 
 def start(clients: Sequence[ClientInfo], seed: int = 0, shapes: Mapping[str, tuple[int, int]] = SHAPES) -> AdapterState:

@@ -22,10 +22,10 @@ class Sampled(FedAvgZeropad):
 
     share: float = 0.5
 
-    def broadcast(self, state, client, round):
-        sent = super().broadcast(state, client, round)
+    def broadcast(self, state, client, number):
+        sent = super().broadcast(state, client, number)
         names = sorted(sent.adapter.lora)
-        chosen = random.Random(f"{state.seed}/{round}").sample(names, max(1, round_down(self.share * len(names))))
+        chosen = random.Random(f"{state.seed}/{number}").sample(names, max(1, round_down(self.share * len(names))))
         return replace(sent, plan=replace(sent.plan, modules=frozenset(chosen)))
 
 

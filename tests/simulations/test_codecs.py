@@ -28,8 +28,8 @@ def state(seed: int, size: float = 1.0) -> AdapterState:
     return AdapterState(lora=lora, tensors={"head.weight": size * torch.randn(2, 33, generator=generator)})
 
 
-def sent(upload: str = "AB", steady: bool = True, round: int = 1) -> Broadcast:
-    return Broadcast(round=round, adapter=state(0), plan=Plan(send=frozenset(upload)), steady=steady)
+def sent(upload: str = "AB", steady: bool = True, number: int = 1) -> Broadcast:
+    return Broadcast(round=number, adapter=state(0), plan=Plan(send=frozenset(upload)), steady=steady)
 
 
 def decode(adapter: AdapterState, broadcast: Broadcast, dtype: str) -> tuple[AdapterState, int]:
@@ -83,17 +83,17 @@ def test_what_is_left_out_comes_with_the_next_reply(tmp_path):
     broadcast = sent()
     trained = sum_of(broadcast.adapter, state(1, size=0.01))
     first, _ = uploads.encode_upload(trained, broadcast, "int4", tmp_path)
-    left = own_state.load(tmp_path, "left-out", round=2)
+    left = own_state.load(tmp_path, "left-out", number=2)
     assert left is not None
     torch.testing.assert_close(left.lora["m0"].A, (difference(first, codec.round_trip(first, "int4"))).lora["m0"].A)
-    second, _ = uploads.encode_upload(trained, sent(round=2), "int4", tmp_path)
+    second, _ = uploads.encode_upload(trained, sent(number=2), "int4", tmp_path)
     torch.testing.assert_close(second.lora["m0"].B, first.lora["m0"].B + left.lora["m0"].B)
 
 
 def test_nothing_is_carried_over_a_restart_or_a_change_of_rank(tmp_path):
     trained = state(1)
     uploads.encode_upload(trained, sent(steady=False), "int4", tmp_path)
-    assert own_state.load(tmp_path, "left-out", round=2) is None
+    assert own_state.load(tmp_path, "left-out", number=2) is None
     uploads.encode_upload(trained, sent(), "int4", tmp_path)
     smaller = AdapterState(
         lora={n: LoraFactors(f.A[:2], f.B[:, :2], f.scaling) for n, f in trained.lora.items()}, tensors=trained.tensors
@@ -109,9 +109,9 @@ def test_a_factor_that_is_not_sent_this_round_keeps_what_it_left_out(tmp_path):
     """RoLoRA sends B and A in turn."""
     trained = sum_of(state(0), state(1, size=0.01))
     uploads.encode_upload(trained, sent("B"), "int4", tmp_path)
-    before = own_state.load(tmp_path, "left-out", round=2)
-    uploads.encode_upload(trained, sent("A", round=2), "int4", tmp_path)
-    after = own_state.load(tmp_path, "left-out", round=3)
+    before = own_state.load(tmp_path, "left-out", number=2)
+    uploads.encode_upload(trained, sent("A", number=2), "int4", tmp_path)
+    after = own_state.load(tmp_path, "left-out", number=3)
     assert before is not None
     assert after is not None
     assert torch.equal(after.lora["m0"].B, before.lora["m0"].B)

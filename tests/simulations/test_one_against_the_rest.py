@@ -38,14 +38,14 @@ def clients_with(change: Callable[[int, Message, Message], Message]) -> ClientAp
     return app
 
 
-def scaled(size: float, round: int = 1, client: int = 2) -> ClientApp:
+def scaled(size: float, number: int = 1, client: int = 2) -> ClientApp:
     """One client whose factors are this many times what it trained, in one round or in all (0)."""
 
     def change(who: int, question: Message, answer: Message) -> Message:
         if (
             who == client
             and question.metadata.message_type == "train"
-            and round in (0, int(question.metadata.group_id))
+            and number in (0, int(question.metadata.group_id))
         ):
             with tensors_of(answer.content) as arrays:
                 for name, values in arrays.items():
@@ -93,7 +93,7 @@ def test_an_absurd_update_is_set_aside_with_its_figure_and_the_round_goes_on(tmp
 def test_a_robust_rule_keeps_the_clients_that_it_needs(tmp_path, tiny_llama):
     """Krum of five withstands one that lies far out; without it there would be too few."""
     keys = {"strategy__robust": "krum", "federation__clients": 5, "data__partition": "iid"}
-    result = played(tiny(tmp_path, tiny_llama, **keys), scaled(1e6, round=0))
+    result = played(tiny(tmp_path, tiny_llama, **keys), scaled(1e6, number=0))
     assert [(len(entry["clients"]), entry["failures"]) for entry in result["rounds"]] == [(5, {})] * 2
     assert result["rounds"][-1]["heldout"]["loss"] < result["baseline"]["loss"] + 0.1
 
@@ -132,7 +132,7 @@ def diverging(beyond: float) -> Callable[[int, Message, Message], Message]:
 @pytest.mark.parametrize("keys", [{}, {"anchor__base_update": "merge"}, {"strategy__name": "lora-fair"}])
 def test_a_round_on_which_nobody_can_train_is_taken_back_without_the_suspect(tmp_path, tiny_llama, caplog, keys):
     """The bound is off: the poison gets into the model, and the next round tells."""
-    poison, honest = scaled(1e4, round=2), diverging(100.0)
+    poison, honest = scaled(1e4, number=2), diverging(100.0)
 
     def both(message: Message, context: Context) -> Message:
         answered = poison(message, context)
@@ -290,37 +290,37 @@ def test_a_client_that_is_refused_at_the_start_is_lost_too(tmp_path, tiny_llama)
 class Nan(FedAvgZeropad):
     """A user's own strategy that returns what is no number."""
 
-    def aggregate(self, state, updates, round):
-        new = super().aggregate(state, updates, round)
+    def aggregate(self, state, updates, number):
+        new = super().aggregate(state, updates, number)
         lora = {name: replace(f, B=f.B * float("nan")) for name, f in new.adapter.lora.items()}
         return replace(new, adapter=replace(new.adapter, lora=lora))
 
 
 @dataclass(frozen=True)
 class Nothing(FedAvgZeropad):
-    def aggregate(self, state, updates, round):
+    def aggregate(self, state, updates, number):
         list(updates)
 
 
 @dataclass(frozen=True)
 class Fewer(FedAvgZeropad):
-    def aggregate(self, state, updates, round):
-        new = super().aggregate(state, updates, round)
+    def aggregate(self, state, updates, number):
+        new = super().aggregate(state, updates, number)
         first = next(iter(new.adapter.lora))
         return replace(new, adapter=replace(new.adapter, lora={first: new.adapter.lora[first]}))
 
 
 @dataclass(frozen=True)
 class Turned(FedAvgZeropad):
-    def aggregate(self, state, updates, round):
-        new = super().aggregate(state, updates, round)
+    def aggregate(self, state, updates, number):
+        new = super().aggregate(state, updates, number)
         lora = {name: replace(f, A=f.A.T.contiguous()) for name, f in new.adapter.lora.items()}
         return replace(new, adapter=replace(new.adapter, lora=lora))
 
 
 @dataclass(frozen=True)
 class Broken(FedAvgZeropad):
-    def aggregate(self, state, updates, round):
+    def aggregate(self, state, updates, number):
         list(updates)
         return {}["oops"]
 

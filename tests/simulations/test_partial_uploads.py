@@ -67,12 +67,12 @@ def test_what_is_learned_lowers_the_loss_exactly_and_peft_loads_it(tmp_path, tin
     )
 
 
-def sent_values(strategy: str, round: int) -> int:
+def sent_values(strategy: str, number: int) -> int:
     """The numbers that clients of ranks 4, 2, 2, 1 send in a round."""
     out, into = sum(d_out for d_out, _ in SHAPES), sum(d_in for _, d_in in SHAPES)
-    factors = {"ffa": "B", "fedsvd": "B", "fedsa": "A", "rolora": "AB"[round % 2], "fedsb": "" if round else "AB"}
+    factors = {"ffa": "B", "fedsvd": "B", "fedsa": "A", "rolora": "AB"[number % 2], "fedsb": "" if number else "AB"}
     factor_values = 9 * (("A" in factors[strategy]) * into + ("B" in factors[strategy]) * out)
-    return factor_values + (6 * (16 + 4 + 4 + 1) if strategy == "fedsb" and round else 0)
+    return factor_values + (6 * (16 + 4 + 4 + 1) if strategy == "fedsb" and number else 0)
 
 
 @pytest.mark.parametrize("strategy", ["ffa", "rolora", "fedsvd", "fedsa", "fedsb"])

@@ -217,14 +217,14 @@ def test_it_may_die_anywhere_and_again(tmp_path, tiny_llama, monkeypatch, name):
     assert result_of(folder)["rounds"] == []
     save = saved_state.save
 
-    def dies_before(state_folder: Path, state: Any, round: int, run: str, keep: int) -> None:
-        if round == 2:
+    def dies_before(state_folder: Path, state: Any, number: int, run: str, keep: int) -> None:
+        if number == 2:
             raise Killed
-        save(state_folder, state, round, run, keep)
+        save(state_folder, state, number, run, keep)
 
-    def dies_after(state_folder: Path, state: Any, round: int, run: str, keep: int) -> None:
-        save(state_folder, state, round, run, keep)
-        if round in (3, ROUNDS):
+    def dies_after(state_folder: Path, state: Any, number: int, run: str, keep: int) -> None:
+        save(state_folder, state, number, run, keep)
+        if number in (3, ROUNDS):
             raise Killed
 
     for dies, done in ((dies_before, 1), (dies_after, 3), (dies_after, ROUNDS)):

@@ -78,8 +78,8 @@ class Halved(FedAvgZeropad):
 
     by: float = 0.5
 
-    def aggregate(self, state, updates, round):
-        new = super().aggregate(state, updates, round)
+    def aggregate(self, state, updates, number):
+        new = super().aggregate(state, updates, number)
         lora = {
             name: replace(f, B=state.adapter.lora[name].B * (1 - self.by) + f.B * self.by)
             for name, f in new.adapter.lora.items()

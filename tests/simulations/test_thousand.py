@@ -143,15 +143,15 @@ def test_what_clients_keep_lies_on_disk_alone_and_only_of_those_that_were_at_wor
     loaded: list[int] = []
     save, read = own_state.save, own_state.load
 
-    def saving(folder: Path, kind: str, state: AdapterState, round: int, keep: int) -> None:
+    def saving(folder: Path, kind: str, state: AdapterState, number: int, keep: int) -> None:
         states.append(weakref.ref(state))
-        save(folder, kind, state, round, keep)
+        save(folder, kind, state, number, keep)
 
-    def loading(folder: Path, kind: str, round: int) -> AdapterState | None:
-        state = read(folder, kind, round)
+    def loading(folder: Path, kind: str, number: int) -> AdapterState | None:
+        state = read(folder, kind, number)
         if state is not None:
             states.append(weakref.ref(state))
-            loaded.append(round)
+            loaded.append(number)
         return state
 
     def at_end(event: str, facts: dict[str, Any]) -> None:

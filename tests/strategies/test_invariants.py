@@ -106,9 +106,9 @@ def begun(strategy: Strategy, clients: Sequence[ClientInfo], seed: int = 0) -> S
 
 
 def replies(
-    strategy: Strategy, state: ServerState, clients: Sequence[ClientInfo], round: int, seed: int
+    strategy: Strategy, state: ServerState, clients: Sequence[ClientInfo], number: int, seed: int
 ) -> list[ClientUpdate]:
-    return [train(strategy.broadcast(state, client, round), client, seed) for client in clients]
+    return [train(strategy.broadcast(state, client, number), client, seed) for client in clients]
 
 
 def assert_near(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 2e-5) -> None:

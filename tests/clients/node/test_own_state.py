@@ -41,8 +41,8 @@ def kept(value: float) -> AdapterState:
     return AdapterState(tensors={"x": torch.tensor([value])})
 
 
-def held(folder: Path, round: int) -> float | None:
-    found = own_state.load(folder, "personal", round)
+def held(folder: Path, number: int) -> float | None:
+    found = own_state.load(folder, "personal", number)
     return None if found is None else float(found.tensors["x"])
 
 

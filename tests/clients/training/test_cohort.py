@@ -84,14 +84,14 @@ def both(
             examples,
             config,
             pad_id=bench.base.pad_id,
-            round=2,
+            number=2,
             rounds=3,
             seed=seed,
             penalty=functools.partial(terms.add_terms, trained.pairs, plan),
         )
         alone.append((adapted.read(bench), result))
     members = [cohort.Member(a, d, seed) for seed, (a, d) in enumerate(zip(adapters, data, strict=True))]
-    together = cohort.train(bench, members, config, plan=plan, folds=anchor, round=2, rounds=3)
+    together = cohort.train(bench, members, config, plan=plan, folds=anchor, number=2, rounds=3)
     return alone, together
 
 
@@ -230,7 +230,7 @@ def test_one_client_that_diverges_fails_alone(tiny_llama):
     spoiled = [adapters[0], AdapterState(lora=bad), *adapters[2:]]
     data = [sentences(8, seed) for seed in range(4)]
     members = [cohort.Member(a, d, seed) for seed, (a, d) in enumerate(zip(spoiled, data, strict=True))]
-    ends = cohort.train(bench, members, CONFIG, plan=Plan(), round=2, rounds=3)
+    ends = cohort.train(bench, members, CONFIG, plan=Plan(), number=2, rounds=3)
     assert isinstance(ends[1], AdapterError)
     assert "training diverged: loss nan at step 1 of round 2" in str(ends[1])
     alone, _ = both(bench, adapters, data, CONFIG)

@@ -47,7 +47,7 @@ def bench_and_start(folder):
     return bench, start
 
 
-def train(bench, start, config=CONFIG, trainable=("A", "B"), round=1, rounds=2, data=None, **keywords):
+def train(bench, start, config=CONFIG, trainable=("A", "B"), number=1, rounds=2, data=None, **keywords):
     parameters = adapted.install(bench, start, trainable)
     adapted.install_anchor(bench, ())
     result = trainer.train(
@@ -57,7 +57,7 @@ def train(bench, start, config=CONFIG, trainable=("A", "B"), round=1, rounds=2, 
         data or examples(),
         config,
         pad_id=3,
-        round=round,
+        number=number,
         rounds=rounds,
         seed=5,
         **keywords,
@@ -114,9 +114,9 @@ def test_accumulation_is_one_large_batch(tiny_llama):
 def test_rounds_continue_through_the_data_and_the_schedule(tiny_llama):
     bench, start = bench_and_start(tiny_llama)
     sgd = replace(CONFIG, optimizer="sgd", schedule="cosine", warmup_fraction=0.25, steps=3)
-    _, middle = train(bench, start, sgd, round=1, rounds=2)
-    _, two_rounds = train(bench, middle, sgd, round=2, rounds=2)
-    _, at_once = train(bench, start, replace(sgd, steps=6), round=1, rounds=1)
+    _, middle = train(bench, start, sgd, number=1, rounds=2)
+    _, two_rounds = train(bench, middle, sgd, number=2, rounds=2)
+    _, at_once = train(bench, start, replace(sgd, steps=6), number=1, rounds=1)
     assert distance(two_rounds, at_once) < bound(1e-6)
 
 

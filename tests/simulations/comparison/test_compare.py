@@ -30,12 +30,12 @@ from fedlora.strategies.methods.flora import Flora
 
 @dataclass(frozen=True)
 class Raises(Flora):
-    def aggregate(self, state, updates, round):
+    def aggregate(self, state, updates, number):
         raise ZeroDivisionError("of the strategy's own")
 
 @dataclass(frozen=True)
 class Dies(Flora):
-    def aggregate(self, state, updates, round):
+    def aggregate(self, state, updates, number):
         os._exit(3)
 """
 

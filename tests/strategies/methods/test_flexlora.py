@@ -132,14 +132,14 @@ def parts_of(updates: Sequence[ClientUpdate], module: str) -> list[naive.Part]:
 
 
 def a_round(
-    strategy: Strategy, state: ServerState, clients: Sequence[ClientInfo], round: int, seed: int
+    strategy: Strategy, state: ServerState, clients: Sequence[ClientInfo], number: int, seed: int
 ) -> tuple[list[ClientUpdate], list[dict[str, Tensor]]]:
     """The replies, and each client's anchor as a dense matrix by module."""
     updates, anchors = [], []
     for client in clients:
-        sent, held = strategy.broadcast(state, client, round), HeldBase()
+        sent, held = strategy.broadcast(state, client, number), HeldBase()
         held.apply(sent)
-        updates.append(train(sent, client, seed + round))
+        updates.append(train(sent, client, seed + number))
         frozen = dense_deltas(held.folds)
         anchors.append({n: frozen.get(n, torch.zeros(s, dtype=torch.float64)) for n, s in SHAPES.items()})
     return updates, anchors

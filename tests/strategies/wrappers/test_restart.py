@@ -36,26 +36,26 @@ UNEQUAL = [
 class Stacked(Strategy):
     """Keeps the whole ideal as its adapter, at any rank."""
 
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], round: int) -> ServerState:
-        parts, dense = gather(updates, round)
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
+        parts, dense = gather(updates, number)
         lora = {name: stack(part.factors, part.shares) for name, part in parts.items()}
         return replace(state, adapter=AdapterState(lora={**state.adapter.lora, **lora}, tensors=dense))
 
 
 def step(
-    strategy: Strategy, state: ServerState, clients: Sequence[ClientInfo], held: Sequence[HeldBase], round: int
+    strategy: Strategy, state: ServerState, clients: Sequence[ClientInfo], held: Sequence[HeldBase], number: int
 ) -> ServerState:
     """One round, in which what a client replies depends on its base and on what it is sent."""
     updates = []
     for client, base in zip(clients, held, strict=True):
-        sent = strategy.broadcast(state, replace(client, known_base_version=base.version), round)
+        sent = strategy.broadcast(state, replace(client, known_base_version=base.version), number)
         assert not sent.steady
         base.apply(sent)
         pull = sum(
             float(tensor.sum()) for tensor in base.weights({n: torch.zeros(s) for n, s in SHAPES.items()}).values()
         )
-        updates.append(train(sent, client, round, size=0.2 + 0.1 * abs(pull) / (1 + abs(pull))))
-    return strategy.aggregate(state, updates, round)
+        updates.append(train(sent, client, number, size=0.2 + 0.1 * abs(pull) / (1 + abs(pull))))
+    return strategy.aggregate(state, updates, number)
 
 
 @pytest.mark.parametrize(
@@ -165,12 +165,12 @@ def test_the_optimizers_moments_end_with_their_link() -> None:
 
 
 def test_restarts_depend_on_seed_and_round_alone() -> None:
-    def fresh(seed: int, round: int, examples: int) -> Tensor:
+    def fresh(seed: int, number: int, examples: int) -> Tensor:
         chain = Run(Restart(FedAvg(), every=1), seed=seed)
         state = chain.init(start(EQUAL, 0))
         client = replace(EQUAL[0], num_examples=examples)
         return (
-            chain.aggregate(state, [train(chain.broadcast(state, client, 1), client, examples)], round)
+            chain.aggregate(state, [train(chain.broadcast(state, client, 1), client, examples)], number)
             .adapter.lora["layers.0.q"]
             .A
         )

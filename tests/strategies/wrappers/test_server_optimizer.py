@@ -124,8 +124,8 @@ def test_a_module_without_replies_rests_and_goes_on(kind: str) -> None:
     strategy = ServerOptimizer(FedAvg(), kind=kind, lr=0.3)
     state = run(strategy, 2)[-1]
 
-    def replies(round: int, absent: str = "") -> list[ClientUpdate]:
-        updates = [train(strategy.broadcast(state, client, round), client, round) for client in CLIENTS]
+    def replies(number: int, absent: str = "") -> list[ClientUpdate]:
+        updates = [train(strategy.broadcast(state, client, number), client, number) for client in CLIENTS]
         return [
             replace(u, adapter=replace(u.adapter, lora={n: f for n, f in u.adapter.lora.items() if n != absent}))
             for u in updates
