@@ -94,37 +94,37 @@ class RunDisplay:
         if handle:
             handle(**facts)
 
-    def _on_round_start(self, number: int, rounds: int, clients: int) -> None:
+    def _on_round_start(self, round: int, rounds: int, clients: int) -> None:
         if self._rounds is None:
             self._rounds = self._progress.add_task("rounds", total=rounds, note="")
-        self._progress.update(self._rounds, description=f"round {number}/{rounds}")
-        self._stand(f"round {number} of {rounds}: {clients} clients are asked", after=0)
+        self._progress.update(self._rounds, description=f"round {round}/{rounds}")
+        self._stand(f"round {round} of {rounds}: {clients} clients are asked", after=0)
 
-    def _on_client_start(self, client_id: int, rank: int, number: int) -> None:
+    def _on_client_start(self, client_id: int, rank: int, round: int) -> None:
         self._clients[client_id] = self._progress.add_task(f"  client {client_id} (rank {rank})", total=None, note="")
 
-    def _on_client_step(self, client_id: int, step: int, steps: int, loss: float, number: int) -> None:
+    def _on_client_step(self, client_id: int, step: int, steps: int, loss: float, round: int) -> None:
         if client_id in self._clients:
             self._progress.update(self._clients[client_id], total=steps, completed=step, note=f"loss {loss:.3f}")
-        self._stand(f"round {number}  client {client_id}  step {step} of {steps}  loss {loss:.4f}")
+        self._stand(f"round {round}  client {client_id}  step {step} of {steps}  loss {loss:.4f}")
 
-    def _on_client_done(self, client_id: int, node: int, number: int, metrics: dict[str, float]) -> None:
+    def _on_client_done(self, client_id: int, node: int, round: int, metrics: dict[str, float]) -> None:
         self._drop(self._clients.pop(client_id, None))
         if not self._console.is_terminal:
             self._line(
-                f"round {number}  client {client_id}  train loss {metrics['train-loss']:.4f}  "
+                f"round {round}  client {client_id}  train loss {metrics['train-loss']:.4f}  "
                 f"{metrics['train-steps']:.0f} steps, {metrics['train-tokens']:.0f} tokens, "
                 f"{metrics['train-seconds']:.1f} s"
             )
 
-    def _on_client_failed(self, client_id: int | None, node: int, reason: str, number: int) -> None:
+    def _on_client_failed(self, client_id: int | None, node: int, reason: str, round: int) -> None:
         self._drop(self._clients.pop(client_id, None) if client_id is not None else None)
         kind = _NUMBER.sub("", reason)  # so that the reasons of several clients are equal
         if kind not in self._alike:
             self._rest_alike()
         self._alike[kind] += 1
         if self._alike[kind] <= _MOST_ALIKE:
-            self._console.print(f"round {number}  not counted: {reason}", style="yellow", soft_wrap=True, markup=False)
+            self._console.print(f"round {round}  not counted: {reason}", style="yellow", soft_wrap=True, markup=False)
 
     def _rest_alike(self) -> None:
         """Print how many more clients had a reason that was already shown for enough clients."""
