@@ -1,4 +1,4 @@
-"""What the site of `make docs` shows besides the pages in docs/."""
+"""Hooks for the site of `make docs`: pages and tables besides the files in docs/."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""A comparison or a run as one page, with its figures and tables as files."""
+"""Writes a report on a comparison or a run: one page, with its figures and tables also as files."""
 
 from __future__ import annotations
 

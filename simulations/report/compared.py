@@ -19,7 +19,7 @@ Say = Callable[[str], None]
 
 
 def page(comparison: Comparison, name: str, say: Say) -> Page:
-    """What the page of a comparison says.
+    """The contents of a comparison's page.
 
     Args:
         comparison: as read.
@@ -61,7 +61,7 @@ def write_tables(comparison: Comparison, page: Page, out: Path) -> None:
 
 
 def _pictures(seen: View, comparison: Comparison) -> tuple[list[Picture], Sequence[str]]:
-    """The scenario's figures, and a sentence on those without numbers."""
+    """The scenario's figures, and a sentence about figures that lack numbers."""
     diagnosed = curves.diagnostics(seen)
     kinds: dict[str, list[Picture]] = {
         "the final metric": outcomes.final(seen),

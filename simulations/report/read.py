@@ -1,4 +1,4 @@
-"""What there is to report: the folder of a comparison, or of one run. Nothing in it is changed."""
+"""Reads the folder of a comparison or of one run for a report, and changes nothing in it."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from .tables import Table
 
 
 def page(run: Mapping[str, Any], folder: Path) -> Page:
-    """What the page of a run says."""
+    """The contents of a run's page."""
     config = flat(run.get("config", {}))
     name = str(config.get("strategy.name", "run"))
     style = styles([name])[name]
@@ -67,7 +67,7 @@ def page(run: Mapping[str, Any], folder: Path) -> Page:
 
 
 def _table(run: Mapping[str, Any]) -> Table:
-    """The rounds in numbers; columns without a value are left out."""
+    """A table of the rounds' numbers; columns without a value are left out."""
     start = [{"round": 0, "heldout": run["baseline"]}] if "baseline" in run else []
     kinds: list[tuple[str, Callable[[Entry], str]]] = [
         ("round", lambda e: str(e["round"])),

@@ -1,4 +1,4 @@
-"""What it cost: bytes, seconds by phase, peak memory."""
+"""Figures of costs: bytes, seconds by phase, peak memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What changes over rounds: the metric against rounds, megabytes and seconds, and the diagnostics by round."""
+"""Figures over rounds: the metric by round, by megabytes and by seconds, and the diagnostics by round."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def draw_line(
 
 
 def floor_axis(ax: Axes) -> None:
-    """A logarithmic axis that ends at the floor, and says so."""
+    """Make an axis logarithmic, ending at a smallest value, which its label names."""
     ax.set_yscale("log")
     high = max([1.0, *[float(value) for line in ax.lines for value in line.get_ydata()]])  # type: ignore[union-attr]
     ax.set_ylim(FLOOR * 0.5, high * 1.5)
@@ -166,7 +166,7 @@ def floor_axis(ax: Axes) -> None:
 
 
 def _height(lines: int) -> float:
-    """Inches: enough for the axes, and for a legend of so many lines."""
+    """The height of a figure in inches, enough for the axes and for a legend of so many lines."""
     return max(3.6, 0.185 * min(lines, 20) + 0.5)
 
 

@@ -1,4 +1,4 @@
-"""Figures without a display: axes with room for a legend, and the files made of them."""
+"""Draws figures without a display: axes with room for a legend, and the files of a figure."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SETTINGS: dict[str, Any] = {
     "legend.fontsize": 8,
     "path.simplify": True,
 }
-# Where DejaVu is missing, fonts of about its width or less.
+# Fonts about as wide as DejaVu or narrower, in case it is missing.
 _FONTS = "'DejaVu Sans', Verdana, Arial, sans-serif"
 
 

@@ -79,7 +79,7 @@ def heldout(entry: Entry) -> Mapping[str, float]:
 
 
 def own(entry: Entry) -> Mapping[str, float]:
-    """A round's metrics on the clients' own test rows, mean over clients."""
+    """A round's metrics on the clients' own test rows, as means over clients."""
     return entry.get("client-test", {}).get("mean", {})
 
 
@@ -118,7 +118,7 @@ def metrics(run: Mapping[str, Any], style: Style) -> list[Picture]:
 
 
 def lines(run: Mapping[str, Any], style: Style, kind: Kind) -> list[Picture]:
-    """Numbers of a round as lines; nothing where no round has one."""
+    """A figure with numbers of each round as lines; None if no round has any."""
     drawn = {label: found for label, value in kind.values.items() if (found := points([run], value))}
     if not drawn:
         return []
@@ -136,7 +136,7 @@ def lines(run: Mapping[str, Any], style: Style, kind: Kind) -> list[Picture]:
 
 
 def clients(run: Mapping[str, Any]) -> list[Picture]:
-    """Each client's mean training loss by round; of very many clients, the first."""
+    """Each client's mean training loss by round; if there are very many clients, only of the first ones."""
     names = sorted({name for entry in run["rounds"] for name in entry.get("clients", {})}, key=lambda n: (len(n), n))
     shown = names[:_MOST_CLIENTS]
     ranks = {str(client["client-id"]): client["rank"] for client in run.get("clients", [])}
@@ -164,7 +164,7 @@ def clients(run: Mapping[str, Any]) -> list[Picture]:
 
 
 def cost(rounds: Sequence[Entry]) -> list[Picture]:
-    """Bytes and seconds of each round, of the last ones where there are very many."""
+    """Bytes and seconds of each round; if there are very many rounds, only of the last ones."""
     if not rounds:
         return []
     last = rounds[-_MOST_BARS:]
@@ -174,7 +174,7 @@ def cost(rounds: Sequence[Entry]) -> list[Picture]:
 
 
 def spectrum(folder: Path, name: str, style: Style) -> list[Picture]:
-    """Of the adapter that the run has saved, where it can be read."""
+    """The spectra of the adapter that the run has saved, if it can be read."""
     try:
         values = adapter_spectra(folder / "adapter")
     except (OSError, ValueError, KeyError):

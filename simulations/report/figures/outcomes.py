@@ -1,4 +1,4 @@
-"""What came out: the final metric, the learning-rate sweep, and how unequal clients fare."""
+"""Figures of results: the final metric, the sweep of learning rates, and the metrics of single clients."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ WRONG = {
     "folder": (("[scenarios.half]", '[scenarios."a/b"]'), "scenarios: 'a/b' names a folder; use letters"),
     "parent-folder": (("[scenarios.half]", '[scenarios.".."]'), r"scenarios: '\.\.' names a folder; use letters"),
     "name": (("seeds", 'name = "../mine"\nseeds'), "name: '../mine' names a folder; use letters"),
-    "number-for-name": (("seeds", "name = 3\nseeds"), "name = 3, expected a name for its folder"),
+    "number-for-name": (("seeds", "name = 3\nseeds"), "name = 3, expected a name for"),
     "baseline": (
         ("baselines = []", "baselines = ['centralized']"),
         "baselines: 'centralized'; did you mean 'centralised'",
@@ -222,7 +222,7 @@ WRONG = {
     "no-config": (('config = "quickstart"', ""), "config is missing, expected the preset or TOML file"),
     "unknown-config": (('"quickstart"', '"quikstart"'), "config: quikstart: neither a TOML file nor a preset; did you"),
     "settings": (("[settings]", "settings = 3\n[scenarios.more]"), "settings is int, expected a table"),
-    "scenarios": (("[scenarios.full]", "[scenarios]\nfull = 1"), r"scenarios: expected a table of tables"),
+    "scenarios": (("[scenarios.full]", "[scenarios]\nfull = 1"), r"scenarios: expected a table with a table"),
     "damaged": (("seeds = ", "seeds = = "), "cannot be read as TOML: "),
 }
 
