@@ -22,9 +22,9 @@ def page(comparison: Comparison, name: str, say: Say) -> Page:
     """The contents of a comparison's page.
 
     Args:
-        comparison: as read.
-        name: of its folder, where the grid has none.
-        say: told of each scenario before its figures are drawn.
+        comparison: the comparison.
+        name: name of the comparison's folder, used if the grid has no name.
+        say: called with a line of text before each scenario's figures are drawn.
     """
     grid = comparison.grid
     rankings = rank(comparison.cells, grid["metric"], grid["reference"])
@@ -83,7 +83,7 @@ def _pictures(seen: View, comparison: Comparison) -> tuple[list[Picture], Sequen
         "the partition": shapes.partition(seen, comparison.of(seen.scenario)),
     }
     missing = [words for words, found in kinds.items() if not found]
-    absent = [f"Not shown, for want of numbers in this scenario: {', '.join(missing)}."] if missing else []
+    absent = [f"Not shown, since this scenario has no numbers for them: {', '.join(missing)}."] if missing else []
     personal = [row.label for row in seen.strategies if any(map(is_personal, row.choice.cells.values()))]
     if personal:
         absent.append(

@@ -27,10 +27,10 @@ def summary(comparison: Comparison) -> list[str]:
         f"({', '.join(map(str, seeds))})" + (f"; baselines: {', '.join(baselines)}." if baselines else "."),
         f"{done} of {grid.get('cells', len(cells))} cells are complete.",
         f"The metric is {metric}, better when {'lower' if lower_is_better(metric) else 'higher'}. The learning rate of "
-        f"each strategy is the one with the best mean {metric} over seeds on validation rows; what the tables rank is "
-        f"the {metric} of the final model on test rows. No client trained on either.",
-        f"Differences are to {grid['reference']}, paired by seed, with a paired t-test and Holm's correction over all "
-        "strategies of a scenario. The baselines are no contestants: they have neither rank nor test.",
+        f"each strategy is the one with the best mean {metric} over seeds on validation rows. The tables rank by the "
+        f"{metric} of the final model on test rows. No client trained on validation or test rows.",
+        f"Differences are from {grid['reference']}, paired by seed, with a paired t-test and Holm's correction over "
+        "all strategies of a scenario. Baselines are only for orientation, and have neither rank nor test.",
     ]
     rows = _rows(cells)
     if rows:
@@ -65,7 +65,7 @@ def warnings(comparison: Comparison, rankings: Sequence[Ranking]) -> list[str]:
         ]
     codes = distinct(cell.get("code", {}) for cell in cells if cell.get("code"))
     if any(code.get("dirty") for code in codes):
-        found.append("The code had changes that no commit holds.")
+        found.append("The code had changes that are in no commit.")
     if len({code.get("commit") for code in codes}) > 1:
         found.append("The cells are of several commits: " + ", ".join(str(code["commit"])[:10] for code in codes) + ".")
     devices = distinct(_device(cell) for cell in cells if cell.get("device"))

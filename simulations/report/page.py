@@ -21,10 +21,10 @@ class Section:
     """A part of the page.
 
     Args:
-        title: its heading.
-        tables: shown first.
-        pictures: shown after them.
-        absent: what is not shown, and why, in sentences.
+        title: heading of the section.
+        tables: the tables, which are shown first.
+        pictures: the pictures, which are shown after the tables.
+        absent: sentences about what is not shown, and why.
     """
 
     title: str

@@ -18,7 +18,7 @@ class View:
 
     Args:
         slug: part of the figures' names, unique in a report.
-        strategies, baselines: rows with at least one result, strategies in the order of the grid.
+        strategies, baselines: the rows with at least one result; strategies are in the order of the grid.
     """
 
     scenario: str

@@ -134,8 +134,8 @@ def fairness(view: View) -> list[Picture]:
         Picture(
             f"clients-{view.slug}",
             "How the clients fare",
-            "A row as short as possible, as far as possible to the good side, is fair and good; the diamond is the "
-            "worst client of each seed, mean over seeds.",
+            "The shorter a row, the more equal are the clients; the further on the good side, the better. The diamond "
+            "is the worst client of each seed, mean over seeds.",
             figure,
             ("label", "seed", "client", metric),
             [

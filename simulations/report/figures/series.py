@@ -17,10 +17,10 @@ class Point:
     """A number at one round, over seeds.
 
     Args:
-        round: 0 is before training.
-        megabytes: sent up and down until then, mean over seeds (1 MB is 10^6 bytes).
-        seconds: until then, mean over seeds.
-        mean, sd, n: over seeds; sd has ddof 1 and is 0 with one seed.
+        round: number of the round; 0 is before training.
+        megabytes: megabytes (10^6 bytes) that were sent up and down until then, mean over seeds.
+        seconds: seconds until then, mean over seeds.
+        mean, sd, n: mean, standard deviation (with ddof 1; 0 for one seed) and number of values over seeds.
     """
 
     round: int
@@ -67,7 +67,7 @@ def points(runs: Sequence[Mapping[str, Any]], value: Callable[[Entry], float | N
 
     Args:
         runs: result.json of each seed.
-        value: of a round's entry; None where it has none. Of round 0 it sees `{"heldout": baseline}`.
+        value: function from a round's record to the number, or None. The record of round 0 is `{"heldout": baseline}`.
     """
     found: dict[int, list[tuple[float, float, float]]] = defaultdict(list)
     for run in runs:
@@ -87,7 +87,7 @@ def points(runs: Sequence[Mapping[str, Any]], value: Callable[[Entry], float | N
 
 
 def phases(rounds: Sequence[Entry]) -> dict[str, float]:
-    """Mean seconds of a round by phase; what no phase claims is "other"."""
+    """Mean seconds of a round by phase; the rest of the time is "other"."""
     total: dict[str, float] = defaultdict(float)
     for entry in rounds:
         seconds = entry.get("seconds", {})

@@ -66,7 +66,7 @@ def partition(view: View, cells: Sequence[Mapping[str, Any]]) -> list[Picture]:
     return [
         Picture(
             f"partition-{view.slug}",
-            "Who has which rows",
+            "The clients' rows",
             f"{reading}{exceptions} Of seed {cell['seed']}.{least}",
             figure,
             ("client", "name", "rank", "class", "rows"),
@@ -110,8 +110,8 @@ def spectrum(name: str, lines: Mapping[str, Sequence[float]], styles: Mapping[st
     return Picture(
         name,
         "Spectrum of the final adapter",
-        "A line that falls at once has learned few directions; one that ends early has no further ones. "
-        "At most the 32 largest of each module; what is below 10⁻⁷ of the largest is not drawn.",
+        "If a line falls at once, the adapter uses few directions; if it ends early, there are no further ones. "
+        "At most the 32 largest values of each module are used; those below 10⁻⁷ of the largest are not drawn.",
         figure,
         ("strategy", "index", "singular-value"),
         [(label, i, value) for label, values in kept.items() for i, value in enumerate(values, 1)],
