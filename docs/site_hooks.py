@@ -26,7 +26,7 @@ def on_startup(**_: object) -> None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages of the repository's root: what they link to in docs/ lies beside them in the site."""
+    """Adds the pages of the repository's root. Their links to docs/ are changed, since all pages share a folder."""
     for name, page in PAGES.items():
         text = (ROOT / name).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=re.sub(r"(\]\(|src=\")docs/", r"\1", text)))

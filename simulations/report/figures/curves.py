@@ -85,7 +85,7 @@ def diagnostics(view: View) -> list[Picture]:
             "drift",
             "Drift between clients by round",
             "drift (0 to 1)",
-            "0 where all clients moved alike, near 1 where what they learned has nothing in common.",
+            "0 if all clients' updates are equal, near 1 if the updates have nothing in common.",
             lambda entry: entry.get("drift"),
         ),
         (
