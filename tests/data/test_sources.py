@@ -170,7 +170,7 @@ def test_class_names_are_numbered_over_the_whole_set(tmp_path: Path) -> None:
         ("a.json", '[{"a": 1}, "x"]', r"a\.json: row 2 holds text; one object per line, or a list of objects"),
         ("a.json", b'[{"a": "\xe9"}]', r"a\.json: line 1 is not UTF-8 .*; save the file as UTF-8"),
         ("a.json", "[]", r"a\.json: holds no rows"),
-        ("a.json", '[{"a": 1}, {"a": "x"}]', r"a\.json: row 2: 'a' holds text, and a number in row 1; write all"),
+        ("a.json", '[{"a": 1}, {"a": "x"}]', r"a\.json: row 2: 'a' holds text, but a number in row 1; use one type"),
         ("a.jsonl", b'{"a": "x"}\n{"a": "\xe9"}\n', r"a\.jsonl: line 2 is not UTF-8"),
         (
             "a.jsonl",
