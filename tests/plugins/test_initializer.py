@@ -20,6 +20,7 @@ from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.clients.statistics.base import Statistic
 from fedlora.clients.training.trainer import TrainResult
 from fedlora.strategies.initializers.base import Initializer, Start
+from fedlora.tasks.losses import inputs_of
 from fedlora.tasks.registry import task_of
 
 
@@ -36,7 +37,7 @@ class MeanInput(Statistic):
             handles.append(layer.register_forward_hook(see))
         batch = model.task.collate([examples[0], examples[1]], model.base.pad_id)
         with torch.no_grad():
-            model.model(**{k: v for k, v in batch.items() if k != "labels"})
+            model.model(**inputs_of(model.model, batch))
         for handle in handles:
             handle.remove()
         lora = {
