@@ -109,8 +109,8 @@ def _scores(config: Config, learned: Sequence[AdapterState]) -> dict[str, dict[s
 
     With a natural partition, `clients` has the metrics of each client's model on the rows with that client's key.
     """
-    bench = adapted.adapted_model(config.model, config.lora)
-    adapted.place(bench, (), config.anchor, "scores")
+    model = adapted.adapted_model(config.model, config.lora)
+    adapted.place(model, (), config.anchor, "scores")
     deal = replace(config.data, parts="")
     _, clients = client_parts(config.data, config.federation.clients)
     sets = _held_out(replace(config, data=deal, federation=replace(config.federation, clients=clients)))
@@ -118,14 +118,14 @@ def _scores(config: Config, learned: Sequence[AdapterState]) -> dict[str, dict[s
     for name, (examples, owners) in sets.items():
         made: list[Predictions] = []
         for adapter in learned:
-            adapted.install(bench, adapter)
-            made.append(predict(bench.task, bench.model, examples, config.evaluate.batch_size, bench.base.pad_id))
-        found[name] = {**_mean([scores(bench.task, each) for each in made]), "examples": len(examples), "clients": {}}
+            adapted.install(model, adapter)
+            made.append(predict(model.task, model.model, examples, config.evaluate.batch_size, model.base.pad_id))
+        found[name] = {**_mean([scores(model.task, each) for each in made]), "examples": len(examples), "clients": {}}
         for client in range(clients) if len(owners) else ():
             rows = (owners == client).nonzero()[:, 0]
             if len(rows):
                 own = made[client % len(made)]
-                found[name]["clients"][str(client)] = {**scores(bench.task, own, rows), "examples": len(rows)}
+                found[name]["clients"][str(client)] = {**scores(model.task, own, rows), "examples": len(rows)}
     return found
 
 
@@ -133,8 +133,8 @@ def _scores(config: Config, learned: Sequence[AdapterState]) -> dict[str, dict[s
 def _rows(model: Any, lora: Any, data: Any, clients: int, seed: int) -> dict[str, tuple[list[Any], torch.Tensor]]:
     config = Config(model=model, lora=lora, data=data)
     config = replace(config, federation=replace(config.federation, clients=clients), run=replace(config.run, seed=seed))
-    bench = adapted.adapted_model(model, lora)
-    split, tokenizer, task = prepare(config), bench.base.tokenizer, bench.task
+    loaded = adapted.adapted_model(model, lora)
+    split, tokenizer, task = prepare(config), loaded.base.tokenizer, loaded.task
     if not len(split.test):
         raise RunError(f"data.test-fraction = {data.test_fraction} leaves no rows to test on; raise it")
     found: dict[str, tuple[list[Any], torch.Tensor]] = {}
