@@ -177,8 +177,8 @@ def test_class_names_are_numbered_over_the_whole_set(tmp_path: Path) -> None:
             '{"a": 1}\n\n{"a": "x"}\n',
             r"line 3: 'a' holds text, but a number in line 1; use one type in all rows",
         ),
-        ("a.jsonl", '{"a": true}\n{"a": 1}\n', r"line 2: 'a' holds a number, and true or false in line 1"),
-        ("a.jsonl", '{"a": [{"b": 1}, {"b": {}}]}', r"line 1: 'a\[\]\.b' holds an object, and a number in line 1"),
+        ("a.jsonl", '{"a": true}\n{"a": 1}\n', r"line 2: 'a' holds a number, but true or false in line 1"),
+        ("a.jsonl", '{"a": [{"b": 1}, {"b": {}}]}', r"line 1: 'a\[\]\.b' holds an object, but a number in line 1"),
         ("a.jsonl", '{"a": 1, "a": 2}', r"a\.jsonl: .*Column\(/a\) was specified twice"),
         (
             "a.csv",
