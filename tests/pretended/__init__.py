@@ -2,7 +2,7 @@
 
 Its memory and its arithmetic are the processor's, so that the tests' numbers are those of the CPU; an operation that
 takes tensors of both is refused as on a GPU. Needs a C++ compiler, which makes it once from `device.cpp`, in about a
-minute. Processes that tests start do not know it: such tests fail on it.
+minute. Processes that tests start do not know it: `tests.device.starts_processes` marks such tests.
 """
 
 from __future__ import annotations

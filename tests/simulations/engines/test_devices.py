@@ -19,7 +19,7 @@ from fedlora.config import Config, parse
 from fedlora.results.run_folder import folder_of
 from fedlora.simulations import run as simulation
 from fedlora.simulations.engines.devices import Child, devices_of
-from tests.device import DEVICE, bound, run_bound
+from tests.device import DEVICE, bound, run_bound, starts_processes
 from tests.federation import hears_ctrl_c, tiny
 from tests.simulations.engines.test_cohorts import apart
 from tests.simulations.engines.test_local import crashing, saved_adapter
@@ -66,6 +66,7 @@ CASES = {
 }
 
 
+@starts_processes
 @pytest.mark.parametrize(
     ("strategy", "at_once"),
     [
