@@ -211,7 +211,7 @@ def test_a_wrong_name_is_refused(text):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--devices", "cuda:9"], "--devices 'cuda:9': cuda:9 is not here"),
+        (["--devices", "cuda:9"], "--devices 'cuda:9': cuda:9 does not exist"),
         (["--devices", "cpu", "--profile"], "--profile measures this process alone"),
         (["--devices", "cpu", "--engine", "flower"], "place the clients themselves"),
         (["--devices", "cpu", "--server", "here:1"], "place the clients themselves"),
