@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fedlora.adapters import AdapterState, LoraFactors, delta, initial, keep_factors
 from fedlora.common.errors import AdapterError, ConfigError, ModelError
-from fedlora.config import LoraConfig, ModelConfig
+from fedlora.config import AnchorConfig, LoraConfig, ModelConfig
 from fedlora.models import adapted, fresh_head, injection, load_base, peft_files
 from fedlora.models.stacked import NotStackable, stacked
 from fedlora.tasks.checked import mean_loss
@@ -120,6 +120,19 @@ def test_merged_folds_equal_the_anchor_and_are_added_once(tiny_llama):
     adapted.merge_folds(bench, "another run", (first, second))  # rereads the base, adds both at once
     for name, layer in bench.layers.items():
         assert torch.equal(layer.get_base_layer().weight, one_by_one[name])
+
+
+def test_a_run_with_an_anchor_finds_no_folds_that_an_earlier_run_merged(tiny_llama):
+    config = model_config(tiny_llama, "none")
+    bench = adapted.adapted_model(config, LORA)
+    fold, adapter = random_adapter(bench, 1, 3), random_adapter(bench, 2, 3)
+    weights = {name: layer.get_base_layer().weight.clone() for name, layer in bench.layers.items()}
+    assert adapted.place(bench, (fold,), AnchorConfig(base_update="merge"), "first") == ()
+    assert not all(torch.equal(layer.get_base_layer().weight, weights[n]) for n, layer in bench.layers.items())
+    beside = adapted.place(bench, (fold,), AnchorConfig(), "second")
+    adapted.install(bench, adapter, folds=beside)
+    assert all(torch.equal(layer.get_base_layer().weight, weights[n]) for n, layer in bench.layers.items())
+    torch.testing.assert_close(logits(bench.model), dense_logits(config, adapter, fold), rtol=1e-4, atol=1e-4)
 
 
 def test_fault_6_conv1d_weights_are_transposed_and_updates_are_not(tmp_path):
@@ -324,10 +337,10 @@ def test_a_cores_gradient_is_the_weights_between_b_and_a(tiny_llama, quantizatio
     bench.model(input_ids=IDS, labels=IDS).loss.backward()
     for (name, f), matrix in zip(cored.lora.items(), dense, strict=True):
         assert matrix.grad is not None
+        found = gradients[name]
+        assert found is not None
         expected = f.scaling * f.B.T @ matrix.grad.cpu() @ f.A.T
-        got = gradients[name]
-        assert got is not None
-        torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=bound(1e-5))
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=bound(1e-5))
         assert expected.any()
 
 

@@ -67,12 +67,12 @@ def test_what_is_learned_lowers_the_loss_exactly_and_peft_loads_it(tmp_path, tin
     )
 
 
-def sent_values(strategy: str, round: int) -> int:
+def sent_values(strategy: str, number: int) -> int:
     """The numbers that clients of ranks 4, 2, 2, 1 send in a round."""
     out, into = sum(d_out for d_out, _ in SHAPES), sum(d_in for _, d_in in SHAPES)
-    factors = {"ffa": "B", "fedsvd": "B", "fedsa": "A", "rolora": "AB"[round % 2], "fedsb": "" if round else "AB"}
+    factors = {"ffa": "B", "fedsvd": "B", "fedsa": "A", "rolora": "AB"[number % 2], "fedsb": "" if number else "AB"}
     factor_values = 9 * (("A" in factors[strategy]) * into + ("B" in factors[strategy]) * out)
-    return factor_values + (6 * (16 + 4 + 4 + 1) if strategy == "fedsb" and round else 0)
+    return factor_values + (6 * (16 + 4 + 4 + 1) if strategy == "fedsb" and number else 0)
 
 
 @pytest.mark.parametrize("strategy", ["ffa", "rolora", "fedsvd", "fedsa", "fedsb"])
@@ -131,7 +131,7 @@ def test_the_start_is_the_svd_of_the_gradient_by_the_full_weights(tmp_path, tiny
     mean_loss(task, base.model, task.collate([examples[i] for i in chosen], base.pad_id)).backward()
     for name, factors in learned.lora.items():
         gradient = base.model.get_submodule(name).weight.grad
-        assert gradient is not None
+        assert isinstance(gradient, torch.Tensor)
         u, s, vh = torch.linalg.svd(gradient.cpu())
         best = -(u[:, :3] * s[:3]) @ vh[:3]
         first = delta(factors)
@@ -281,5 +281,5 @@ def test_a_kept_factor_of_another_rank_is_refused_with_what_to_do(tmp_path, tiny
     smaller = strategy.broadcast(start, ClientInfo(client_id=0, rank=2), 2)
     answer = node.ask("evaluate", smaller)
     assert answer.has_error()
-    assert "keeps a B (32, 4) of its own, this run's is (32, 2)" in str(answer.error.reason)
+    assert "personal B is (32, 4), but this run needs (32, 2)" in str(answer.error.reason)
     assert "client-0 to start it anew" in str(answer.error.reason)
