@@ -68,6 +68,11 @@ def test_every_command_explains_itself(call, command):
     assert "Usage: " in done.stdout
 
 
+def test_help_explains_arguments_too(call):
+    """Some pairs of typer and click show the name of an argument alone."""
+    assert "Folder to write" in call("export", "--help").stdout
+
+
 def test_the_version_is_an_option_too(call):
     from fedlora import __version__
 
