@@ -3,6 +3,7 @@
 Its memory and its arithmetic are the processor's, so that the tests' numbers are those of the CPU; an operation that
 takes tensors of both is refused as on a GPU. Needs a C++ compiler, which makes it once from `device.cpp`, in about a
 minute. Processes that tests start do not know it: `tests.device.starts_processes` marks such tests.
+It has no convolutions, so that the zoo's models that have them, such as Mamba, fail on it.
 """
 
 from __future__ import annotations
