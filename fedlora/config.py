@@ -71,12 +71,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    kind: str = option("lora", "what is trained beside a layer: lora or miss, or your own as package.module:Class")
+    kind: str = option(
+        "lora",
+        "what is trained beside a layer: lora, miss, randlora, vera or block-lora, or your own as package.module:Class",
+    )
     kind_options: str = option("", "its options, as 'name=value, name=value'")
     init: str = option(
         "auto",
-        "how the adapter starts: auto (as the strategy wants it, else uniform), uniform or lora-sb, or your own as "
-        "package.module:Class",
+        "how the adapter starts: auto (as the strategy wants it, else uniform), uniform, lora-sb or lora-ga, or your "
+        "own as package.module:Class",
     )
     init_options: str = option("", "its options, as 'name=value, name=value'")
     rank: int = option(8, "rank of every client, unless lora.ranks is set", low=1)

@@ -138,7 +138,7 @@ def check(strategy: Strategy, clients: Sequence[ClientInfo], lora: LoraConfig) -
     ALLOCATIONS.make(lora.allocation, lora.allocation_options)
     kind = KINDS.make(lora.kind, lora.kind_options)
     with naming_others():
-        initializer(lora, strategy)
+        start = initializer(lora, strategy)
         if not (kind.pairs or strategy.any_kind):
             raise StrategyError(
                 f"lora.kind = {lora.kind} has no factors A and B, which strategy.name and its wrappers need here; "
@@ -147,7 +147,17 @@ def check(strategy: Strategy, clients: Sequence[ClientInfo], lora: LoraConfig) -
             )
         strategy.check(clients)
     ranks = [client.rank for client in clients]
-    if not kind.pairs and len({client.all_ranks for client in clients}) > 1:
+    for rank in {
+        rank for client in clients for rank in (client.rank, *client.rank_pattern.values(), *client.ranks.values())
+    }:
+        kind.check(rank)
+    one_rank = len({client.all_ranks for client in clients}) == 1
+    if not (start.unequal_ranks or one_rank):
+        raise StrategyError(
+            f"lora.init = {lora.init} needs one rank, got ranks {', '.join(map(str, ranks[:10]))}; set lora.ranks = '' "
+            f"and lora.rank = {max(ranks)}, or lora.init = uniform"
+        )
+    if not (kind.pairs or one_rank):
         raise StrategyError(
             f"lora.kind = {lora.kind} needs one rank, got ranks {', '.join(map(str, ranks[:10]))}; "
             f"set lora.ranks = '' and lora.rank = {max(ranks)}, or lora.kind = lora"

@@ -37,10 +37,12 @@ class Initializer(ABC):
             or a user's own as package.module:Class. If it is empty, there is no round 0.
         cores: True if the start has a core, the small matrix R between B and A. Only strategies with `cores` can use
             such a start.
+        unequal_ranks: True if the first rows of the start are a start for clients of a smaller rank.
     """
 
     statistic: ClassVar[str] = ""
     cores: ClassVar[bool] = False
+    unequal_ranks: ClassVar[bool] = True
 
     def ask(self, adapter: AdapterState, client: ClientInfo) -> Broadcast:
         """The message to one client in round 0. It asks for the statistic of the base model, at the client's ranks.

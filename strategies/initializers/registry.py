@@ -23,6 +23,7 @@ INITIALIZERS = Registry(
     names={
         "uniform": "fedlora.strategies.initializers.uniform:Uniform",
         "lora-sb": "fedlora.strategies.initializers.lora_sb:LoraSb",
+        "lora-ga": "fedlora.strategies.initializers.lora_ga:LoraGa",
     },
 )
 
@@ -47,6 +48,11 @@ def initializer(lora: LoraConfig, strategy: Strategy) -> Initializer:
             f"lora.init = {name} starts with a core between A and B, which this strategy does not keep; "
             "set lora.init = auto",
             needs="cores",
+        )
+    if made.statistic and not strategy.any_statistic:
+        raise StrategyError(
+            f"lora.init = {name} starts from what clients measure, each in a basis of its own, which strategy.robust "
+            "cannot compare entry by entry; set lora.init = auto, or strategy.robust = norm-bound, krum or multi-krum"
         )
     kind = KINDS.make(lora.kind, lora.kind_options)
     if not kind.pairs and name != "uniform":

@@ -89,6 +89,10 @@ class Robust(Wrapper):
         return self.inner.unequal_ranks and not self._by_entry
 
     @property
+    def any_statistic(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.any_statistic and not self._by_entry
+
+    @property
     def _by_entry(self) -> bool:
         return self.rule in ("median", "trimmed-mean")
 

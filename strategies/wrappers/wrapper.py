@@ -66,6 +66,10 @@ class Wrapper(Strategy):
         return self.inner.replaces_folds
 
     @property
+    def any_statistic(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.any_statistic
+
+    @property
     def starts_with(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.inner.starts_with
 

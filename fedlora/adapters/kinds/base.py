@@ -52,6 +52,13 @@ class AdapterKind(ABC):
     pairs: ClassVar[bool] = False
     linear: ClassVar[bool] = False
 
+    def check(self, rank: int) -> None:  # noqa: B027 - most serve any rank
+        """Check that the kind works at this rank of a module.
+
+        Raises:
+            ConfigError: it does not.
+        """
+
     @abstractmethod
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
         """The shapes of the trained parts, by name."""

@@ -13,5 +13,8 @@ KINDS = Registry(
     names={
         "lora": "fedlora.adapters.kinds.lora:Lora",
         "miss": "fedlora.adapters.kinds.miss:Miss",
+        "randlora": "fedlora.adapters.kinds.randlora:RandLora",
+        "vera": "fedlora.adapters.kinds.vera:Vera",
+        "block-lora": "fedlora.adapters.kinds.block_lora:BlockLora",
     },
 )
