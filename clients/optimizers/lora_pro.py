@@ -12,7 +12,7 @@ from fedlora.config import TrainConfig
 from fedlora.models.trainable import Trainable
 
 from .base import ClientOptimizer, Steps
-from .pairs import Preconditioned, gradients, scale_to, with_gradients
+from .pairs import Preconditioned, alike, gradients, scale_to, with_gradients
 from .standard import Base
 
 
@@ -51,58 +51,58 @@ class LoraPro(ClientOptimizer):
 
 class _Steps(Preconditioned):
     def change(self) -> None:
-        pairs = with_gradients(self.pairs)
-        made = [nearest(pair.A, pair.B, *gradients(pair), pair.scaling) for pair in pairs]
         if self.clip and self.others:
             torch.nn.utils.clip_grad_norm_(self.others, self.clip)
-        sizes = [equivalent_norm(pair.A, pair.B, *both, pair.scaling) for pair, both in zip(pairs, made, strict=True)]
+        groups = alike(with_gradients(self.pairs))
+        made: list[tuple[Tensor, Tensor]] = []
+        sizes: list[Tensor] = []
+        for pairs in groups:
+            A, B = (torch.stack(factors).double() for factors in zip(*((p.A, p.B) for p in pairs), strict=True))
+            grads = (torch.stack(grads).double() for grads in zip(*map(gradients, pairs), strict=True))
+            scaling = torch.tensor([p.scaling for p in pairs], dtype=torch.float64, device=A.device)[:, None, None]
+            made.append(nearest(A, B, *grads, scaling))
+            sizes.append(equivalent_norm(A, B, *made[-1], scaling).norm())
         factor = scale_to(torch.stack(sizes).norm(), self.clip) if sizes else 1.0
-        for pair, both in zip(pairs, made, strict=True):
-            for grad, better in zip(gradients(pair), both, strict=True):
-                grad.copy_(better * factor)
+        for pairs, (all_a, all_b) in zip(groups, made, strict=True):
+            for pair, *better in zip(pairs, all_a, all_b, strict=True):
+                for grad, value in zip(gradients(pair), better, strict=True):
+                    grad.copy_(value * factor)
 
 
-def nearest(A: Tensor, B: Tensor, grad_a: Tensor, grad_b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """H_A and H_B, in fp64."""
-    a, b, grad_a, grad_b = (tensor.double() for tensor in (A, B, grad_a, grad_b))
-    in_a, in_b = torch.linalg.eigh(a @ a.mT), torch.linalg.eigh(b.mT @ b)
+def nearest(A: Tensor, B: Tensor, grad_a: Tensor, grad_b: Tensor, scaling: float | Tensor) -> tuple[Tensor, Tensor]:
+    """H_A and H_B; all in fp64, and batched over leading dimensions."""
+    in_a, in_b = torch.linalg.eigh(A @ A.mT), torch.linalg.eigh(B.mT @ B)
     h_a = _solved(in_b, grad_a) / scaling**2
     h_b = _solved(in_a, grad_b.mT).mT / scaling**2
-    h_b = h_b - b @ _solved(in_b, b.mT @ h_b)
-    x = _sylvester(in_b, in_a, -h_a @ a.mT)
-    return h_a + x @ a, h_b - b @ x
+    h_b = h_b - B @ _solved(in_b, B.mT @ h_b)
+    X = _sylvester(in_b, in_a, -h_a @ A.mT)
+    return h_a + X @ A, h_b - B @ X
 
 
-def equivalent_norm(A: Tensor, B: Tensor, h_a: Tensor, h_b: Tensor, scaling: float) -> Tensor:
-    """|s B H_A + s H_B A|, without computing the sum."""
-    a, b = A.double(), B.double()
-    one, other = h_a.mT, h_b
-    squares = (
-        ((one.mT @ one) * (b.mT @ b)).sum()
-        + ((other.mT @ other) * (a @ a.mT)).sum()
-        + 2 * ((b.mT @ other) * (a @ one).mT).sum()
-    )
-    return scaling * squares.clamp(min=0.0).sqrt()
+def equivalent_norm(A: Tensor, B: Tensor, h_a: Tensor, h_b: Tensor, scaling: float | Tensor) -> Tensor:
+    """|s B H_A + s H_B A| of each module, without computing the sum."""
+    products = (
+        (h_a @ h_a.mT) * (B.mT @ B) + (h_b.mT @ h_b) * (A @ A.mT) + 2 * (B.mT @ h_b) * (A @ h_a.mT).mT
+    ) * scaling**2
+    return products.sum(dim=(-2, -1)).clamp(min=0.0).sqrt()
 
 
 Eigen = tuple[Tensor, Tensor]
 
 
-def _known(values: Tensor) -> Tensor:
-    """Which eigenvalues of a Gram matrix of fp32 factors are not rounding alone."""
-    return values > 1e-12 * values[-1].clamp(min=torch.finfo(values.dtype).tiny)
+def _inverse(values: Tensor, largest: Tensor) -> Tensor:
+    """1 / values, and 0 for those that are rounding alone in Gram matrices of fp32 factors."""
+    return torch.where(values > 1e-12 * largest.clamp(min=torch.finfo(values.dtype).tiny), 1.0 / values, 0.0)
 
 
 def _solved(gram: Eigen, right: Tensor) -> Tensor:
     """gram^+ @ right."""
     values, vectors = gram
-    inverse = torch.where(_known(values), 1.0 / values, 0.0)
-    return vectors @ (inverse[:, None] * (vectors.mT @ right))
+    return vectors @ (_inverse(values, values[..., -1:])[..., None] * (vectors.mT @ right))
 
 
 def _sylvester(left: Eigen, right: Eigen, value: Tensor) -> Tensor:
     """X with left X + X right = value, where both sides are zero or more."""
     (p, u), (q, v) = left, right
-    sums = p.clamp(min=0.0)[:, None] + q.clamp(min=0.0)[None, :]
-    inverse = torch.where(sums > 1e-12 * sums.max().clamp(min=torch.finfo(sums.dtype).tiny), 1.0 / sums, 0.0)
-    return u @ ((u.mT @ value @ v) * inverse) @ v.mT
+    sums = p.clamp(min=0.0)[..., :, None] + q.clamp(min=0.0)[..., None, :]
+    return u @ ((u.mT @ value @ v) * _inverse(sums, sums.amax(dim=(-2, -1), keepdim=True))) @ v.mT

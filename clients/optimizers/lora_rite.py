@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlora.common.errors import ConfigError
 from fedlora.config import TrainConfig
-from fedlora.models.trainable import Pair, Trainable
+from fedlora.models.trainable import Trainable
 
 from .base import ClientOptimizer, Steps
-from .pairs import gradients, scale_to, whole_pairs, with_gradients
+from .pairs import alike, scale_to, whole_pairs
 from .standard import over
 
 
@@ -33,7 +33,8 @@ class LoraRite(ClientOptimizer):
     and for B the same with A' = Q R. b1 and b2 are the rates of moments with Adam's bias correction,
     b (1 - b^(t-1)) / (1 - b^t). Replacing A, B by S A, B S^-1 with any invertible S changes neither B A nor its steps.
     So it does not matter how the server divides an update into factors. FedProx on factors (`train.prox-mu`) breaks
-    this, weight decay does not. A stands still as long as B = 0.
+    this, weight decay does not. A stands still as long as B = 0. A layer that a batch does
+    not reach counts as one with gradients of zeros.
 
     Differences: R^+ is the pseudo-inverse, so that B may be 0 or have dependent columns. The paper adds to V the
     spectral mass that P loses; this is left out. `train.clip` bounds the common norm of all G, and that of the
@@ -67,38 +68,35 @@ class LoraRite(ClientOptimizer):
 
 class _Steps(Steps):
     def __init__(self, options: LoraRite, trained: Trainable, config: TrainConfig) -> None:
-        self._pairs = [(pair, _Side(options), _Side(options)) for pair in whole_pairs(trained, config)]
+        self._groups = [(pairs, _Side(options), _Side(options)) for pairs in alike(whole_pairs(trained, config))]
         self._clip, self._decay = config.clip, config.weight_decay
         self._others = over(trained.beside, config, clip=config.clip)
 
     def step(self, lr: float) -> None:
-        with torch.no_grad():
-            self._step_pairs(lr)
+        if self._groups:
+            with torch.no_grad():
+                self._step_pairs(lr)
         self._others.step(lr)
 
     def _step_pairs(self, lr: float) -> None:
-        here = {id(pair) for pair in with_gradients([pair for pair, _, _ in self._pairs])}
-        sides = [side for pair, *both in self._pairs if id(pair) in here for side in _looked_at(pair, *both)]
-        if not sides:
-            return
-        factor = scale_to(torch.stack([side.gradient.norm() for side in sides]).norm(), self._clip)
-        for pair, of_a, of_b in self._pairs:
-            if id(pair) in here:
-                steps = of_a.step(factor), of_b.step(factor)
-                pair.A.mul_(1 - lr * self._decay).sub_(steps[0].mT, alpha=lr)
-                pair.B.mul_(1 - lr * self._decay).sub_(steps[1], alpha=lr)
+        for pairs, of_a, of_b in self._groups:
+            A, B = (torch.stack(factors) for factors in zip(*((pair.A, pair.B) for pair in pairs), strict=True))
+            of_a.look(torch.stack([_gradient(pair.A) for pair in pairs]).mT, B)
+            of_b.look(torch.stack([_gradient(pair.B) for pair in pairs]), A.mT)
+        sizes = [side.gradient.norm() for _, *sides in self._groups for side in sides]
+        factor = scale_to(torch.stack(sizes).norm(), self._clip)
+        for pairs, of_a, of_b in self._groups:
+            for pair, change_a, change_b in zip(pairs, of_a.step(factor).mT, of_b.step(factor), strict=True):
+                pair.A.mul_(1 - lr * self._decay).sub_(change_a, alpha=lr)
+                pair.B.mul_(1 - lr * self._decay).sub_(change_b, alpha=lr)
 
 
-def _looked_at(pair: Pair, of_a: _Side, of_b: _Side) -> tuple[_Side, _Side]:
-    """Both sides of a pair, with the gradients of this step."""
-    grad_a, grad_b = gradients(pair)
-    of_a.look(grad_a.mT, pair.B)
-    of_b.look(grad_b, pair.A.mT)
-    return of_a, of_b
+def _gradient(factor: nn.Parameter) -> Tensor:
+    return torch.zeros_like(factor) if factor.grad is None else factor.grad
 
 
 class _Side:
-    """One factor, [d, r], and its moments in the basis of its partner's columns.
+    """The A or B of n modules of equal shapes, [n, d, r], and their moments in the bases of their partners' columns.
 
     Attributes:
         gradient: G of the present step.
@@ -111,13 +109,13 @@ class _Side:
         self._basis: Tensor | None = None
 
     def look(self, grad: Tensor, partner: Tensor) -> None:
-        """Take up the factor's gradient [d, r], and carry the moments to the basis of the partner [d', r]."""
+        """Take up the gradients [n, d, r], and carry the moments to the bases of the partners [n, d', r]."""
         basis, triangle = torch.linalg.qr(partner)
         self._inverse = torch.linalg.pinv(triangle)
         self.gradient = grad @ self._inverse
         if self._basis is None:
             self._first = torch.zeros_like(self.gradient)
-            self._second = self.gradient.new_zeros(basis.shape[1], basis.shape[1])
+            self._second = torch.zeros_like(basis.mT @ basis)
         else:
             turn = basis.mT @ self._basis
             self._first = self._first @ turn.mT
@@ -125,11 +123,11 @@ class _Side:
         self._basis = basis
 
     def step(self, factor: float) -> Tensor:
-        """The change of the factor for a rate of 1, [d, r], with this multiple of the gradient."""
+        """The changes of the factors for a rate of 1, [n, d, r], with this multiple of the gradients."""
         self._steps += 1
         first, second = (_decay(beta, self._steps) for beta in (self._options.beta1, self._options.beta2))
         gradient = self.gradient * factor
-        self._second = second * self._second + (1 - second) / len(gradient) * (gradient.mT @ gradient)
+        self._second = second * self._second + (1 - second) / gradient.shape[-2] * (gradient.mT @ gradient)
         equal = gradient @ _inverse_root(self._second, self._options.eps)
         self._first = first * self._first + (1 - first) * equal
         return self._first @ self._inverse.mT
@@ -143,6 +141,6 @@ def _decay(beta: float, step: int) -> float:
 def _inverse_root(symmetric: Tensor, eps: float) -> Tensor:
     """V^(-1/2); directions in which V is zero up to rounding count as zero."""
     values, vectors = torch.linalg.eigh(symmetric)
-    noise = len(values) * torch.finfo(values.dtype).eps * values[-1].clamp(min=0.0)
+    noise = values.shape[-1] * torch.finfo(values.dtype).eps * values[..., -1:].clamp(min=0.0)
     inverse = torch.where(values > noise, 1.0 / (values.clamp(min=0.0).sqrt() + eps), 0.0)
-    return (vectors * inverse) @ vectors.mT
+    return (vectors * inverse[..., None, :]) @ vectors.mT

@@ -35,6 +35,14 @@ def with_gradients(pairs: Sequence[Pair]) -> list[Pair]:
     return [pair for pair in pairs if pair.A.grad is not None and pair.B.grad is not None]
 
 
+def alike(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """The pairs in groups of equal shapes, to be computed together: small decompositions cost mostly their calls."""
+    groups: dict[tuple[object, ...], list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault((pair.A.shape, pair.B.shape, pair.A.device), []).append(pair)
+    return [*groups.values()]
+
+
 def gradients(pair: Pair) -> tuple[Tensor, Tensor]:
     """The gradients of A and B, to be changed in place.
 

@@ -13,7 +13,7 @@ from fedlora.config import TrainConfig
 from fedlora.models.trainable import Trainable
 
 from .base import ClientOptimizer, Steps
-from .pairs import Preconditioned, gradients, with_gradients
+from .pairs import Preconditioned, alike, gradients, with_gradients
 from .standard import Base
 
 
@@ -57,13 +57,15 @@ class _Steps(Preconditioned):
 
     def change(self) -> None:
         self.clip_all()
-        for pair in with_gradients(self.pairs):
-            grad_a, grad_b = gradients(pair)
-            grad_a.copy_(_scaled(pair.B.mT @ pair.B, grad_a, self._delta))
-            grad_b.copy_(_scaled(pair.A @ pair.A.mT, grad_b.mT, self._delta).mT)
+        for pairs in alike(with_gradients(self.pairs)):
+            A, B = (torch.stack(factors).double() for factors in zip(*((p.A, p.B) for p in pairs), strict=True))
+            grad_a, grad_b = (torch.stack(grads).double() for grads in zip(*map(gradients, pairs), strict=True))
+            better = _scaled(B.mT @ B, grad_a, self._delta), _scaled(A @ A.mT, grad_b.mT, self._delta).mT
+            for pair, *values in zip(pairs, *better, strict=True):
+                for grad, value in zip(gradients(pair), values, strict=True):
+                    grad.copy_(value)
 
 
 def _scaled(gram: Tensor, grad: Tensor, delta: float) -> Tensor:
-    """(gram + delta I)^-1 @ grad, solved in fp64: a small delta would vanish beside gram in fp32."""
-    damped = gram.double() + delta * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    return torch.linalg.solve(damped, grad.double())
+    """(gram + delta I)^-1 @ grad; in fp32 a small delta would vanish beside gram."""
+    return torch.linalg.solve(gram + delta * torch.eye(gram.shape[-1]).to(gram), grad)

@@ -11,7 +11,7 @@ from fedlora.clients.optimizers.registry import optimizer
 from fedlora.config import TrainConfig
 from fedlora.models.trainable import Pair, Trainable
 
-SHAPES = ((6, 5, 2), (4, 7, 3))  # d_out, d_in, rank
+SHAPES = ((6, 5, 2), (4, 7, 3), (6, 5, 2))  # d_out, d_in, rank; two are alike
 
 
 def modules(dtype: torch.dtype = torch.float64, *, zero: bool = False, seed: int = 0, head: bool = False) -> Trainable:

@@ -270,5 +270,5 @@ def test_every_pass_of_a_step_goes_through_stages_and_penalties(tiny_llama):
 
 def test_gradients_that_cannot_be_decomposed_are_a_divergence(tiny_llama):
     bench, start = bench_and_start(tiny_llama)
-    with pytest.raises(DivergedError, match="training diverged: lora-rite .* step 1 of round 1 .*; lower train.lr"):
+    with pytest.raises(DivergedError, match=r"training diverged: lora-rite .* step 1 of round 1 .*; lower train.lr"):
         train(bench, start, replace(CONFIG, optimizer="lora-rite"), stages=[Spoiling(float("nan"))])
