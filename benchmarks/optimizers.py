@@ -25,6 +25,7 @@ LAYERS, RANK = 30, 16
 SHAPES = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)}
 ROWS = {
     "adamw": ("adamw", ""),
+    "sgd": ("sgd", ""),
     "lora-plus": ("lora-plus", ""),
     "lora-rite": ("lora-rite", ""),
     "lora-pro": ("lora-pro", ""),

@@ -58,9 +58,9 @@ class _Steps(Preconditioned):
         sizes: list[Tensor] = []
         for pairs in groups:
             A, B = (torch.stack(factors).double() for factors in zip(*((p.A, p.B) for p in pairs), strict=True))
-            grads = (torch.stack(grads).double() for grads in zip(*map(gradients, pairs), strict=True))
+            grad_a, grad_b = (torch.stack(grads).double() for grads in zip(*map(gradients, pairs), strict=True))
             scaling = torch.tensor([p.scaling for p in pairs], dtype=torch.float64, device=A.device)[:, None, None]
-            made.append(nearest(A, B, *grads, scaling))
+            made.append(nearest(A, B, grad_a, grad_b, scaling))
             sizes.append(equivalent_norm(A, B, *made[-1], scaling).norm())
         factor = scale_to(torch.stack(sizes).norm(), self.clip) if sizes else 1.0
         for pairs, (all_a, all_b) in zip(groups, made, strict=True):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedlora.clients.optimizers.pairs import gradients
 from fedlora.clients.optimizers.registry import optimizer
 from fedlora.common.errors import ConfigError
 from fedlora.config import TrainConfig
@@ -113,7 +114,8 @@ def naive(trained: Trainable, steps: int, lr: float, clip: float) -> list[list[T
         b1, b2 = (b * (1 - b ** (step - 1)) / (1 - b**step) for b in (0.9, 0.999))
         bars, backs, bases = {}, {}, {}
         for pair in trained.pairs:
-            for key, grad, partner in (("A", pair.A.grad.mT, pair.B.detach()), ("B", pair.B.grad, pair.A.detach().mT)):
+            grad_a, grad_b = gradients(pair)
+            for key, grad, partner in (("A", grad_a.mT, pair.B.detach()), ("B", grad_b, pair.A.detach().mT)):
                 backs[pair.module, key] = root(partner.mT @ partner, -0.5)
                 bases[pair.module, key] = partner @ backs[pair.module, key]
                 bars[pair.module, key] = grad @ backs[pair.module, key]

@@ -253,6 +253,7 @@ class Spoiling(Stage):
     def gradients(self, parameters):
         self.calls += 1
         for parameter in parameters:
+            assert parameter.grad is not None
             parameter.grad.mul_(self.factor)
 
 
