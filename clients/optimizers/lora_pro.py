@@ -12,7 +12,7 @@ from fedlora.config import TrainConfig
 from fedlora.models.trainable import Trainable
 
 from .base import ClientOptimizer, Steps
-from .pairs import Preconditioned, alike, gradients, scale_to, with_gradients
+from .pairs import Preconditioned, alike, check_fp64, gradients, scale_to, with_gradients
 from .standard import Base
 
 
@@ -44,6 +44,9 @@ class LoraPro(ClientOptimizer):
     base: Base = "adamw"
 
     shares_batch: ClassVar[bool] = True
+
+    def check(self, device: torch.device) -> None:
+        check_fp64("lora-pro", device)
 
     def begin(self, trained: Trainable, config: TrainConfig) -> Steps:
         return _Steps(trained, config, self.base)

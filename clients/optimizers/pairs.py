@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedlora.common.errors import ConfigError
 from fedlora.config import TrainConfig
 from fedlora.models.trainable import Pair, Trainable
 
@@ -52,6 +53,15 @@ def gradients(pair: Pair) -> tuple[Tensor, Tensor]:
     assert pair.A.grad is not None
     assert pair.B.grad is not None
     return pair.A.grad, pair.B.grad
+
+
+def check_fp64(name: str, device: torch.device) -> None:
+    """Raises ConfigError on a device that does not compute in fp64."""
+    if device.type == "mps":
+        raise ConfigError(
+            f"train.optimizer = {name!r} computes in fp64, which {device} cannot; use another optimizer, or "
+            "model.device = cpu"
+        )
 
 
 def scale_to(size: float | Tensor, clip: float) -> float:

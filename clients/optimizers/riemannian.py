@@ -13,7 +13,7 @@ from fedlora.config import TrainConfig
 from fedlora.models.trainable import Trainable
 
 from .base import ClientOptimizer, Steps
-from .pairs import Preconditioned, alike, gradients, with_gradients
+from .pairs import Preconditioned, alike, check_fp64, gradients, with_gradients
 from .standard import Base
 
 
@@ -45,6 +45,9 @@ class Riemannian(ClientOptimizer):
             raise ConfigError(
                 f"train.optimizer-options: riemannian's delta = {self.delta:g}, expected a number above 0"
             )
+
+    def check(self, device: torch.device) -> None:
+        check_fp64("riemannian", device)
 
     def begin(self, trained: Trainable, config: TrainConfig) -> Steps:
         return _Steps(self, trained, config)

@@ -244,6 +244,13 @@ def test_an_unknown_term_is_refused():
         terms.check_terms(Plan(terms=(Term("twist", 0.1),)))
 
 
+@pytest.mark.parametrize("name", ["lora-pro", "riemannian"])
+def test_optimizers_in_fp64_refuse_a_device_without_it(name):
+    with pytest.raises(ConfigError, match=f"train.optimizer = '{name}' computes in fp64, which mps cannot"):
+        registry.check(TrainConfig(optimizer=name), torch.device("mps"))
+    registry.check(TrainConfig(optimizer=name), torch.device("cpu"))
+
+
 class Spoiling(Stage):
     """Counts its calls, and multiplies gradients by a number."""
 
