@@ -107,6 +107,8 @@ def outcomes(report: Path) -> dict[str, Any]:
     """How many tests of a JUnit report passed and were skipped, and the failed ones with their first words."""
     found: dict[str, Any] = {"passed": 0, "skipped": 0, "failed": []}
     for case in ET.parse(report).iter("testcase"):
+        if case.get("name") is None:  # it had not come to its end
+            continue
         wrong = [child for child in case if child.tag in ("failure", "error")]
         if wrong:
             name = f"{case.get('classname')}::{case.get('name')}"

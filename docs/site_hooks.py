@@ -1,4 +1,4 @@
-"""What the site of `make docs` shows besides the pages in docs/."""
+"""Hooks for the site of `make docs`: pages and tables besides the files in docs/."""
 
 import re
 import shutil
@@ -26,7 +26,7 @@ def on_startup(**_: object) -> None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages of the repository's root: what they link to in docs/ lies beside them in the site."""
+    """Adds the pages of the repository's root. Their links to docs/ are changed, since all pages share a folder."""
     for name, page in PAGES.items():
         text = (ROOT / name).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=re.sub(r"(\]\(|src=\")docs/", r"\1", text)))

@@ -31,6 +31,9 @@ COMPUTE_DTYPE = "fp32"
 # What is stated of the CPU alone: a refusal there, or numbers that were recorded there.
 cpu_only = pytest.mark.skipif(not ON_CPU, reason="is about the CPU")
 
+# Processes that a test starts do not know the pretended device.
+starts_processes = pytest.mark.skipif(DEVICE.type == pretended.NAME, reason="its processes do not know the device")
+
 # Some hundred times the rounding of fp32, and ten times that of the narrow formats, whose sums are kept in fp32.
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # A last bit that an upload in int8 rounds the other way is a whole code.

@@ -16,6 +16,7 @@ from fedlora.common import processes
 
 REPORT = """<testsuites><testsuite name="pytest">
 <testcase classname="tests.a" name="test_fine" time="0.1"/>
+<testcase time="0.2"/>
 <testcase classname="tests.a" name="test_elsewhere"><skipped message="is about the CPU"/></testcase>
 <testcase classname="tests.b" name="test_wrong[x]"><failure message="RuntimeError: two devices&#10;more">long</failure>
 </testcase>

@@ -26,6 +26,7 @@ def run(preset: str, tmp_path: Path, *overrides: str):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1200)
 def test_fedavg_reaches_80_percent_on_sentiment(tmp_path):
     result = run("sentiment", tmp_path, "evaluate.every=4")  # what is learned is the same

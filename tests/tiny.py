@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def save_llama(folder: Path, seed: int = 0, **sizes: int) -> Path:
+def save_llama(folder: Path, seed: int = 0, **sizes: float) -> Path:
     """A Llama causal LM: 2 layers, hidden 32, 4 query and 2 key-value heads, tied; a byte-level tokenizer.
 
     `sizes` are LlamaConfig's, in place of these.

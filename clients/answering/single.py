@@ -78,7 +78,7 @@ class TrainingJob:
 
     config: Config
     client_id: int
-    bench: adapted.AdaptedModel
+    model: adapted.AdaptedModel
     broadcast: Broadcast
     context: Context
     examples: LazyExamples
@@ -109,9 +109,9 @@ def begin(content: RecordDict, context: Context) -> TrainingJob:
         FedLoraError: this client cannot do what it is asked.
     """
     began = time.perf_counter()
-    config, client_id, bench, broadcast = _open(content, context)
+    config, client_id, model, broadcast = _open(content, context)
     info = _info(config, context)
-    _check_ranks(bench, broadcast, info, context)
+    _check_ranks(model, broadcast, info, context)
     terms.check_terms(broadcast.plan)
     own_rows.look(context.node_config)
     examples = training_examples(config, context)
@@ -119,27 +119,27 @@ def begin(content: RecordDict, context: Context) -> TrainingJob:
     if broadcast.job == "train":  # a row that cannot be one fails its client alone, before others share its batches
         asked = schedule.examples_of(config.train, len(examples), broadcast.round, seed)
         first = [examples[place] for place in asked][:1]
-        check_batch(bench.task, bench.task.collate(first, bench.base.pad_id), 1)
+        check_batch(model.task, model.task.collate(first, model.base.pad_id), 1)
     emit("client-start", client_id=client_id, rank=info.rank, round=broadcast.round)
-    return TrainingJob(config, client_id, bench, broadcast, context, examples, began)
+    return TrainingJob(config, client_id, model, broadcast, context, examples, began)
 
 
 def train_alone(work: TrainingJob) -> RecordDict:
     """Train one client by itself; the reply."""
-    config, broadcast, bench = work.config, work.broadcast, work.bench
+    config, broadcast, model = work.config, work.broadcast, work.model
     trained = _set_up(work, broadcast.plan)
     if broadcast.job != "train":
         rules.check_plugins(config, work.context.node_config, broadcast.job)
         statistic = STATISTICS.load(broadcast.job)
-        adapter, result = statistic.measure(bench, broadcast.adapter, work.examples, config.train, work.seed)
+        adapter, result = statistic.measure(model, broadcast.adapter, work.examples, config.train, work.seed)
     else:
         result = trainer.train(
-            bench.task,
-            bench.model,
+            model.task,
+            model.model,
             trained,
             work.examples,
             config.train,
-            pad_id=bench.base.pad_id,
+            pad_id=model.base.pad_id,
             number=broadcast.round,
             rounds=config.federation.rounds,
             seed=work.seed,
@@ -147,7 +147,7 @@ def train_alone(work: TrainingJob) -> RecordDict:
             penalty=functools.partial(terms.add_terms, trained.pairs, broadcast.plan),
             stages=stages(config.privacy),
         )
-        adapter = adapted.read(bench)
+        adapter = adapted.read(model)
     return finish(work, adapter, result)
 
 
@@ -184,7 +184,7 @@ def finish(work: TrainingJob, adapter: AdapterState, result: trainer.TrainResult
     known = broadcast.base_version if context.node_config.get("resident") else 0
     return wire.encode_update(
         update,
-        work.bench.base.fingerprint,
+        work.model.base.fingerprint,
         config.wire.upload_dtype,
         broadcast.plan.send,
         known,
@@ -196,9 +196,9 @@ def finish(work: TrainingJob, adapter: AdapterState, result: trainer.TrainResult
 def evaluate(content: RecordDict, context: Context) -> RecordDict:
     """The server's adapter on this client's own test rows."""
     began = time.perf_counter()
-    config, client_id, bench, broadcast = _open(content, context)
+    config, client_id, model, broadcast = _open(content, context)
     examples = train_and_test(config, client_id, rules.own_data(context.node_config))[1]
-    _set_up(TrainingJob(config, client_id, bench, broadcast, context, examples, began), Plan(train=frozenset()))
+    _set_up(TrainingJob(config, client_id, model, broadcast, context, examples, began), Plan(train=frozenset()))
     if not examples:
         raise ConfigError(
             f"client {client_id} has no test rows; raise data.client-test-fraction or set evaluate.clients = false"
@@ -207,10 +207,10 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
     def tell(done: int, total: int) -> None:
         emit("client-evaluate-step", client_id=client_id, done=done, total=total, round=broadcast.round)
 
-    size, pad_id = config.evaluate.batch_size, bench.base.pad_id
-    metrics = evaluate_model(bench.task, bench.model, examples, size, pad_id, on_batch=tell)
+    size, pad_id = config.evaluate.batch_size, model.base.pad_id
+    metrics = evaluate_model(model.task, model.model, examples, size, pad_id, on_batch=tell)
     emit("client-evaluated", client_id=client_id, round=broadcast.round, **metrics)
-    return wire.encode_evaluation(len(examples), metrics, bench.base.fingerprint, bench.task.metrics)
+    return wire.encode_evaluation(len(examples), metrics, model.base.fingerprint, model.task.metrics)
 
 
 _TASKS = {"describe": describe, "train": train, "evaluate": evaluate}
@@ -222,20 +222,20 @@ def _open(content: RecordDict, context: Context) -> tuple[Config, int, adapted.A
     if config.run.threads:
         torch.set_num_threads(min(config.run.threads, os.cpu_count() or 1))
     memory.limit(context.node_config, pick_device(config.model.device))
-    bench = adapted.adapted_model(config.model, config.lora)
-    return config, client_id_of(context), bench, wire.decode_broadcast(content, bench.base.fingerprint)
+    model = adapted.adapted_model(config.model, config.lora)
+    return config, client_id_of(context), model, wire.decode_broadcast(content, model.base.fingerprint)
 
 
 def _set_up(work: TrainingJob, plan: Plan) -> Trainable:
     """The base at the broadcast's version, and its adapter in place, with this client's own factors."""
     folds = folds_beside(work)
-    return adapted.install(work.bench, work.start(), plan.train, plan.modules, folds)
+    return adapted.install(work.model, work.start(), plan.train, plan.modules, folds)
 
 
 def folds_beside(work: TrainingJob) -> tuple[AdapterState, ...]:
     """The folds that are to be installed as the anchor: none where they are merged into the base, here."""
     run = work.context.run_id
-    return adapted.place(work.bench, folds_up_to(run, work.broadcast), work.config.anchor, run)
+    return adapted.place(work.model, folds_up_to(run, work.broadcast), work.config.anchor, run)
 
 
 def _personal_part(adapter: AdapterState, personal: frozenset[str]) -> AdapterState:
@@ -255,10 +255,10 @@ def _own_folder(context: Context, broadcast: Broadcast) -> Path:
     return own_state.folder_of(str(root), broadcast.run or str(context.run_id), client_id_of(context))
 
 
-def _check_ranks(bench: adapted.AdaptedModel, broadcast: Broadcast, info: ClientInfo, context: Context) -> None:
+def _check_ranks(model: adapted.AdaptedModel, broadcast: Broadcast, info: ClientInfo, context: Context) -> None:
     """A server may not ask for more than this client's hardware affords, in all modules together."""
-    ranks = adapted.ranks(bench, broadcast.adapter)
-    width = {module: sum(shape_of(bench.layers[module])) for module in ranks if module in bench.layers}
+    ranks = adapted.ranks(model, broadcast.adapter)
+    width = {module: sum(shape_of(model.layers[module])) for module in ranks if module in model.layers}
     sent = sum(ranks[module] * width[module] for module in width)
     affords = sum(info.rank_of(module) * width[module] for module in width)
     if sent > affords:

@@ -42,24 +42,24 @@ def how_many(context: Context) -> int:
         config = rules.config_of(context)
         if clients_at_once(config.train):
             return clients_at_once(config.train)
-        bench = adapted.adapted_model(config.model, config.lora)
+        model = adapted.adapted_model(config.model, config.lora)
         examples = rows.training_examples(config, context)
         tokens = config.train.batch_size * max(example.size for example in examples[:_LOOKED_AT])
     except Exception:
         return 1
-    device = bench.base.device
+    device = model.base.device
     enough = _ENOUGH_TOKENS.get(device.type, _ENOUGH_TOKENS["cuda"]) // tokens
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return max(1, min(enough, int(_SHARE_OF_FREE * free / (tokens * bytes_per_token(bench)))))
+    return max(1, min(enough, int(_SHARE_OF_FREE * free / (tokens * bytes_per_token(model)))))
 
 
-def bytes_per_token(bench: adapted.AdaptedModel) -> int:
+def bytes_per_token(model: adapted.AdaptedModel) -> int:
     """A rough estimate of the bytes that training stores for one token until the backward pass."""
-    config = bench.base.model.config.get_text_config(decoder=True)
+    config = model.base.model.config.get_text_config(decoder=True)
     layers, hidden = getattr(config, "num_hidden_layers", 12), getattr(config, "hidden_size", 768)
     wide = getattr(config, "intermediate_size", None) or 4 * hidden
-    outputs = bench.task.outputs(config)
-    return bench.base.compute_dtype.itemsize * layers * (16 * hidden + 6 * wide) + 4 * 4 * outputs
+    outputs = model.task.outputs(config)
+    return model.base.compute_dtype.itemsize * layers * (16 * hidden + 6 * wide) + 4 * 4 * outputs
 
 
 def train(requests: Sequence[tuple[RecordDict, Context]]) -> list[RecordDict | Error]:
@@ -106,7 +106,7 @@ def _answers(works: Sequence[TrainingJob], folds: Folds) -> list[RecordDict | Er
 def _as_one(works: Sequence[TrainingJob], folds: Folds) -> list[RecordDict | Error]:
     one = works[0]
     ends = cohort.train(
-        one.bench,
+        one.model,
         [cohort.Member(work.start(), work.examples, work.seed) for work in works],
         one.config.train,
         plan=one.broadcast.plan,

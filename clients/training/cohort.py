@@ -48,7 +48,7 @@ class Member:
 
 
 def train(
-    bench: AdaptedModel,
+    model: AdaptedModel,
     members: Sequence[Member],
     config: TrainConfig,
     *,
@@ -66,7 +66,7 @@ def train(
     order of floating point sums. `seconds` of a result is a share of the wall time, in proportion to a member's steps.
 
     Args:
-        bench: the model.
+        model: the model.
         members: the clients, at least one.
         config: the run's section train, for all members.
         plan: which factors are trained, and the terms of the loss; tensors trained in full are trained too.
@@ -85,10 +85,10 @@ def train(
     began = time.perf_counter()
     order = sorted(range(len(members)), key=lambda m: -len(members[m].examples))  # members with most steps first
     ends: list[AdapterError | None] = [None] * len(order)
-    bench.model.train()
-    own_dropout = draws_per_client(bench.model)
+    model.model.train()
+    own_dropout = draws_per_client(model.model)
     adapters = [members[m].adapter for m in order]
-    with stacked(bench, adapters, plan.train, plan.modules, folds) as stack:
+    with stacked(model, adapters, plan.train, plan.modules, folds) as stack:
         everyone = [
             LocalSteps(
                 slot,
@@ -104,13 +104,13 @@ def train(
         ]
         for step in range(everyone[0].steps):
             stack.active = sum(local.steps > step for local in everyone)
-            losses = _gradients(bench, stack, everyone[: stack.active], step, own_dropout)
+            losses = _gradients(model, stack, everyone[: stack.active], step, own_dropout)
             stack.share_gradients()
             for passed in range(everyone[0].passes - 1):
                 for local in everyone[: stack.active]:
                     local.after_pass(passed)
                 stack.drop_gradients()
-                _gradients(bench, stack, everyone[: stack.active], step, own_dropout)
+                _gradients(model, stack, everyone[: stack.active], step, own_dropout)
                 stack.share_gradients()
             for place, (local, loss) in enumerate(zip(everyone, losses, strict=False)):
                 if ends[place] is not None:
@@ -132,17 +132,17 @@ def train(
 
 
 def _gradients(
-    bench: AdaptedModel, stack: Stack, everyone: Sequence[LocalSteps], step: int, own_dropout: bool
+    model: AdaptedModel, stack: Stack, everyone: Sequence[LocalSteps], step: int, own_dropout: bool
 ) -> list[float]:
     """Each client's loss in a step; adds its gradients to the stack."""
     with record_function("fedlora/data"):
         parts = zip(*(local.batches(step) for local in everyone), strict=True)
-        batches = [bench.task.collate([e for examples in part for e in examples], bench.base.pad_id) for part in parts]
-        counts = [[int(own.sum()) for own in bench.task.counts(batch).chunk(len(everyone))] for batch in batches]
+        batches = [model.task.collate([e for examples in part for e in examples], model.base.pad_id) for part in parts]
+        counts = [[int(own.sum()) for own in model.task.counts(batch).chunk(len(everyone))] for batch in batches]
     totals = [sum(of_client) for of_client in zip(*counts, strict=True)]
     losses = [0.0] * len(everyone)
     for batch in batches:
-        tokens = bench.task.tokens(batch)
+        tokens = model.task.tokens(batch)
         own_tokens = tokens.chunk(len(everyone))
         for local, own in zip(everyone, own_tokens, strict=True):
             local.tokens += int(own.sum())
@@ -150,7 +150,7 @@ def _gradients(
         lengths = [int(own.max()) for own in own_tokens]
         draws = Draws([local.draws for local in everyone], lengths) if own_dropout else nullcontext()
         with record_function("fedlora/forward"), draws:
-            each = _losses(bench.task, bench.model, batch, len(tokens), totals)
+            each = _losses(model.task, model.model, batch, len(tokens), totals)
         with record_function("fedlora/backward"):
             each.sum().backward()
             losses = [loss + float(more) for loss, more in zip(losses, each.detach(), strict=True)]

@@ -1,9 +1,9 @@
-"""Folds: what a strategy adds to the base model for good, kept as frozen factors (the anchor).
+"""Folds: updates that a strategy adds to the base model for good, kept as frozen factors (the anchor).
 
-Quantized weights are never touched: re-quantizing a small update loses nearly all of it. A fold is one
-aggregate; version v of the base is the base with the first v folds. A client that skipped rounds gets the
-folds it lacks; one that is too far behind gets everything, compacted. Both end up with bit-equal weights,
-since a client only ever concatenates what the server sends, in the order of versions.
+Quantized weights are never changed, since quantizing them again would lose nearly all of a small update. A fold is
+one aggregate, and version v of the base is the base with the first v folds. A client that skipped rounds gets the
+folds that it lacks. One that is too far behind gets all folds, compacted into one. Clients always concatenate what the
+server sends, in the order of versions, so that all of them have the same factors.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from .state import AdapterState
 
 @dataclass(frozen=True)
 class Folds:
-    """All folds of a run so far, and how large they may grow.
+    """The folds of a run.
 
     Args:
-        parts: parts[0] leads from the untouched base to version `first`, each later one a version further.
-        first: the version that parts[0] leads to.
-        max_rank: the largest sum of ranks of a module; 0 means min(d_out, d_in), where compacting loses no more than
-            fp32 rounds. A run sets it to `anchor.max-rank`.
-        compact: False keeps every fold as it came, for clients that merge folds into the weights of an fp32 base
+        parts: the folds; parts[0] leads from the unchanged base model to version `first`, and each later one to the
+            next version.
+        first: the version after parts[0].
+        max_rank: the largest sum of a module's ranks; 0 means min(d_out, d_in), with which compacting loses nothing but
+            fp32's rounding. A run sets it to `anchor.max-rank`.
+        compact: False: folds are never compacted, for clients that merge folds into the weights of an fp32 base
             (`anchor.base-update = merge`).
     """
 
@@ -37,7 +38,11 @@ class Folds:
         return self.first + len(self.parts) - 1 if self.parts else 0
 
     def push(self, fold: AdapterState) -> Folds:
-        """The folds with one more; as one fold when some module's sum of ranks exceeds its limit, and is compacted."""
+        """The folds with one more.
+
+        If the sum of a module's ranks exceeds the limit, that module is compressed to the limit, and all folds become
+        one (they are compacted).
+        """
         grown = replace(self, parts=(*self.parts, fold))
         full = _full(grown.parts, self.max_rank) if self.compact else set()
         if not full:
@@ -55,7 +60,10 @@ class Folds:
         return replace(self, parts=(fold,), first=self.version + 1)
 
     def since(self, known_version: int) -> tuple[int, tuple[AdapterState, ...]]:
-        """`(from_version, folds)`: what brings a client of this version up to date; from 0 means all anew."""
+        """The folds that a client of this version lacks, as (the version that they continue, folds).
+
+        If the former is 0, the client has to drop its folds, and these are all.
+        """
         if known_version == self.version:
             return known_version, ()
         if self.first <= known_version < self.version:
@@ -63,7 +71,7 @@ class Folds:
         return 0, self.parts
 
     def total(self) -> AdapterState:
-        """All folds as one adapter of scaling 1."""
+        """The sum of all folds, as one adapter of scaling 1."""
         return concatenate(self.parts)
 
 

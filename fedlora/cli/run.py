@@ -20,7 +20,7 @@ from .shared import Authority, Insecure, Overrides, app, err, kept_by_clients, l
 
 
 class Engine(StrEnum):
-    """Where the clients run."""
+    """The engines that can run the clients."""
 
     local = "local"
     flower = "flower"

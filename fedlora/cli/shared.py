@@ -1,4 +1,4 @@
-"""What all commands share: the app, the consoles, options, and how a configuration is found."""
+"""The parts that all commands share: the app, the consoles, common options, and how a configuration is found."""
 
 from __future__ import annotations
 

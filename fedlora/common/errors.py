@@ -1,4 +1,4 @@
-"""The exceptions. A message says in one sentence what is wrong, where, what was expected, and how to mend it."""
+"""The exceptions. A message says in one sentence what is wrong, where, what was expected, and how to fix it."""
 
 import errno
 import re

@@ -1,1 +1,1 @@
-"""Flower's own programs, started safely, and who may take part."""
+"""Starts Flower's own programs with safe settings, and manages certificates, keys and nodes."""

@@ -35,29 +35,30 @@ def make(
     days: int = 825,
     authority_days: int = 3650,
 ) -> list[Path]:
-    """Write what a federation needs to talk over TLS and to know its nodes; returns the files, in this order.
+    """Write the certificates and keys of a federation; return the files, in this order.
 
     `ca.crt`, `ca.key`: a certificate authority for this federation alone. `server.pem`, `server.key`: the server's
-    certificate, signed by it. `<node>`, `<node>.pub`: a key pair for each node, in OpenSSH's format. In a folder
-    that has an authority already, only nodes may be added.
+    certificate, signed by the authority, and its key. `<node>`, `<node>.pub`: a key pair for each node, in OpenSSH's
+    format. In a folder that already has an authority, only key pairs may be added.
 
     Args:
-        folder: made when it is missing.
-        names: DNS names under which nodes reach the server; `localhost` is always among them.
-        ips: addresses under which nodes reach the server; `127.0.0.1` is always among them.
-        nodes: names of the key pairs.
-        days: how long the server's certificate holds. 825 is the longest that Apple's TLS accepts.
-        authority_days: how long the authority's does: it signs several of the server's, one after another.
+        folder: folder for the files; made if it is missing.
+        names: DNS names under which nodes reach the server; `localhost` is always included.
+        ips: addresses under which nodes reach the server; `127.0.0.1` is always included.
+        nodes: names of the nodes' key pairs.
+        days: days for which the server's certificate is valid; 825 is the largest number that Apple's TLS accepts.
+        authority_days: days for which the authority's certificate is valid, during which it can sign several server
+            certificates.
 
     Raises:
-        ConfigError: a file exists already, or a name or an address is none.
+        ConfigError: a file exists already, or a name or an address is not valid.
     """
     _check_names(nodes)
     sans = _alternative_names(names, ips)
     known = (folder / CA).exists()
     if known and (names or ips or not nodes):
         raise ConfigError(
-            f"{folder / CA} exists already, and nothing is overwritten; choose another folder, or only add nodes to it"
+            f"{folder / CA} exists already and is not overwritten; choose another folder, or only add nodes to this one"
         )
     wanted = [] if known else [CA, CA_KEY, SERVER, SERVER_KEY]
     wanted += [name for node in nodes for name in (node, f"{node}.pub")]
@@ -74,18 +75,18 @@ def make(
 
 
 def renew(folder: Path, names: Sequence[str] = (), ips: Sequence[str] = (), days: int = 825) -> list[Path]:
-    """Write a new certificate and key of the server, signed by the authority that nodes know; returns the files.
+    """Write a new certificate and key of the server, signed by the authority that nodes know; return the files.
 
-    The ones before become `server.pem.old` and `server.key.old`. Nodes keep their `ca.crt`.
+    The earlier files become `server.pem.old` and `server.key.old`. Nodes keep their `ca.crt`.
 
     Args:
-        folder: with `ca.crt` and `ca.key`.
-        names: DNS names of the server; with `ips`, those of the certificate before when both are left out.
+        folder: folder with `ca.crt` and `ca.key`.
+        names: DNS names of the server. If `names` and `ips` are left out, those of the earlier certificate are used.
         ips: addresses of the server.
-        days: how long it holds.
+        days: days for which the new certificate is valid.
 
     Raises:
-        ConfigError: the authority is not there, is not whole, or ends before.
+        ConfigError: the authority is missing or damaged, or expires before the new certificate would.
     """
     for name in (CA, CA_KEY):
         if not (folder / name).is_file():
@@ -100,7 +101,7 @@ def renew(folder: Path, names: Sequence[str] = (), ips: Sequence[str] = (), days
         raise ConfigError(f"--renew: {folder / CA_KEY} is not the key of {CA}; put back what `fedlora certs` wrote")
     if authority.not_valid_after_utc < datetime.now(UTC) + timedelta(days=days):
         raise ConfigError(
-            f"--renew: the authority {folder / CA} holds until {authority.not_valid_after_utc:%Y-%m-%d}, less than "
+            f"--renew: the authority {folder / CA} is valid until {authority.not_valid_after_utc:%Y-%m-%d}, less than "
             f"{days} days; make a new folder, and give every node its ca.crt"
         )
     sans = _alternative_names(names, ips) if names or ips else _names_of(folder / SERVER)
@@ -123,7 +124,7 @@ def renew(folder: Path, names: Sequence[str] = (), ips: Sequence[str] = (), days
 
 
 def make_key(path: Path) -> str:
-    """Write a node's key pair, `path` and `path`.pub in OpenSSH's format; returns its fingerprint.
+    """Write a node's key pair, `path` and `path`.pub, in OpenSSH's format; return its fingerprint.
 
     Raises:
         ConfigError: a file exists already, or cannot be written.
@@ -138,22 +139,22 @@ def make_key(path: Path) -> str:
 
 
 def fingerprint(key: object) -> str:
-    """Of a public key, as `ssh-keygen -l` shows it."""
+    """The fingerprint of a public key, as `ssh-keygen -l` shows it."""
     text = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)  # pyright: ignore[reportAttributeAccessIssue]
     digest = hashlib.sha256(base64.b64decode(text.split()[1])).digest()
     return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
 def check_private(path: Path) -> None:
-    """Raises ConfigError for a private key that others on this machine may read."""
+    """Raise ConfigError if other users of this machine may read a private key."""
     if os.name == "posix" and (mode := path.stat().st_mode & 0o777) & 0o077:
         raise ConfigError(
-            f"{path}: a private key that others may read (mode {mode:04o}); make it yours alone: chmod 600 {path}"
+            f"{path}: other users may read this private key (mode {mode:04o}); make it yours alone: chmod 600 {path}"
         )
 
 
 def numbered(nodes: str) -> list[str]:
-    """`"3"` as node0, node1, node2; `"north,south"` as these names."""
+    """The names of nodes: `"3"` gives node0, node1, node2; `"north,south"` gives these names."""
     if nodes.strip().isdigit():
         return [f"node{i}" for i in range(int(nodes))]
     return [name.strip() for name in nodes.split(",") if name.strip()]
@@ -201,18 +202,18 @@ def _server(
 
 
 def _names_of(certificate: Path) -> list[x509.GeneralName]:
-    """What a certificate is good for."""
+    """The names and addresses for which a certificate is valid."""
     try:
         known = x509.load_pem_x509_certificate(certificate.read_bytes())
         return list(known.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
     except (OSError, ValueError, x509.ExtensionNotFound) as error:
         raise ConfigError(
-            f"--renew: {certificate} does not tell the server's names: {error}; give them as --server-name and --ip"
+            f"--renew: {certificate} does not contain the server's names: {error}; give them as --server-name and --ip"
         ) from None
 
 
 def _write_node(folder: Path, name: str) -> ec.EllipticCurvePublicKey:
-    """A key pair of the kind that Flower's node authentication asks for; returns the public one."""
+    """Write a key pair of the kind that Flower's node authentication needs; return the public key."""
     key = ec.generate_private_key(ec.SECP384R1())
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     _write(folder / name, _private(key, serialization.PrivateFormat.OpenSSH), 0o600)
@@ -254,7 +255,7 @@ def _private(key: EllipticCurvePrivateKey, form: serialization.PrivateFormat) ->
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:
-    """Never over an existing file, and never readable for others first."""
+    """Write a new file, with this mode from the beginning; an existing file is an error."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(content)
 
@@ -262,29 +263,29 @@ def _write(path: Path, content: bytes, mode: int) -> None:
 def _check_free(files: Iterable[Path]) -> None:
     for file in files:
         if os.path.lexists(file):
-            raise ConfigError(f"{file} exists already, and nothing is overwritten; choose another name")
+            raise ConfigError(f"{file} exists already and is not overwritten; choose another name")
 
 
 def _check_names(nodes: Sequence[str]) -> None:
     for name in nodes:
         if not _NAME.fullmatch(name) or name in {CA, CA_KEY, SERVER, SERVER_KEY, *_TAKEN} or name.endswith(".pub"):
             raise ConfigError(
-                f"--nodes: {name!r} is no name for a node's key, expected letters, digits, - and _, such as north"
+                f"--nodes: {name!r} cannot be a node key's name, expected letters, digits, - and _, such as north"
             )
     if len({*nodes}) < len(nodes):
         raise ConfigError(f"--nodes: {', '.join(nodes)} names a node twice")
 
 
 def _alternative_names(names: Sequence[str], ips: Sequence[str]) -> list[x509.GeneralName]:
-    """What the certificate is good for, each once: names first, then addresses."""
+    """The names and then the addresses for which the certificate is to be valid, each once."""
     found: dict[x509.GeneralName, None] = {}
     for name in (*names, *_LOCAL_NAMES):
         if not re.fullmatch(r"(\*\.)?" + _NAME.pattern, name) or name.replace(".", "").isdigit():
-            raise ConfigError(f"--server-name: {name!r} is no DNS name; give an address as --ip")
+            raise ConfigError(f"--server-name: {name!r} is not a DNS name; give an address as --ip")
         found[x509.DNSName(name)] = None
     for ip in (*ips, *_LOCAL_IPS):
         try:
             found[x509.IPAddress(ipaddress.ip_address(ip))] = None
         except ValueError:
-            raise ConfigError(f"--ip: {ip!r} is no IP address, expected such as 10.0.0.7") from None
+            raise ConfigError(f"--ip: {ip!r} is not an IP address such as 10.0.0.7") from None
     return list(found)

@@ -1,4 +1,4 @@
-"""A server as others reach it: whether it is there and to be trusted, its clock, and runs on its nodes."""
+"""Connections to a server: checks whether it is there and can be trusted, compares clocks, and runs on its nodes."""
 
 from __future__ import annotations
 
@@ -30,16 +30,22 @@ from .flower_programs import Connection
 
 _NAME = "federation"
 _BEHIND_SECONDS = TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
-_ASK_SECONDS = 10.0  # for the first answer of a server
-_OF_TIME = (9, 10)  # OpenSSL: a certificate is not yet valid, or not any more
-_COARSE_SECONDS = 2.0  # what a clock that tells whole seconds leaves open, with room
+_ASK_SECONDS = 10.0  # longest wait for a server's first answer
+_OF_TIME = (9, 10)  # OpenSSL's codes for a certificate that is not yet valid, or has expired
+_COARSE_SECONDS = 2.0  # more than the uncertainty of a clock that is read in whole seconds
 _UNITS = ((86400, "days"), (3600, "h"), (1, "s"))
 
 
 def run(config: Config, server: str, ca: Path | None, insecure: bool = False) -> None:
     """Run a federation on the nodes that are connected to a server.
 
-    The run's record and adapter are written by the server's machine, to `run.dir`.
+    The run's record and adapter are written on the server's machine, to `run.dir`.
+
+    Args:
+        config: the run's configuration.
+        server: address of the server, HOST:PORT.
+        ca: certificate of the authority that signed the server's.
+        insecure: use neither TLS nor node authentication.
 
     Raises:
         RunError: the server cannot be reached or trusted, or the run did not complete.
@@ -52,7 +58,7 @@ def run(config: Config, server: str, ca: Path | None, insecure: bool = False) ->
 
 
 def _who() -> str:
-    """Who runs this command, as the machine knows them."""
+    """The user and the machine that run this command, as user@machine."""
     try:
         user = getpass.getuser()
     except (OSError, KeyError):  # no such user, as in some containers
@@ -61,13 +67,19 @@ def _who() -> str:
 
 
 def check_server(server: str, ca: Path | None) -> float:
-    """That a server is there, and the one that the authority vouches for; without `ca`, that it speaks plain HTTP.
+    """Check that a server is there and has a certificate of the authority, or without `ca` that it uses plain HTTP.
+
+    Args:
+        server: address of the server, HOST:PORT.
+        ca: certificate of the authority; None for a server without TLS.
 
     Returns:
-        Seconds that this machine's clock is ahead of the server's, less what is uncertain; 0 where it does not say.
+        A lower bound for the seconds by which this machine's clock is ahead of the server's (below 0: behind); 0 if
+        the server does not tell its time.
 
     Raises:
-        RunError: it is not.
+        NotThere: nothing answers at this address.
+        RunError: the certificate does not pass, or the server uses the other of TLS and plain HTTP.
     """
     host, port = host_and_port(server)
     context = None if ca is None else trusting(ca)
@@ -97,16 +109,16 @@ def check_server(server: str, ca: Path | None) -> float:
         ) from None
     except OSError as error:
         raise NotThere(
-            f"nobody answers at {server} ({error}); start the server, or check address and firewall"
+            f"no server answers at {server} ({error}); start the server, or check address and firewall"
         ) from None
 
 
 class NotThere(RunError):
-    """Nobody listens, yet."""
+    """No server listens at this address, at least not yet."""
 
 
 def _asking(host: str, port: int, context: ssl.SSLContext | None) -> http.client.HTTPConnection:
-    """A connection to a server; over TLS as Flower's own, through the proxy of HTTPS_PROXY, but for NO_PROXY."""
+    """A connection to a server. With TLS it respects HTTPS_PROXY and NO_PROXY, as Flower's own connections do."""
     if context is None:
         return http.client.HTTPConnection(host, port, timeout=_ASK_SECONDS)
     proxy = urllib.request.getproxies_environment().get("https")
@@ -125,7 +137,7 @@ def _asking(host: str, port: int, context: ssl.SSLContext | None) -> http.client
 
 
 def _ahead(told: str, began: float, ended: float) -> float:
-    """How far this clock is ahead of one that showed this time, in whole seconds, between `began` and `ended`."""
+    """Seconds by which this clock is at least ahead of one that showed `told` (in whole seconds) in this period."""
     try:
         there = parsedate_to_datetime(told).timestamp()
     except (ValueError, TypeError):
@@ -135,11 +147,14 @@ def _ahead(told: str, began: float, ended: float) -> float:
 
 
 def check_clock(ahead: float, server: str) -> None:
-    """Raises RunError for a clock with which Flower's server refuses all that a node signs.
+    """Check that the clocks agree well enough; otherwise Flower's server refuses everything that a node signs.
 
     Args:
-        ahead: seconds that this machine's clock is ahead of the server's.
-        server: HOST:PORT.
+        ahead: seconds by which this machine's clock is ahead of the server's.
+        server: address of the server, HOST:PORT.
+
+    Raises:
+        RunError: they do not.
     """
     if -_BEHIND_SECONDS < ahead < SYSTEM_TIME_TOLERANCE:
         return
@@ -147,28 +162,28 @@ def check_clock(ahead: float, server: str) -> None:
     size = next(f"{seconds / unit:.{seconds < 20:d}f} {name}" for unit, name in _UNITS if seconds >= 2 * unit)
     raise RunError(
         f"this machine's clock is {size} {'ahead of' if ahead > 0 else 'behind'} that of the server at {server}, which "
-        f"takes nothing from a node that is more than {SYSTEM_TIME_TOLERANCE} s ahead or {_BEHIND_SECONDS} s "
-        "behind; set the clock that is wrong (NTP), and start the node again"
+        f"refuses nodes that are more than {SYSTEM_TIME_TOLERANCE} s ahead or {_BEHIND_SECONDS} s behind; set the "
+        "clock that is wrong (NTP), and start the node again"
     )
 
 
 def exactly_ahead(ahead: float, server: str, ca: Path | None) -> float:
-    """How far this clock is ahead, to some milliseconds where a second decides: a server tells whole seconds alone."""
+    """`ahead`, measured more exactly if it is near a limit, since a server tells its time in whole seconds."""
     if min(abs(ahead - SYSTEM_TIME_TOLERANCE), abs(ahead + _BEHIND_SECONDS)) > _COARSE_SECONDS:
         return ahead
     found = [ahead]
-    for _ in range(12):  # over a second, one of them asks as the server's clock ticks
+    for _ in range(12):  # within a second, one of these questions comes just when the server's second changes
         time.sleep(0.09)
         found.append(check_server(server, ca))
     return max(found, key=abs)
 
 
 def check_dates(certificate: Path) -> None:
-    """Raises ConfigError for a certificate that is not valid now, before any connection fails for it."""
+    """Raise ConfigError if a certificate is not valid now, before a connection fails because of it."""
     try:
         found = x509.load_pem_x509_certificate(certificate.read_bytes())
     except (OSError, ValueError):
-        return  # what is no certificate is named where it is used
+        return  # a file that is not a certificate is reported where it is used
     now = datetime.now(UTC)
     if now > found.not_valid_after_utc:
         what = f"expired on {found.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
@@ -179,16 +194,16 @@ def check_dates(certificate: Path) -> None:
     renewed = f"renew it: fedlora certs {certificate.parent} --renew"
     fix = renewed if certificate.name == certificates.SERVER else "make new ones in a new folder (fedlora certs)"
     raise ConfigError(
-        f"{certificate}: the certificate {what}, and this machine's clock says {now:%Y-%m-%d %H:%M} UTC; {fix}, "
+        f"{certificate}: the certificate {what}, but this machine's clock says {now:%Y-%m-%d %H:%M} UTC; {fix}, "
         "or set the clock if it is wrong"
     )
 
 
 def trusting(ca: Path) -> ssl.SSLContext:
-    """A TLS client's settings that trust this authority alone.
+    """Settings of a TLS client that trusts only this authority.
 
     Raises:
-        ConfigError: the file holds no certificate.
+        ConfigError: the file has no certificate.
     """
     try:
         return ssl.create_default_context(cafile=ca)
@@ -198,7 +213,7 @@ def trusting(ca: Path) -> ssl.SSLContext:
 
 @contextmanager
 def _connection(server: str, ca: Path | None, insecure: bool) -> Iterator[Connection]:
-    """A connection of `flwr` to a server that was just found there."""
+    """A connection of `flwr` to a server, after a check that the server is there."""
     authority = None if insecure else given(ca, "--ca", "ca.crt")
     if authority:
         check_dates(authority)
@@ -220,7 +235,16 @@ def host_and_port(server: str) -> tuple[str, int]:
 
 
 def given(path: Path | None, option: str, what: str) -> Path:
-    """The path, absolute, of a file that exists."""
+    """The absolute path of a file, after a check that it exists.
+
+    Args:
+        path: the path that was given with the option; None if the option was left out.
+        option: name of the option, for error messages.
+        what: the file that is expected, for error messages.
+
+    Raises:
+        ConfigError: the option was left out, or there is no such file.
+    """
     if path is None:
         raise ConfigError(f"{option}: expected {what}, or --insecure for neither TLS nor keys")
     whole = path.expanduser().resolve()

@@ -1,6 +1,6 @@
-"""Flower's own programs: started in a neutral folder, asked through `flwr`, stopped by pid; runs handed in, followed.
+"""Runs Flower's own programs in a neutral folder; submits runs through `flwr`, and follows them to their end.
 
-`flwr run --stream` exits with 0 even when the run fails, so that what a run comes to is asked for here.
+`flwr run --stream` exits with 0 even if the run fails, so that this module asks for the run's status itself.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _log = logging.getLogger("fedlora")
 _START_SECONDS = 60.0
 _POLL_SECONDS = 1.0
 _ASK_SECONDS = 15.0
-_LOST_SECONDS = 90.0  # without an answer; a SuperLink that died is back within half a minute
-_LEAVE_SECONDS = 45.0  # that a run which is stopped may take to end
+_LOST_SECONDS = 90.0  # longest time without an answer; a SuperLink that died is back within half a minute
+_LEAVE_SECONDS = 45.0  # time for a stopped run to end
 _APP = """from fedlora.{side}.{module} import app as fedlora_app
 
 app = fedlora_app
@@ -41,13 +41,13 @@ app = fedlora_app
 
 @dataclass(frozen=True)
 class Connection:
-    """Where `flwr` finds a SuperLink.
+    """A connection of `flwr` to a SuperLink.
 
     Args:
-        name: of the connection in `$FLWR_HOME/config.toml`; "local" is the SuperLink that an environment names.
-        environment: of every `flwr` process.
-        folder: where these processes run.
-        address: of the server, for messages.
+        name: name of the connection in `$FLWR_HOME/config.toml`; "local" is the SuperLink in the environment variables.
+        environment: environment variables of every `flwr` process.
+        folder: working folder of these processes.
+        address: address of the server, for messages.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Connection:
     address: str = "this machine"
 
     def run(self, *words: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
-        """One `flwr` command; one that takes longer than the timeout is ended, and has failed."""
+        """Run one `flwr` command. If it takes longer than the timeout, it is ended, and counts as failed."""
         command = [program("flwr"), *words]
         try:
             return subprocess.run(
@@ -75,7 +75,7 @@ class Connection:
         """The JSON answer of one `flwr` command.
 
         Raises:
-            RunError: it gave none.
+            RunError: the answer is not valid JSON.
         """
         done = self.run(*words, timeout=timeout)
         begin = done.stdout.find("{")
@@ -86,7 +86,7 @@ class Connection:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """What Flower's programs are to know: a state folder of their own, no telemetry, nothing installed at run time."""
+    """Environment variables for Flower's programs: own state folder, no telemetry, no installation at run time."""
     share_cores()  # several processes compute by turns
     return os.environ | {
         "FLWR_HOME": str(home),
@@ -99,7 +99,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def program(name: str) -> str:
-    """The path of one of Flower's programs, beside this Python."""
+    """The path of one of Flower's programs, in the folder of this Python."""
     path = Path(sys.executable).with_name(name)
     if not path.exists():
         raise RunError(f"{path} is missing; install Flower's simulation engine: pip install 'flwr[simulation]'")
@@ -109,10 +109,10 @@ def program(name: str) -> str:
 def wait_until_healthy(
     process: subprocess.Popen[bytes], url: str, log: Path, context: ssl.SSLContext | None = None
 ) -> None:
-    """Until a SuperLink answers.
+    """Wait until a SuperLink answers.
 
     Raises:
-        RunError: it ended, or did not answer in time; with the last line of its log.
+        RunError: the SuperLink ended, or did not answer in time; the message has the last line of its log.
     """
     deadline = time.monotonic() + _START_SECONDS
     reason = ""
@@ -127,7 +127,7 @@ def wait_until_healthy(
 
 
 def write_bundle(config: Config, folder: Path) -> Path:
-    """A minimal Flower app that holds this run's whole config and imports the installed product."""
+    """Write a small Flower app with this run's whole config, which imports the installed FedLoRA; return its folder."""
     package = folder / "fedlora_run"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
@@ -165,7 +165,7 @@ def toml(value: Scalar) -> str:
 
 
 def absolute(config: Config) -> Config:
-    """Paths as seen from anywhere: Flower's processes run in another folder."""
+    """The config with absolute paths, since Flower's processes run in another folder."""
 
     def whole(path: str) -> str:
         return str(Path(path).expanduser().resolve()) if Path(path).expanduser().exists() else path
@@ -179,14 +179,14 @@ def absolute(config: Config) -> Config:
 
 
 def carry_out(config: Config, bundle: Path, connection: Connection, log: Path | None, resources: str = "") -> None:
-    """Hand in a run, and follow it to its end; Ctrl-C stops it.
+    """Submit a run, and follow it to its end; Ctrl-C stops the run.
 
     Args:
-        config: the run, stamped.
-        bundle: what `write_bundle` wrote.
-        connection: to the SuperLink.
-        log: the SuperLink's own, where it is at hand; the last place to look for a reason.
-        resources: `flwr run`'s federation config.
+        config: the run's configuration, with a `run.id`.
+        bundle: folder that `write_bundle` wrote.
+        connection: connection to the SuperLink.
+        log: the SuperLink's log file, in which the reason of a failure may stand; None if it is on another machine.
+        resources: the federation config for `flwr run`.
 
     Raises:
         RunError: the run did not start, or did not complete.
@@ -199,7 +199,7 @@ def carry_out(config: Config, bundle: Path, connection: Connection, log: Path | 
     except (KeyError, TypeError, ValueError):
         said = reason_of(str(answer.get("error-message") or answer))
         hint = "; its server.log says why: a full disk, for instance" if "500" in said else ""
-        raise RunError(f"the server at {connection.address} did not take the run: {said}{hint}") from None
+        raise RunError(f"the server at {connection.address} did not accept the run: {said}{hint}") from None
     try:
         status = _follow(run_id, config, connection, before)
     except KeyboardInterrupt:
@@ -214,18 +214,18 @@ def carry_out(config: Config, bundle: Path, connection: Connection, log: Path | 
 
 
 def _follow(run_id: int, config: Config, connection: Connection, before: dict[str, Any]) -> str:
-    """Show the rounds as they appear in result.json; returns the status.
+    """Emit the events of rounds as they appear in result.json; return the run's status at its end.
 
-    The record is read every second. Flower is asked now and then, and once the record says that the run has
-    ended: each question starts a process that takes a core for seconds.
+    The record is read every second. Flower is asked only from time to time, and when the record says that the run has
+    ended, since each question starts a process that occupies a core for seconds.
 
     Raises:
-        RunError: the server has not answered for long; it starts a SuperLink that died again within seconds.
+        RunError: the server has not answered for so long that its SuperLink will not come back by itself.
     """
     seen, asked, answered = 0, 0.0, time.monotonic()
     while True:
         data = _result(config)
-        data = {} if data == before else data  # of an earlier part of a run that is resumed
+        data = {} if data == before else data  # not the record of the earlier part of a resumed run
         seen = _tell_rounds(data, seen)
         ended = data.get("status", "running") != "running"
         if ended or time.monotonic() - asked > _ASK_SECONDS:
@@ -238,32 +238,32 @@ def _follow(run_id: int, config: Config, connection: Connection, before: dict[st
                 return status
             if runs:
                 answered = asked
-            elif ended and asked - answered > _ASK_SECONDS:  # the record has the last word
+            elif ended and asked - answered > _ASK_SECONDS:  # without Flower's answer, the record decides
                 return f"finished:{data['status']}"
             elif data and asked - answered > _ASK_SECONDS and not is_taken(folder_of(config)):
                 raise RunError(
                     f"the server at {connection.address} does not answer, and the run's process has ended with it; "
-                    f"when it is back, go on with: fedlora run --resume {folder_of(config)} --server …"
+                    f"when it is back, continue with: fedlora run --resume {folder_of(config)} --server …"
                 )
             elif asked - answered > _LOST_SECONDS:
                 said = reason_of(str(answer.get("error-message") or "no answer"))
                 raise RunError(
                     f"the server at {connection.address} has not answered for {asked - answered:.0f} s ({said}), and "
-                    "this command waits no longer; when it is back, go on with: fedlora run --resume "
+                    "this command waits no longer; when it is back, continue with: fedlora run --resume "
                     f"{folder_of(config)} --server …"
                 )
         time.sleep(_POLL_SECONDS)
 
 
 def _wait_until_left(config: Config) -> None:
-    """Until the process of a run that was stopped has written its record, where that is on this machine."""
+    """Wait until the process of a stopped run has written its record, if it is on this machine."""
     deadline = time.monotonic() + _LEAVE_SECONDS
     while is_taken(folder_of(config)) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
 
 
 def _tell_rounds(data: dict[str, Any], seen: int) -> int:
-    """Emit what a record holds beyond the first `seen` rounds; returns how many it holds."""
+    """Emit the events of a record's rounds after the first `seen`; return the number of rounds in the record."""
     entries = data.get("rounds", [])
     if entries and not seen and "baseline" in data:
         emit("baseline", metrics=data["baseline"], head=data.get("head", ""))
@@ -278,39 +278,43 @@ def _result(config: Config) -> dict[str, Any]:
 
 
 def _close_record(config: Config, status: str, error: str = "") -> None:
-    """The last word in result.json, where a ServerApp that was killed could not say it."""
+    """Write the final status to result.json, if a ServerApp that was killed could not write it."""
     data = _result(config)
     if data.get("status") == "running":
         write_json(folder_of(config) / "result.json", data | {"status": status} | ({"error": error} if error else {}))
 
 
 def _reason(config: Config, run_id: int, connection: Connection, log: Path | None, before: dict[str, Any]) -> str:
-    """Why a run failed: its own record says, or else the last line of the log.
+    """The reason why a run failed, from its record, or else from the last line of the log.
 
     Args:
-        before: the record before this run was handed in: of a run that is resumed, whose error is another one.
+        config: the run's configuration.
+        run_id: Flower's number of the run.
+        connection: connection to the SuperLink.
+        log: the SuperLink's log file; None if it is on another machine.
+        before: the record before this run was submitted; if a run is resumed, it may have an earlier error.
     """
     data = _result(config)
     if "error" in data and data != before:
         return str(data["error"])
     if data.get("status") == "interrupted" and data != before:
         where = folder_of(config)
-        return f"its server stopped it, or ended itself; go on with: fedlora run --resume {where} --server …"
+        return f"its server stopped it, or ended itself; continue with: fedlora run --resume {where} --server …"
     shown = connection.run("log", str(run_id), connection.name, "--show")
     last = last_line(shown.stdout) or (last_line(log.read_text(errors="replace")) if log else "no reason was logged")
     if data.get("status") == "running":
-        return f"its ServerApp's process ended without a word (killed, or out of memory); the last line was: {last}"
+        return f"its ServerApp's process ended without a reason (killed, or out of memory); the last line was: {last}"
     return last
 
 
 def last_line(text: str) -> str:
-    """The last line that is not empty."""
+    """The last line of a text that is not empty."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else ""
 
 
 def reason_of(text: str) -> str:
-    """What one of Flower's programs says went wrong, in one line: what follows its error, or else its last line."""
+    """The error in the output of one of Flower's programs, as one line; without an error, its last line."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     errors = re.findall(r"(?:Exit Code: \d+|ERROR \[uvicorn\.error\])\s+(.+(?:\n(?!The SuperNode|\n).+)?)", text)
     found = errors[-1] if errors else last_line(text.replace("│", "").split("\n╰")[0])

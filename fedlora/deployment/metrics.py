@@ -1,4 +1,4 @@
-"""/metrics of a server or a node, for Prometheus: what its own event log says, and what its machine has left."""
+"""The page /metrics of a server or a node, for Prometheus, with numbers from its event log and about its disk."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from fedlora.common.errors import ConfigError
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
-# Of a round that has ended: what the log calls it, and its gauge.
+# Numbers of the last round: name in the log -> name and meaning of the gauge.
 _OF_A_ROUND = {
     "round": ("fedlora_round", "The last round that has ended."),
-    "clients": ("fedlora_round_clients", "Clients that counted in it."),
-    "failures": ("fedlora_round_failures", "Clients that did not."),
-    "train-loss": ("fedlora_train_loss", "The clients' mean loss in it, in nats."),
-    "upload-bytes": ("fedlora_upload_bytes", "Bytes that clients sent in it."),
-    "download-bytes": ("fedlora_download_bytes", "Bytes that clients got in it."),
+    "clients": ("fedlora_round_clients", "Clients that counted in the last round."),
+    "failures": ("fedlora_round_failures", "Clients that did not count in the last round."),
+    "train-loss": ("fedlora_train_loss", "Mean training loss of the clients in the last round, in nats."),
+    "upload-bytes": ("fedlora_upload_bytes", "Bytes that clients sent in the last round."),
+    "download-bytes": ("fedlora_download_bytes", "Bytes that clients received in the last round."),
 }
 Gauge = tuple[str, str, Callable[[], float | None]]
 
 
 class EventLog:
-    """A collector of `prometheus_client`: counts the events of a log of JSON lines, of which it reads the new ones.
+    """A collector for `prometheus_client` that counts the events in a log of JSON lines.
 
     Args:
-        path: the log, which other processes write, and which may be rotated.
-        gauges: names, meanings, and what tells the value; None for one that is not known now.
+        path: path of the log, which other processes write, and which may be rotated.
+        gauges: further gauges, each with a name, a meaning, and a function for its value (None if it is unknown).
     """
 
     def __init__(self, path: Path, gauges: Iterable[Gauge] = ()) -> None:
@@ -43,15 +43,16 @@ class EventLog:
         self._counts: Counter[str] = Counter()
         self._last: dict[str, float] = {}
         self._round: dict[str, float] = {}
-        self._place = (0, 0)  # inode of the file that was read, and bytes of it
+        self._place = (0, 0)  # inode of the file, and number of its bytes that were read
 
     def collect(self) -> Iterator[Metric]:
-        """What Prometheus is told."""
+        """The metrics for Prometheus."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         self._read()
         events = CounterMetricFamily("fedlora_events", "Events since this process began, by kind.", labels=["event"])
-        times = GaugeMetricFamily("fedlora_last_event_timestamp_seconds", "When the last came.", labels=["event"])
+        meaning = "Time of the last event of each kind."
+        times = GaugeMetricFamily("fedlora_last_event_timestamp_seconds", meaning, labels=["event"])
         for event, count in sorted(self._counts.items()):
             events.add_metric([event], count)
             times.add_metric([event], self._last[event])
@@ -65,7 +66,7 @@ class EventLog:
                 yield GaugeMetricFamily(gauge, meaning, value=value)
 
     def _read(self) -> None:
-        """The lines that are new since the last time; of a file that was rotated meanwhile, the new file's."""
+        """Count the lines that are new since the last call; if the file was rotated, those of the new file."""
         try:
             with self._path.open("rb") as file:
                 inode = self._path.stat().st_ino
@@ -74,7 +75,7 @@ class EventLog:
                     self._count(line)
                     self._place = (inode, file.tell())
         except OSError:
-            return  # nothing was written yet
+            return  # there is no log yet
 
     def _count(self, line: bytes) -> None:
         try:
@@ -91,7 +92,7 @@ class EventLog:
 
 @contextmanager
 def served(port: int | None, log: Path, gauges: Iterable[Gauge] = ()) -> Iterator[None]:
-    """Within the block, http://127.0.0.1:`port`/metrics answers; nothing happens without a port.
+    """Within the block, serve http://127.0.0.1:`port`/metrics, unless `port` is None.
 
     Raises:
         ConfigError: prometheus_client is not installed, or the port is taken.
@@ -120,25 +121,26 @@ def served(port: int | None, log: Path, gauges: Iterable[Gauge] = ()) -> Iterato
 
 
 def of_server(database: Path, certificate: Path | None) -> list[Gauge]:
-    """What a server has besides its log: its database, its disk, and how long its certificate holds."""
+    """Gauges of a server besides those of its log: size of its database, free disk, and end of its certificate."""
     found: list[Gauge] = [
         ("fedlora_database_bytes", "Size of the SuperLink's database.", lambda: _size(database)),
         *_disk(database.parent),
     ]
     if certificate is not None:
         until = x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc.replace(tzinfo=UTC)
-        found.append(("fedlora_certificate_expiry_timestamp_seconds", "When it ends.", until.timestamp))
+        meaning = "Time at which the server's certificate expires."
+        found.append(("fedlora_certificate_expiry_timestamp_seconds", meaning, until.timestamp))
     return found
 
 
 def of_node(state: Path) -> list[Gauge]:
-    """What a node has besides its log: its disk."""
+    """Gauges of a node besides those of its log: free disk."""
     return _disk(state)
 
 
 def _disk(folder: Path) -> list[Gauge]:
     return [
-        ("fedlora_disk_free_bytes", "Free on the disk of the state folder.", lambda: shutil.disk_usage(folder).free)
+        ("fedlora_disk_free_bytes", "Free bytes on the state folder's disk.", lambda: shutil.disk_usage(folder).free)
     ]
 
 
@@ -152,6 +154,6 @@ def _size(path: Path) -> float | None:
 def _held_out(values: Mapping[str, float]) -> dict[str, tuple[str, str]]:
     names = [name for name in values if name.startswith("heldout ")]
     return {
-        name: (f"fedlora_{name.replace(' ', '_').replace('-', '_')}", "On held-out rows, after that round.")
+        name: (f"fedlora_{name.replace(' ', '_').replace('-', '_')}", "On held-out rows, after the last round.")
         for name in names
     }

@@ -24,10 +24,10 @@ from . import certificates, flower_programs, metrics
 from .connection import NotThere, check_clock, check_dates, check_server, exactly_ahead, given, host_and_port
 from .watched import Programs, fresh_secret, own_folder, superexec_options
 
-_REFUSED = "[code: 2004]"  # Flower's answer to a key that it does not know, and to one whose node is still online
-_SIGNED_IN_VAIN = "Finished server process"  # all that Flower's node says when the server answers it with 401
+_REFUSED = "[code: 2004]"  # Flower's answer to a key that is unknown, or whose node is still online
+_SIGNED_IN_VAIN = "Finished server process"  # the only output of Flower's node if the server answers with 401
 _RETRY_SECONDS = 5.0
-_LONGEST_FOLDER = 70  # characters
+_LONGEST_FOLDER = 70  # largest number of characters of a folder for sockets
 _log = logging.getLogger("fedlora")
 
 
@@ -46,25 +46,26 @@ def join(
 ) -> None:
     """Run one node until it is told to stop (Ctrl-C, SIGTERM), which raises KeyboardInterrupt.
 
-    A server that is not there yet is waited for.
+    If the server is not there yet, the node waits for it.
 
     Args:
-        server: HOST:PORT.
+        server: address of the server, HOST:PORT.
         ca: certificate of the authority that signed the server's.
-        key: private key whose public half was registered.
-        node_config: what the ClientApp learns of its node: rank, data, partition-id, device and so on.
-        state: folder for logs, Flower's own files, and what this client keeps between rounds.
-        worker: messages are answered by one resident process that holds the base model; else each loads it anew.
-        insecure: neither TLS nor node authentication.
-        trusted_entities: a YAML file of the Ed25519 keys whose signature an app must bear; Flower's hub signs apps,
-            and a run that `fedlora run` hands in bears none. None for any app.
-        metrics_port: of this machine, where Prometheus asks for /metrics; None for none.
-        patience: seconds to try again while the server refuses the key. A node that was killed stays online for
-            the server for up to a minute.
+        key: the node's private key, whose public key is registered on the server.
+        node_config: the node's own config: rank, data, partition-id, device and so on.
+        state: folder for logs, Flower's own files, and the clients' state between rounds.
+        worker: whether one resident process with the base model answers all messages; otherwise, each message loads the
+            base model anew.
+        insecure: use neither TLS nor node authentication.
+        trusted_entities: YAML file of Ed25519 keys with one of which an app must be signed. Flower's hub signs apps,
+            but the runs of `fedlora run` are not signed. None: any app is accepted.
+        metrics_port: port of this machine for Prometheus's /metrics; None: no such page.
+        patience: seconds to try again while the server refuses the key. After a node was killed, the server takes it
+            for online for up to a minute.
 
     Raises:
         ConfigError: a file is missing, or `state` is in use.
-        RunError: the server cannot be trusted, its clock and this one do not agree, it refuses the key, or Flower's
+        RunError: the server cannot be trusted, its clock and this one differ too much, it refuses the key, or Flower's
             program ended.
     """
     trust = ["--insecure"]
@@ -83,7 +84,9 @@ def join(
         of_worker = stack.enter_context(_worker(worker))
         stack.enter_context(metrics.served(metrics_port, home / "events.jsonl", metrics.of_node(home)))
         settings = home / "node.toml"
-        asks = {"server": server} | ({"ca": str(ca), "key": str(key)} if ca and key else {})  # whether a run goes on
+        asks = {"server": server} | (
+            {"ca": str(ca), "key": str(key)} if ca and key else {}
+        )  # for asking whether a run has ended
         known = {**node_config, "state": str(home), **of_worker, **asks}
         settings.write_text("".join(f"{name} = {flower_programs.toml(known[name])}\n" for name in known), "utf-8")
         secret = fresh_secret(home)
@@ -102,17 +105,17 @@ def join(
                     programs.start(["flower-superexec", *near, *superexec_options(secret)])
                     _log.info("node: started for the server at %s, state in %s", server, home)
                 ended, reason = programs.wait()
-            with suppress(NotThere):  # Flower's node does not say that it ended for its clock
+            with suppress(NotThere):  # Flower's node does not say that it ended because of its clock
                 check_clock(exactly_ahead(check_server(server, ca), server, ca), server)
             if _SIGNED_IN_VAIN in reason:
                 raise RunError(
-                    f"the server at {server} does not take any more what this node signs: its key is no longer "
-                    "registered there, or one of the clocks was set meanwhile; register the key (fedlora register "
-                    f"{key}.pub), and start the node again"
+                    f"the server at {server} no longer accepts what this node signs: its key is no longer registered "
+                    f"there, or one of the clocks was changed; register the key (fedlora register {key}.pub), and "
+                    "start the node again"
                 )
             if _REFUSED not in reason:
                 raise RunError(f"Flower's node ended: {ended}: {reason}")
-            if time.monotonic() - began > patience:  # it had been accepted before
+            if time.monotonic() - began > patience:  # the key was accepted before
                 refused_until = time.monotonic() + patience
             if time.monotonic() > refused_until:
                 raise RunError(
@@ -124,7 +127,7 @@ def join(
 
 
 def data_file(path: Path) -> str:
-    """A node's own rows, as its node config names them.
+    """The absolute path of a node's data file, for its config.
 
     Raises:
         DataError: there is no such file.
@@ -136,7 +139,7 @@ def data_file(path: Path) -> str:
 
 
 def _wait_for(server: str, ca: Path | None) -> float:
-    """What `check_server` returns, once somebody listens there; a server that cannot be trusted is an error at once."""
+    """Wait until a server is there, and return what `check_server` returns; an untrusted server is an error at once."""
     told = False
     while True:
         try:
@@ -160,11 +163,11 @@ def _listens(process: subprocess.Popen[bytes], port: int) -> bool:
 
 @contextmanager
 def _worker(wanted: bool) -> Iterator[dict[str, Scalar]]:
-    """What a node's config says of its resident worker, which the first message starts; stopped at the block's end."""
+    """The config keys of a node's resident worker, which the first message starts; it is stopped at the block's end."""
     if not wanted or os.name != "posix":
         yield {}
         return
-    # A socket's path may have no more than about 100 characters: it lies in no folder of the user's choice.
+    # A socket's path may have at most about 100 characters, so that it cannot be in a folder that the user chose.
     short = None if len(tempfile.gettempdir()) <= _LONGEST_FOLDER else "/tmp"
     with tempfile.TemporaryDirectory(prefix="fedlora-", dir=short, ignore_cleanup_errors=True) as folder:
         try:

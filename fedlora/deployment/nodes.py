@@ -1,4 +1,4 @@
-"""The nodes that a server knows: by the names under which their keys were registered, and how keys come and go."""
+"""Lists, registers and unregisters the nodes of a server, by the names under which their keys were registered."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from fedlora.common.errors import ConfigError, RunError, suggest
 from . import certificates
 from .connection import check_server, given
 
-GONE = "unregistered"  # Flower's word; it never takes such a key again
+GONE = "unregistered"  # Flower's state of a node whose key was removed; Flower never accepts such a key again
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node whose key is registered, or was.
+    """A node whose key is or was registered.
 
     Attributes:
-        number: Flower's id of it.
-        name: that it was registered under; empty where Flower's own command did it.
-        key: its public key's fingerprint, as `ssh-keygen -l` shows it.
+        number: Flower's number of the node.
+        name: name under which the node was registered; empty if Flower's own command registered it.
+        key: fingerprint of the node's public key, as `ssh-keygen -l` shows it.
         state: online, offline, registered (and never seen), or unregistered.
-        seen: when it last came or went; None before.
+        seen: time at which the node last connected or left; None if it never connected.
     """
 
     number: int
@@ -54,16 +54,16 @@ def known(server: str, ca: Path | None) -> list[Node]:
 
 
 def register(keys: Sequence[Path], server: str, ca: Path | None, replaces: str = "") -> list[str]:
-    """Let the server know the public keys of nodes, by the names of their files; returns one line about each.
+    """Register public keys of nodes on a server, under the names of their files; return a line about each.
 
     Args:
-        keys: files of public keys.
-        server: HOST:PORT.
+        keys: files with public keys.
+        server: address of the server, HOST:PORT.
         ca: certificate of the authority that signed the server's.
-        replaces: a node whose key is taken away, and whose name and client ids the one new key gets.
+        replaces: a node whose key is removed, and whose name and client ids the one new key gets.
 
     Raises:
-        ConfigError: a file is missing or holds no key, a name is taken, or its key was unregistered.
+        ConfigError: a file is missing or has no key, a name is taken, or a key was unregistered.
         RunError: the server cannot be reached or trusted.
     """
     if replaces and len(keys) != 1:
@@ -77,8 +77,8 @@ def register(keys: Sequence[Path], server: str, ca: Path | None, replaces: str =
             same = next((node for node in nodes if node.key == certificates.fingerprint(key)), None)
             if same and same.state == GONE:
                 raise ConfigError(
-                    f"{file}: this key was unregistered, and Flower takes none again; make a new one on the node: "
-                    f"fedlora key {file.with_suffix('').name}-2"
+                    f"{file}: this key was unregistered, and Flower never accepts it again; make a new one on the "
+                    f"node: fedlora key {file.with_suffix('').name}-2"
                 )
             if same:
                 lines.append(f"{file.name}: registered already, as {same.name or same.number}")
@@ -89,26 +89,28 @@ def register(keys: Sequence[Path], server: str, ca: Path | None, replaces: str =
             if taken:
                 raise ConfigError(
                     f"{file}: a node is called {name!r} already, with key {taken.key}; give the file another name, or "
-                    f"--replaces {name} to take that key away"
+                    f"remove that key with --replaces {name}"
                 )
             if old:
                 control.UnregisterNode(UnregisterNodeRequest(node_id=old.number))
             pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
             number = control.RegisterNode(RegisterNodeRequest(public_key=pem, name=name)).node_id
-            lines.append(f"{file.name}: registered as {name}, node {number}" + (f"; {old.key} is out" if old else ""))
+            lines.append(
+                f"{file.name}: registered as {name}, node {number}" + (f"; {old.key} is removed" if old else "")
+            )
     return lines
 
 
 def unregister(names: Sequence[str], server: str, ca: Path | None) -> list[str]:
-    """Take nodes out of the federation; a run that is on goes on without them.
+    """Remove nodes from the federation; a run in progress goes on without them.
 
     Args:
-        names: of nodes, their numbers, their keys' fingerprints, or files of their public keys.
-        server: HOST:PORT.
+        names: names of nodes, or their numbers, their keys' fingerprints, or files with their public keys.
+        server: address of the server, HOST:PORT.
         ca: certificate of the authority that signed the server's.
 
     Raises:
-        ConfigError: there is no such node; then none is taken out.
+        ConfigError: there is no such node; no node is removed then.
         RunError: the server cannot be reached or trusted.
     """
     with _control(server, ca) as control:
@@ -116,11 +118,11 @@ def unregister(names: Sequence[str], server: str, ca: Path | None) -> list[str]:
         chosen = [_one(nodes, name) for name in names]
         for node in chosen:
             control.UnregisterNode(UnregisterNodeRequest(node_id=node.number))
-    return [f"{node.name or node.number}: out; its key {node.key} is never taken again" for node in chosen]
+    return [f"{node.name or node.number}: removed; its key {node.key} cannot be registered again" for node in chosen]
 
 
 def _one(nodes: Sequence[Node], named: str) -> Node:
-    """The node of this name, number, fingerprint or file that is not unregistered."""
+    """The registered node with this name, number, fingerprint or file."""
     path = Path(named).expanduser()
     key = certificates.fingerprint(_public(path)) if path.suffix == ".pub" and path.is_file() else named
     present = [node for node in nodes if node.state != GONE]
@@ -152,7 +154,7 @@ def _time(text: str) -> datetime:
 
 
 def _public(file: Path) -> ec.EllipticCurvePublicKey:
-    """Raises ConfigError for a file that holds no key of a kind that Flower takes."""
+    """The public key in a file; raises ConfigError if there is no key of a kind that Flower accepts."""
     try:
         key = serialization.load_ssh_public_key(file.read_bytes())
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
@@ -161,13 +163,13 @@ def _public(file: Path) -> ec.EllipticCurvePublicKey:
             "fedlora key makes"
         ) from None
     if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise ConfigError(f"{file}: a key of another kind than Flower takes, NIST elliptic curves; use fedlora key")
+        raise ConfigError(f"{file}: the key is not of NIST elliptic curves, as Flower needs; make one with fedlora key")
     return key
 
 
 @contextmanager
 def _control(server: str, ca: Path | None) -> Iterator[ControlHttpClient]:
-    """Flower's control interface of a server that was just found there; what goes wrong is one sentence."""
+    """Flower's control interface of a server, after a check that it is there; its errors become RunErrors."""
     authority = given(ca, "--ca", "ca.crt")
     check_server(server, authority)
     control = ControlHttpClient.from_server_address(

@@ -20,9 +20,9 @@ from .connection import check_dates, given, trusting
 from .watched import Programs, fresh_secret, own_folder, superexec_options
 
 _SUPERLINK = "flower-superlink"
-_QUICK_SECONDS, _MOST_QUICK = 30.0, 3  # a SuperLink that ends so soon, so often, will not stay
-_ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "localhost"}  # where this machine reaches a server that listens everywhere
-# What `serve` reads from the folder of certificates, and the option that takes it.
+_QUICK_SECONDS, _MOST_QUICK = 30.0, 3  # if a SuperLink ends within 30 s three times in a row, the server gives up
+_ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "localhost"}  # this machine's address for a server that listens everywhere
+# File in the folder of certificates -> option of the SuperLink.
 _TLS = {
     certificates.CA: "--ssl-ca-certfile",
     certificates.SERVER: "--ssl-certfile",
@@ -44,13 +44,13 @@ def serve(
     """Run a federation's server until it is told to stop (Ctrl-C, SIGTERM), which raises KeyboardInterrupt.
 
     Args:
-        certs: folder that holds `ca.crt`, `server.pem` and `server.key`.
-        host: address to listen on; 0.0.0.0 for every interface.
-        port: the one port that nodes and `fedlora run` talk to.
+        certs: folder with `ca.crt`, `server.pem` and `server.key`.
+        host: address to listen on; 0.0.0.0: all interfaces.
+        port: port to listen on, for nodes and `fedlora run`.
         state: folder for logs, the database and Flower's own files.
-        database: registered keys and runs; `superlink.db` in `state` when left out.
-        insecure: neither TLS nor node authentication.
-        metrics_port: of this machine, where Prometheus asks for /metrics; None for none.
+        database: database of registered keys and runs; `superlink.db` in `state` when left out.
+        insecure: use neither TLS nor node authentication.
+        metrics_port: port of this machine for Prometheus's /metrics; None: no such page.
 
     Raises:
         ConfigError: a file is missing, or `state` is in use.
@@ -84,7 +84,7 @@ def serve(
         context = None if insecure else trusting(files[0])
         url = f"http{'' if insecure else 's'}://{near}"
         flower_programs.wait_until_healthy(programs.start(command), url, programs.log, context)
-        # ServerApps are started by it, and keep there which key each client id belongs to.
+        # The SuperExec starts ServerApps, which write these files.
         known = {"FEDLORA_DATABASE": str(database), "FEDLORA_AUDIT": str(home / "audit.jsonl")}
         known |= {} if insecure else {"FEDLORA_CLIENT_KEYS": str(home / "client-keys.json")}
         programs.start(["flower-superexec", *trust, "--runtime-api-address", near, *superexec_options(secret)], known)
@@ -96,7 +96,7 @@ def serve(
             quick = quick + 1 if time.monotonic() - began < _QUICK_SECONDS else 0
             if ended != _SUPERLINK or quick == _MOST_QUICK:
                 raise RunError(f"Flower's server ended: {ended}: {superlink_data.full(database) or reason}")
-            # Runs and messages are in its database; ServerApps, which are processes of the SuperExec, go on.
+            # Runs and messages are in the database, and ServerApps, which are processes of the SuperExec, go on.
             _log.warning("server: Flower's SuperLink ended (%s); starting it again", reason)
             flower_programs.wait_until_healthy(programs.start(command), url, programs.log, context)
 
@@ -106,7 +106,7 @@ def _file(folder: Path | None, name: str) -> Path:
         raise ConfigError(
             "--certs: expected the folder that `fedlora certs` wrote, or --insecure for neither TLS nor keys"
         )
-    return given(folder / name, "--certs", f"the folder that holds {', '.join(_TLS)}")
+    return given(folder / name, "--certs", f"the folder with {', '.join(_TLS)}")
 
 
 def _check_pair(certificate: Path, key: Path) -> None:
@@ -114,7 +114,7 @@ def _check_pair(certificate: Path, key: Path) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
     except (OSError, ValueError) as error:  # ssl.SSLError is one
         raise ConfigError(
-            f"--certs: {certificate} and {key.name} beside it are no certificate and its key in PEM format: {error}; "
+            f"--certs: {certificate} and {key.name} are not a certificate and its key in PEM format: {error}; "
             "put back what `fedlora certs` wrote"
         ) from None
 

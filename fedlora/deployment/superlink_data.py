@@ -1,7 +1,7 @@
-"""The SuperLink's database: it gives room back that is not used any more, and says when its disk is full, or when a
-start that was killed left a part of it.
+"""Looks after the SuperLink's database: frees unused space, and reports a full disk or an incomplete database.
 
-What nodes upload lies in it until it is read; SQLite keeps the room for good unless it is told otherwise.
+Uploads of nodes are in the database until they are read. By default, SQLite would never give their space back. A
+database is incomplete if a SuperLink was killed while it made it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from fedlora.common.errors import RunError
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-ROOM = 32 << 20  # bytes; a message's piece is 5 MB, and the log of changes grows beside the database
-_FULL = 1  # auto_vacuum: pages that are free go with the change that freed them
-_MOST_LOG = 64 << 20  # bytes of changes that are not yet in the database's file
+ROOM = 32 << 20  # free bytes below which the disk counts as full; a piece of a message has 5 MB, and there is the log
+_FULL = 1  # value of auto_vacuum with which free pages are given back at once
+_MOST_LOG = 64 << 20  # largest number of bytes of changes that are not yet in the database's file
 _BUSY_SECONDS = 5.0
 _log = logging.getLogger("fedlora")
 
 
 def prepare(database: Path) -> None:
-    """Before the SuperLink opens it: a database that gives back what it does not need, made where there is none.
+    """Make the database, or set it up, so that it gives unused space back; called before the SuperLink opens it.
 
     Raises:
-        RunError: it cannot be opened or written, is no database, or is a part of one.
+        RunError: the file cannot be opened or written, is not a database, or is incomplete.
     """
     known = database.is_file()
     try:
@@ -38,7 +38,7 @@ def prepare(database: Path) -> None:
         with closing(sqlite3.connect(database, timeout=_BUSY_SECONDS)) as link:
             if link.execute("PRAGMA auto_vacuum").fetchone()[0] != _FULL:
                 link.execute(f"PRAGMA auto_vacuum = {_FULL}")
-                link.execute("VACUUM")  # which is when a database takes it on
+                link.execute("VACUUM")  # only this makes the setting effective
     except (sqlite3.Error, OSError) as error:
         hint = f"; {said}" if (said := full(database)) else ""
         raise RunError(f"{database}: the SuperLink's database cannot be used: {error}{hint}") from None
@@ -47,10 +47,10 @@ def prepare(database: Path) -> None:
 
 
 def broken(path: Path) -> str:
-    """What is wrong with a SuperLink's database, and what to do; empty where nothing is, or where there is none yet.
+    """The fault of a SuperLink's database, and what to do; empty if there is no fault, or no database yet.
 
-    SQLite makes Flower's tables one after another. A SuperLink that is killed amid that leaves some of them, and the
-    next one fails to make them again. Flower's own steps are therefore tried on a copy, unless all were done.
+    SQLite makes Flower's tables one after another. If a SuperLink is killed meanwhile, some of them are there, and the
+    next SuperLink fails when it makes them again. Unless all steps were done, Flower's steps are tried on a copy.
     """
     if not path.is_file():
         return ""
@@ -63,19 +63,19 @@ def broken(path: Path) -> str:
                 if (part := path.with_name(path.name + suffix)).is_file():
                     shutil.copyfile(part, copy.with_name(copy.name + suffix))
             _finish(copy)
-    except Exception as error:  # of Flower's steps, of SQLAlchemy, or of SQLite
+    except Exception as error:  # errors of Flower's steps, of SQLAlchemy, or of SQLite
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return (
-            f"{path}: a SuperLink was killed while it made this database ({reason}), and none can start on it; delete "
-            f"it, or move it away if it was in use before"
+            f"{path}: a SuperLink was killed while it made this database ({reason}), and none can start with it; "
+            f"delete it, or move it away if it was in use before"
         )
     return ""
 
 
 def look_after(database: Path) -> None:
-    """While the SuperLink runs: its log of changes stays small, and a disk that is full is said."""
+    """Keep the database's log of changes small, and report a full disk; called while the SuperLink runs."""
     log = database.with_name(f"{database.name}-wal")
-    with suppress(OSError, sqlite3.Error):  # busy now, and again in a while
+    with suppress(OSError, sqlite3.Error):  # if the database is busy, the next call will do
         if log.stat().st_size > _MOST_LOG:
             with closing(sqlite3.connect(database, timeout=_BUSY_SECONDS)) as link:
                 link.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -84,7 +84,7 @@ def look_after(database: Path) -> None:
 
 
 def full(database: Path) -> str:
-    """That the disk is full on which a database lies; empty where it is not."""
+    """The message that the disk of a database is full; empty if it is not."""
     try:
         free = shutil.disk_usage(database.parent).free
     except OSError:
@@ -95,7 +95,7 @@ def full(database: Path) -> str:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether Flower has nothing more to do to it."""
+    """Whether Flower has done all steps that make its database."""
     from alembic.script import ScriptDirectory
     from flwr.supercore.state.alembic.utils import ALEMBIC_VERSION_TABLE, build_alembic_config
 
@@ -111,7 +111,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _finish(path: Path) -> None:
-    """What the SuperLink does to its database when it starts."""
+    """Do the steps that the SuperLink does with its database when it starts."""
     from alembic import command
     from flwr.supercore.state.alembic.utils import FLWR_STATE_LATEST_REVISIONS, build_alembic_config
 

@@ -1,7 +1,7 @@
-"""Flower's programs of one server or node, watched until one of them ends, and the folder that they share.
+"""Runs Flower's programs of one server or node until one of them ends, in a folder of their own.
 
-Apps run under a SuperExec of our own that shares a secret with its SuperLink or SuperNode: Flower's Runtime API, which
-hands out the apps, lies on the same port as everything else, and without that secret it answers whoever reaches it.
+Apps run under a SuperExec that shares a secret with its SuperLink or SuperNode. Flower's Runtime API, which hands out
+the apps, is on the same port as everything else, and without the secret would answer anyone who reaches the port.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fedlora.common.rotation import Log
 
 from . import flower_programs
 
-_LOOK_SECONDS = 30.0  # between looks at the database's size and room
+_LOOK_SECONDS = 30.0  # pause between two calls of `meanwhile`
 
 
 class Programs:
-    """Flower's programs of one server or node: their output here and in a log file; leaving stops them all by pid."""
+    """Flower's programs of one server or node. Their output is printed and logged; the context's end stops them all."""
 
     def __init__(self, home: Path, name: str) -> None:
         self._home, self.log = home, home / f"{name}.log"
@@ -45,7 +45,7 @@ class Programs:
             reader.join(timeout=5)
 
     def start(self, command: Sequence[str], more: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-        # The working folder is importable for the apps: it holds nothing but what is made here.
+        # Apps can import from the working folder, which therefore has only files that are made here.
         words = [flower_programs.program(command[0]), *command[1:]]
         process = processes.start(words, self._home, {**self._environment, **(more or {})}, subprocess.PIPE)
         reader = threading.Thread(target=self._copy, args=(process,), daemon=True)
@@ -61,7 +61,7 @@ class Programs:
                 print(line.decode(errors="replace"), end="", flush=True)
 
     def wait(self, meanwhile: Callable[[], None] = lambda: None) -> tuple[str, str]:
-        """Until one of them ends: its name, and why in its own words; `meanwhile` is called now and then."""
+        """Wait until a program ends, and return its name and its last error; call `meanwhile` from time to time."""
         called = time.monotonic()
         while all(process.poll() is None for process in self._running.values()):
             time.sleep(0.2)
@@ -75,7 +75,7 @@ class Programs:
 
 @contextmanager
 def own_folder(state: Path) -> Iterator[Path]:
-    """A state folder that no other server or node uses meanwhile."""
+    """Lock a state folder within the block, so that no other server or node uses it."""
     home = state.expanduser().resolve()
     try:
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -96,7 +96,7 @@ def superexec_options(secret: Path) -> list[str]:
 
 
 def fresh_secret(home: Path) -> Path:
-    """A fresh secret between this server or node and its SuperExec."""
+    """Write a new secret for this server or node and its SuperExec; return its file."""
     path = home / "superexec-secret"
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

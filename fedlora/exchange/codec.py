@@ -65,7 +65,7 @@ def from_rows(rows: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
 
 
 def round_trip(state: AdapterState, number_format: str) -> AdapterState:
-    """What the other side reads when this is sent in the number format."""
+    """The adapter as the other side reads it after it was sent in this number format."""
     if number_format in FLOATS:
         return map_tensors(lambda name, x: x.to(FLOATS[number_format]).to(x.dtype), state)
     largest = LARGEST[number_format]

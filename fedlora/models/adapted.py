@@ -130,7 +130,7 @@ def _build(config: ModelConfig, lora: LoraConfig) -> AdaptedModel:
 
 
 def install(
-    bench: AdaptedModel,
+    model: AdaptedModel,
     adapter: AdapterState,
     train: Iterable[str] = (),
     modules: Collection[str] | None = None,
@@ -139,7 +139,7 @@ def install(
     """Set the trainable adapter, the head, and the frozen anchor beside them.
 
     Args:
-        bench: the model.
+        model: the model.
         adapter: one pair of factors for every adapted module, of any ranks, and a core R for any of them.
         train: the factors that are trained, of "A", "B" and "R"; the head is trained whenever anything is.
         modules: those whose factors are trained; None: all.
@@ -154,16 +154,16 @@ def install(
     wanted = frozenset(train)
     pairs: list[Pair] = []
     parameters: list[nn.Parameter] = []
-    if bench.kind.pairs:
-        _same_names("modules", adapter.lora, bench.layers)
-        _same_names("tensors trained in full", adapter.tensors, bench.tensors)
+    if model.kind.pairs:
+        _same_names("modules", adapter.lora, model.layers)
+        _same_names("tensors trained in full", adapter.tensors, model.tensors)
     else:
-        parts = {bench.kind.key(name, part) for name, place in _places(bench) for part in bench.kind.shapes(place)}
-        _same_names(f"parts of {bench.kind.name}", adapter.tensors, [*bench.tensors, *parts])
-    for name, layer in bench.layers.items():
+        parts = {model.kind.key(name, part) for name, place in _places(model) for part in model.kind.shapes(place)}
+        _same_names(f"parts of {model.kind.name}", adapter.tensors, [*model.tensors, *parts])
+    for name, layer in model.layers.items():
         own = wanted if modules is None or name in modules else frozenset[str]()
-        if not bench.kind.pairs:
-            parameters += _set_parts(bench, name, layer, adapter, bool(own))
+        if not model.kind.pairs:
+            parameters += _set_parts(model, name, layer, adapter, bool(own))
             continue
         factors = adapter.lora[name]
         a, b = _set_factors(name, layer, ADAPTER, factors, own)
@@ -171,7 +171,7 @@ def install(
         pair = Pair(name, a, b, factors.scaling, core)
         pairs.append(pair)
         parameters += [p for p in (pair.A, pair.B, core) if p is not None and p.requires_grad]
-    for name, parameter in bench.tensors.items():
+    for name, parameter in model.tensors.items():
         value = adapter.tensors[name]
         if value.shape != parameter.shape:
             raise AdapterError(f"{name}: got shape {tuple(value.shape)}, the model has {tuple(parameter.shape)}")
@@ -181,19 +181,19 @@ def install(
         parameter.requires_grad_(bool(wanted))
         if wanted:
             parameters.append(parameter)
-    install_anchor(bench, folds)
+    install_anchor(model, folds)
     return Trainable(pairs, parameters)
 
 
-def install_anchor(bench: AdaptedModel, folds: tuple[AdapterState, ...]) -> None:
+def install_anchor(model: AdaptedModel, folds: tuple[AdapterState, ...]) -> None:
     """Add folds as one frozen adapter beside the trainable one; () leaves the base alone."""
-    if folds and ANCHOR not in bench.model.peft_config:
-        transposed = any(getattr(layer, "fan_in_fan_out", False) for layer in bench.layers.values())
-        config = PeftLoraConfig(r=1, lora_alpha=1, target_modules=[*bench.layers], fan_in_fan_out=transposed)
+    if folds and ANCHOR not in model.model.peft_config:
+        transposed = any(getattr(layer, "fan_in_fan_out", False) for layer in model.layers.values())
+        config = PeftLoraConfig(r=1, lora_alpha=1, target_modules=[*model.layers], fan_in_fan_out=transposed)
         with ties_may_be_adapted():
-            bench.model.add_adapter(ANCHOR, config)
+            model.model.add_adapter(ANCHOR, config)
     anchor = concatenate(folds)
-    for name, layer in bench.layers.items():
+    for name, layer in model.layers.items():
         factors = anchor.lora.get(name)
         if factors is not None:
             _set_factors(name, layer, ANCHOR, factors, frozenset())
@@ -201,12 +201,12 @@ def install_anchor(bench: AdaptedModel, folds: tuple[AdapterState, ...]) -> None
 
 
 def place(
-    bench: AdaptedModel, folds: tuple[AdapterState, ...], anchor: AnchorConfig, run: object
+    model: AdaptedModel, folds: tuple[AdapterState, ...], anchor: AnchorConfig, run: object
 ) -> tuple[AdapterState, ...]:
     """Bring the base's weights to the version that a run's config asks for, whatever an earlier run left in them.
 
     Args:
-        bench: the model.
+        model: the model.
         folds: all folds of the version.
         anchor: with `base-update = merge` the folds are added to the weights; else the weights are the base's own.
         run: whose folds they are.
@@ -215,28 +215,28 @@ def place(
         The folds that are left to be installed beside the weights, as the anchor.
     """
     merged = anchor.base_update == "merge"
-    merge_folds(bench, run if merged else None, folds if merged else ())
+    merge_folds(model, run if merged else None, folds if merged else ())
     return () if merged else folds
 
 
-def merge_folds(bench: AdaptedModel, run: object, folds: tuple[AdapterState, ...]) -> None:
+def merge_folds(model: AdaptedModel, run: object, folds: tuple[AdapterState, ...]) -> None:
     """Bring the weights of an unquantized base to the version of these folds, adding each once, in order.
 
     The base is reread from disk when it holds another run's folds, a later version, or a fold that was taken back.
     """
-    held_run, held = bench.merged
+    held_run, held = model.merged
     if held and (held_run != run or len(held) > len(folds) or not _same_fold(held[-1], folds[len(held) - 1])):
-        _reload_weights(bench)
+        _reload_weights(model)
         held = ()
     with torch.no_grad():
         for fold in folds[len(held) :]:
             for name, factors in fold.lora.items():
-                untie(bench.model.get_base_model(), name)  # pyright: ignore[reportArgumentType]
-                weight = bench.layers[name].get_base_layer().weight
+                untie(model.model.get_base_model(), name)  # pyright: ignore[reportArgumentType]
+                weight = model.layers[name].get_base_layer().weight
                 update = delta(factors).to(weight)  # pyright: ignore[reportArgumentType, reportCallIssue]
-                transposed = getattr(bench.layers[name], "fan_in_fan_out", False)
+                transposed = getattr(model.layers[name], "fan_in_fan_out", False)
                 weight.add_(update.T if transposed else update)  # pyright: ignore[reportCallIssue]
-    bench.merged = (run, folds)
+    model.merged = (run, folds)
 
 
 def _same_fold(one: AdapterState, other: AdapterState) -> bool:
@@ -244,22 +244,22 @@ def _same_fold(one: AdapterState, other: AdapterState) -> bool:
     return one is other or (one.lora.keys() == other.lora.keys() and relative_error(one.lora, other.lora) < 0.05)
 
 
-def _reload_weights(bench: AdaptedModel) -> None:
-    fresh = load_base(bench.config).model
+def _reload_weights(model: AdaptedModel) -> None:
+    fresh = load_base(model.config).model
     with torch.no_grad():
-        for name, layer in bench.layers.items():
+        for name, layer in model.layers.items():
             layer.get_base_layer().weight.copy_(cast("Tensor", fresh.get_submodule(name).weight))  # pyright: ignore[reportCallIssue]
-    bench.merged = (None, ())
+    model.merged = (None, ())
 
 
-def read(bench: AdaptedModel) -> AdapterState:
+def read(model: AdaptedModel) -> AdapterState:
     """The trainable adapter, its cores and the head as they are now, on the CPU in fp32, as copies."""
     lora: dict[str, LoraFactors] = {}
-    tensors = {name: fp32_copy(p) for name, p in bench.tensors.items()}
-    for name, layer in bench.layers.items():
+    tensors = {name: fp32_copy(p) for name, p in model.tensors.items()}
+    for name, layer in model.layers.items():
         down = layer.lora_A[ADAPTER]
         if isinstance(down, Functional):
-            tensors |= {bench.kind.key(name, part): fp32_copy(value) for part, value in down.parts.items()}
+            tensors |= {model.kind.key(name, part): fp32_copy(value) for part, value in down.parts.items()}
             continue
         assert isinstance(down, Down)
         lora[name] = LoraFactors(
@@ -296,22 +296,22 @@ def _set_factors(
     return a, b
 
 
-def _places(bench: AdaptedModel) -> list[tuple[str, Place]]:
+def _places(model: AdaptedModel) -> list[tuple[str, Place]]:
     """Each module and where it stands, at a rank that does not matter yet."""
-    return [(name, Place(name, *shape_of(layer), rank=1)) for name, layer in bench.layers.items()]
+    return [(name, Place(name, *shape_of(layer), rank=1)) for name, layer in model.layers.items()]
 
 
 def _set_parts(
-    bench: AdaptedModel, name: str, layer: LoraLayer, adapter: AdapterState, trained: bool
+    model: AdaptedModel, name: str, layer: LoraLayer, adapter: AdapterState, trained: bool
 ) -> list[nn.Parameter]:
     """Put a module's parts of the model's kind into its layer; those that are trained."""
     device = layer.get_base_layer().weight.device
-    place, parts = placed(bench.kind, name, layer, adapter)
+    place, parts = placed(model.kind, name, layer, adapter)
     own = {
         part: nn.Parameter(value.to(device, torch.float32, copy=True), requires_grad=trained)  # pyright: ignore
         for part, value in parts.items()
     }
-    made = Functional(bench.kind, place, own)
+    made = Functional(model.kind, place, own)
     layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = made, Nothing(made.weight)
     layer.scaling[ADAPTER] = 1.0
     return [*own.values()] if trained else []
@@ -335,12 +335,12 @@ def placed(kind: AdapterKind, name: str, layer: LoraLayer, adapter: AdapterState
     return place, parts
 
 
-def ranks(bench: AdaptedModel, adapter: AdapterState) -> dict[str, int]:
+def ranks(model: AdaptedModel, adapter: AdapterState) -> dict[str, int]:
     """The rank of each module's adapter; a module that the adapter lacks is left out."""
-    if bench.kind.pairs:
+    if model.kind.pairs:
         return {name: factors.rank for name, factors in adapter.lora.items()}
-    found = {name: bench.kind.parts_of(adapter.tensors, place) for name, place in _places(bench)}
-    return {name: bench.kind.rank(parts) for name, parts in found.items() if parts}
+    found = {name: model.kind.parts_of(adapter.tensors, place) for name, place in _places(model)}
+    return {name: model.kind.rank(parts) for name, parts in found.items() if parts}
 
 
 def _set_core(name: str, layer: LoraLayer, core: Tensor | None, trainable: frozenset[str]) -> nn.Parameter | None:

@@ -68,12 +68,12 @@ def remove(weight: Tensor, delta: LoraFactors, lam: float, k: int = K, epsilon: 
 
 
 def without_intruders(
-    bench: AdaptedModel, adapter: AdapterState, lam: float, k: int = K, epsilon: float = EPSILON
+    model: AdaptedModel, adapter: AdapterState, lam: float, k: int = K, epsilon: float = EPSILON
 ) -> AdapterState:
     """The adapter with the intruders of every module scaled. The head is unchanged; cores are multiplied into A.
 
     Args:
-        bench: the base model; folds that were merged into its weights are taken out again.
+        model: the base model; folds that were merged into its weights are taken out again.
         adapter: the whole trained adapter, for all or some of the base's modules.
         lam: with 1 nothing changes, with 0 the intruders are removed.
         k, epsilon: as in `count`.
@@ -81,14 +81,14 @@ def without_intruders(
     Raises:
         AdapterError: the adapter has modules that the base lacks, or lambda is below 0.
     """
-    odd = sorted(set(adapter.lora) - set(bench.layers))
+    odd = sorted(set(adapter.lora) - set(model.layers))
     if odd:
         raise AdapterError(
             f"the base has no adapted module {odd[0]!r}; removing intruders needs the model.name and "
             "lora.target-modules that the adapter was trained with"
         )
-    merge_folds(bench, None, ())
-    lora = {name: remove(_weight(bench.layers[name]), f, lam, k, epsilon) for name, f in adapter.lora.items()}
+    merge_folds(model, None, ())
+    lora = {name: remove(_weight(model.layers[name]), f, lam, k, epsilon) for name, f in adapter.lora.items()}
     return AdapterState(lora=lora, tensors=adapter.tensors)
 
 
@@ -99,17 +99,17 @@ class BaseSpectra:
     weights would fill a GPU. Rounding to fp16 changes a cosine by less than 5e-4.
     """
 
-    def __init__(self, bench: AdaptedModel) -> None:
-        merge_folds(bench, None, ())
-        self._bench = bench
-        self._left = {name: _left(_weight(layer)).to("cpu", torch.float16) for name, layer in bench.layers.items()}
+    def __init__(self, model: AdaptedModel) -> None:
+        merge_folds(model, None, ())
+        self._model = model
+        self._left = {name: _left(_weight(layer)).to("cpu", torch.float16) for name, layer in model.layers.items()}
 
     def counts(self, k: int = K, epsilon: float = EPSILON) -> dict[str, int]:
         """Module -> number of intruders of the installed adapter and of merged folds; an anchor does not count."""
-        installed = read(self._bench).lora
+        installed = read(self._model).lora
         return {
             name: count(_weight(layer), installed[name], k, epsilon, self._left[name])
-            for name, layer in self._bench.layers.items()
+            for name, layer in self._model.layers.items()
         }
 
 

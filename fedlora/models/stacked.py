@@ -101,7 +101,7 @@ class Stack:
 
     def __init__(
         self,
-        bench: AdaptedModel,
+        model: AdaptedModel,
         adapters: Sequence[AdapterState],
         train: frozenset[str],
         modules: Collection[str] | None = None,
@@ -111,11 +111,11 @@ class Stack:
         self._layers: dict[str, _Layer] = {}
         pairs: list[list[Pair]] = [[] for _ in adapters]
         parameters: list[list[nn.Parameter]] = [[] for _ in adapters]
-        self._kind, self._functional = bench.kind, dict[str, FunctionalStack]()
+        self._kind, self._functional = model.kind, dict[str, FunctionalStack]()
         self._parts: dict[str, list[dict[str, nn.Parameter]]] = {}
-        for name, layer in bench.layers.items():
+        for name, layer in model.layers.items():
             device = cast("Tensor", layer.lora_A[ADAPTER].weight).device
-            if not bench.kind.pairs:
+            if not model.kind.pairs:
                 parts = self._add_parts(name, layer, adapters, bool(train) and (modules is None or name in modules))
                 for number, own in enumerate(parts):
                     parameters[number] += [p for p in own.values() if p.requires_grad]
@@ -136,7 +136,7 @@ class Stack:
                 stack.requires_grad_(factor in own)
             for core in mine.cores or ():
                 core.requires_grad_("R" in own)
-        self._tensors = [{n: _own(a.tensors[n], p.device) for n, p in bench.tensors.items()} for a in adapters]
+        self._tensors = [{n: _own(a.tensors[n], p.device) for n, p in model.tensors.items()} for a in adapters]
         for number, tensors in enumerate(self._tensors):
             for parameter in tensors.values():
                 parameter.requires_grad_(bool(train))
@@ -216,7 +216,7 @@ class Stack:
 
 @contextmanager
 def stacked(
-    bench: AdaptedModel,
+    model: AdaptedModel,
     adapters: Sequence[AdapterState],
     train: frozenset[str],
     modules: Collection[str] | None = None,
@@ -225,7 +225,7 @@ def stacked(
     """Within the block, put several clients' adapters into the model's LoRA layers.
 
     Args:
-        bench: the model.
+        model: the model.
         adapters: the clients' adapters, of any ranks, for the same modules, all with cores or all without.
         train, modules: as in `adapted.install`.
         folds: the folds, which are one anchor for all clients.
@@ -234,25 +234,25 @@ def stacked(
         AdapterError: modules or shapes do not fit the model.
         NotStackable: the model cannot train several clients in one batch.
     """
-    if isinstance(bench.task.narrowed(bench.model), LoraLayer):
+    if isinstance(model.task.narrowed(model.model), LoraLayer):
         raise NotStackable("the output layer has an adapter, but gets only the labelled tokens and not whole rows")
     for adapter in adapters:  # for the same refusals as one at a time
-        install(bench, adapter, train, modules)
-    install_anchor(bench, folds)
-    active = {name: layer.active_adapters for name, layer in bench.layers.items()}
-    stack = Stack(bench, adapters, train, modules)
-    kept = {name: (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]) for name, layer in bench.layers.items()}
-    inner = bench.model.get_base_model()
-    heads = {head: inner.get_submodule(head) for head in bench.base.heads}
+        install(model, adapter, train, modules)
+    install_anchor(model, folds)
+    active = {name: layer.active_adapters for name, layer in model.layers.items()}
+    stack = Stack(model, adapters, train, modules)
+    kept = {name: (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]) for name, layer in model.layers.items()}
+    inner = model.model.get_base_model()
+    heads = {head: inner.get_submodule(head) for head in model.base.heads}
     try:
-        for name, layer in bench.layers.items():
+        for name, layer in model.layers.items():
             layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = stack.modules(name)
             layer.scaling[ADAPTER], layer._active_adapter = 1.0, active[name]
         for head, module in heads.items():
             inner.set_submodule(head, stack.heads(head, module))
         yield stack
     finally:
-        for name, layer in bench.layers.items():
+        for name, layer in model.layers.items():
             layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = kept[name]
         for head, module in heads.items():
             inner.set_submodule(head, module)

@@ -1,1 +1,1 @@
-"""What a run leaves in its folder, and how it is shown."""
+"""The files that a run writes to its folder, and how a run is shown."""

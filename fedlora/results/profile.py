@@ -107,13 +107,13 @@ class Profiler:
 
         from fedlora.models.adapted import adapted_model
 
-        bench = adapted_model(self._config.model, self._config.lora)
+        model = adapted_model(self._config.model, self._config.lora)
         self._covers = f"round {number}"
         self._open = ExitStack()
-        self._open.enter_context(_layers_marked(bench))
+        self._open.enter_context(_layers_marked(model))
         self._torch = self._open.enter_context(profiler.profile(activities=profiler.supported_activities()))
         self._open.enter_context(profiler.record_function(_PREFIX + _ROUND))
-        self._device = str(bench.base.device)
+        self._device = str(model.base.device)
 
     def stop(self) -> None:
         """Stop profiling."""
@@ -280,10 +280,10 @@ def show(watcher: Profiler, console: Console) -> None:
 
 
 @contextmanager
-def _layers_marked(bench: AdaptedModel) -> Iterator[None]:
+def _layers_marked(model: AdaptedModel) -> Iterator[None]:
     """Within the block, mark each LoRA layer as a section "adapter", and the base layer in it as a section "base"."""
     handles: list[Any] = []
-    for layer in bench.layers.values():
+    for layer in model.layers.values():
         handles += _hooks(layer, _ADAPTER) + _hooks(layer.get_base_layer(), _BASE)  # pyright: ignore[reportArgumentType]
     try:
         yield

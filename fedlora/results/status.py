@@ -132,7 +132,7 @@ def _client(about: Mapping[str, Any], entries: list[dict[str, Any]], now: Mappin
 
 
 def _since(time: object) -> float | None:
-    """Seconds since then; None for what is no time."""
+    """Seconds since a time; None if the value is not a time."""
     try:
         return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(str(time))).total_seconds())
     except (ValueError, TypeError):

@@ -127,12 +127,12 @@ def with_fewer_intruders(
         AdapterError: the adapter does not fit the base model.
     """
     plain = replace(source.config.model, quantization="none", compute_dtype="fp32", device="cpu")
-    bench = adapted_model(plain if merge else source.config.model, source.config.lora)
-    check_base(source, bench.base)
-    changed = cut(without_intruders(bench, trained, lam))
-    spectra, found = BaseSpectra(bench), {"lambda": lam}
+    model = adapted_model(plain if merge else source.config.model, source.config.lora)
+    check_base(source, model.base)
+    changed = cut(without_intruders(model, trained, lam))
+    spectra, found = BaseSpectra(model), {"lambda": lam}
     for when, state in (("before", trained), ("after", changed)):
-        install(bench, state)
+        install(model, state)
         found[when] = sum(spectra.counts().values())
     forget()
     return changed, found

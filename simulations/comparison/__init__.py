@@ -1,1 +1,1 @@
-"""Comparisons of strategies: a grid of runs, their standing, their ranking."""
+"""Comparisons of strategies: a grid of runs, its progress, and the ranking of its results."""

@@ -1,4 +1,4 @@
-"""One cell of a comparison: its runs, and how what they learned does on rows that nobody trained on."""
+"""One cell of a comparison: its runs, and the scores of their models on rows that no client trained on."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def run(cell: Cell, work: Path) -> dict[str, Any]:
     """Train and score one cell.
 
     Args:
-        cell: its configs say everything but where to write.
-        work: a folder of its own, emptied first; its runs can be watched there.
+        cell: the cell, with the configs of its runs, which do not say where to write.
+        work: folder for the cell's runs, which is emptied first.
 
     Returns:
-        What the cell's JSON file holds, but for its name in the grid.
+        The content of the cell's JSON file, without the cell's place in the grid.
 
     Raises:
         FedLoraError: a run failed.
@@ -58,7 +58,7 @@ def run(cell: Cell, work: Path) -> dict[str, Any]:
         learned = [seeded(config, simulated(config))]
     else:
         for number, each in enumerate(cell.configs):
-            # a rate at which a client diverges is a result, which the score shows
+            # if a client diverges at a learning rate, this is a result too, which the score shows
             everyone = replace(each.federation, lost_clients="accept")
             here = replace(each.run, dir=str(work), name="run", id=str(number), resume=False)
             placed = replace(each, run=here, federation=everyone)
@@ -83,21 +83,21 @@ def run(cell: Cell, work: Path) -> dict[str, Any]:
 
 
 def _learned(config: Config, folder: Path, key: str) -> list[AdapterState]:
-    """The global adapter of a finished run; of a strategy with personal factors, each client's own model.
+    """The global adapter of a finished run; if its strategy has personal factors, each client's own adapter.
 
     Raises:
-        RunError: the run left no checkpoint.
+        RunError: the run left no saved state.
     """
     strategy, found = configured(config), saved_state.load(folder / "state", key)
     if found is None:
-        raise RunError(f"{folder / 'state'}: no checkpoint of a finished run")
+        raise RunError(f"{folder / 'state'}: no saved state of a finished run")
     state, _ = found
     if not strategy.personal:
         return [strategy.global_adapter(state)]
     shapes = injection.shapes(config.model, config.lora).lora
     clients = [allocated(client, shapes, config.lora) for client in simulated(config)]
     own = {client.client_id: own_state.folder_of(folder / "clients", key, client.client_id) for client in clients}
-    # A client that was never sampled has what a new one is sent.
+    # For a client that was never asked, take the adapter that it would be sent.
     return [
         personal.model(strategy, state, client, own[client.client_id]) or strategy.broadcast(state, client, 1).adapter
         for client in clients
@@ -105,12 +105,12 @@ def _learned(config: Config, folder: Path, key: str) -> list[AdapterState]:
 
 
 def _scores(config: Config, learned: Sequence[AdapterState]) -> dict[str, dict[str, Any]]:
-    """Metrics on validation and test rows: of the one model, or the mean over the clients' own.
+    """Metrics on validation and test rows, of the one model or as means over the clients' own models.
 
-    `clients` has each client's model on the rows with that client's key, where the partition is natural.
+    With a natural partition, `clients` has the metrics of each client's model on the rows with that client's key.
     """
-    bench = adapted.adapted_model(config.model, config.lora)
-    adapted.place(bench, (), config.anchor, "scores")
+    model = adapted.adapted_model(config.model, config.lora)
+    adapted.place(model, (), config.anchor, "scores")
     deal = replace(config.data, parts="")
     _, clients = client_parts(config.data, config.federation.clients)
     sets = _held_out(replace(config, data=deal, federation=replace(config.federation, clients=clients)))
@@ -118,14 +118,14 @@ def _scores(config: Config, learned: Sequence[AdapterState]) -> dict[str, dict[s
     for name, (examples, owners) in sets.items():
         made: list[Predictions] = []
         for adapter in learned:
-            adapted.install(bench, adapter)
-            made.append(predict(bench.task, bench.model, examples, config.evaluate.batch_size, bench.base.pad_id))
-        found[name] = {**_mean([scores(bench.task, each) for each in made]), "examples": len(examples), "clients": {}}
+            adapted.install(model, adapter)
+            made.append(predict(model.task, model.model, examples, config.evaluate.batch_size, model.base.pad_id))
+        found[name] = {**_mean([scores(model.task, each) for each in made]), "examples": len(examples), "clients": {}}
         for client in range(clients) if len(owners) else ():
             rows = (owners == client).nonzero()[:, 0]
             if len(rows):
                 own = made[client % len(made)]
-                found[name]["clients"][str(client)] = {**scores(bench.task, own, rows), "examples": len(rows)}
+                found[name]["clients"][str(client)] = {**scores(model.task, own, rows), "examples": len(rows)}
     return found
 
 
@@ -133,8 +133,8 @@ def _scores(config: Config, learned: Sequence[AdapterState]) -> dict[str, dict[s
 def _rows(model: Any, lora: Any, data: Any, clients: int, seed: int) -> dict[str, tuple[list[Any], torch.Tensor]]:
     config = Config(model=model, lora=lora, data=data)
     config = replace(config, federation=replace(config.federation, clients=clients), run=replace(config.run, seed=seed))
-    bench = adapted.adapted_model(model, lora)
-    split, tokenizer, task = prepare(config), bench.base.tokenizer, bench.task
+    loaded = adapted.adapted_model(model, lora)
+    split, tokenizer, task = prepare(config), loaded.base.tokenizer, loaded.task
     if not len(split.test):
         raise RunError(f"data.test-fraction = {data.test_fraction} leaves no rows to test on; raise it")
     found: dict[str, tuple[list[Any], torch.Tensor]] = {}
@@ -146,13 +146,13 @@ def _rows(model: Any, lora: Any, data: Any, clients: int, seed: int) -> dict[str
 
 
 def _held_out(config: Config) -> dict[str, tuple[list[Any], torch.Tensor]]:
-    """Examples and their owners, of validation and of test; encoded once for all cells that share them."""
+    """The examples of the validation and test rows, and their owners; encoded once for all cells that share them."""
     lora = replace(config.lora, ranks="", rank=1)
     return _rows(config.model, lora, config.data, config.federation.clients, config.run.seed)
 
 
 def _partition(cell: Cell) -> list[dict[str, Any]]:
-    """The clients' rows by class, as the federation of this scenario has them."""
+    """Each client's numbers of rows by class, in this scenario's federation."""
     found = []
     for config in cell.configs:
         for row in client_statistics(prepare(config), config.data, task_of(config.model)):
@@ -167,5 +167,5 @@ def _mean(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _placeless(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's record without where it was written."""
+    """A run's record without the keys that say where it was written."""
     return {**record, "config": {key: value for key, value in record["config"].items() if key not in PLACES}}

@@ -1,4 +1,4 @@
-"""What goes wrong in all scenarios of a comparison alike, said before its first cell."""
+"""Checks before a comparison, for faults that all its scenarios would have."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .grid import Grid
 
 
 def check_scenarios(grid: Grid, devices: Sequence[str] = ()) -> None:
-    """What goes wrong in all scenarios of a comparison alike; a fault of one is its own cells'.
+    """Check that at least one scenario can be run. A fault of a single scenario is left to its cells.
 
     Args:
         grid: the comparison.
-        devices: on which its cells are to be run; their own, where there are none.
+        devices: the devices on which cells will run; empty: those of their configs.
 
     Raises:
-        FedLoraError: the first one's, where none of them could be run.
+        FedLoraError: no scenario can be run; the error is that of the first one.
     """
     for device in devices:
         pick_device(device, "--slots")

@@ -1,4 +1,4 @@
-"""A grid of runs, several at a time: finished cells stay, failed ones are recorded, the rest go on."""
+"""Runs the cells of a grid, several at a time. Finished cells are kept, and failed ones do not stop the others."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _LOOK_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for one cell at a time.
+    """A process that runs one cell at a time.
 
     Args:
-        device: as `model.device`; "" for each cell's own.
-        threads: of torch.
+        device: name of its device, as for `model.device`; "": that of each cell's config.
+        threads: number of torch's threads.
     """
 
     device: str = ""
@@ -44,13 +44,15 @@ class Slot:
 
 @dataclass
 class Standing:
-    """Where a comparison stands, for whoever shows it.
+    """The progress of a comparison.
 
     Attributes:
-        done: cells with a result, by their path: their JSON.
-        running: slot -> (cell, when it began, folder of its runs).
-        taken: seconds of the cells that were run since the start.
-        remaining: cells that are still to be run.
+        grid: the comparison.
+        slots: the processes that run its cells.
+        done: path of a cell with a result -> content of its JSON file.
+        running: number of a slot -> (its cell, the time at which the cell began, folder of the cell's runs).
+        taken: seconds that each cell took that was run since the start.
+        remaining: number of cells that are still to be run.
     """
 
     grid: Grid
@@ -62,15 +64,15 @@ class Standing:
 
     @property
     def seconds_left(self) -> float | None:
-        """From the mean of the cells so far; None before the first."""
+        """An estimate from the mean time of the cells so far; None before the first."""
         return sum(self.taken) / len(self.taken) * self.remaining / len(self.slots) if self.taken else None
 
 
 def slots_of(text: str) -> list[Slot]:
-    """`--slots`: a number of cells at a time, or a device for each, such as "cuda:0,cuda:1".
+    """The slots that `--slots` names: a number of cells at a time, or a device for each, such as "cuda:0,cuda:1".
 
     Raises:
-        ConfigError: neither.
+        ConfigError: the text is neither.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     if len(names) == 1 and names[0].isdigit() and int(names[0]):
@@ -94,14 +96,14 @@ def run(
     """Run every cell that has no result yet.
 
     Args:
-        grid: its cells in the order in which they are run.
-        folder: of the comparison; made when it is missing.
-        slots: each is a process of its own, which keeps the base model from cell to cell.
-        retry: run failed cells again.
-        show: called about once a second.
+        grid: the comparison; its cells are run in their order.
+        folder: the comparison's folder; made if it is missing.
+        slots: the processes that run cells; each keeps the base model from cell to cell.
+        retry: whether failed cells are run again.
+        show: called with the progress about once a second.
 
     Raises:
-        RunError: another process is at this folder, or it holds another comparison's cells, or a damaged file.
+        RunError: another process uses this folder, or it has another comparison's cells or a damaged file.
     """
     share_cores(len(slots))
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +111,7 @@ def run(
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RunError(f"{folder}: another process is at this comparison; wait for it, or stop it") from None
+        raise RunError(f"{folder}: another process works on this comparison; wait for it, or stop it") from None
     try:
         standing = Standing(grid, slots, done=finished(grid, folder))
         write_json(folder / "grid.json", {"schema": SCHEMA, **grid.facts()})
@@ -121,10 +123,10 @@ def run(
 
 
 def finished(grid: Grid, folder: Path) -> dict[str, dict[str, Any]]:
-    """The cells of this grid that have a result in this folder, by path.
+    """The results in this folder of the grid's cells, by the cell's path.
 
     Raises:
-        RunError: a file cannot be read, is of another version, or was run with another config.
+        RunError: a file cannot be read or is of another version, or its cell was run with another config.
     """
     files = {cell: folder / "cells" / f"{cell.path}.json" for cell in grid.cells}
     return {cell.path: _read(cell, path) for cell, path in files.items() if path.is_file()}
@@ -150,8 +152,8 @@ def _read(cell: Cell, path: Path) -> dict[str, Any]:
     for key, was, now in pairs:
         if was != now:
             raise RunError(
-                f"{path}: this cell was run with {key} = {was!r}, the grid now says {now!r}; choose another --out, or "
-                "change the grid back"
+                f"{path}: this cell was run with {key} = {was!r}, but the grid now has {now!r}; choose another --out, "
+                "or change the grid back"
             )
     return data
 
@@ -191,7 +193,10 @@ def _run_rest(standing: Standing, folder: Path, retry: bool, show: Callable[[Sta
 
 
 def _shared(cells: Iterable[Cell]) -> list[list[Cell]]:
-    """Cells that compute the same, such as a baseline that participation does not touch, are run once."""
+    """Groups of cells that compute the same, such as a baseline in scenarios that differ only in participation.
+
+    Each group is run once.
+    """
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
         same = (cell.configs, cell.label) if cell.role == "baseline" else (cell.path,)
@@ -205,7 +210,7 @@ def _placed(cell: Cell, slot: Slot) -> Cell:
 
 
 def _kept(folder: Path, cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
-    """Write one cell's file."""
+    """Write a cell's file; return its content."""
     about = {"scenario": cell.scenario, "label": cell.label, "role": cell.role, "lr": cell.lr}
     data = {"schema": SCHEMA, **about, "seed": cell.configs[0].run.seed, **result}
     path = folder / "cells" / f"{cell.path}.json"
@@ -215,7 +220,7 @@ def _kept(folder: Path, cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _result(future: Future[dict[str, Any]], cell: Cell, seconds: float) -> dict[str, Any]:
-    """What the worker made of a cell; why it failed, where it did."""
+    """The worker's result of a cell, or a result with the reason why the cell failed."""
     try:
         return future.result()
     except BrokenProcessPool:
@@ -230,7 +235,7 @@ def _result(future: Future[dict[str, Any]], cell: Cell, seconds: float) -> dict[
 def _submitted(
     workers: list[ProcessPoolExecutor | None], slot: int, folder: Path, cell: Cell, work: Path
 ) -> Future[dict[str, Any]]:
-    """The cell, given to the slot's process; to a new one where there is none, or where it died between two cells."""
+    """Give a cell to the slot's process; start a new process if there is none, or if it died between two cells."""
     worker = workers[slot] = workers[slot] or _worker(slot, folder)
     try:
         return worker.submit(_cell, cell, work)
@@ -245,7 +250,7 @@ def _worker(slot: int, folder: Path) -> ProcessPoolExecutor:
 
 
 def _begin(parent: int, log: Path) -> None:
-    """In a worker, before its first cell: it talks to a file, leaves Ctrl-C to its parent, and ends when that does."""
+    """Called in a worker before its first cell: print to a file, ignore Ctrl-C, and end with the parent."""
     end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -255,7 +260,7 @@ def _begin(parent: int, log: Path) -> None:
 
 
 def _cell(cell: Cell, work: Path) -> dict[str, Any]:
-    """In a worker: one cell."""
+    """Called in a worker: run one cell."""
     import torch
 
     from . import cell as cells
@@ -264,13 +269,13 @@ def _cell(cell: Cell, work: Path) -> dict[str, Any]:
     try:
         return cells.run(cell, work)
     except Exception:
-        traceback.print_exc()  # into the slot's log; the cell's file has the sentence
+        traceback.print_exc()  # into the slot's log; the cell's file has only the message
         raise
 
 
 def _stop(worker: ProcessPoolExecutor) -> None:
-    """At once: what its cell has done so far is run again another time."""
-    processes = list((worker._processes or {}).values())  # no public name
+    """Stop a worker at once; its cell will be run again from the start."""
+    processes = list((worker._processes or {}).values())  # there is no public name for these
     worker.shutdown(wait=False, cancel_futures=True)
     for process in processes:
         if process.pid:

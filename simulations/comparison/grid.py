@@ -1,4 +1,4 @@
-"""What is compared: strategies × learning rates × seeds × scenarios, as cells that are checked before any runs."""
+"""The grid of a comparison: strategies × learning rates × seeds × scenarios, with all cells checked before any runs."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from fedlora.tasks.registry import check_task
 from ...strategies.registry import STRATEGIES, check_ranks
 from .ranking import lower_is_better
 
-SCHEMA = 1  # of what a comparison leaves on the disk
+SCHEMA = 1  # version of the files of a comparison
 BASELINES = ("base", "local", "centralised")
 _KEYS = {
-    "name": "a name for its folder and its title, such as 'sentiment'",
-    "config": "the preset or TOML file that every cell starts from",
+    "name": "a name for the comparison's folder and title, such as 'sentiment'",
+    "config": "the preset or TOML file from which every cell starts",
     "strategies": "a list of strategies, such as ['flora', 'lora-fair']",
-    "learning-rates": "a list of peak learning rates, the same for every strategy",
+    "learning-rates": "a list of highest learning rates, the same for every strategy",
     "seeds": "a list of seeds; ranks and tests need at least two",
     "baselines": f"a list out of {', '.join(BASELINES)}",
-    "metric": "what ranks the strategies, one of the task's metrics, such as accuracy or loss",
+    "metric": "the metric by which strategies are ranked, one of the task's, such as accuracy or loss",
     "reference": "the strategy that the others are compared with",
     "settings": "a table of configuration keys for every cell",
-    "scenarios": "a table of tables: configuration keys by scenario",
-    "variants": "a table of tables: configuration keys by strategy, or by a name of your own with its strategy.name",
+    "scenarios": "a table with a table of configuration keys for each scenario",
+    "variants": "a table with a table of configuration keys for each strategy, or own name with its strategy.name",
 }
-# These say what a cell is, or where its results go.
+# Keys that the grid sets for each cell -> where to set them instead.
 _OWN = {"run.seed": "seeds", "train.lr": "learning-rates", "run.dir": "--out", "run.name": "name", "run.id": "name"}
-# These say where a run writes and how it goes about it, not what it computes.
+# Keys that say where and how a run works, but not what it computes.
 PLACES = frozenset({"run.dir", "run.name", "run.id", "run.resume", "run.threads", "model.device"})
 _OWN |= {"run.resume": "name", "data.parts": "baselines"}
 
@@ -43,10 +43,13 @@ class Cell:
     """One point of the grid.
 
     Attributes:
-        label: a strategy's, a variant's or a baseline's name.
+        scenario: name of the scenario.
+        label: name of the strategy, variant or baseline.
         role: "strategy" or "baseline".
-        lr: peak learning rate; None where nothing is trained.
-        configs: of the runs that it takes: one; for "local" one for each client; for "base" one that is not run.
+        lr: highest learning rate; None if nothing is trained.
+        seed: the run's seed.
+        configs: the configs of the cell's runs: one; for the baseline "local" one for each client; for the baseline
+            "base" one, which is not run.
     """
 
     scenario: str
@@ -58,12 +61,12 @@ class Cell:
 
     @property
     def path(self) -> str:
-        """Where it lies in the comparison's folder, without a suffix."""
+        """The path of the cell's file in the comparison's folder, without a suffix."""
         rate = "" if self.lr is None else f"lr{_short(self.lr)}-"
         return f"{self.scenario}/{self.label}/{rate}seed{self.seed}"
 
     def keys(self, run: int = 0) -> dict[str, Scalar]:
-        """What decides a run's result: its flat keys."""
+        """The flat keys that decide a run's result."""
         return {key: value for key, value in self.configs[run].to_flat().items() if key not in PLACES}
 
 
@@ -72,10 +75,16 @@ class Grid:
     """A comparison.
 
     Attributes:
-        rates: learning rates, rising.
-        scenarios: label -> the configuration keys that make it.
+        name: name of the comparison.
+        metric: the metric by which strategies are ranked.
+        reference: the strategy with which the others are compared.
+        rates: learning rates, in ascending order.
+        seeds: the seeds of all strategies.
         labels: strategies and variants, in the order of the file.
-        variants: label -> its own configuration keys.
+        baselines: names of the baselines.
+        scenarios: name of a scenario -> its configuration keys.
+        variants: name of a variant -> its configuration keys.
+        cells: all cells, in the order in which they are run.
     """
 
     name: str
@@ -90,7 +99,7 @@ class Grid:
     cells: tuple[Cell, ...] = ()
 
     def facts(self) -> dict[str, Any]:
-        """What grid.json holds of it."""
+        """The content of grid.json."""
         return {
             "name": self.name,
             "metric": self.metric,
@@ -105,16 +114,16 @@ class Grid:
 
 
 def load(path: Path, find: Callable[[str], Path], overrides: Sequence[str] = ()) -> Grid:
-    """A comparison from its TOML file, every cell's config parsed and checked.
+    """Read a comparison from its TOML file, with every cell's config parsed and checked.
 
     Args:
-        path: of the file; `config` in it may be a path beside it.
-        find: the file of a preset or path, by name.
-        overrides: `key=value`, for every cell.
+        path: path of the file; `config` in it may be a path relative to its folder.
+        find: function from the name of a preset or a path to the path of its file.
+        overrides: changes for every cell, as `key=value`.
 
     Raises:
-        ConfigError: a key of the file or of a configuration is unknown or wrong, a list is missing or empty, or an own
-            key of the grid (such as train.lr) is set as a setting.
+        ConfigError: a key of the file or of a configuration is unknown or wrong, a list is missing or empty, or a key
+            that the grid sets itself (such as train.lr) is among the settings.
         StrategyError: a strategy does not exist, or cannot serve the clients of a scenario.
     """
     try:
@@ -156,7 +165,7 @@ def load(path: Path, find: Callable[[str], Path], overrides: Sequence[str] = ())
 
 
 def _cells(path: Path, grid: Grid, shared: Config) -> Iterable[Cell]:
-    """All cells; those that share data and model lie together: by scenario, by seed, baselines last."""
+    """All cells, by scenario and seed, with baselines last, so that cells with the same data and model are together."""
     for scenario, keys in grid.scenarios.items():
         setting = parse(keys, shared, where=f"{path}: scenarios.{scenario}")
         arms = {label: _arm(path, grid, scenario, label, setting) for label in grid.labels}
@@ -171,7 +180,7 @@ def _cells(path: Path, grid: Grid, shared: Config) -> Iterable[Cell]:
 
 
 def _arm(path: Path, grid: Grid, scenario: str, label: str, setting: Config) -> Config:
-    """The config of a strategy or a variant in a scenario, once it is known that it can serve its clients."""
+    """The config of a strategy or a variant in a scenario, after a check that it can serve the clients."""
     where = f"{path}: variants.{label}" if label in grid.variants else f"{path}: strategies"
     arm = parse({"strategy.name": label, **grid.variants.get(label, {})}, setting, where=where)
     try:
@@ -188,7 +197,7 @@ def _arm(path: Path, grid: Grid, scenario: str, label: str, setting: Config) -> 
     if (grid.metric in task.lower) != lower_is_better(grid.metric):
         raise ConfigError(
             f"{path}: metric = {grid.metric!r} of model.task = {arm.model.task!r} is better when it is "
-            f"{'lower' if grid.metric in task.lower else 'higher'}, and a comparison would rank by the opposite; give "
+            f"{'lower' if grid.metric in task.lower else 'higher'}, but a comparison would rank by the opposite; give "
             "it another name or sign"
         )
     if not (arm.data.heldout_fraction > 0 and arm.data.test_fraction > 0):
@@ -197,7 +206,7 @@ def _arm(path: Path, grid: Grid, scenario: str, label: str, setting: Config) -> 
             f"{arm.data.test_fraction}, so that no rows are left to test the chosen learning rate on; set both under "
             "[settings], such as 0.2 and 0.5"
         )
-    # No model without a client's own factors, to be evaluated between rounds.
+    # With personal factors, the server has no whole model that it could evaluate between rounds.
     return parse({"evaluate.server": False}, arm) if personal else arm
 
 
@@ -205,8 +214,9 @@ def _baseline(name: str, setting: Config) -> Iterable[Config]:
     """The configs of a baseline's runs: plain training, as federations of one client.
 
     - base: nothing is trained.
-    - local: each client alone, at its own rank, on its own rows, for every round.
-    - centralised: all rows in one place, at the largest rank, with as many examples as a federation's round has.
+    - local: each client trains alone, at its own rank and on its own rows, in every round.
+    - centralised: one client has all rows and the largest rank, and trains on as many examples in a round as the whole
+      federation does.
     """
     clients = setting.federation.clients
     ranks = [client_rank(setting.lora, client) for client in range(clients)]
@@ -225,7 +235,7 @@ def _baseline(name: str, setting: Config) -> Iterable[Config]:
     }
     if name == "local":
         for client, rank in enumerate(ranks):
-            # Its model is scored at the end; in between there is no federation to watch.
+            # Only the final model is scored, so that evaluations after earlier rounds would be useless.
             last = {"evaluate.every": setting.federation.rounds}
             yield parse(alone | last | {"lora.ranks": str(rank), "data.parts": f"{client} of {clients}"}, setting)
         return
@@ -308,5 +318,5 @@ def _folder_name(path: Path, key: str, name: str) -> str:
 
 
 def _short(rate: float) -> str:
-    """A number in as few digits as tell it from every other."""
+    """A number as a text with the fewest digits that identify it."""
     return f"{rate:g}" if float(f"{rate:g}") == rate else repr(rate)

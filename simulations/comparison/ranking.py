@@ -1,4 +1,4 @@
-"""Who was best: the learning rate of each strategy by validation, its test metric over seeds, and paired tests."""
+"""Ranks strategies: chooses each one's learning rate on validation rows, and compares test metrics by paired tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import ttest_rel
 
 _LOWER = frozenset({"loss", "perplexity", "calibration-error"})
-# Differences that agree to this share of the values differ by rounding alone.
+# Differences that agree up to this share of the values differ only by rounding.
 _ROUNDING = 1e-12
 
 Cell = Mapping[str, Any]
@@ -24,10 +24,10 @@ class Rate:
     """One learning rate of a sweep.
 
     Args:
-        lr: the learning rate; None for what is not trained.
-        validation: mean validation metric over the seeds that completed; None without one.
-        seeds: those that completed.
-        failed: those that did not, or whose metric is missing or not finite.
+        lr: the learning rate; None if nothing is trained.
+        validation: mean validation metric over the seeds that completed; None if none did.
+        seeds: the seeds that completed.
+        failed: the seeds that did not complete, or whose metric is missing or not finite.
     """
 
     lr: float | None
@@ -38,7 +38,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Failure:
-    """A cell without a usable result, and why."""
+    """A cell without a usable result, and the reason."""
 
     label: str
     lr: float | None
@@ -51,11 +51,11 @@ class Choice:
     """The learning rate that validation chose.
 
     Args:
-        lr: the chosen rate; None for what is not trained.
-        edge: "lowest" or "highest" when the chosen rate is an end of a sweep, "no sweep" with one rate, else "".
-        rates: the sweep, in rising order.
-        cells: those of the chosen rate that completed, by seed.
-        failures: of every rate.
+        lr: the chosen rate; None if nothing is trained.
+        edge: "lowest" or "highest" if the chosen rate is an end of the sweep, "no sweep" with one rate, else "".
+        rates: the rates of the sweep, in ascending order.
+        cells: the cells of the chosen rate that completed, by seed.
+        failures: the failures at all rates.
     """
 
     lr: float | None
@@ -70,16 +70,16 @@ class Row:
     """One strategy or baseline in one scenario, at its chosen learning rate.
 
     Args:
-        label: its name in the comparison.
+        label: name in the comparison.
         role: "strategy" or "baseline".
-        choice: the learning rate and its sweep.
+        choice: the chosen learning rate and its sweep.
         values: seed -> test metric.
-        mean, sd, n: of these values; the deviation has ddof 1 and is None with one seed.
-        difference: mean over common seeds of the value minus the reference's; None without common seeds.
-        pairs: how many seeds both have.
-        p: of the paired t-test on these differences; None where it is undefined.
-        p_holm: p, corrected for all strategies of the scenario.
-        rank: 1 is best; None for baselines, and where fewer than two seeds are known.
+        mean, sd, n: mean, standard deviation (with ddof 1; None for one seed) and number of these values.
+        difference: mean over common seeds of the value minus the reference's value; None without common seeds.
+        pairs: number of common seeds.
+        p: p of the paired t-test on these differences; None if it is undefined.
+        p_holm: p, corrected for the number of strategies in the scenario.
+        rank: rank among the strategies, with 1 for the best; None for baselines, and with fewer than two seeds.
     """
 
     label: str
@@ -98,14 +98,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Ranking:
-    """One scenario.
+    """The ranking in one scenario.
 
     Args:
-        scenario: its label.
-        metric: what is ranked.
-        reference: the label that the others are compared with.
-        rows: ranked strategies first, then those without a rank, then baselines.
-        notes: what the reader has to know about ranks and tests, in sentences.
+        scenario: name of the scenario.
+        metric: the metric that is ranked.
+        reference: label of the strategy with which the others are compared.
+        rows: first the ranked strategies, then those without a rank, then baselines.
+        notes: sentences that a reader needs about ranks and tests.
     """
 
     scenario: str
@@ -116,12 +116,12 @@ class Ranking:
 
     @property
     def failures(self) -> tuple[Failure, ...]:
-        """Of all rows."""
+        """The failures in all rows."""
         return tuple(failure for row in self.rows for failure in row.choice.failures)
 
 
 def lower_is_better(metric: str) -> bool:
-    """The direction of a metric: losses, perplexities and calibration errors are better when lower."""
+    """Whether a metric is better when it is lower, as losses, perplexities and calibration errors are."""
     return metric in _LOWER
 
 
@@ -129,9 +129,10 @@ def rank(cells: Sequence[Cell], metric: str, reference: str) -> list[Ranking]:
     """Rank the strategies of every scenario.
 
     Args:
-        cells: of a comparison, of every scenario, label, learning rate and seed; some may be missing.
-        metric: the key of `scores.validation` that chooses and of `scores.test` that ranks.
-        reference: label of the strategy that the others are compared with.
+        cells: results of a comparison's cells, of all scenarios, labels, learning rates and seeds; some may be missing.
+        metric: the metric by which learning rates are chosen (in `scores.validation`) and strategies are ranked (in
+            `scores.test`).
+        reference: label of the strategy with which the others are compared.
     """
     scenarios: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
@@ -142,8 +143,8 @@ def rank(cells: Sequence[Cell], metric: str, reference: str) -> list[Ranking]:
 def choose(cells: Sequence[Cell], metric: str) -> Choice:
     """The learning rate of one label in one scenario, by the mean validation metric over seeds.
 
-    A rate with fewer failed seeds goes before one with more; then the better mean; then the smaller rate. The test
-    metric has no say.
+    A rate with fewer failed seeds is preferred; then the rate with the better mean; then the smaller rate. The test
+    metric is not used.
     """
     usable: dict[float | None, dict[int, Cell]] = defaultdict(dict)
     failures: list[Failure] = []
@@ -183,11 +184,11 @@ def paired_p(differences: Sequence[float], scale: float) -> float | None:
 
     Args:
         differences: one for each seed.
-        scale: size of the values they are differences of, against which rounding is judged.
+        scale: size of the values whose differences these are, by which rounding is judged.
 
     Returns:
-        1.0 where all differences are 0; None where there are fewer than two, or all are the same and not 0, for then
-        their spread is unknown.
+        p; 1.0 if all differences are 0; None if there are fewer than two, or if all are equal but not 0, since their
+        spread is then unknown.
     """
     found = np.asarray(differences, dtype=float)
     if len(found) < 2:
@@ -203,8 +204,8 @@ def paired_p(differences: Sequence[float], scale: float) -> float | None:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction (Holm 1979, "A simple sequentially rejective multiple test procedure").
 
-    The i-th smallest of m values becomes `max_{j <= i} min(1, (m - j + 1) p_j)`. SciPy has Benjamini and Hochberg's
-    alone, which bounds the rate of false discoveries and not the chance of any.
+    The i-th smallest of m values becomes `max_{j <= i} min(1, (m - j + 1) p_j)`. SciPy only has Benjamini and
+    Hochberg's correction, which limits the rate of false discoveries, but not the probability of a single one.
     """
     corrected, largest = [0.0] * len(p_values), 0.0
     for step, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
@@ -214,7 +215,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _flaw(cell: Cell, metric: str) -> str:
-    """Why a cell has no usable result; "" where it has one."""
+    """The reason why a cell has no usable result; "" if it has one."""
     if cell["status"] != "completed":
         return str(cell.get("error") or "no reason is recorded")
     for part in ("validation", "test"):
@@ -270,7 +271,7 @@ def _row(label: str, cells: Sequence[Cell], metric: str) -> Row:
 
 
 def _compared(row: Row, reference: Row) -> Row:
-    """The row with its difference to the reference, and with a test where it is another strategy."""
+    """The row with its difference from the reference, and, if it is another strategy, with a test."""
     seeds = sorted(row.values.keys() & reference.values.keys())
     if row.label == reference.label or not seeds:
         return row
@@ -286,12 +287,12 @@ def _notes(strategies: Sequence[Row], reference: Row | None, name: str) -> list[
         return ["No strategy has a result yet."]
     if most == 1:
         return [
-            "One seed: there are no ranks and no tests, because nothing tells a difference between strategies from the "
-            "chance of one seed; run at least three seeds."
+            "One seed: there are no ranks and no tests, because a difference between strategies could be the chance of "
+            "this seed; run at least three seeds."
         ]
     notes = [
         f"{row.label} has {row.n} of the {most} seeds that others have"
-        + ("; it gets no rank." if row.n < 2 else "; its mean and rank rest on these alone.")
+        + ("; it gets no rank." if row.n < 2 else "; its mean and rank are of these alone.")
         for row in strategies
         if row.n < most
     ]
@@ -299,5 +300,5 @@ def _notes(strategies: Sequence[Row], reference: Row | None, name: str) -> list[
         notes.append(f"The reference {name} has no result here, so that there are no differences and no tests.")
     same = [row.label for row in strategies if row.pairs > 1 and row.p is None]
     if same:
-        notes.append(f"{', '.join(same)}: every seed differs from {name} by the same amount, and p is undefined.")
+        notes.append(f"{', '.join(same)}: all seeds differ from {name} by the same amount, so that p is undefined.")
     return notes

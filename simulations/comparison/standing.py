@@ -1,4 +1,4 @@
-"""A comparison in a terminal: what is done, what runs in each slot, and the time left."""
+"""Shows a comparison in a terminal: finished cells, the cell in each slot, and the time left."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StandingDisplay:
 
     @contextmanager
     def shown(self) -> Iterator[StandingDisplay]:
-        """Within the block the table is kept up to date."""
+        """Within the block, show the table on a terminal."""
         if not self._console.is_terminal:
             yield self
             return
@@ -36,7 +36,7 @@ class StandingDisplay:
             yield self
 
     def __call__(self, standing: Standing) -> None:
-        """The next look."""
+        """Show the present progress."""
         if self._live is not None:
             self._live.update(overview(standing), refresh=True)
             return
@@ -58,7 +58,7 @@ class StandingDisplay:
 
 
 def overview(standing: Standing) -> RenderableType:
-    """Cells done and the best validation metric so far, by strategy and scenario; what runs; the time left."""
+    """Finished cells and best validation metrics by strategy and scenario, as a table; running cells; the time left."""
     grid = standing.grid
     table = Table(
         title=f"{grid.name}: {len(standing.done)} of {len(grid.cells)} cells; best {grid.metric} (validation)"
@@ -77,8 +77,8 @@ def overview(standing: Standing) -> RenderableType:
 
 
 def ranking_table(ranking: Ranking) -> Table:
-    """The outcome in one scenario, on test rows."""
-    table = Table(title=f"{ranking.scenario}: {ranking.metric} on test rows, at the rate that validation chose")
+    """A table of the results in one scenario, on test rows."""
+    table = Table(title=f"{ranking.scenario}: {ranking.metric} on test rows, at the learning rate chosen by validation")
     for title in ("rank", "", "lr", "mean", "sd", f"− {ranking.reference}", "p (Holm)"):
         table.add_column(title, justify="left" if not title else "right")
     for row in ranking.rows:
@@ -93,7 +93,7 @@ def ranking_table(ranking: Ranking) -> Table:
             "" if row.p_holm is None else f"{row.p_holm:.3f}",
         )
     edges = any(row.choice.edge in ("lowest", "highest") for row in ranking.rows)
-    notes = [*ranking.notes, *(["* the best rate is the sweep's last: widen it"] if edges else [])]
+    notes = [*ranking.notes, *(["* the best rate is at the end of the sweep: add rates"] if edges else [])]
     table.caption = "\n".join(notes)
     return table
 
@@ -117,7 +117,7 @@ def _validation(cell: dict[str, object], metric: str) -> float | None:
 
 
 def _round(work: Path) -> str:
-    """How far the cell's run is, from its record."""
+    """The progress of a cell's run, from its record."""
     records = sorted(work.glob("run/*/result.json"), key=lambda path: path.stat().st_mtime)
     try:
         data = json.loads(records[-1].read_text(encoding="utf-8"))

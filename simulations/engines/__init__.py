@@ -1,1 +1,1 @@
-"""Where the clients of a simulation run."""
+"""The engines, which run the clients of a simulation."""

@@ -1,4 +1,4 @@
-"""A comparison or a run as one page, with its figures and tables as files."""
+"""Writes a report on a comparison or a run: one page, with its figures and tables also as files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fedlora.results.runs import run_folder
 def write(folder: Path, out: Path | None = None, say: Callable[[str], None] = lambda text: None) -> Path:
     """Write the report of a folder of `fedlora compare` or of one `fedlora run`.
 
-    The page, report.html, needs nothing but itself; beside it lie figures/ (each as PNG, SVG and CSV) and, of a
+    The page, report.html, needs no other files. Beside it are figures/ (each figure as PNG, SVG and CSV) and, for a
     comparison, tables/ (final.md, final.tex and final.csv). Nothing else in the folder changes.
 
     Args:
-        folder: with grid.json and cells/, or a run as `run_folder` takes it.
-        out: where to; `folder`/report by default.
-        say: told what is being done, for progress.
+        folder: folder with grid.json and cells/, or a run (see `run_folder`).
+        out: folder for the report; `folder`/report by default.
+        say: called with a line of text about each step.
 
     Returns:
         The path of report.html.

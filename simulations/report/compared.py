@@ -19,12 +19,12 @@ Say = Callable[[str], None]
 
 
 def page(comparison: Comparison, name: str, say: Say) -> Page:
-    """What the page of a comparison says.
+    """The contents of a comparison's page.
 
     Args:
-        comparison: as read.
-        name: of its folder, where the grid has none.
-        say: told of each scenario before its figures are drawn.
+        comparison: the comparison.
+        name: name of the comparison's folder, used if the grid has no name.
+        say: called with a line of text before each scenario's figures are drawn.
     """
     grid = comparison.grid
     rankings = rank(comparison.cells, grid["metric"], grid["reference"])
@@ -61,7 +61,7 @@ def write_tables(comparison: Comparison, page: Page, out: Path) -> None:
 
 
 def _pictures(seen: View, comparison: Comparison) -> tuple[list[Picture], Sequence[str]]:
-    """The scenario's figures, and a sentence on those without numbers."""
+    """The scenario's figures, and a sentence about figures that lack numbers."""
     diagnosed = curves.diagnostics(seen)
     kinds: dict[str, list[Picture]] = {
         "the final metric": outcomes.final(seen),
@@ -83,7 +83,7 @@ def _pictures(seen: View, comparison: Comparison) -> tuple[list[Picture], Sequen
         "the partition": shapes.partition(seen, comparison.of(seen.scenario)),
     }
     missing = [words for words, found in kinds.items() if not found]
-    absent = [f"Not shown, for want of numbers in this scenario: {', '.join(missing)}."] if missing else []
+    absent = [f"Not shown, since this scenario has no numbers for them: {', '.join(missing)}."] if missing else []
     personal = [row.label for row in seen.strategies if any(map(is_personal, row.choice.cells.values()))]
     if personal:
         absent.append(

@@ -1,4 +1,4 @@
-"""What the page says in sentences: what was compared, what to be wary of, and under which settings."""
+"""The sentences of the page: what was compared, what to beware of, and the settings."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ..comparison.ranking import Cell, Ranking, lower_is_better
 from .read import Comparison, distinct, flat
 from .tables import Table
 
-# Keys that are the sweep itself, or a place.
+# Keys that are part of the sweep, or name a place.
 _SWEPT = frozenset({"train.lr", "run.seed", "run.dir", "run.name", "run.id", "run.resume"})
 
 
 def summary(comparison: Comparison) -> list[str]:
-    """What was compared, and how, in plain sentences."""
+    """Sentences about what was compared, and how."""
     grid, cells = comparison.grid, comparison.cells
     metric = grid["metric"]
     rates, seeds = grid.get("learning-rates", []), grid.get("seeds", [])
@@ -27,10 +27,10 @@ def summary(comparison: Comparison) -> list[str]:
         f"({', '.join(map(str, seeds))})" + (f"; baselines: {', '.join(baselines)}." if baselines else "."),
         f"{done} of {grid.get('cells', len(cells))} cells are complete.",
         f"The metric is {metric}, better when {'lower' if lower_is_better(metric) else 'higher'}. The learning rate of "
-        f"each strategy is the one with the best mean {metric} over seeds on validation rows; what the tables rank is "
-        f"the {metric} of the final model on test rows. No client trained on either.",
-        f"Differences are to {grid['reference']}, paired by seed, with a paired t-test and Holm's correction over all "
-        "strategies of a scenario. The baselines are no contestants: they have neither rank nor test.",
+        f"each strategy is the one with the best mean {metric} over seeds on validation rows. The tables rank by the "
+        f"{metric} of the final model on test rows. No client trained on validation or test rows.",
+        f"Differences are from {grid['reference']}, paired by seed, with a paired t-test and Holm's correction over "
+        "all strategies of a scenario. Baselines are only for orientation, and have neither rank nor test.",
     ]
     rows = _rows(cells)
     if rows:
@@ -42,7 +42,7 @@ def summary(comparison: Comparison) -> list[str]:
 
 
 def warnings(comparison: Comparison, rankings: Sequence[Ranking]) -> list[str]:
-    """What a reader must know before believing a table."""
+    """Sentences about what a reader must know before trusting a table."""
     grid, cells = comparison.grid, comparison.cells
     found = list(comparison.damaged)
     planned = grid.get("cells", len(cells))
@@ -65,7 +65,7 @@ def warnings(comparison: Comparison, rankings: Sequence[Ranking]) -> list[str]:
         ]
     codes = distinct(cell.get("code", {}) for cell in cells if cell.get("code"))
     if any(code.get("dirty") for code in codes):
-        found.append("The code had changes that no commit holds.")
+        found.append("The code had changes that are in no commit.")
     if len({code.get("commit") for code in codes}) > 1:
         found.append("The cells are of several commits: " + ", ".join(str(code["commit"])[:10] for code in codes) + ".")
     devices = distinct(_device(cell) for cell in cells if cell.get("device"))
@@ -75,7 +75,7 @@ def warnings(comparison: Comparison, rankings: Sequence[Ranking]) -> list[str]:
 
 
 def settings(comparison: Comparison) -> list[Table]:
-    """The config keys that all cells share, and those that differ, by what they differ."""
+    """The config keys that are equal in all cells, and those that differ, with what they depend on."""
     configs = [(cell, flat(cell["config"])) for cell in comparison.cells if cell.get("config")]
     keys = sorted({key for _, config in configs for key in config} - _SWEPT)
     shared, differing = [], []
@@ -108,7 +108,7 @@ def origin(records: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _by(configs: Sequence[tuple[Cell, Mapping[str, Any]]], key: str) -> str:
-    """The values of a key by strategy, by scenario, or by both, whichever is the first to explain them."""
+    """The values of a key by strategy, by scenario, or by both, whichever first explains all differences."""
     kinds: list[Callable[[Cell], str]] = [
         lambda cell: cell["label"],
         lambda cell: cell["scenario"],
@@ -129,7 +129,7 @@ def _by(configs: Sequence[tuple[Cell, Mapping[str, Any]]], key: str) -> str:
 
 
 def _rows(cells: Sequence[Cell]) -> str:
-    """How many rows the metrics are of."""
+    """Text about the numbers of rows on which the metrics were computed."""
     told: list[str] = []
     for part in ("validation", "test"):
         counts = sorted(

@@ -1,4 +1,4 @@
-"""The page: one file that needs nothing else, no script and no network."""
+"""The report's page: one file that needs no other files, no scripts and no network."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Section:
     """A part of the page.
 
     Args:
-        title: its heading.
-        tables: shown first.
-        pictures: shown after them.
-        absent: what is not shown, and why, in sentences.
+        title: heading of the section.
+        tables: the tables, which are shown first.
+        pictures: the pictures, which are shown after the tables.
+        absent: sentences about what is not shown, and why.
     """
 
     title: str
@@ -35,7 +35,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """All that the page says."""
+    """The contents of the page."""
 
     title: str
     summary: Sequence[str]
@@ -61,6 +61,6 @@ def write(page: Page, out: Path) -> Path:
 
 
 def _labelled(svg: str, picture: Picture) -> str:
-    """The element with words for those who do not see it, and without a size of its own."""
+    """The SVG element with a description for readers who cannot see it, and without a fixed size."""
     words = escape(f"{picture.title}. {picture.reading}")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{words}" ', 1)

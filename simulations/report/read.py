@@ -1,4 +1,4 @@
-"""What there is to report: the folder of a comparison, or of one run. Nothing in it is changed."""
+"""Reads the folder of a comparison or of one run for a report, and changes nothing in it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Comparison:
     """A folder of `fedlora compare`.
 
     Args:
-        grid: grid.json.
-        cells: those that could be read, in the order of the grid's scenarios, strategies, baselines, rates, seeds.
-        damaged: one sentence for each file that could not be read.
+        grid: content of grid.json.
+        cells: the cells that could be read, in the order of the grid's scenarios, strategies, baselines, rates, seeds.
+        damaged: a sentence about each file that could not be read.
     """
 
     grid: Mapping[str, Any]
@@ -73,7 +73,7 @@ def run(folder: Path) -> dict[str, Any]:
     """Read the result.json of one run.
 
     Raises:
-        RunError: it is missing, damaged, or of another schema.
+        RunError: the file is missing, damaged, or of another schema.
     """
     found = load(folder / "result.json")
     if not isinstance(found.get("rounds"), list):
@@ -85,7 +85,7 @@ def load(path: Path) -> dict[str, Any]:
     """One JSON object of this version's schema.
 
     Raises:
-        RunError: it cannot be read, is no JSON object, or has another schema.
+        RunError: the file cannot be read, is not a JSON object, or has another schema.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

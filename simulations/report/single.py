@@ -19,7 +19,7 @@ from .tables import Table
 
 
 def page(run: Mapping[str, Any], folder: Path) -> Page:
-    """What the page of a run says."""
+    """The contents of a run's page."""
     config = flat(run.get("config", {}))
     name = str(config.get("strategy.name", "run"))
     style = styles([name])[name]
@@ -32,19 +32,19 @@ def page(run: Mapping[str, Any], folder: Path) -> Page:
         "the adapter's spectrum": one_run.spectrum(folder, name, style),
     }
     lacking = [words for words, found in made.items() if not found]
-    absent = [f"Not shown, for want of numbers in this run: {', '.join(lacking)}."] if lacking else []
+    absent = [f"Not shown, since this run has no numbers for them: {', '.join(lacking)}."] if lacking else []
     summary = [
         f"{name} on {config.get('model.name', 'a model')}, data {config.get('data.source', 'unknown')}: "
         f"{len(rounds)} of {config.get('federation.rounds', len(rounds))} rounds, "
         f"{len(run.get('clients', []))} clients, {run.get('seconds', 0.0):.0f} s in all; "
         f"{run.get('status', 'unknown')}.",
-        "Held-out rows are rows that no client trained on. One run has one seed: it ranks nothing.",
+        "Held-out rows are rows that no client trained on. One run has one seed, and does not rank strategies.",
     ]
     warnings = [f"The run is {run.get('status')}: {run.get('error', 'it has not finished')}."] * (
         run.get("status") != "completed"
     )
     if run.get("code", {}).get("dirty"):
-        warnings.append("The code had changes that no commit holds.")
+        warnings.append("The code had changes that are in no commit.")
     failed = sum(len(entry.get("failures") or ()) for entry in rounds)
     if failed:
         warnings.append(f"{failed} clients' answers were not counted; the round table says in which rounds.")
@@ -67,7 +67,7 @@ def page(run: Mapping[str, Any], folder: Path) -> Page:
 
 
 def _table(run: Mapping[str, Any]) -> Table:
-    """The rounds in numbers; columns without a value are left out."""
+    """A table of the rounds' numbers; columns without a value are left out."""
     start = [{"round": 0, "heldout": run["baseline"]}] if "baseline" in run else []
     kinds: list[tuple[str, Callable[[Entry], str]]] = [
         ("round", lambda e: str(e["round"])),

@@ -20,11 +20,11 @@ class Table:
     """Cells of text under column titles.
 
     Args:
-        title: of the table.
-        columns: titles.
-        rows: one text for each column.
-        plain: whether a row is a baseline's, by row.
-        left: indexes of the columns that are words.
+        title: title of the table.
+        columns: titles of the columns.
+        rows: rows with a text for each column.
+        plain: for each row, whether it is a baseline's.
+        left: indexes of the columns that are aligned left, since they have words.
     """
 
     title: str

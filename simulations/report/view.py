@@ -1,4 +1,4 @@
-"""One scenario as the figures see it."""
+"""One scenario with the data that its figures need."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class View:
 
     Args:
         slug: part of the figures' names, unique in a report.
-        strategies, baselines: rows with at least one result, strategies in the order of the grid.
+        strategies, baselines: the rows with at least one result; strategies are in the order of the grid.
     """
 
     scenario: str
@@ -31,12 +31,12 @@ class View:
 
     @property
     def metric(self) -> str:
-        """What is ranked."""
+        """The metric that is ranked."""
         return self.ranking.metric
 
     @property
     def spread_note(self) -> str:
-        """What bands and bars are."""
+        """Text about the meaning of bands and bars."""
         return "bands and bars ± one standard deviation" if self.seeds > 1 else "here of one seed, without a spread"
 
 

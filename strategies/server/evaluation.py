@@ -21,14 +21,14 @@ class HeldOutEvaluator:
 
     def __init__(self, config: Config, run_id: int) -> None:
         self._config, self._run_id = config, run_id
-        self._bench = adapted.adapted_model(config.model, config.lora)
-        self.spectra = BaseSpectra(self._bench) if config.evaluate.intruders else None
+        self._model = adapted.adapted_model(config.model, config.lora)
+        self.spectra = BaseSpectra(self._model) if config.evaluate.intruders else None
         rows = prepare(config).heldout
         if not len(rows):
             raise RunError(
                 "no held-out rows to evaluate on; raise data.heldout-fraction or set evaluate.server = false"
             )
-        self._examples: list[Example] = encode(rows, self._bench.base.tokenizer, config.data, self._bench.task)
+        self._examples: list[Example] = encode(rows, self._model.base.tokenizer, config.data, self._model.task)
 
     def __call__(self, strategy: Strategy, state: ServerState, learned: AdapterState) -> dict[str, float]:
         """The metrics of the global adapter.
@@ -40,15 +40,15 @@ class HeldOutEvaluator:
         """
         emit("evaluate-start", examples=len(self._examples))
         # clients in this process share the weights, into which a run may merge its folds
-        beside = adapted.place(self._bench, state.folds.parts, self._config.anchor, self._run_id)
+        beside = adapted.place(self._model, state.folds.parts, self._config.anchor, self._run_id)
         if beside != state.folds.parts:
             learned = strategy.global_adapter(replace(state, folds=state.folds.emptied()))
-        adapted.install(self._bench, learned)
+        adapted.install(self._model, learned)
         return evaluate(
-            self._bench.task,
-            self._bench.model,
+            self._model.task,
+            self._model.model,
             self._examples,
             self._config.evaluate.batch_size,
-            self._bench.base.pad_id,
+            self._model.base.pad_id,
             on_batch=lambda done, total: emit("evaluate-step", done=done, total=total),
         )

@@ -68,6 +68,11 @@ def test_every_command_explains_itself(call, command):
     assert "Usage: " in done.stdout
 
 
+def test_help_explains_arguments_too(call):
+    """Some pairs of typer and click show the name of an argument alone."""
+    assert "Folder to write" in call("export", "--help").stdout
+
+
 def test_the_version_is_an_option_too(call):
     from fedlora import __version__
 
@@ -267,7 +272,8 @@ def test_data_is_the_check_before_a_run(call, tmp_path, tiny_llama):
     assert "tokens: median 25, 95 % within 103, longest 103; data.max-length = 64" in done.stdout
     assert "cut: 1 lose a part of the last question or answer, which are longer together" in done.stdout
     assert (
-        "6% of the rows are longer than data.max-length = 64 tokens and are cut; data.max-length = 103" in done.stdout
+        "6% of the rows are longer than data.max-length = 64 tokens and are cut; with data.max-length = 103"
+        in done.stdout
     )
     rows[8] = {"messages": [{"role": "user", "content": "secret"}, {"role": "assistant", "content": None}]}
     (tmp_path / "two").mkdir()
@@ -290,7 +296,7 @@ def test_data_is_the_check_before_a_run(call, tmp_path, tiny_llama):
         (["-c", "allow-files=yes"], "node config: allow-files = 'yes', expected true or false"),
         (["-c", "text-column=words"], "node config: text-column describes a file of the node's own"),
         (["-c", "data=nowhere.csv"], "node config: data does not name a file on this node"),
-        (["--run", "sentiment"], "node: --run names the run that --check looks at"),
+        (["--run", "sentiment"], "node: --run works only with --check"),
     ],
 )
 def test_a_node_whose_config_is_wrong_does_not_start(call, monkeypatch, words, says):

@@ -178,10 +178,7 @@ def test_damaged_certificates_are_named_before_anything_starts(tmp_path: Path, f
     certificates.make(tmp_path / "certs")
     (tmp_path / "certs" / file).write_text("")
     message = said("server", "--certs", tmp_path / "certs", "--state", tmp_path / "state")
-    assert (
-        f"{tmp_path / 'certs' / certificates.SERVER} and {certificates.SERVER_KEY} beside it are no certificate"
-        in message
-    )
+    assert f"{tmp_path / 'certs' / certificates.SERVER} and {certificates.SERVER_KEY} are not a certificate" in message
     assert not (tmp_path / "state").exists()
 
 

@@ -84,7 +84,7 @@ def test_a_list_of_names_that_is_none(text: str) -> None:
 
 def test_as_many_names_as_classes() -> None:
     keys = {"data.label-names": "a,b,c", "model.task": "classification"}
-    with pytest.raises(ConfigError, match=r"names 3 classes, and model\.labels = 2; make them agree"):
+    with pytest.raises(ConfigError, match=r"names 3 classes, but model\.labels = 2; make them agree"):
         check_task(parse(keys, Config()))
     assert check_task(parse({**keys, "model.labels": 3}, Config())) == Classification(3)
     assert parse({**keys, "model.labels": 3}, Config()).data.label_names == "a,b,c"

@@ -221,7 +221,7 @@ def test_a_blank_label_is_no_class(plain: PreTrainedTokenizerFast, log: pytest.L
 def test_more_names_than_classes_are_refused(plain: PreTrainedTokenizerFast) -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b", "c"])})
     rows = Dataset.from_dict({"text": ["x", "y"], "label": ["b", "a"]}, features=features)
-    with pytest.raises(DataError, match=r"has 3 different names, and model\.labels = 2; set model\.labels"):
+    with pytest.raises(DataError, match=r"has 3 different names, but model\.labels = 2; set model\.labels"):
         encode(rows, plain, DATA, Classification())
 
 
@@ -336,7 +336,9 @@ def test_templates_by_name(byte_level: Any, left: list[str]) -> None:
         (usual,) = encode(pairs(("a", "b")), tokenizer, DATA, CAUSAL)
         assert "Be kind" in text_of(tokenizer, usual["input_ids"])
     else:
-        with pytest.raises(DataError, match=r"by name and no default; choose one of 'rag'.* as data\.chat-template"):
+        with pytest.raises(
+            DataError, match=r"named chat templates but no default; choose one of 'rag'.* as data\.chat-template"
+        ):
             encode(pairs(("a", "b")), tokenizer, DATA, CAUSAL)
     with pytest.raises(DataError, match=r"data\.chat-template = 'rags'; did you mean 'rag'\?"):
         encode(pairs(("a", "b")), tokenizer, replace(DATA, chat_template="rags"), CAUSAL)

@@ -170,15 +170,15 @@ def test_class_names_are_numbered_over_the_whole_set(tmp_path: Path) -> None:
         ("a.json", '[{"a": 1}, "x"]', r"a\.json: row 2 holds text; one object per line, or a list of objects"),
         ("a.json", b'[{"a": "\xe9"}]', r"a\.json: line 1 is not UTF-8 .*; save the file as UTF-8"),
         ("a.json", "[]", r"a\.json: holds no rows"),
-        ("a.json", '[{"a": 1}, {"a": "x"}]', r"a\.json: row 2: 'a' holds text, and a number in row 1; write all"),
+        ("a.json", '[{"a": 1}, {"a": "x"}]', r"a\.json: row 2: 'a' holds text, but a number in row 1; use one type"),
         ("a.jsonl", b'{"a": "x"}\n{"a": "\xe9"}\n', r"a\.jsonl: line 2 is not UTF-8"),
         (
             "a.jsonl",
             '{"a": 1}\n\n{"a": "x"}\n',
             r"line 3: 'a' holds text, but a number in line 1; use one type in all rows",
         ),
-        ("a.jsonl", '{"a": true}\n{"a": 1}\n', r"line 2: 'a' holds a number, and true or false in line 1"),
-        ("a.jsonl", '{"a": [{"b": 1}, {"b": {}}]}', r"line 1: 'a\[\]\.b' holds an object, and a number in line 1"),
+        ("a.jsonl", '{"a": true}\n{"a": 1}\n', r"line 2: 'a' holds a number, but true or false in line 1"),
+        ("a.jsonl", '{"a": [{"b": 1}, {"b": {}}]}', r"line 1: 'a\[\]\.b' holds an object, but a number in line 1"),
         ("a.jsonl", '{"a": 1, "a": 2}', r"a\.jsonl: .*Column\(/a\) was specified twice"),
         (
             "a.csv",

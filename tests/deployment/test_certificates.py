@@ -155,14 +155,14 @@ def test_what_cannot_be_renewed_is_one_sentence_and_changes_nothing(tmp_path):
     certs = tmp_path / "certs"
     certificates.make(certs)
     before = {path.name: path.read_bytes() for path in certs.iterdir()}
-    with pytest.raises(ConfigError, match=r"--renew: the authority .* holds until"):
+    with pytest.raises(ConfigError, match=r"--renew: the authority .* is valid until"):
         certificates.renew(certs, days=4000)
     certificates.make(tmp_path / "other")
     (certs / "ca.key").write_bytes((tmp_path / "other" / "ca.key").read_bytes())
     with pytest.raises(ConfigError, match=r"ca\.key is not the key of ca\.crt"):
         certificates.renew(certs)
     (certs / "ca.key").chmod(0o644)
-    with pytest.raises(ConfigError, match=r"a private key that others may read \(mode 0644\).*chmod 600"):
+    with pytest.raises(ConfigError, match=r"other users may read this private key \(mode 0644\).*chmod 600"):
         certificates.renew(certs)
     (certs / "ca.key").unlink()
     with pytest.raises(ConfigError, match=r"--renew: .*ca\.key is not here"):
@@ -181,5 +181,5 @@ def test_a_node_makes_its_own_key(tmp_path):
     if shutil.which("ssh-keygen"):
         shown = subprocess.run(["ssh-keygen", "-lf", tmp_path / "keys" / "north.pub"], capture_output=True, check=True)
         assert said == shown.stdout.decode().split()[1]
-    with pytest.raises(ConfigError, match="exists already, and nothing is overwritten"):
+    with pytest.raises(ConfigError, match="exists already and is not overwritten"):
         certificates.make_key(tmp_path / "keys" / "north")

@@ -89,7 +89,7 @@ def test_a_missing_file_is_named(tmp_path, certs):
 
 
 def test_a_server_that_is_not_there_and_one_without_tls(certs):
-    with pytest.raises(RunError, match="nobody answers at"):
+    with pytest.raises(RunError, match="no server answers at"):
         connection.check_server(f"127.0.0.1:{processes.free_port()}", certs / "ca.crt")
     server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     thread = threading.Thread(target=server.serve_forever)
@@ -162,7 +162,7 @@ def test_a_server_is_reached_through_the_proxy_of_the_environment(certs, proxy, 
         assert asked == [address]
         monkeypatch.delenv("NO_PROXY")
         monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
-        with pytest.raises(RunError, match=r"nobody answers at .*407"):
+        with pytest.raises(RunError, match=r"no server answers at .*407"):
             connection.check_server(address, certs / "ca.crt")
     finally:
         server.shutdown()
@@ -240,14 +240,14 @@ def test_a_node_whose_signature_is_refused_says_so(tmp_path, monkeypatch, clock)
             return "flower-supernode", "INFO: Finished server process [42]"
 
     monkeypatch.setattr(nodes_program, "Programs", Programs)
-    with pytest.raises(RunError, match="does not take any more what this node signs: its key is no longer registered"):
+    with pytest.raises(RunError, match="no longer accepts what this node signs: its key is no longer registered"):
         nodes_program.join(clock[0], None, None, node_config={}, state=tmp_path / "state", insecure=True)
 
 
 def test_an_expired_certificate_is_named_at_once(tmp_path, monkeypatch):
     certificates.make(tmp_path / "old", nodes=["north"], days=0, authority_days=0)
     old = tmp_path / "old"
-    says = r"old/ca\.crt: the certificate expired on \d{4}-.* UTC, and this machine's clock says .*; make new ones"
+    says = r"old/ca\.crt: the certificate expired on \d{4}-.* UTC, but this machine's clock says .*; make new ones"
     with pytest.raises(ConfigError, match=says):
         servers_program.serve(old, host="127.0.0.1", port=9092, state=tmp_path / "state")
     with pytest.raises(ConfigError, match=says):

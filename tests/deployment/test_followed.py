@@ -77,7 +77,7 @@ def test_a_server_that_comes_back_is_waited_for(tmp_path):
 
 def test_the_record_has_the_last_word_where_the_server_is_gone(tmp_path):
     record(tmp_path, status="interrupted")
-    with pytest.raises(RunError, match=r"finished:interrupted: its server stopped it, or ended itself; go on with"):
+    with pytest.raises(RunError, match=r"finished:interrupted: its server stopped it, or ended itself; continue with"):
         followed(tmp_path, lambda times: GONE)
     record(tmp_path, status="completed")
     followed(tmp_path, lambda times: GONE)
@@ -116,6 +116,6 @@ def test_a_command_that_does_not_end_is_ended(tmp_path, monkeypatch):
 def test_a_server_that_takes_no_run_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(Scripted, "ask", lambda self, *words, timeout=0: {"error-message": "Server error '500'"})
     with pytest.raises(
-        RunError, match=r"the server at fed\.example\.org:9092 did not take the run: .*server\.log says why"
+        RunError, match=r"the server at fed\.example\.org:9092 did not accept the run: .*server\.log says why"
     ):
         followed(tmp_path, running)

@@ -71,7 +71,7 @@ def test_nodes_behind_a_proxy_train_and_cannot_control(tmp_path, tiny_llama):
         assert "later.pub: registered as north, node" in done.stdout, done.stderr
         again = called("fedlora register keys/north.pub --server $SERVER --ca certs/ca.crt", site)
         assert again.returncode == 1
-        assert "this key was unregistered, and Flower takes none again" in again.stderr
+        assert "this key was unregistered, and Flower never accepts it again" in again.stderr
         with kept_running(f"{joins} --key keys/later --state state/later", site, "node: started for the server"):
             assert list(play("second")["rounds"][0]["clients"]) == ["0"]
         assert json.loads((folder / "state" / "server" / "client-keys.json").read_text()) == {"0": "north"}

@@ -99,7 +99,7 @@ def test_what_goes_wrong_is_one_sentence(site):
     folder, environment = site
     for command in ("certs certs --nodes north,stranger", "certs other"):
         assert called(f"fedlora {command}", site).returncode == 0
-    refused("fedlora register certs/north.pub --server $SERVER --ca certs/ca.crt", site, "nobody answers at 127.0.0.1")
+    refused("fedlora register certs/north.pub --server $SERVER --ca certs/ca.crt", site, "no server answers at 127.0.0")
     with kept_running("fedlora server --certs certs --port $PORT --state server", site, "server: listening on"):
         refused("fedlora server --certs certs --port $PORT --state two", site, "Address already in use")
         refused(

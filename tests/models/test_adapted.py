@@ -337,8 +337,10 @@ def test_a_cores_gradient_is_the_weights_between_b_and_a(tiny_llama, quantizatio
     bench.model(input_ids=IDS, labels=IDS).loss.backward()
     for (name, f), matrix in zip(cored.lora.items(), dense, strict=True):
         assert matrix.grad is not None
+        found = gradients[name]
+        assert found is not None
         expected = f.scaling * f.B.T @ matrix.grad.cpu() @ f.A.T
-        torch.testing.assert_close(gradients[name].cpu(), expected, rtol=1e-4, atol=bound(1e-5))
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=bound(1e-5))
         assert expected.any()
 
 

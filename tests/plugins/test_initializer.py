@@ -20,6 +20,7 @@ from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.clients.statistics.base import Statistic
 from fedlora.clients.training.trainer import TrainResult
 from fedlora.strategies.initializers.base import Initializer, Start
+from fedlora.tasks.losses import inputs_of
 from fedlora.tasks.registry import task_of
 
 
@@ -36,7 +37,7 @@ class MeanInput(Statistic):
             handles.append(layer.register_forward_hook(see))
         batch = model.task.collate([examples[0], examples[1]], model.base.pad_id)
         with torch.no_grad():
-            model.model(**{k: v for k, v in batch.items() if k != "labels"})
+            model.model(**inputs_of(model.model, batch))
         for handle in handles:
             handle.remove()
         lora = {
@@ -116,7 +117,7 @@ def test_flowers_engine_runs_it_too(tmp_path, tiny_llama, mine):
         ("no_such:Init", {}, ConfigError, r"lora\.init = 'no_such:Init': cannot import 'no_such'"),
         ("initializers_of_mine:MeanInput", {}, ConfigError, "MeanInput is no initializer; write a frozen dataclass"),
         ("lora-sb", {"lora__init_options": "step=1"}, ConfigError, "lora-sb has no option 'step'"),
-        ("uniform", {"strategy__name": "fedsb"}, StrategyError, r"lora\.init = uniform: this strategy trains between"),
+        ("uniform", {"strategy__name": "fedsb"}, StrategyError, r"lora\.init = uniform: this strategy needs factors"),
         ("lora-sb", {"strategy__name": "flora"}, StrategyError, r"does not keep; .*or use strategy\.name = fedsb"),
         (
             "lora-sb",

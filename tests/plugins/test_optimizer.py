@@ -111,7 +111,7 @@ def test_flowers_engine_runs_it_too(tmp_path, tiny_llama, mine):
 )
 def test_what_is_wrong_is_said_before_the_run(tmp_path, tiny_llama, mine, name, options, message):
     with pytest.raises(ConfigError, match=message):
-        run_locally(config_of(tmp_path, tiny_llama, name, train__optimizer_options=options))
+        run_locally(config_of(tmp_path, tiny_llama, name, train__optimizer_options=options, model__device="cpu"))
     assert not (tmp_path / "runs").exists()
 
 

@@ -2,7 +2,8 @@
 
 Its memory and its arithmetic are the processor's, so that the tests' numbers are those of the CPU; an operation that
 takes tensors of both is refused as on a GPU. Needs a C++ compiler, which makes it once from `device.cpp`, in about a
-minute. Processes that tests start do not know it: such tests fail on it.
+minute. Processes that tests start do not know it: `tests.device.starts_processes` marks such tests.
+It has no convolutions, so that the zoo's models that have them, such as Mamba, fail on it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def register() -> None:
     torch.utils.rename_privateuse1_backend(NAME)
     torch._register_device_module(NAME, _module())
     torch.ops.load_library(library)
+    _let_int8_move()
 
 
 def _built() -> Path:
@@ -49,6 +51,22 @@ def _built() -> Path:
             subprocess.run(command, check=True)
             made.rename(library)
     return library
+
+
+def _let_int8_move() -> None:
+    """bitsandbytes gives an int8 weight of the CPU the memory of another device, which torch lets known devices do."""
+    from bitsandbytes.nn import Int8Params
+
+    in_place = Int8Params._quantize
+
+    def quantized(self: Int8Params, device: Any) -> Any:
+        if torch.device(device).type != NAME or self.has_fp16_weights:
+            return in_place(self, device)
+        own = in_place(Int8Params(self.data.clone(), requires_grad=False), torch.device("cpu"))
+        codes, scales = (part.to(device) for part in (own.CB, own.SCB))
+        return Int8Params(codes, requires_grad=self.requires_grad, CB=codes, SCB=scales)
+
+    Int8Params._quantize = quantized  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _Device:

@@ -1,6 +1,8 @@
 // A device for torch whose memory is the processor's: a tensor "on" it computes as on the CPU, and an operation that
 // mixes it with a tensor of the CPU is refused, as a GPU refuses it.
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
@@ -11,18 +13,17 @@
 #include <ATen/ops/view_native.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
+#include <c10/core/impl/alloc_cpu.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
-#include <ATen/CPUGeneratorImpl.h>
+#include <cstring>
 
 namespace {
 
 using at::Tensor;
 const c10::Device kDevice(c10::DeviceType::PrivateUse1, 0);
 const c10::DispatchKeySet kKeys(c10::DispatchKey::PrivateUse1);
-
-void nothing(void*) {}
 
 struct Memory final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
@@ -228,6 +229,16 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_", &set_nothing);
   m.impl("_copy_from", &copy_from);
   m.impl("_copy_from_and_resize", &copy_from_and_resize);
+}
+// bitsandbytes has kernels for the CPU, and others in Python, compiled at each shape, for devices that it does not know.
+TORCH_LIBRARY_IMPL(bitsandbytes, PrivateUse1, m) {
+  for (const char* name :
+       {"int8_mixed_scaled_mm", "int8_scaled_mm", "int8_linear_matmul", "int8_linear_matmul.out",
+        "int8_vectorwise_quant", "int8_vectorwise_dequant", "int8_mm_dequant", "int8_double_quant", "dequantize_4bit",
+        "dequantize_4bit.out", "quantize_4bit", "gemm_4bit", "dequantize_blockwise", "dequantize_blockwise.out",
+        "quantize_blockwise", "gemv_4bit", "gemv_4bit.out"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
+  }
 }
 c10::impl::DeviceGuardImplRegistrar guard(c10::DeviceType::PrivateUse1, new Guard);
 const bool registered = [] {

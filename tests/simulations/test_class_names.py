@@ -61,7 +61,7 @@ def test_names_that_differ_between_nodes_are_refused_before_training(tmp_path: P
     with pytest.raises(
         RunError,
         match=r"client 1 calls its classes \(benign, unclear\), but most others \(benign, malignant, unclear\); set "
-        r"data\.label-names of the run to one list for all",
+        r"the run's data\.label-names to one list for all",
     ):
         run_nodes(federation(tmp_path, tiny_llama, run__id="two", federation__lost_clients="fail"), files)
 
@@ -170,5 +170,5 @@ def test_a_models_own_head_has_the_classes_in_the_rows_order(tmp_path: Path, tin
 
 
 def test_as_many_names_as_classes_are_asked_for_before_the_run(tmp_path: Path, tiny_llama: Path) -> None:
-    with pytest.raises(ConfigError, match=r"names 2 classes, and model\.labels = 3"):
+    with pytest.raises(ConfigError, match=r"names 2 classes, but model\.labels = 3"):
         run_locally(federation(tmp_path, tiny_llama, data__label_names="benign,malignant"))

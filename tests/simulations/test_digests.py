@@ -144,9 +144,7 @@ def test_a_killed_and_resumed_run_gives_it_too(tmp_path, models, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [n if n in ("flora", "fedsb") else pytest.param(n, marks=pytest.mark.nightly) for n in NAMES]
-)
+@pytest.mark.parametrize("name", [n if n == "flora" else pytest.param(n, marks=pytest.mark.nightly) for n in NAMES])
 def test_flowers_engine_gives_it_too(tmp_path, models, name):
     case = f"{name} nf4 1"
     config = config_of(tmp_path, models, case)

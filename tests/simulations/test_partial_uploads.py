@@ -130,7 +130,9 @@ def test_the_start_is_the_svd_of_the_gradient_by_the_full_weights(tmp_path, tiny
     task = CausalLM()
     mean_loss(task, base.model, task.collate([examples[i] for i in chosen], base.pad_id)).backward()
     for name, factors in learned.lora.items():
-        u, s, vh = torch.linalg.svd(base.model.get_submodule(name).weight.grad.cpu())
+        gradient = base.model.get_submodule(name).weight.grad
+        assert isinstance(gradient, torch.Tensor)
+        u, s, vh = torch.linalg.svd(gradient.cpu())
         best = -(u[:, :3] * s[:3]) @ vh[:3]
         first = delta(factors)
         torch.testing.assert_close(first / first.norm(), best / best.norm(), rtol=0, atol=1e-4)

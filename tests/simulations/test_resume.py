@@ -254,7 +254,7 @@ def test_a_complete_run_goes_on_to_more_rounds(tmp_path, tiny_llama):
     simulation.in_process(config)
     forget()
     folder = folder_of(config)
-    with pytest.raises(RunError, match=r"all 2 rounds are complete; for more of them set a larger federation\.rounds"):
+    with pytest.raises(RunError, match=r"all 2 rounds are complete; for more rounds set a larger federation\.rounds"):
         resumed(folder)
     go_on(folder, f"federation.rounds={ROUNDS}")
     assert_same_bits(folder, folder_of(whole))

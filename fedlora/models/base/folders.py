@@ -152,7 +152,7 @@ def _snapshot(name: str, revision: str, say: Say, weights: bool) -> Path:
 
 
 def _cached_conversion(gguf: Path) -> Path:
-    """Where the conversion of a user's file is kept; another place once the file changes."""
+    """The folder for the conversion of a user's file; it is another one when the file changes."""
     stat = gguf.stat()
     stamp = f"{gguf.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
     identity = hashlib.sha256(stamp.encode()).hexdigest()[:12]

@@ -66,7 +66,7 @@ def fresh(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]
 
 
 def _classes(folder: Path, count: int) -> str:
-    """How many classes, and what the model calls them, where it does; a data set's have to be in the same order."""
+    """Text with the number of classes and the model's names for them, whose order the data must have too."""
     names = json.loads((folder / "config.json").read_text("utf-8")).get("id2label", {})
     ordered = [str(names.get(str(number), "")) for number in range(count)]
     return f"{count} classes" + (f", {', '.join(ordered)}" if all(ordered) else "")

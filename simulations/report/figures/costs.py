@@ -1,4 +1,4 @@
-"""What it cost: bytes, seconds by phase, peak memory."""
+"""Figures of costs: bytes, seconds by phase, peak memory."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def bars(name: str, found: Mapping[str, Mapping[str, float]], words: str) -> Pic
     """Side by side: megabytes up and down, seconds by phase, peak memory.
 
     Args:
-        name: of the picture.
-        found: what each bar is of -> "up", "down" (megabytes), "seconds <phase>", "process", "gpu" (GiB).
-        words: on what the numbers are means over.
+        name: name of the picture.
+        found: label of a bar -> its numbers: "up", "down" (megabytes), "seconds <phase>", "process", "gpu" (GiB).
+        words: sentence about what the numbers are means over.
     """
     kinds = [kind for kind in (_bytes, _seconds, _memory) if any(kind(one) for one in found.values())]
     width = 8.0 + 0.6 * len(kinds)

@@ -1,4 +1,4 @@
-"""What changes over rounds: the metric against rounds, megabytes and seconds, and the diagnostics by round."""
+"""Figures over rounds: the metric by round, by megabytes and by seconds, and the diagnostics by round."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def metric_curves(view: View) -> list[Picture]:
 
 _MEANING = {
     "round": "Round 0 is the model before any training.",
-    "megabytes": "Further left at the same height is cheaper to send.",
+    "megabytes": "Of two curves at the same height, the one further left needed fewer bytes.",
     "seconds": "Seconds are those of this machine, where clients share the hardware.",
 }
 
@@ -70,7 +70,7 @@ def diagnostics(view: View) -> list[Picture]:
             "aggregation-error",
             "Aggregation error by round",
             "relative error of the aggregate",
-            "How far the server's result is from the exact weighted mean of the clients' updates; values below 10⁻⁷ "
+            "Distance of the server's result from the exact weighted mean of the clients' updates; values below 10⁻⁷ "
             "are rounding, and stand on the floor.",
             lambda entry: entry.get("aggregation-error"),
         ),
@@ -78,14 +78,14 @@ def diagnostics(view: View) -> list[Picture]:
             "effective-rank",
             "Effective rank by round",
             "effective rank (mean over modules)",
-            "Exponential of the entropy of the mean update's singular values: how many directions it really uses.",
+            "The number of directions that the mean update uses: the exponential of its singular values' entropy.",
             lambda entry: entry.get("effective-rank"),
         ),
         (
             "drift",
             "Drift between clients by round",
             "drift (0 to 1)",
-            "0 where all clients moved alike, near 1 where what they learned has nothing in common.",
+            "0 if all clients' updates are equal, near 1 if the updates have nothing in common.",
             lambda entry: entry.get("drift"),
         ),
         (
@@ -99,7 +99,7 @@ def diagnostics(view: View) -> list[Picture]:
             "intruders",
             "Intruder dimensions by round",
             "intruder dimensions (mean over modules)",
-            "Leading directions of the tuned weights that no direction of the base resembles.",
+            "Number of leading directions of the tuned weights that are like no direction of the base model.",
             intruders,
         ),
     ]
@@ -128,15 +128,15 @@ def diagnostics(view: View) -> list[Picture]:
 def draw_line(
     ax: Axes, label: str, found: Sequence[Point], style: Style, *, along: str = "round", floor: float | None = None
 ) -> None:
-    """Means as a line with markers, and a band of one standard deviation where there are several seeds.
+    """Draw means as a line with markers and, with several seeds, a band of one standard deviation.
 
     Args:
-        ax: to draw into.
-        label: for the legend.
+        ax: the axes to draw into.
+        label: text for the legend.
         found: the points, at least one.
-        style: of the label.
-        along: the x axis, an attribute of Point.
-        floor: smaller values are drawn here.
+        style: style of the label.
+        along: name of the attribute of Point on the x axis.
+        floor: value at which smaller values are drawn.
     """
     least = float("-inf") if floor is None else floor
     x = [float(getattr(point, along)) for point in found]
@@ -155,7 +155,7 @@ def draw_line(
 
 
 def floor_axis(ax: Axes) -> None:
-    """A logarithmic axis that ends at the floor, and says so."""
+    """Make an axis logarithmic, ending at a smallest value, which its label names."""
     ax.set_yscale("log")
     high = max([1.0, *[float(value) for line in ax.lines for value in line.get_ydata()]])  # type: ignore[union-attr]
     ax.set_ylim(FLOOR * 0.5, high * 1.5)
@@ -166,7 +166,7 @@ def floor_axis(ax: Axes) -> None:
 
 
 def _height(lines: int) -> float:
-    """Inches: enough for the axes, and for a legend of so many lines."""
+    """The height of a figure in inches, enough for the axes and for a legend of so many lines."""
     return max(3.6, 0.185 * min(lines, 20) + 0.5)
 
 

@@ -1,4 +1,4 @@
-"""Figures without a display: axes with room for a legend, and the files made of them."""
+"""Draws figures without a display: axes with room for a legend, and the files of a figure."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _SETTINGS: dict[str, Any] = {
     "legend.fontsize": 8,
     "path.simplify": True,
 }
-# Where DejaVu is missing, fonts of about its width or less.
+# Fonts about as wide as DejaVu or narrower, in case it is missing.
 _FONTS = "'DejaVu Sans', Verdana, Arial, sans-serif"
 
 
 def _look(salt: str = "") -> Any:
-    """Matplotlib's settings for these figures; the salt makes an SVG's ids its own, and the same each time."""
+    """Matplotlib's settings for these figures; the salt makes an SVG's ids unique, and the same each time."""
     settings: Any = {**_SETTINGS, "svg.hashsalt": salt or "fedlora"}
     return mpl.rc_context(settings)
 
@@ -46,12 +46,12 @@ class Picture:
     """One figure, ready to be written.
 
     Args:
-        name: of its files, without the ending.
-        title: above it.
-        reading: one or two sentences on how to read it.
-        figure: Matplotlib's.
-        columns: of its data.
-        rows: of its data, all that is drawn.
+        name: name of the figure's files, without the ending.
+        title: title above the figure.
+        reading: one or two sentences on how to read the figure.
+        figure: Matplotlib's figure.
+        columns: titles of the columns of its data.
+        rows: rows of its data, with everything that is drawn.
     """
 
     name: str

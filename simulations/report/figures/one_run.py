@@ -26,11 +26,11 @@ class Kind:
     """A figure of numbers by round.
 
     Args:
-        name: of its files.
-        title: above it.
-        unit: of the y axis.
-        reading: how to read it.
-        values: what a line is of -> its number in a round's entry.
+        name: name of the figure's files.
+        title: title above the figure.
+        unit: unit of the y axis.
+        reading: sentences on how to read the figure.
+        values: label of a line -> function from a round's record to the line's number.
     """
 
     name: str
@@ -45,7 +45,7 @@ KINDS = {
         "aggregation-error",
         "Errors by round",
         "relative error",
-        "Of the aggregate, against the exact weighted mean of the updates; values below 10⁻⁷ are rounding, and stand "
+        "Distance of the aggregate from the exact weighted mean of updates; values below 10⁻⁷ are rounding, and stand "
         "on the floor.",
         {"aggregation": lambda e: e.get("aggregation-error"), "codec": lambda e: e.get("codec-error")},
     ),
@@ -53,21 +53,21 @@ KINDS = {
         "effective-rank",
         "Effective rank by round",
         "effective rank (mean over modules)",
-        "How many directions the mean update really uses.",
+        "The number of directions that the mean update uses.",
         {"effective rank": lambda e: e.get("effective-rank")},
     ),
     "drift": Kind(
         "drift",
         "Drift and cosine between clients by round",
         "drift, cosine",
-        "Drift is 0 where all clients moved alike; the cosine is 1 where they pull in one direction.",
+        "Drift is 0 if all clients' updates are equal; the cosine is 1 if they have one direction.",
         {"drift": lambda e: e.get("drift"), "update cosine": lambda e: e.get("update-cosine")},
     ),
     "intruder dimensions": Kind(
         "intruders",
         "Intruder dimensions by round",
         "intruder dimensions (mean over modules)",
-        "Leading directions of the tuned weights that no direction of the base resembles.",
+        "Number of leading directions of the tuned weights that are like no direction of the base model.",
         {"intruders": intruders},
     ),
 }
@@ -79,7 +79,7 @@ def heldout(entry: Entry) -> Mapping[str, float]:
 
 
 def own(entry: Entry) -> Mapping[str, float]:
-    """A round's metrics on the clients' own test rows, mean over clients."""
+    """A round's metrics on the clients' own test rows, as means over clients."""
     return entry.get("client-test", {}).get("mean", {})
 
 
@@ -108,7 +108,7 @@ def metrics(run: Mapping[str, Any], style: Style) -> list[Picture]:
             Picture(
                 f"metric-{along}",
                 f"Loss and accuracy by {along}" if len(metrics) > 1 else f"{metrics[0].capitalize()} by {along}",
-                "Of the model after each round; round 0 is the model before any training.",
+                "Metrics of the model after each round; round 0 is the model before any training.",
                 figure,
                 ("metric", "rows", "round", "megabytes", "seconds", "value"),
                 [(*key, p.round, p.megabytes, p.seconds, p.mean) for key, found in lines.items() for p in found],
@@ -118,7 +118,7 @@ def metrics(run: Mapping[str, Any], style: Style) -> list[Picture]:
 
 
 def lines(run: Mapping[str, Any], style: Style, kind: Kind) -> list[Picture]:
-    """Numbers of a round as lines; nothing where no round has one."""
+    """A figure with numbers of each round as lines; None if no round has any."""
     drawn = {label: found for label, value in kind.values.items() if (found := points([run], value))}
     if not drawn:
         return []
@@ -136,7 +136,7 @@ def lines(run: Mapping[str, Any], style: Style, kind: Kind) -> list[Picture]:
 
 
 def clients(run: Mapping[str, Any]) -> list[Picture]:
-    """Each client's mean training loss by round; of very many clients, the first."""
+    """Each client's mean training loss by round; if there are very many clients, only of the first ones."""
     names = sorted({name for entry in run["rounds"] for name in entry.get("clients", {})}, key=lambda n: (len(n), n))
     shown = names[:_MOST_CLIENTS]
     ranks = {str(client["client-id"]): client["rank"] for client in run.get("clients", [])}
@@ -157,14 +157,14 @@ def clients(run: Mapping[str, Any]) -> list[Picture]:
     legend(figure, ax)
     more = f" The first {len(shown)} of {len(names)} clients." if len(names) > len(shown) else ""
     rows = [(name, p.round, p.mean) for name, found in lines.items() for p in found]
-    reading = f"Of a client's own rows, mean over the steps of its round.{more}"
+    reading = f"Training loss on a client's own rows, as the mean over its steps in a round.{more}"
     return [
         Picture("clients", "Training loss of each client", reading, figure, ("client", "round", "train-loss"), rows)
     ]
 
 
 def cost(rounds: Sequence[Entry]) -> list[Picture]:
-    """Bytes and seconds of each round, of the last ones where there are very many."""
+    """Bytes and seconds of each round; if there are very many rounds, only of the last ones."""
     if not rounds:
         return []
     last = rounds[-_MOST_BARS:]
@@ -174,7 +174,7 @@ def cost(rounds: Sequence[Entry]) -> list[Picture]:
 
 
 def spectrum(folder: Path, name: str, style: Style) -> list[Picture]:
-    """Of the adapter that the run has saved, where it can be read."""
+    """The spectra of the adapter that the run has saved, if it can be read."""
     try:
         values = adapter_spectra(folder / "adapter")
     except (OSError, ValueError, KeyError):

@@ -1,4 +1,4 @@
-"""What came out: the final metric, the learning-rate sweep, and how unequal clients fare."""
+"""Figures of results: the final metric, the sweep of learning rates, and the metrics of single clients."""
 
 from __future__ import annotations
 
@@ -134,8 +134,8 @@ def fairness(view: View) -> list[Picture]:
         Picture(
             f"clients-{view.slug}",
             "How the clients fare",
-            "A row as short as possible, as far as possible to the good side, is fair and good; the diamond is the "
-            "worst client of each seed, mean over seeds.",
+            "The shorter a row, the more equal are the clients; the further on the good side, the better. The diamond "
+            "is the worst client of each seed, mean over seeds.",
             figure,
             ("label", "seed", "client", metric),
             [

@@ -1,4 +1,4 @@
-"""Numbers over rounds and over seeds, out of cells and runs."""
+"""Numbers over rounds and over seeds, taken from cells and runs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Point:
     """A number at one round, over seeds.
 
     Args:
-        round: 0 is before training.
-        megabytes: sent up and down until then, mean over seeds (1 MB is 10^6 bytes).
-        seconds: until then, mean over seeds.
-        mean, sd, n: over seeds; sd has ddof 1 and is 0 with one seed.
+        round: number of the round; 0 is before training.
+        megabytes: megabytes (10^6 bytes) that were sent up and down until then, mean over seeds.
+        seconds: seconds until then, mean over seeds.
+        mean, sd, n: mean, standard deviation (with ddof 1; 0 for one seed) and number of values over seeds.
     """
 
     round: int
@@ -38,7 +38,7 @@ def spread(values: Iterable[float]) -> tuple[float, float, int]:
 
 
 def the_run(cell: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The only run of a cell; None where there is none or one for each client."""
+    """The only run of a cell; None if there is none, or one for each client."""
     runs = cell.get("runs", [])
     return runs[0] if len(runs) == 1 else None
 
@@ -50,13 +50,13 @@ def entries(cell: Mapping[str, Any]) -> list[Entry]:
 
 
 def is_personal(cell: Mapping[str, Any]) -> bool:
-    """Whether only clients can evaluate what is learned: the server never did."""
+    """Whether only clients evaluated the model, and the server never did."""
     rounds = entries(cell)
     return bool(rounds) and not any("heldout" in entry for entry in rounds)
 
 
 def score(entry: Entry, metric: str) -> float | None:
-    """The metric on held-out rows; of a personal strategy, the clients' mean on their own rows."""
+    """The metric on held-out rows; for a strategy with personal factors, the clients' mean on their own rows."""
     if "heldout" in entry:
         return entry["heldout"].get(metric)
     return entry.get("client-test", {}).get("mean", {}).get(metric)
@@ -67,7 +67,7 @@ def points(runs: Sequence[Mapping[str, Any]], value: Callable[[Entry], float | N
 
     Args:
         runs: result.json of each seed.
-        value: of a round's entry; None where it has none. Of round 0 it sees `{"heldout": baseline}`.
+        value: function from a round's record to the number, or None. The record of round 0 is `{"heldout": baseline}`.
     """
     found: dict[int, list[tuple[float, float, float]]] = defaultdict(list)
     for run in runs:
@@ -87,7 +87,7 @@ def points(runs: Sequence[Mapping[str, Any]], value: Callable[[Entry], float | N
 
 
 def phases(rounds: Sequence[Entry]) -> dict[str, float]:
-    """Mean seconds of a round by phase; what no phase claims is "other"."""
+    """Mean seconds of a round by phase; the rest of the time is "other"."""
     total: dict[str, float] = defaultdict(float)
     for entry in rounds:
         seconds = entry.get("seconds", {})
@@ -100,7 +100,7 @@ def phases(rounds: Sequence[Entry]) -> dict[str, float]:
 
 
 def mean_bytes(rounds: Sequence[Entry], key: str) -> float | None:
-    """Mean bytes of a round, of those that tell; None where none does."""
+    """Mean bytes of a round, over the rounds that have this number; None if none has."""
     known = [entry[key] for entry in rounds if entry.get(key) is not None]
     return fmean(known) if known else None
 
@@ -113,7 +113,7 @@ def client_scores(cell: Mapping[str, Any], metric: str) -> dict[str, float]:
 
 
 def client_metric(cells: Iterable[Mapping[str, Any]], metric: str) -> str | None:
-    """What to show of single clients: the metric itself where they have it, else accuracy, else loss."""
+    """The metric to show for single clients: the given one if they have it, else accuracy, else loss."""
     found = list(cells)
     return next((name for name in (metric, "accuracy", "loss") if any(client_scores(c, name) for c in found)), None)
 

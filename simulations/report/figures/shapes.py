@@ -1,4 +1,4 @@
-"""What there was to learn from, and the shape of what was learned: partitions and spectra."""
+"""Figures of the partition of the rows, and of the spectra of trained adapters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_CLIENTS = 60
 
 
 def partition(view: View, cells: Sequence[Mapping[str, Any]]) -> list[Picture]:
-    """Rows by client and class as bubbles, or bars of rows where there are no classes; of the first seed."""
+    """Rows by client and class as bubbles, or without classes rows by client as bars; for the first seed."""
     cell = next((cell for cell in cells if cell.get("partition", {}).get("clients")), None)
     if cell is None:
         return []
@@ -66,7 +66,7 @@ def partition(view: View, cells: Sequence[Mapping[str, Any]]) -> list[Picture]:
     return [
         Picture(
             f"partition-{view.slug}",
-            "Who has which rows",
+            "The clients' rows",
             f"{reading}{exceptions} Of seed {cell['seed']}.{least}",
             figure,
             ("client", "name", "rank", "class", "rows"),
@@ -86,9 +86,9 @@ def spectra(view: View) -> list[Picture]:
 
 
 def spectrum(name: str, lines: Mapping[str, Sequence[float]], styles: Mapping[str, Style]) -> Picture | None:
-    """Singular values by index on a logarithmic axis; None where nothing is above zero."""
+    """Singular values by index on a logarithmic axis; None if no value is above zero."""
     largest = max((value for values in lines.values() for value in values), default=0.0)
-    # Below this share of the largest, fp32 factors hold rounding alone.
+    # Values below this share of the largest are only rounding of the fp32 factors.
     kept = {label: [value for value in values if value > 1e-7 * largest] for label, values in lines.items()}
     kept = {label: values for label, values in kept.items() if values}
     if not kept:
@@ -110,8 +110,8 @@ def spectrum(name: str, lines: Mapping[str, Sequence[float]], styles: Mapping[st
     return Picture(
         name,
         "Spectrum of the final adapter",
-        "A line that falls at once has learned few directions; one that ends early has no further ones. "
-        "At most the 32 largest of each module; what is below 10⁻⁷ of the largest is not drawn.",
+        "If a line falls at once, the adapter uses few directions; if it ends early, there are no further ones. "
+        "At most the 32 largest values of each module are used; those below 10⁻⁷ of the largest are not drawn.",
         figure,
         ("strategy", "index", "singular-value"),
         [(label, i, value) for label, values in kept.items() for i, value in enumerate(values, 1)],
@@ -121,7 +121,7 @@ def spectrum(name: str, lines: Mapping[str, Sequence[float]], styles: Mapping[st
 def _ranks(
     clients: Sequence[Mapping[str, Any]], view: View, cells: Sequence[Mapping[str, Any]]
 ) -> tuple[Sequence[Mapping[str, Any]], str]:
-    """The clients with the ranks that most strategies train them at, and a sentence on the strategies that differ."""
+    """The clients with the ranks that they have with most strategies, and a sentence about strategies that differ."""
     found: dict[tuple[Any, ...], list[str]] = {}
     for row in view.strategies:
         own = next(

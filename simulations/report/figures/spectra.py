@@ -9,11 +9,11 @@ from typing import Any
 
 
 def adapter_spectra(folder: Path, most: int = 32) -> list[list[float]]:
-    """The largest singular values of each module's ΔW = scaling B A, through QR: no d_out x d_in matrix is made.
+    """The largest singular values of each module's ΔW = scaling B A, by QR, without making a d_out x d_in matrix.
 
     Args:
-        folder: a PEFT checkpoint.
-        most: values of each module; those with fewer are filled up with zeros.
+        folder: folder of a PEFT checkpoint.
+        most: number of values for each module; if a module has fewer, the others are zeros.
 
     Raises:
         OSError, ValueError, KeyError: there is no such checkpoint, or it cannot be read.

@@ -1,7 +1,7 @@
 """One colour, marker and dash for each strategy, in every figure.
 
-Colours are Okabe and Ito's and Paul Tol's muted ones, which the colour-blind can tell apart; markers and dashes tell
-them apart without any colour.
+Colours are those of Okabe and Ito and Paul Tol's muted ones, which colour-blind readers can distinguish. Markers and
+dashes distinguish strategies without any colour.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _STROKES = frozenset("x+|")
 
 @dataclass(frozen=True)
 class Style:
-    """How one label is drawn.
+    """The style in which one label is drawn.
 
     Args:
-        color: as #rrggbb.
-        marker: Matplotlib's.
-        dash: lengths of ink and gap in line widths; empty for a solid line.
+        color: the colour, as #rrggbb.
+        marker: Matplotlib's name of the marker.
+        dash: lengths of dashes and gaps, in line widths; empty: a solid line.
     """
 
     color: str
@@ -95,7 +95,7 @@ _DASHES = [_SOLID, _DASHED, _DOTTED, _DASHDOT]
 def styles(labels: Iterable[str]) -> dict[str, Style]:
     """A style for each label; no two share colour, marker and dash, and the order of labels does not matter.
 
-    A label that begins with a known name keeps its colour, and its marker and dash where they are free.
+    A label that begins with a known name gets the colour of this name, and its marker and dash if they are free.
     """
     names = sorted(set(labels))
     found = {name: KNOWN[name] for name in names if name in KNOWN}

@@ -106,12 +106,12 @@ def test_a_node_takes_its_own_model_whatever_the_server_calls_it():
         (
             {"data.max-length": 512},
             {"max-length": 256},
-            r"data\.max-length = 512.*allows 256 \(node config: max-length",
+            r"data\.max-length = 512.*allows at most 256 \(node config: max-length",
         ),
         (
             {"train.batch-size": 8, "train.accumulate": 4},
             {"max-batch": 31},
-            r"train\.batch-size \* train\.accumulate = 32.*allows 31 \(node config: max-batch",
+            r"train\.batch-size \* train\.accumulate = 32.*allows at most 31 \(node config: max-batch",
         ),
         ({"evaluate.batch-size": 64}, {"max-batch": 32}, r"evaluate\.batch-size = 64.*node config: max-batch"),
         ({}, {"max-length": 0}, "max-length = 0, expected a positive integer"),

@@ -135,7 +135,7 @@ def test_a_failure_is_recorded_the_rest_goes_on_and_retry_runs_it_again(make, ra
         (lambda text: text.replace('"schema": 1', '"schema": 9'), "written by another version .schema 9, this one"),
         (
             lambda text: text.replace('"train.steps": 1', '"train.steps": 9'),
-            "this cell was run with train.steps = 9, the grid now says 1; choose another --out",
+            "this cell was run with train.steps = 9, but the grid now has 1; choose another --out",
         ),
     ],
 )
@@ -157,14 +157,14 @@ def test_another_rank_of_one_client_is_another_local_baseline(make, ran, tmp_pat
     compare.run(make(["flora"], {"lora__ranks": "4,2"}, baselines=["local"]), folder, [Slot()])
     (folder / "cells" / "default" / "flora" / "lr0.005-seed0.json").unlink()
     changed = make(["flora"], {"lora__ranks": "4,1"}, baselines=["local"])
-    with pytest.raises(RunError, match=r"local/lr0\.005-seed0\.json: .* lora\.ranks = '2', the grid now says '1'"):
+    with pytest.raises(RunError, match=r"local/lr0\.005-seed0\.json: .* lora\.ranks = '2', but the grid now has '1'"):
         compare.run(changed, folder, [Slot()])
 
 
 def test_one_process_at_a_folder(make, ran, tmp_path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
-    with FileLock(folder / ".lock"), pytest.raises(RunError, match="out: another process is at this comparison"):
+    with FileLock(folder / ".lock"), pytest.raises(RunError, match="out: another process works on this comparison"):
         compare.run(make(["flora"]), folder, [Slot()])
     assert ran == []
     assert not (folder / "grid.json").exists()

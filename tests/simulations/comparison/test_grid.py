@@ -182,9 +182,9 @@ WRONG = {
     "no-strategies": (('["flora", "fedsa"]', "[]"), "strategies is empty, so that there is nothing to compare"),
     "no-rates": (("[2e-3, 1e-3]", "[]"), "learning-rates is empty, so that there is nothing to compare"),
     "no-seeds": (("[0, 7]", "[]"), "seeds is empty, so that there is nothing to compare"),
-    "missing-rates": (("learning-rates = [2e-3, 1e-3]", ""), "learning-rates: got nothing, expected a list of peak"),
-    "rates-of-text": (("[2e-3, 1e-3]", '["2e-3"]'), r"learning-rates: got \['2e-3'\], expected a list of peak"),
-    "one-rate": (("[2e-3, 1e-3]", "2e-3"), "learning-rates: got 0.002, expected a list of peak"),
+    "missing-rates": (("learning-rates = [2e-3, 1e-3]", ""), "learning-rates: got nothing, expected a list of highest"),
+    "rates-of-text": (("[2e-3, 1e-3]", '["2e-3"]'), r"learning-rates: got \['2e-3'\], expected a list of highest"),
+    "one-rate": (("[2e-3, 1e-3]", "2e-3"), "learning-rates: got 0.002, expected a list of highest"),
     "zero-rate": (("[2e-3, 1e-3]", "[0.0]"), r"learning-rates = \[0.0\], expected numbers above 0"),
     "endless-rate": (("[2e-3, 1e-3]", "[inf]"), r"learning-rates = \[inf\], expected numbers above 0"),
     "no-rate": (("[2e-3, 1e-3]", "[nan]"), r"learning-rates = \[nan\], expected numbers above 0"),
@@ -213,7 +213,7 @@ WRONG = {
     "folder": (("[scenarios.half]", '[scenarios."a/b"]'), "scenarios: 'a/b' names a folder; use letters"),
     "parent-folder": (("[scenarios.half]", '[scenarios.".."]'), r"scenarios: '\.\.' names a folder; use letters"),
     "name": (("seeds", 'name = "../mine"\nseeds'), "name: '../mine' names a folder; use letters"),
-    "number-for-name": (("seeds", "name = 3\nseeds"), "name = 3, expected a name for its folder"),
+    "number-for-name": (("seeds", "name = 3\nseeds"), "name = 3, expected a name for"),
     "baseline": (
         ("baselines = []", "baselines = ['centralized']"),
         "baselines: 'centralized'; did you mean 'centralised'",
@@ -222,7 +222,7 @@ WRONG = {
     "no-config": (('config = "quickstart"', ""), "config is missing, expected the preset or TOML file"),
     "unknown-config": (('"quickstart"', '"quikstart"'), "config: quikstart: neither a TOML file nor a preset; did you"),
     "settings": (("[settings]", "settings = 3\n[scenarios.more]"), "settings is int, expected a table"),
-    "scenarios": (("[scenarios.full]", "[scenarios]\nfull = 1"), r"scenarios: expected a table of tables"),
+    "scenarios": (("[scenarios.full]", "[scenarios]\nfull = 1"), r"scenarios: expected a table with a table"),
     "damaged": (("seeds = ", "seeds = = "), "cannot be read as TOML: "),
 }
 

@@ -107,9 +107,9 @@ def test_the_ranking_is_a_table(standing: Standing) -> None:
             standing.done[cell.path] = result(cell, 1.0 + number / 10)
     (ranking,) = rank(list(standing.done.values()), "loss", "flora")
     shown = text_of(ranking_table(ranking))
-    assert "full: loss on test rows, at the rate that validation chose" in shown
+    assert "full: loss on test rows, at the learning rate chosen by validation" in shown
     assert "0.001 *" in shown
-    assert "widen it" in shown
+    assert "at the end of the sweep" in shown
     assert [line.split()[3] for line in shown.splitlines() if line.startswith("│")] == ["flora", "fedsa", "rolora-slow"]
 
 

@@ -19,7 +19,7 @@ from fedlora.config import Config, parse
 from fedlora.results.run_folder import folder_of
 from fedlora.simulations import run as simulation
 from fedlora.simulations.engines.devices import Child, devices_of
-from tests.device import DEVICE, bound, run_bound
+from tests.device import DEVICE, bound, run_bound, starts_processes
 from tests.federation import hears_ctrl_c, tiny
 from tests.simulations.engines.test_cohorts import apart
 from tests.simulations.engines.test_local import crashing, saved_adapter
@@ -66,6 +66,7 @@ CASES = {
 }
 
 
+@starts_processes
 @pytest.mark.parametrize(
     ("strategy", "at_once"),
     [
@@ -210,7 +211,7 @@ def test_a_wrong_name_is_refused(text):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--devices", "cuda:9"], "--devices 'cuda:9': cuda:9 is not here"),
+        (["--devices", "cuda:9"], "--devices 'cuda:9': cuda:9 does not exist"),
         (["--devices", "cpu", "--profile"], "--profile measures this process alone"),
         (["--devices", "cpu", "--engine", "flower"], "place the clients themselves"),
         (["--devices", "cpu", "--server", "here:1"], "place the clients themselves"),

@@ -351,7 +351,10 @@ def test_each_hosted_client_has_its_own_rank_and_folder(tmp_path, tiny_llama):
         ({"partition-ids": "0-4000,5000-6000"}, "at most 4096"),
         ({"partition-ids": "0-3,2"}, "names a client twice"),
         ({"partition-ids": "0-3", "partition-id": 0}, "both say which clients are here; keep one"),
-        ({"partition-ids": "0-3", "data": "x.jsonl"}, "data names the rows of one client, and .* are 4; start a node"),
+        (
+            {"partition-ids": "0-3", "data": "x.jsonl"},
+            "data names the rows of one client, but .* are 4 clients; start a node",
+        ),
         ({"partition_ids": "0-3"}, "did you mean 'partition-ids'"),
     ],
 )

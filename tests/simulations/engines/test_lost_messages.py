@@ -204,7 +204,7 @@ class Dead(local.LocalGrid):
 
 
 @pytest.mark.parametrize(
-    ("grid", "why"), [(Hanging, "connected, and without .* node 2;"), (Dead, "the first that did not: node 2 failed")]
+    ("grid", "why"), [(Hanging, "connected, but without .* node 2;"), (Dead, "the first that did not: node 2 failed")]
 )
 def test_a_node_that_hangs_or_stays_dead_is_waited_for_no_longer_than_the_wait_timeout(
     tmp_path, tiny_llama, fresh_process, monkeypatch, grid, why

@@ -155,7 +155,9 @@ def test_one_seed_and_one_rate_are_warned_of(tmp_path):
     page = report.write(write_comparison(tmp_path, **shape)).read_text(encoding="utf-8")
     assert "One seed: there are no ranks and no tests" in page
     assert "One learning rate" in page
-    assert "Not shown, for want of numbers in this scenario: the learning-rate sweep, intruder dimensions" in page
+    assert (
+        "Not shown, since this scenario has no numbers for them: the learning-rate sweep, intruder dimensions" in page
+    )
     assert ">rank<" not in page
 
 
@@ -181,7 +183,7 @@ def test_an_unfinished_comparison_reports_what_is_there(tmp_path):
     assert "cells/equal/flora/lr0.016-seed0.json: cannot be read" in page
     assert "schema 9, this version reads 1" in page
     assert "fedsa at 0.016, seed 0, failed: the loss of &lt;client 2&gt; is not finite" in page
-    assert "no commit holds" in page
+    assert "changes that are in no commit" in page
     assert "several devices" in page
 
 
@@ -223,7 +225,7 @@ def test_a_single_run_has_a_page_of_its_own(tmp_path):
     page = report.write(folder).read_text(encoding="utf-8")
     figures = {path.stem for path in (folder / "report" / "figures").glob("*.svg")}
     assert {"metric-round", "metric-megabytes", "metric-seconds", "clients", "cost", "aggregation-error"} <= figures
-    assert "Not shown, for want of numbers in this run: the adapter's spectrum." in html.unescape(page)
+    assert "Not shown, since this run has no numbers for them: the adapter's spectrum." in html.unescape(page)
     assert page.count("<tr>") > 4
 
 
