@@ -50,6 +50,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.worker
 	$(BIN)/python -m benchmarks.clients
 	$(BIN)/python -m benchmarks.mixed
+	$(BIN)/python -m benchmarks.optimizers
 	$(BIN)/python -m benchmarks.contention
 
 clean:

@@ -229,8 +229,9 @@ class TrainConfig:
     accumulate: int = option(1, "forward passes per optimizer step, whose gradients are added up", low=1)
     optimizer: str = option(
         "adamw",
-        "the clients' optimizer: adamw, sgd, adamw-8bit, paged-adamw or paged-adamw-8bit (the last three need a CUDA "
-        "GPU), or your own as package.module:Class",
+        "the clients' optimizer: adamw, sgd, lora-plus, lora-rite, lora-pro, riemannian, allora, sam, glad, "
+        "adamw-8bit, paged-adamw or paged-adamw-8bit (the last three need a CUDA GPU), or your own as "
+        "package.module:Class",
     )
     optimizer_options: str = option("", "options of the optimizer, as 'name=value, name=value'")
     lr: float = option(1e-3, "highest learning rate of the clients", low=0.0)

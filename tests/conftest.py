@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fedlora.clients.node import held_folds
+from fedlora.clients.training import cohort
 from fedlora.models import adapted
 from fedlora.models.base.read import quiet
 from tests.device import DEVICE
@@ -79,3 +80,17 @@ def fresh_process() -> Iterator[None]:
     yield
     adapted.forget()
     held_folds._held.clear()
+
+
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many clients each computation trained."""
+    seen: list[int] = []
+    train = cohort.train
+
+    def counted(bench, members, *words, **more):
+        seen.append(len(members))
+        return train(bench, members, *words, **more)
+
+    monkeypatch.setattr(cohort, "train", counted)
+    return seen

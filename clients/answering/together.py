@@ -139,8 +139,8 @@ def _why_not(work: TrainingJob) -> str:
     config = work.config
     if work.broadcast.job != "train":
         return f"the {work.broadcast.job} of round {work.broadcast.round} is measured for each client alone"
-    if not optimizer(config.train).elementwise:
-        return f"train.optimizer = {config.train.optimizer!r} does not step each value independently of the others"
+    if not optimizer(config.train).shares_batch:
+        return f"train.optimizer = {config.train.optimizer!r} cannot step clients whose factors lie in one tensor"
     if config.model.gradient_checkpointing:
         return "with model.gradient-checkpointing, dropout cannot be drawn for each client separately"
     return ""

@@ -17,6 +17,8 @@ class Steps(ABC):
     def after_pass(self, number: int) -> None:  # noqa: B027 - most take one pass
         """Called after each pass of a step except the last, when the parameters have the gradients of that pass.
 
+        The gradients contain what `step` gets: privacy stages and penalties are applied in every pass.
+
         Args:
             number: number of the pass within the step, from 0.
         """
@@ -38,12 +40,15 @@ class ClientOptimizer(ABC):
 
     Attributes:
         passes: number of gradients per step, all on the same examples; 2 for sharpness-aware methods.
-        elementwise: True if the step of each value depends on the gradients of this value alone. Several clients can
-            then be trained as one batch, with their factors side by side in one tensor.
+        shares_batch: True if the steps of one client read and change, in place, the parameters and gradients that
+            `begin` was given, and nothing else. Several clients can then be trained as one batch: each has its own
+            steps, over parameters that are strided views of the tensors of all clients.
+        experimental: one sentence that says what about the method is not confirmed; empty for most.
     """
 
     passes: ClassVar[int] = 1
-    elementwise: ClassVar[bool] = False
+    shares_batch: ClassVar[bool] = False
+    experimental: ClassVar[str] = ""
 
     def check(self, device: torch.device) -> None:  # noqa: B027 - most run everywhere
         """Check that the optimizer works on this device.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 
 from fedlora.common.registry import Registry
@@ -21,17 +24,27 @@ OPTIMIZERS = Registry(
         "adamw-8bit": "fedlora.clients.optimizers.standard:AdamW8bit",
         "paged-adamw": "fedlora.clients.optimizers.standard:PagedAdamW",
         "paged-adamw-8bit": "fedlora.clients.optimizers.standard:PagedAdamW8bit",
+        "lora-plus": "fedlora.clients.optimizers.lora_plus:LoraPlus",
+        "lora-rite": "fedlora.clients.optimizers.lora_rite:LoraRite",
+        "lora-pro": "fedlora.clients.optimizers.lora_pro:LoraPro",
+        "riemannian": "fedlora.clients.optimizers.riemannian:Riemannian",
+        "allora": "fedlora.clients.optimizers.allora:Allora",
+        "sam": "fedlora.clients.optimizers.sam:Sam",
+        "glad": "fedlora.clients.optimizers.glad:Glad",
     },
 )
 
 
 def optimizer(config: TrainConfig) -> ClientOptimizer:
-    """The optimizer that `train.optimizer` names, with its options.
+    """The optimizer that `train.optimizer` names, with its options. The log says once if it is experimental.
 
     Raises:
         ConfigError: there is no such optimizer, or it has no such options.
     """
-    return OPTIMIZERS.make(config.optimizer, config.optimizer_options)
+    made: ClientOptimizer = OPTIMIZERS.make(config.optimizer, config.optimizer_options)
+    if made.experimental:
+        _say_once(config.optimizer, made.experimental)
+    return made
 
 
 def check(config: TrainConfig, device: torch.device) -> None:
@@ -41,3 +54,8 @@ def check(config: TrainConfig, device: torch.device) -> None:
         ConfigError: it does not.
     """
     optimizer(config).check(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _say_once(name: str, why: str) -> None:
+    logging.getLogger("fedlora").warning("train.optimizer = %s is experimental: %s", name, why)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -18,7 +18,10 @@ from .base import ClientOptimizer, Steps
 
 
 class TorchSteps(Steps):
-    """Steps of any torch optimizer: the gradients are clipped by their common norm, then the optimizer steps."""
+    """Steps of any torch optimizer: the gradients are clipped by their common norm, then the optimizer steps.
+
+    A parameter group with a key "times" steps at that multiple of the rate.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], clip: float) -> None:
         self._optimizer, self._parameters, self._clip = optimizer, parameters, clip
@@ -27,7 +30,7 @@ class TorchSteps(Steps):
         if self._clip:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("times", 1.0)
         self._optimizer.step()
 
 
@@ -48,7 +51,7 @@ class _Torch(ClientOptimizer):
 class AdamW(_Torch):
     """torch's AdamW, with decoupled weight decay, https://arxiv.org/abs/1711.05101."""
 
-    elementwise: ClassVar[bool] = True
+    shares_batch: ClassVar[bool] = True
 
     def make(self, parameters: Sequence[nn.Parameter], lr: float, decay: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, fused=True)
@@ -58,18 +61,42 @@ class AdamW(_Torch):
 class Sgd(_Torch):
     """Plain stochastic gradient descent, without momentum."""
 
-    elementwise: ClassVar[bool] = True
+    shares_batch: ClassVar[bool] = True
 
     def make(self, parameters: Sequence[nn.Parameter], lr: float, decay: float) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=lr, weight_decay=decay)
+
+
+_BASES = {"adamw": AdamW(), "sgd": Sgd()}
+Base = Literal["adamw", "sgd"]
+
+
+def over(parameters: Sequence[nn.Parameter], config: TrainConfig, base: Base = "adamw", *, clip: float) -> Steps:
+    """The steps of torch's AdamW or SGD over these parameters, under another optimizer's changes of the gradients.
+
+    Args:
+        parameters: any number; with none, a step does nothing.
+        config: the run's section train.
+        base: which of the two.
+        clip: as `train.clip`, in its place.
+    """
+    if not parameters:
+        return _NoSteps()
+    return TorchSteps(_BASES[base].make(parameters, config.lr, config.weight_decay), parameters, clip)
+
+
+class _NoSteps(Steps):
+    def step(self, lr: float) -> None:
+        pass
 
 
 @dataclass(frozen=True)
 class _OnCuda(_Torch):
     """An optimizer of bitsandbytes, for CUDA GPUs only.
 
-    Its state is quantized in blocks, https://arxiv.org/abs/2110.02861, or is in pageable memory. It is not elementwise:
-    values of one block share a scale, and in a batch of several clients a block could span two of them.
+    Its state is quantized in blocks, https://arxiv.org/abs/2110.02861, or is in pageable memory. Clients do not share a
+    batch: bitsandbytes gives a parameter that is not contiguous a contiguous copy of its data, and a client's view of
+    the B of all clients would be a view no longer.
     """
 
     name: ClassVar[str]

@@ -78,7 +78,7 @@ def train(
         rounds: number of rounds of the whole run, for the schedule.
         seed: seed of this client's order of examples and of dropout.
         on_step: called after each step with (step, steps, loss).
-        penalty: called before each optimizer step; may add a term's gradient to the parameters' gradients.
+        penalty: called after each pass; may add a term's gradient to the parameters' gradients.
         stages: privacy stages, which may change the gradients before `penalty` is called.
 
     Raises:
@@ -180,19 +180,30 @@ class LocalSteps:
         config = self._config
         if not math.isfinite(loss):
             raise DivergedError(diverged(loss, step, self._round))
-        for stage in self._stages:
-            stage.gradients(self._parameters)
-        if config.prox_mu:
-            add_proximal(self._parameters, self._start, config.prox_mu)
-        self._penalty()
-        self._optimizer.step(config.lr * lr_factor(config, self._position(step), self._rounds * self.steps))
+        self._complete()
+        try:
+            self._optimizer.step(config.lr * lr_factor(config, self._position(step), self._rounds * self.steps))
+        except torch.linalg.LinAlgError as error:
+            raise DivergedError(
+                f"training diverged: {config.optimizer} cannot decompose the factors or their gradients at step "
+                f"{step + 1} of round {self._round} ({str(error).splitlines()[0]}); lower train.lr"
+            ) from error
         self._let_go()
         self.losses.append(loss)
 
     def after_pass(self, number: int) -> None:
         """Called between two passes of one step; clears the gradients."""
+        self._complete()
         self._optimizer.after_pass(number)
         self._let_go()
+
+    def _complete(self) -> None:
+        """What every gradient goes through before the optimizer sees it: the privacy stages, then the penalties."""
+        for stage in self._stages:
+            stage.gradients(self._parameters)
+        if self._config.prox_mu:
+            add_proximal(self._parameters, self._start, self._config.prox_mu)
+        self._penalty()
 
     def _let_go(self) -> None:
         for parameter in self._parameters:

@@ -32,7 +32,8 @@ class Stage(ABC):  # noqa: B024 - each place may be left as it is
     linear: ClassVar[bool] = False
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> None:  # noqa: B027
-        """On the client, in every optimizer step: change the gradients in place, before penalties and clipping."""
+        """On the client, after every pass of an optimizer step: change the gradients in place, before penalties and
+        clipping. Most optimizers take one pass in a step, sharpness-aware ones two."""
 
     def leaving(self, adapter: AdapterState, sent: Broadcast, seed: int) -> AdapterState:
         """On the client: what leaves it, before it is coded for the wire.

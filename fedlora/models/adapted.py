@@ -166,8 +166,9 @@ def install(
             parameters += _set_parts(model, name, layer, adapter, bool(own))
             continue
         factors = adapter.lora[name]
-        pair = Pair(name, *_set_factors(name, layer, ADAPTER, factors, own), factors.scaling)
+        a, b = _set_factors(name, layer, ADAPTER, factors, own)
         core = _set_core(name, layer, factors.R, own)
+        pair = Pair(name, a, b, factors.scaling, core)
         pairs.append(pair)
         parameters += [p for p in (pair.A, pair.B, core) if p is not None and p.requires_grad]
     for name, parameter in model.tensors.items():

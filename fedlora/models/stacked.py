@@ -125,7 +125,10 @@ class Stack:
             self._layers[name] = mine
             for number in range(len(adapters)):
                 a, b = mine.views(number)
-                pairs[number].append(Pair(name, a, b, mine.scalings[number]))
+                a.requires_grad_("A" in own)
+                b.requires_grad_("B" in own)
+                core = None if mine.cores is None else mine.cores[number]
+                pairs[number].append(Pair(name, a, b, mine.scalings[number], core))
                 parameters[number] += [p for p, factor in ((a, "A"), (b, "B")) if factor in own]
                 if mine.cores is not None and "R" in own:
                     parameters[number].append(mine.cores[number])

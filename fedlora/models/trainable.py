@@ -17,6 +17,7 @@ class Pair:
         A: the factor A, [r, d_in]. In a batch of clients, it is a view of this client's rows of all clients' factors.
         B: the factor B, [d_out, r]; in a batch of clients, a view too.
         scaling: the module's scaling on this client.
+        core: the core R between the factors, trained or not; None: there is none.
 
     A factor that is not trained has `requires_grad = False`, and no gradient.
     """
@@ -25,6 +26,7 @@ class Pair:
     A: nn.Parameter
     B: nn.Parameter
     scaling: float
+    core: nn.Parameter | None = None
 
 
 @dataclass(frozen=True)
@@ -44,4 +46,16 @@ class Trainable:
     def others(self) -> list[nn.Parameter]:
         """The trained parameters that are in no pair: cores, heads, parts of other kinds of adapters."""
         paired = {id(factor) for pair in self.pairs for factor in (pair.A, pair.B)}
+        return [parameter for parameter in self.parameters if id(parameter) not in paired]
+
+    @property
+    def whole(self) -> list[Pair]:
+        """The pairs that optimizers of pairs are made for: both factors are trained, and there is no core."""
+        trained = {id(parameter) for parameter in self.parameters}
+        return [pair for pair in self.pairs if pair.core is None and {id(pair.A), id(pair.B)} <= trained]
+
+    @property
+    def beside(self) -> list[nn.Parameter]:
+        """The trained parameters that are in no whole pair."""
+        paired = {id(factor) for pair in self.whole for factor in (pair.A, pair.B)}
         return [parameter for parameter in self.parameters if id(parameter) not in paired]

@@ -11,10 +11,11 @@ from fedlora.adapters import AdapterState, initial
 from fedlora.clients.optimizers import registry
 from fedlora.clients.training import schedule as schedule_
 from fedlora.clients.training import terms, trainer
-from fedlora.common.errors import AdapterError, ConfigError
+from fedlora.common.errors import AdapterError, ConfigError, DivergedError
 from fedlora.config import LoraConfig, TrainConfig
 from fedlora.data import Example, batch_at
 from fedlora.exchange import Plan, Term
+from fedlora.exchange.stages import Stage
 from fedlora.models import adapted, injection
 from fedlora.models.trainable import Pair
 from tests.device import DEVICE, bound, model_config, on_device
@@ -241,3 +242,41 @@ def test_an_unknown_term_is_refused():
     terms.check_terms(Plan(terms=(Term("tail", 0.1, 0.5),)))
     with pytest.raises(ConfigError, match="asks for the term 'twist' of the loss, this client knows tail; install"):
         terms.check_terms(Plan(terms=(Term("twist", 0.1),)))
+
+
+@pytest.mark.parametrize("name", ["lora-pro", "riemannian"])
+def test_optimizers_in_fp64_refuse_a_device_without_it(name):
+    with pytest.raises(ConfigError, match=f"train.optimizer = '{name}' computes in fp64, which mps cannot"):
+        registry.check(TrainConfig(optimizer=name), torch.device("mps"))
+    registry.check(TrainConfig(optimizer=name), torch.device("cpu"))
+
+
+class Spoiling(Stage):
+    """Counts its calls, and multiplies gradients by a number."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor, self.calls = factor, 0
+
+    def gradients(self, parameters):
+        self.calls += 1
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad.mul_(self.factor)
+
+
+def test_every_pass_of_a_step_goes_through_stages_and_penalties(tiny_llama):
+    bench, start = bench_and_start(tiny_llama)
+    sam, stage, penalties = replace(CONFIG, optimizer="sam"), Spoiling(0.0), []
+    result, got = train(bench, start, sam, stages=[stage], penalty=lambda: penalties.append(1))
+    assert stage.calls == len(penalties) == 2 * CONFIG.steps
+    assert distance(got, start) == 0, "no gradient came past the stage, not even to the first pass"
+    assert result.loss > 0
+    _, without = train(bench, start, sam)
+    _, near = train(bench, start, replace(sam, prox_mu=10.0))
+    assert distance(near, start) < distance(without, start)
+
+
+def test_gradients_that_cannot_be_decomposed_are_a_divergence(tiny_llama):
+    bench, start = bench_and_start(tiny_llama)
+    with pytest.raises(DivergedError, match=r"training diverged: lora-rite .* step 1 of round 1 .*; lower train.lr"):
+        train(bench, start, replace(CONFIG, optimizer="lora-rite"), stages=[Spoiling(float("nan"))])

@@ -131,8 +131,8 @@ def test_memory_that_runs_out_halves_the_cohort_and_loses_nothing(tmp_path, tiny
 @pytest.mark.parametrize("why", ["optimizer", "rows"])
 def test_what_cannot_be_batched_is_trained_one_at_a_time_and_said_once(tmp_path, tiny_llama, monkeypatch, caplog, why):
     if why == "optimizer":
-        monkeypatch.setattr(AdamW, "elementwise", False)
-        says = "train.optimizer = 'adamw' does not step each value independently"
+        monkeypatch.setattr(AdamW, "shares_batch", False)
+        says = "train.optimizer = 'adamw' cannot step clients whose factors lie in one tensor"
     else:
 
         def odd(stack, x):
