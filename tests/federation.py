@@ -98,8 +98,9 @@ def repack(record: RecordDict, data: bytes, key: str = "adapter") -> None:
 
 
 def hears_ctrl_c() -> None:
-    """In a child before it starts: a test run in the background would hand down that SIGINT is ignored."""
+    """In a child before it starts: a run in the background hands down an ignored SIGINT, nohup an ignored SIGHUP."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def run_locally(config: Config) -> tuple[Path, dict[str, Any]]:
