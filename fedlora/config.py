@@ -227,6 +227,9 @@ class TrainConfig:
     epochs: float = option(1.0, "with train.steps = 0: passes over the client's rows in each round", low=1e-6)
     batch_size: int = option(4, "examples per forward pass", low=1)
     accumulate: int = option(1, "forward passes per optimizer step, whose gradients are added up", low=1)
+    layers_per_round: int = option(
+        0, "number of layers whose adapters are trained in a round, drawn anew each round; 0: all", low=0
+    )
     optimizer: str = option(
         "adamw",
         "the clients' optimizer: adamw, sgd, lora-plus, lora-rite, lora-pro, riemannian, allora, sam, glad, "

@@ -70,7 +70,7 @@ def configured(config: Config) -> Strategy:
 
     From the outside in: `Private` has the privacy stages' places on the server, `Robust` filters the replies, `Restart`
     folds what the optimizer made and drops its moments, `ServerOptimizer` takes the strategy's change of the adapter
-    for a gradient.
+    for a gradient, `SampledLayers` narrows the round to some layers.
     """
     strategy: Strategy = STRATEGIES.make(config.strategy.name, config.strategy.options)
     if strategy.replaces_folds and config.anchor.base_update == "merge":
@@ -79,6 +79,10 @@ def configured(config: Config) -> Strategy:
             f"{config.strategy.options!r} takes folds back that it sent a round before, which clients that merge folds "
             "cannot do; set anchor.base-update = anchor, or leave out strategy.options"
         )
+    if config.train.layers_per_round:
+        from .wrappers.sampled_layers import SampledLayers
+
+        strategy = SampledLayers(strategy, count=config.train.layers_per_round)
     chosen: Any = config.strategy  # its choices are the wrappers' Literals
     if chosen.server_optimizer != "none":
         from .wrappers.server_optimizer import ServerOptimizer

@@ -227,6 +227,7 @@ def _baseline(name: str, setting: Config) -> Iterable[Config]:
         "strategy.restart-every": 0,
         "strategy.robust": "none",
         "train.prox-mu": 0.0,
+        "train.layers-per-round": 0,
         "federation.clients": 1,
         "federation.min-clients": 1,
         "federation.fraction": 1.0,
