@@ -92,8 +92,8 @@ class LoraConfig:
     )
     allocation: str = option(
         "pattern",
-        "how a client's ranks are spread over the modules: pattern (lora.rank-pattern, else the client's own rank), or "
-        "your own as package.module:Class",
+        "how a client's ranks are spread over the modules: pattern (lora.rank-pattern, else the client's own rank), "
+        "prilora (growing with the layer), or your own as package.module:Class",
     )
     allocation_options: str = option("", "its options, as 'name=value, name=value'")
     rank_pattern: str = option("", "ranks of some modules, for every client: 'k_proj=4, layers.0.mlp.up_proj=2'")

@@ -46,7 +46,10 @@ ALLOCATIONS = Registry(
     options_key="lora.allocation-options",
     base="fedlora.strategies.initializers.ranks:Allocation",
     method="ranks",
-    names={"pattern": "fedlora.strategies.initializers.ranks:Pattern"},
+    names={
+        "pattern": "fedlora.strategies.initializers.ranks:Pattern",
+        "prilora": "fedlora.strategies.initializers.prilora:PriLora",
+    },
 )
 
 
