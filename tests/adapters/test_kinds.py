@@ -1,6 +1,7 @@
 """Adapter kinds as functions: shapes, PEFT's own layers as references, and what averaging does to them."""
 
 import hashlib
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_vera_is_pefts_own_layer(d_out, d_in, rank):
     model = get_peft_model(OneLayer(d_in, d_out), VeraConfig(r=rank, target_modules=["layer"]))
     kind, place = KINDS.load("vera"), Place("layer", d_out, d_in, rank)
     parts, constants = random_parts(kind, place), kind.constants(place)
-    layer = model.base_model.model.layer
+    layer: Any = model.base_model.model.layer
     x = torch.randn(5, d_in)
     with torch.no_grad():
         layer.vera_lambda_b["default"].zero_()

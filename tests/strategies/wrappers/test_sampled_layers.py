@@ -57,11 +57,10 @@ def test_layers_that_are_not_drawn_stay_to_the_bit_and_are_not_sent(name):
     strategy = Run(SampledLayers(load(name), count=4), seed=1)
     state = started(strategy, strategy.init(start(CLIENTS, shapes=SHAPES)), CLIENTS)
     for number in (1, 2, 3):
-        before, replies = state, []
+        before, replies, modules = state, [], strategy.broadcast(state, CLIENTS[0], number).plan.modules
         for client in CLIENTS:
             sent = strategy.broadcast(state, client, number)
             replies.append(replace(u := train(sent, client, number), adapter=sent.plan.sent_back(u.adapter)))
-        modules = sent.plan.modules
         assert modules is not None
         assert all({*reply.adapter.lora} == modules for reply in replies)
         state = strategy.aggregate(state, replies, number)
