@@ -1,0 +1,51 @@
+"""docs/literature.md lists what the registries have, and every key on the page is accepted."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fedlora.adapters.kinds.registry import KINDS
+from fedlora.clients.optimizers.registry import OPTIMIZERS
+from fedlora.config import parse
+from fedlora.strategies.initializers.ranks import ALLOCATIONS
+from fedlora.strategies.initializers.registry import INITIALIZERS
+from fedlora.strategies.registry import configured
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "literature.md").read_text(encoding="utf-8")
+ROWS = [
+    line.strip("| ").split(" | ") for line in PAGE.splitlines() if line.startswith("| ") and "turned on by" not in line
+]
+TURNED_ON = [dict(re.findall(r"`([a-z.-]+) = ([\w.-]+)`", row[1])) for row in ROWS]
+# What everybody means by LoRA's own training, and what is no method of the literature on LoRA.
+PLAIN = {"adamw", "sgd", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "pattern"}
+
+
+@pytest.mark.parametrize("registry", [INITIALIZERS, KINDS, OPTIMIZERS, ALLOCATIONS], ids=lambda registry: registry.key)
+def test_the_page_has_every_method(registry):
+    listed = {keys[registry.key] for keys in TURNED_ON if registry.key in keys}
+    assert listed == {*registry.names} - PLAIN
+
+
+@pytest.mark.parametrize("keys", TURNED_ON, ids=lambda keys: " ".join(keys.values()))
+def test_what_turns_a_method_on_is_accepted(keys):
+    assert keys
+    rounds = {key: int(value) if value.isdigit() else value for key, value in keys.items()}
+    configured(parse({"strategy.name": "fedavg", "lora.ranks": "", **rounds}))
+
+
+def test_what_is_experimental_says_so():
+    for row, keys in zip(ROWS, TURNED_ON, strict=True):
+        for registry in (INITIALIZERS, KINDS, OPTIMIZERS, ALLOCATIONS):
+            if registry.key in keys:
+                method = registry.resolve(keys[registry.key])
+                said = getattr(method, "experimental", "") or "Experimental" in (method.__doc__ or "")
+                assert bool(said) is (row[-1].strip(" |") == "experimental"), keys
+
+
+def test_exact_kinds_are_the_linear_ones():
+    for row, keys in zip(ROWS, TURNED_ON, strict=True):
+        if keys.get("lora.kind", "lora") != "lora":
+            assert (row[2] == "yes") is KINDS.resolve(keys["lora.kind"]).linear
