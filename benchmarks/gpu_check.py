@@ -154,6 +154,7 @@ def _why(error: BaseException) -> str:
 
 def main() -> int:
     """Check, write and say in a few lines what was found; the exit code."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background hands down that it is ignored
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--seconds", type=float, default=600.0, help="for everything")
