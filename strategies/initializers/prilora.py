@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedlora.common.errors import ConfigError
 from fedlora.exchange import ClientInfo
 
+from ..tools.layers import layer_of
 from .ranks import Allocation, Shapes
-
-_NUMBER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class PriLora(Allocation):
 
     def ranks(self, client: ClientInfo, shapes: Shapes) -> Mapping[str, int]:
         """Ranks that grow with the layer, and are at least 1; the last layers give back what that costs."""
-        layer = {module: int(found[1]) for module in shapes if (found := _NUMBER.search(f".{module}."))}
+        layer = {module: found for module in shapes if (found := layer_of(module)) is not None}
         last = max(layer.values(), default=0)
         own = {module: client.rank_of(module) for module in shapes}
         ranks = dict(own)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,9 +11,8 @@ from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 from ..base import ServerState
+from ..tools.layers import layer_of
 from .wrapper import Wrapper, innermost
-
-_NUMBER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def sampled(modules: Iterable[str], count: int, seed: int, number: int) -> froze
     """
     layers: dict[str, list[str]] = {}
     for module in sorted(modules):
-        found = _NUMBER.search(f".{module}.")
-        layers.setdefault(found[1] if found else module, []).append(module)
+        layer = layer_of(module)
+        layers.setdefault(module if layer is None else str(layer), []).append(module)
     drawn = random.Random(f"{seed}/layers/{number}").sample(sorted(layers), min(count, len(layers)))
     return frozenset(module for layer in drawn for module in layers[layer])
