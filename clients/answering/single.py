@@ -15,7 +15,7 @@ import torch
 from flwr.app import Context, Error, RecordDict
 
 from fedlora import config as configuration
-from fedlora.adapters import AdapterState, keep_factors, not_finite
+from fedlora.adapters import AdapterState, count_numbers, keep_factors, not_finite
 from fedlora.common.assets import cache_dir
 from fedlora.common.errors import ConfigError, DivergedError
 from fedlora.common.events import emit
@@ -257,16 +257,16 @@ def _own_folder(context: Context, broadcast: Broadcast) -> Path:
 
 def _check_ranks(model: adapted.AdaptedModel, broadcast: Broadcast, info: ClientInfo, context: Context) -> None:
     """A server may not ask for more than this client's hardware affords, in all modules together."""
-    ranks = adapted.ranks(model, broadcast.adapter)
-    width = {module: sum(shape_of(model.layers[module])) for module in ranks if module in model.layers}
-    sent = sum(ranks[module] * width[module] for module in width)
-    affords = sum(info.rank_of(module) * width[module] for module in width)
+    ranks = {name: rank for name, rank in adapted.ranks(model, broadcast.adapter).items() if name in model.layers}
+    shapes = {module: shape_of(model.layers[module]) for module in ranks}
+    own = {module: info.rank_of(module) for module in ranks}
+    sent, affords = count_numbers(ranks, shapes), count_numbers(own, shapes)
     if sent > affords:
         key = next((key for key in ("max-rank", "rank") if key in context.node_config), "")
-        largest = max(width, key=lambda module: ranks[module] - info.rank_of(module))
+        largest = max(ranks, key=lambda module: ranks[module] - own[module])
         raise ConfigError(
             f"the server sent factors of {sent:,} numbers, client {info.client_id} affords {affords:,}; {largest} has "
-            f"rank {ranks[largest]}, expected {info.rank_of(largest)}{f' (node config: {key})' if key else ''}"
+            f"rank {ranks[largest]}, expected {own[largest]}{f' (node config: {key})' if key else ''}"
         )
 
 

@@ -3,6 +3,7 @@
 from .algebra import (
     compress,
     concatenate,
+    count_numbers,
     delta,
     first_ranks,
     in_chunks,
@@ -24,6 +25,7 @@ __all__ = [
     "LoraFactors",
     "compress",
     "concatenate",
+    "count_numbers",
     "delta",
     "fill_missing",
     "first_ranks",

@@ -65,6 +65,16 @@ def initial(
     return AdapterState(lora=lora)
 
 
+def count_numbers(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> int:
+    """How many numbers the factors A and B of these modules have.
+
+    Args:
+        ranks: module -> rank.
+        shapes: module -> (d_out, d_in), of these modules and maybe more.
+    """
+    return sum(rank * sum(shapes[module]) for module, rank in ranks.items())
+
+
 def stack(parts: Sequence[LoraFactors], weights: Sequence[float] | None = None) -> LoraFactors:
     """Factors whose product is exactly `sum_k w_k dW_k`: B = [B_1|...], A = [w_1 s_1 A_1; ...], scaling 1.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fedlora.adapters import count_numbers
 from fedlora.common.errors import ConfigError
 from fedlora.exchange import ClientInfo
 
@@ -42,7 +43,7 @@ class PriLora(Allocation):
         for module, number in layer.items():
             share = 2 * (1 + (self.ratio - 1) * number / last) / (1 + self.ratio) if last else 1.0
             ranks[module] = max(1, int(own[module] * share + 1e-9))
-        over = sum((ranks[module] - own[module]) * sum(shapes[module]) for module in shapes)
+        over = count_numbers(ranks, shapes) - count_numbers(own, shapes)
         for module in sorted(layer, key=lambda module: -layer[module]):
             while over > 0 and ranks[module] > 1:
                 ranks[module] -= 1

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from fedlora.adapters import count_numbers
 from fedlora.common.errors import StrategyError
 from fedlora.common.registry import Registry
 from fedlora.config import LoraConfig
@@ -69,14 +70,10 @@ def allocated(client: ClientInfo, shapes: Shapes, lora: LoraConfig) -> ClientInf
         if type(rank) is not int or rank < 1:
             raise StrategyError(f"{where}: {module} has rank {rank!r}, expected a whole number of at least 1")
     affords = {module: client.rank_of(module) for module in shapes}
-    spent, budget = _numbers(ranks, shapes), _numbers(affords, shapes)
+    spent, budget = count_numbers(ranks, shapes), count_numbers(affords, shapes)
     if spent > budget:
         raise StrategyError(
             f"{where}: its factors have {spent:,} numbers, and the client affords {budget:,}, by its rank "
             f"{client.rank}; spread no more than that over the modules"
         )
     return replace(client, ranks=ranks)
-
-
-def _numbers(ranks: Mapping[str, int], shapes: Shapes) -> int:
-    return sum(rank * sum(shapes[module]) for module, rank in ranks.items())
