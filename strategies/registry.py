@@ -151,9 +151,7 @@ def check(strategy: Strategy, clients: Sequence[ClientInfo], lora: LoraConfig) -
             )
         strategy.check(clients)
     ranks = [client.rank for client in clients]
-    for rank in {
-        rank for client in clients for rank in (client.rank, *client.rank_pattern.values(), *client.ranks.values())
-    }:
+    for rank in {rank for client in clients for rank in client.every_rank}:
         kind.check(rank)
     one_rank = len({client.all_ranks for client in clients}) == 1
     if not (start.unequal_ranks or one_rank):

@@ -60,6 +60,11 @@ class ClientInfo:
         """Equal for two clients whose ranks are equal in every module."""
         return self.rank, tuple(self.rank_pattern.items()), tuple(self.ranks.items())
 
+    @property
+    def every_rank(self) -> frozenset[int]:
+        """The ranks that occur in the client's modules, or may occur."""
+        return frozenset({self.rank, *self.rank_pattern.values(), *self.ranks.values()})
+
     def with_ranks(self, change: Callable[[int], int]) -> ClientInfo:
         """The client with another rank in place of each of its own."""
         return replace(

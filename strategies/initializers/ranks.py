@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from fedlora.adapters import count_numbers
@@ -54,15 +54,30 @@ ALLOCATIONS = Registry(
 )
 
 
-def allocated(client: ClientInfo, shapes: Shapes, lora: LoraConfig) -> ClientInfo:
-    """The client with the ranks that `lora.allocation` gives it.
+def allocator(lora: LoraConfig, shapes: Shapes) -> Callable[[ClientInfo], ClientInfo]:
+    """What gives each client of a run its ranks by module, as `lora.allocation` says.
 
-    Raises:
-        StrategyError: a module has no rank or one below 1, or all together exceed the client's budget.
+    Args:
+        lora: names the rule.
+        shapes: module -> (d_out, d_in), all adapted modules.
+
+    Returns:
+        A function of a client, which raises StrategyError if a module has no rank or one below 1, or if all together
+        exceed the client's budget.
     """
-    allocation: Allocation = ALLOCATIONS.make(lora.allocation, lora.allocation_options)
-    ranks = dict(allocation.ranks(client, shapes))
-    where = f"lora.allocation = {lora.allocation} for client {client.client_id}"
+    rule: Allocation = ALLOCATIONS.make(lora.allocation, lora.allocation_options)
+    if type(rule) is Pattern:  # nothing to spread: no table of all modules for each of many clients
+        return lambda client: client
+
+    def allocated(client: ClientInfo) -> ClientInfo:
+        ranks = dict(rule.ranks(client, shapes))
+        _check(f"lora.allocation = {lora.allocation} for client {client.client_id}", client, ranks, shapes)
+        return replace(client, ranks=ranks)
+
+    return allocated
+
+
+def _check(where: str, client: ClientInfo, ranks: Mapping[str, int], shapes: Shapes) -> None:
     odd = sorted(shapes.keys() ^ ranks.keys())
     if odd:
         raise StrategyError(f"{where}: expected a rank for each adapted module and no other, and {odd[0]!r} differs")
@@ -76,4 +91,3 @@ def allocated(client: ClientInfo, shapes: Shapes, lora: LoraConfig) -> ClientInf
             f"{where}: its factors have {spent:,} numbers, and the client affords {budget:,}, by its rank "
             f"{client.rank}; spread no more than that over the modules"
         )
-    return replace(client, ranks=ranks)

@@ -65,7 +65,7 @@ class HetLora(Strategy):
             StrategyError: rounding up leaves every client's rank as it is.
         """
         super().check(clients)
-        ranks = {rank for client in clients for rank in (client.rank, *client.rank_pattern.values())}
+        ranks = {rank for client in clients for rank in client.every_rank}
         if self.prune_gamma and ranks and all(pruned_rank(rank, self.prune_gamma) == rank for rank in ranks):
             rank = max(ranks)
             raise StrategyError(

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 
 from flwr.serverapp import Grid
 from torch.profiler import record_function
@@ -27,7 +26,7 @@ from fedlora.tasks.registry import check_task, task_of
 
 from ..base import ServerState, Strategy
 from ..initializers.base import Initializer
-from ..initializers.ranks import allocated
+from ..initializers.ranks import allocator
 from ..initializers.registry import initializer
 from ..initializers.uniform import seeded
 from ..registry import NAMES, check, configured, naming_others
@@ -95,8 +94,7 @@ class Session:
         evaluates = config.evaluate.server and not strategy.personal
         if saved:
             saved_state.drop_after(record.folder / "state", saved[1])
-        spread = partial(allocated, shapes=base.lora, lora=config.lora)
-        meeting = Meeting(grid, config, fingerprint, _classes(config, evaluates), spread)
+        meeting = Meeting(grid, config, fingerprint, _classes(config, evaluates), allocator(config.lora, base.lora))
         meeting.begin()
         clients = list(meeting.roster.infos.values())
         check(strategy, clients, config.lora)

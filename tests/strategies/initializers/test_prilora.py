@@ -10,7 +10,7 @@ from fedlora.common.errors import ConfigError
 from fedlora.config import LoraConfig
 from fedlora.exchange import ClientInfo
 from fedlora.strategies.initializers.prilora import PriLora
-from fedlora.strategies.initializers.ranks import allocated
+from fedlora.strategies.initializers.ranks import allocator
 from tests.federation import run_locally, tiny
 
 SHAPES = {f"model.layers.{n}.{m}": s for n in range(9) for m, s in {"q": (8, 8), "up": (24, 8)}.items()}
@@ -29,7 +29,7 @@ def test_the_papers_ranks_go_from_4_to_12():
 def test_every_client_stays_within_its_budget(rank: int, ratio: float, layers: int) -> None:
     shapes = {name: shape for name, shape in SHAPES.items() if int(name.split(".")[2]) < layers}
     lora = LoraConfig(allocation="prilora", allocation_options=f"ratio={ratio}")
-    client = allocated(ClientInfo(client_id=3, rank=rank, rank_pattern={"up": 2}), shapes, lora)  # checks the budget
+    client = allocator(lora, shapes)(ClientInfo(client_id=3, rank=rank, rank_pattern={"up": 2}))  # checks the budget
     for module in ("q", "up"):
         grown = [client.rank_of(f"model.layers.{n}.{module}") for n in range(layers)]
         assert min(grown) >= 1
