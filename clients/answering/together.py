@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Sequence
 
@@ -12,6 +11,7 @@ from flwr.app import Context, Error, RecordDict
 
 from fedlora.adapters import AdapterState
 from fedlora.common.errors import FedLoraError
+from fedlora.common.once import say_once
 from fedlora.config import clients_at_once
 from fedlora.exchange.stages import stages
 from fedlora.models import adapted
@@ -28,6 +28,7 @@ _ENOUGH_TOKENS = {"cpu": 512, "cuda": 16384}
 _SHARE_OF_FREE = 0.5
 _LOOKED_AT = 8  # number of a client's examples whose lengths are looked at
 Folds = tuple[AdapterState, ...]
+_APART = "clients are trained one at a time: %s"
 _log = logging.getLogger("fedlora")
 
 
@@ -87,13 +88,13 @@ def _answers(works: Sequence[TrainingJob], folds: Folds) -> list[RecordDict | Er
     """The answers of clients that train as one batch, or one at a time if the model does not allow a batch."""
     why = _why_not(works[0])
     if why:
-        _say_once(why)
+        say_once(logging.INFO, _APART, why)
     if why or len(works) == 1:
         return [_alone(work) for work in works]
     try:
         return _as_one(works, folds)
     except NotStackable as error:
-        _say_once(str(error))
+        say_once(logging.INFO, _APART, str(error))
         return [_alone(work) for work in works]
     except Exception as error:
         if not memory.ran_out(error):
@@ -144,8 +145,3 @@ def _why_not(work: TrainingJob) -> str:
     if config.model.gradient_checkpointing:
         return "with model.gradient-checkpointing, dropout cannot be drawn for each client separately"
     return ""
-
-
-@functools.lru_cache(maxsize=64)
-def _say_once(why: str) -> None:
-    _log.info("clients are trained one at a time: %s", why)

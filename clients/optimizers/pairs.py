@@ -6,7 +6,6 @@ factor whose partner is frozen, cores, heads, parts of other kinds of adapters) 
 
 from __future__ import annotations
 
-import functools
 import logging
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -15,19 +14,23 @@ import torch
 from torch import Tensor
 
 from fedlora.common.errors import ConfigError
+from fedlora.common.once import say_once
 from fedlora.config import TrainConfig
 from fedlora.models.trainable import Pair, Trainable
 
 from .base import Steps
 from .standard import Base, over
 
-_log = logging.getLogger("fedlora")
+_NO_PAIRS = (
+    "train.optimizer = %s changes steps of factors A and B that are trained together, and here are none: all "
+    "parameters take the steps of the optimizer below it, AdamW by default"
+)
 
 
 def whole_pairs(trained: Trainable, config: TrainConfig) -> list[Pair]:
     """The whole pairs; if there are none, the log says once that the optimizer is only its base."""
     if not trained.whole:
-        _say_once(config.optimizer)
+        say_once(logging.WARNING, _NO_PAIRS, config.optimizer)
     return trained.whole
 
 
@@ -90,12 +93,3 @@ class Preconditioned(Steps):
         """Clip the gradients of all parameters by their common norm, as AdamW does."""
         if self.clip:
             torch.nn.utils.clip_grad_norm_(self._parameters, self.clip)
-
-
-@functools.lru_cache(maxsize=64)
-def _say_once(name: str) -> None:
-    _log.warning(
-        "train.optimizer = %s changes steps of factors A and B that are trained together, and here are none: "
-        "all parameters take the steps of the optimizer below it, AdamW by default",
-        name,
-    )

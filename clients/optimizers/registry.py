@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 
 import torch
 
+from fedlora.common.once import say_once
 from fedlora.common.registry import Registry
 from fedlora.config import TrainConfig
 
@@ -43,7 +43,7 @@ def optimizer(config: TrainConfig) -> ClientOptimizer:
     """
     made: ClientOptimizer = OPTIMIZERS.make(config.optimizer, config.optimizer_options)
     if made.experimental:
-        _say_once(config.optimizer, made.experimental)
+        say_once(logging.WARNING, "train.optimizer = %s is experimental: %s", config.optimizer, made.experimental)
     return made
 
 
@@ -54,8 +54,3 @@ def check(config: TrainConfig, device: torch.device) -> None:
         ConfigError: it does not.
     """
     optimizer(config).check(device)
-
-
-@functools.lru_cache(maxsize=64)
-def _say_once(name: str, why: str) -> None:
-    logging.getLogger("fedlora").warning("train.optimizer = %s is experimental: %s", name, why)

@@ -8,6 +8,7 @@ import torch
 from fedlora.clients.optimizers import registry
 from fedlora.clients.optimizers.allora import row_factors
 from fedlora.common.errors import ConfigError
+from fedlora.common.once import say_once
 from fedlora.config import TrainConfig
 
 from .tools import apart, copied, factors, modules, play
@@ -43,7 +44,7 @@ def test_as_a_factor_of_gradients_only_its_change_is_left_after_adamw():
 
 
 def test_that_its_form_is_not_confirmed_is_logged_once(caplog):
-    registry._say_once.cache_clear()
+    say_once.cache_clear()
     for _ in range(2):
         registry.optimizer(TrainConfig(optimizer="allora"))
         registry.optimizer(TrainConfig(optimizer="adamw"))

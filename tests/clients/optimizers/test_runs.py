@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fedlora.clients.optimizers import pairs
 from fedlora.clients.optimizers.registry import OPTIMIZERS
 from fedlora.common.errors import ConfigError
 from fedlora.common.events import listen
+from fedlora.common.once import say_once
 from fedlora.config import Config, parse
 from fedlora.simulations import run as simulation
 from tests.device import assert_same, run_bound
@@ -88,7 +88,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(tmp_path, tiny_llama,
 
 
 def test_where_no_pair_is_trained_it_is_said_once(tmp_path, tiny_llama, caplog):
-    pairs._say_once.cache_clear()
+    say_once.cache_clear()
     keys = {"strategy__name": "ffa", "lora__ranks": "2"}
     ours, _ = run_locally(config_of(tmp_path, tiny_llama, "lora-rite", run__id="rite", **keys))
     plain, _ = run_locally(tiny(tmp_path, tiny_llama, train__lr=RATES["lora-rite"], train__steps=4, **keys))

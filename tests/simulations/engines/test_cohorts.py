@@ -15,6 +15,7 @@ from fedlora.clients.node import held_folds
 from fedlora.clients.optimizers.standard import AdamW
 from fedlora.clients.training import cohort
 from fedlora.common.errors import ConfigError
+from fedlora.common.once import say_once
 from fedlora.config import Config, parse
 from fedlora.exchange import Broadcast, wire
 from fedlora.models import base_fingerprint
@@ -37,7 +38,7 @@ KEYS = {
 
 @pytest.fixture(autouse=True)
 def _fresh_process(fresh_process):
-    together._say_once.cache_clear()
+    say_once.cache_clear()
 
 
 def config_of(folder, model, at_once: int, **keys) -> Config:

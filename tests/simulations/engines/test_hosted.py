@@ -17,6 +17,7 @@ from fedlora.clients.node import held_folds, rules
 from fedlora.clients.worker import envelope
 from fedlora.common.errors import ConfigError, WireError
 from fedlora.common.events import listen
+from fedlora.common.once import say_once
 from fedlora.config import Config
 from fedlora.exchange import Broadcast, ClientUpdate, parts, wire
 from fedlora.models import base_fingerprint
@@ -35,7 +36,7 @@ TWO = ["0-3", "4-7"]
 
 @pytest.fixture(autouse=True)
 def _fresh_process(fresh_process):
-    together._say_once.cache_clear()
+    say_once.cache_clear()
 
 
 def eight(folder, model, **keys) -> Config:
