@@ -23,17 +23,7 @@ from fedlora.models.trainable import Pair, Trainable
 
 LAYERS, RANK = 30, 16
 SHAPES = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)}
-ROWS = {
-    "adamw": ("adamw", ""),
-    "sgd": ("sgd", ""),
-    "lora-plus": ("lora-plus", ""),
-    "lora-rite": ("lora-rite", ""),
-    "lora-pro": ("lora-pro", ""),
-    "riemannian": ("riemannian", ""),
-    "allora": ("allora", ""),
-    "sam": ("sam", ""),
-    "glad": ("glad", ""),
-}
+MEASURED = ("adamw", "sgd", "lora-plus", "lora-rite", "lora-pro", "riemannian", "allora", "sam", "glad")
 
 
 def factors(generator: torch.Generator) -> Trainable:
@@ -52,17 +42,17 @@ def factors(generator: torch.Generator) -> Trainable:
 
 
 def measure(repeats: int) -> dict[str, float]:
-    """Seconds of one step by row, as medians."""
+    """Seconds of one step by optimizer, as medians."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     running = {}
-    for row, (name, options) in ROWS.items():
-        config = TrainConfig(optimizer=name, optimizer_options=options, lr=1e-4)
+    for name in MEASURED:
+        config = TrainConfig(optimizer=name, lr=1e-4)
         trained, method = factors(generator), optimizer(config)
-        running[row] = trained, method, method.begin(trained, config)
-    times: dict[str, list[float]] = {row: [] for row in ROWS}
+        running[name] = trained, method, method.begin(trained, config)
+    times: dict[str, list[float]] = {name: [] for name in MEASURED}
     for repeat in range(repeats + 1):  # the first step makes the state, and is not counted
-        for row, (trained, method, steps) in running.items():
+        for name, (trained, method, steps) in running.items():
             taken = 0.0
             for passed in range(method.passes):
                 for parameter in trained.parameters:
@@ -74,8 +64,8 @@ def measure(repeats: int) -> dict[str, float]:
                     steps.step(1e-4)
                 taken += time.process_time() - began
             if repeat:
-                times[row].append(taken)
-    return {row: median(seconds) for row, seconds in times.items()}
+                times[name].append(taken)
+    return {name: median(seconds) for name, seconds in times.items()}
 
 
 def main() -> None:
@@ -84,9 +74,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     found = measure(parser.parse_args().repeats)
     print("optimizer     ms per step  x AdamW  passes")
-    for row, seconds in found.items():
-        passes = OPTIMIZERS.load(ROWS[row][0]).passes
-        print(f"{row:12s}  {1e3 * seconds:11.1f}  {seconds / found['adamw']:7.1f}  {passes:6d}")
+    for name, seconds in found.items():
+        passes = OPTIMIZERS.load(name).passes
+        print(f"{name:12s}  {1e3 * seconds:11.1f}  {seconds / found['adamw']:7.1f}  {passes:6d}")
     write("optimizers", {"processor-seconds": found})
 
 

@@ -12,7 +12,7 @@ from fedlora.config import TrainConfig
 from fedlora.models.trainable import Trainable
 
 from .base import ClientOptimizer, Steps
-from .pairs import Preconditioned, alike, check_fp64, gradients, scale_to, with_gradients
+from .pairs import Preconditioned, alike, check_fp64, in_fp64, scale_to, set_gradients, with_gradients
 from .standard import Base
 
 
@@ -60,16 +60,13 @@ class _Steps(Preconditioned):
         made: list[tuple[Tensor, Tensor]] = []
         sizes: list[Tensor] = []
         for pairs in groups:
-            A, B = (torch.stack(factors).double() for factors in zip(*((p.A, p.B) for p in pairs), strict=True))
-            grad_a, grad_b = (torch.stack(grads).double() for grads in zip(*map(gradients, pairs), strict=True))
+            A, B, grad_a, grad_b = in_fp64(pairs)
             scaling = torch.tensor([p.scaling for p in pairs], dtype=torch.float64, device=A.device)[:, None, None]
             made.append(nearest(A, B, grad_a, grad_b, scaling))
             sizes.append(equivalent_norm(A, B, *made[-1], scaling).norm())
         factor = scale_to(torch.stack(sizes).norm(), self.clip) if sizes else 1.0
-        for pairs, (all_a, all_b) in zip(groups, made, strict=True):
-            for pair, *better in zip(pairs, all_a, all_b, strict=True):
-                for grad, value in zip(gradients(pair), better, strict=True):
-                    grad.copy_(value * factor)
+        for pairs, (of_a, of_b) in zip(groups, made, strict=True):
+            set_gradients(pairs, of_a * factor, of_b * factor)
 
 
 def nearest(A: Tensor, B: Tensor, grad_a: Tensor, grad_b: Tensor, scaling: float | Tensor) -> tuple[Tensor, Tensor]:

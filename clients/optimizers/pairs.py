@@ -58,6 +58,23 @@ def gradients(pair: Pair) -> tuple[Tensor, Tensor]:
     return pair.A.grad, pair.B.grad
 
 
+def in_fp64(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A [n, r, d_in] and B [n, d_out, r] of n pairs of equal shapes, and the gradients of both."""
+    grads = [gradients(pair) for pair in pairs]
+    factors = [(pair.A, pair.B) for pair in pairs]
+    A, B, grad_a, grad_b = (
+        torch.stack(each).double() for each in (*zip(*factors, strict=True), *zip(*grads, strict=True))
+    )
+    return A, B, grad_a, grad_b
+
+
+def set_gradients(pairs: Sequence[Pair], of_a: Tensor, of_b: Tensor) -> None:
+    """Give the pairs these gradients, [n, r, d_in] and [n, d_out, r], in place."""
+    for pair, *values in zip(pairs, of_a, of_b, strict=True):
+        for grad, value in zip(gradients(pair), values, strict=True):
+            grad.copy_(value)
+
+
 def check_fp64(name: str, device: torch.device) -> None:
     """Raises ConfigError on a device that does not compute in fp64."""
     if device.type == "mps":

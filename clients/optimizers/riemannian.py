@@ -13,7 +13,7 @@ from fedlora.config import TrainConfig
 from fedlora.models.trainable import Trainable
 
 from .base import ClientOptimizer, Steps
-from .pairs import Preconditioned, alike, check_fp64, gradients, with_gradients
+from .pairs import Preconditioned, alike, check_fp64, in_fp64, set_gradients, with_gradients
 from .standard import Base
 
 
@@ -61,12 +61,9 @@ class _Steps(Preconditioned):
     def change(self) -> None:
         self.clip_all()
         for pairs in alike(with_gradients(self.pairs)):
-            A, B = (torch.stack(factors).double() for factors in zip(*((p.A, p.B) for p in pairs), strict=True))
-            grad_a, grad_b = (torch.stack(grads).double() for grads in zip(*map(gradients, pairs), strict=True))
-            better = _scaled(B.mT @ B, grad_a, self._delta), _scaled(A @ A.mT, grad_b.mT, self._delta).mT
-            for pair, *values in zip(pairs, *better, strict=True):
-                for grad, value in zip(gradients(pair), values, strict=True):
-                    grad.copy_(value)
+            A, B, grad_a, grad_b = in_fp64(pairs)
+            better_b = _scaled(A @ A.mT, grad_b.mT, self._delta).mT
+            set_gradients(pairs, _scaled(B.mT @ B, grad_a, self._delta), better_b)
 
 
 def _scaled(gram: Tensor, grad: Tensor, delta: float) -> Tensor:
