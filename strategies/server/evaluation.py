@@ -41,7 +41,7 @@ class HeldOutEvaluator:
         emit("evaluate-start", examples=len(self._examples))
         # clients in this process share the weights, into which a run may merge its folds
         beside = adapted.place(self._model, state.folds.parts, self._config.anchor, self._run_id)
-        if beside != state.folds.parts:
+        if state.folds.parts and not beside:
             learned = strategy.global_adapter(replace(state, folds=state.folds.emptied()))
         adapted.install(self._model, learned)
         return evaluate(
