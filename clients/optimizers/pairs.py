@@ -60,11 +60,8 @@ def gradients(pair: Pair) -> tuple[Tensor, Tensor]:
 
 def in_fp64(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A [n, r, d_in] and B [n, d_out, r] of n pairs of equal shapes, and the gradients of both."""
-    grads = [gradients(pair) for pair in pairs]
-    factors = [(pair.A, pair.B) for pair in pairs]
-    A, B, grad_a, grad_b = (
-        torch.stack(each).double() for each in (*zip(*factors, strict=True), *zip(*grads, strict=True))
-    )
+    each = [(pair.A, pair.B, *gradients(pair)) for pair in pairs]
+    A, B, grad_a, grad_b = (torch.stack(tensors).double() for tensors in zip(*each, strict=True))
     return A, B, grad_a, grad_b
 
 
