@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fedlora.adapters.kinds.base import AdapterKind, Place
+
+_COPIES: MutableMapping[Tensor, dict[torch.device, Tensor]] = WeakTensorKeyDictionary()  # constant -> its copies
 
 
 class Functional(nn.Module):
@@ -22,7 +25,7 @@ class Functional(nn.Module):
         self.kind, self.place = kind, place
         self.parts = nn.ParameterDict(dict(parts))
         for name, constant in kind.constants(place).items():
-            self.register_buffer(f"constant_{name}", constant.to(self.weight.device), persistent=False)
+            self.register_buffer(f"constant_{name}", _shared(constant, self.weight.device), persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -35,6 +38,16 @@ class Functional(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.kind.forward(x, dict(self.parts), self.constants, self.place)
+
+
+def _shared(constant: Tensor, device: torch.device) -> Tensor:
+    """A constant on a device. Layers that a kind gives one tensor share one copy, as long as the kind keeps it."""
+    if constant.device == device:
+        return constant
+    copies = _COPIES.setdefault(constant, {})
+    if device not in copies:
+        copies[device] = constant.to(device)
+    return copies[device]
 
 
 class Nothing(nn.Module):

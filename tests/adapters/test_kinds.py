@@ -12,6 +12,8 @@ from fedlora.adapters.kinds.base import Place, as_factors
 from fedlora.adapters.kinds.registry import KINDS
 from fedlora.adapters.kinds.signs import signs
 from fedlora.common.errors import ConfigError
+from fedlora.models.functional import Functional
+from tests.device import DEVICE
 
 PLACES = [Place("m", 12, 20, 4, 2.0), Place("m", 5, 9, 4, 0.5), Place("m", 7, 6, 6, 1.0), Place("m", 3, 8, 1, 3.0)]
 
@@ -136,6 +138,24 @@ def test_signs_are_the_same_everywhere_and_look_random():
     assert float((gram - torch.eye(64)).abs().max()) < 0.2
     assert abs(float(large.mean())) < 0.02
     assert not torch.equal(large, signs("y", 1, 64, 1024))
+
+
+@pytest.mark.parametrize("name", ["randlora", "vera"])
+def test_layers_of_equal_shape_share_what_is_fixed(name):
+    """Also on a GPU, where each layer would else have a copy of its own."""
+    kind = KINDS.load(name)
+
+    def layer(module: str, d_out: int) -> Functional:
+        place = Place(module, d_out, 12, 2)
+        return Functional(
+            kind, place, {n: torch.nn.Parameter(t.to(DEVICE)) for n, t in random_parts(kind, place).items()}
+        )
+
+    one, same, other = layer("one", 16), layer("two", 16), layer("three", 17)
+    for constant, value in one.constants.items():
+        assert value.device.type == DEVICE.type
+        assert same.constants[constant] is value
+    assert other.constants["B"] is not one.constants["B"]
 
 
 def test_an_adapter_of_any_kind_ends_as_factors():
