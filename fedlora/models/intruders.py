@@ -12,16 +12,14 @@ Quantized weights are dequantized first, and GPT-2's transposed ones are taken a
 from __future__ import annotations
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
-from bitsandbytes.nn import Int8Params, Linear8bitLt, Params4bit
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedlora.adapters import AdapterState, LoraFactors, stack, to_fp32
 from fedlora.adapters.lowrank import Svd
 from fedlora.common.errors import AdapterError
 
 from .adapted import AdaptedModel, merge_folds, read
+from .weights import weight_of
 
 # These are also the defaults of PEFT's reduce_intruder_dimension.
 K, EPSILON = 10, 0.5
@@ -88,7 +86,7 @@ def without_intruders(
             "lora.target-modules that the adapter was trained with"
         )
     merge_folds(model, None, ())
-    lora = {name: remove(_weight(model.layers[name]), f, lam, k, epsilon) for name, f in adapter.lora.items()}
+    lora = {name: remove(weight_of(model.layers[name]), f, lam, k, epsilon) for name, f in adapter.lora.items()}
     return AdapterState(lora=lora, tensors=adapter.tensors)
 
 
@@ -102,13 +100,13 @@ class BaseSpectra:
     def __init__(self, model: AdaptedModel) -> None:
         merge_folds(model, None, ())
         self._model = model
-        self._left = {name: _left(_weight(layer)).to("cpu", torch.float16) for name, layer in model.layers.items()}
+        self._left = {name: _left(weight_of(layer)).to("cpu", torch.float16) for name, layer in model.layers.items()}
 
     def counts(self, k: int = K, epsilon: float = EPSILON) -> dict[str, int]:
         """Module -> number of intruders of the installed adapter and of merged folds; an anchor does not count."""
         installed = read(self._model).lora
         return {
-            name: count(_weight(layer), installed[name], k, epsilon, self._left[name])
+            name: count(weight_of(layer), installed[name], k, epsilon, self._left[name])
             for name, layer in self._model.layers.items()
         }
 
@@ -151,23 +149,3 @@ def _intruders(weight: Tensor, delta: LoraFactors, k: int, epsilon: float, base:
 def _left(weight: Tensor) -> Tensor:
     """All left singular vectors, [d_out, min(d_out, d_in)]."""
     return torch.linalg.svd(weight.detach().float(), full_matrices=False)[0]
-
-
-def _weight(layer: LoraLayer) -> Tensor:
-    """The layer's frozen weight, dequantized, [d_out, d_in]; moved to the CPU if the device has no SVD."""
-    weight = _dequantized(layer.get_base_layer()).detach()
-    weight = weight.cpu() if weight.device.type not in ("cpu", "cuda") else weight
-    return weight.T if getattr(layer, "fan_in_fan_out", False) else weight
-
-
-def _dequantized(module: nn.Module) -> Tensor:
-    """The module's weight, dequantized; the module is not changed."""
-    weight = module.weight
-    if isinstance(weight, Params4bit):
-        return dequantize_4bit(weight.data, weight.quant_state)
-    if isinstance(weight, Int8Params):
-        assert isinstance(module, Linear8bitLt)
-        scales = weight.SCB if module.state.SCB is None else module.state.SCB  # the first forward pass moves them
-        return int8_vectorwise_dequant(weight.data, scales)
-    assert isinstance(weight, Tensor)
-    return weight
