@@ -78,8 +78,8 @@ class LoraConfig:
     kind_options: str = option("", "its options, as 'name=value, name=value'")
     init: str = option(
         "auto",
-        "how the adapter starts: auto (as the strategy wants it, else uniform), uniform, lora-sb or lora-ga, or your "
-        "own as package.module:Class",
+        "how the adapter starts: auto (as the strategy wants it, else uniform), uniform, lora-sb, lora-ga, eva, pissa, "
+        "olora, loldu, orthogonal or comp-lora, or your own as package.module:Class",
     )
     init_options: str = option("", "its options, as 'name=value, name=value'")
     rank: int = option(8, "rank of every client, unless lora.ranks is set", low=1)
@@ -93,7 +93,8 @@ class LoraConfig:
     allocation: str = option(
         "pattern",
         "how a client's ranks are spread over the modules: pattern (lora.rank-pattern, else the client's own rank), "
-        "prilora (growing with the layer), or your own as package.module:Class",
+        "prilora (growing with the layer); by what clients measure before round 1: eva, gelora, dynamic, colora; or "
+        "with chosen layers or modules alone: flexora, diffora; or your own as package.module:Class",
     )
     allocation_options: str = option("", "its options, as 'name=value, name=value'")
     rank_pattern: str = option("", "ranks of some modules, for every client: 'k_proj=4, layers.0.mlp.up_proj=2'")

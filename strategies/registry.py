@@ -14,10 +14,13 @@ from fedlora.common.registry import Option, Registry
 from fedlora.config import client_rank, rank_pattern
 
 if TYPE_CHECKING:
+    from fedlora.adapters.kinds.base import AdapterKind
     from fedlora.config import Config, LoraConfig
     from fedlora.exchange import ClientInfo
 
+    from .allocations.base import Allocation
     from .base import Strategy
+    from .initializers.base import Initializer
 
 NAMES: dict[str, str] = {
     "fedavg": "fedlora.strategies.methods.fedavg:FedAvg",
@@ -136,13 +139,14 @@ def check(strategy: Strategy, clients: Sequence[ClientInfo], lora: LoraConfig) -
     """
     from fedlora.adapters.kinds.registry import KINDS
 
-    from .initializers.ranks import ALLOCATIONS
+    from .allocations.registry import ALLOCATIONS
     from .initializers.registry import initializer
 
-    ALLOCATIONS.make(lora.allocation, lora.allocation_options)
+    allocation: Allocation = ALLOCATIONS.make(lora.allocation, lora.allocation_options)
     kind = KINDS.make(lora.kind, lora.kind_options)
     with naming_others():
         start = initializer(lora, strategy)
+        _check_round_0(lora, allocation, start, strategy, kind)
         if not (kind.pairs or strategy.any_kind):
             raise StrategyError(
                 f"lora.kind = {lora.kind} has no factors A and B, which strategy.name and its wrappers need here; "
@@ -153,6 +157,7 @@ def check(strategy: Strategy, clients: Sequence[ClientInfo], lora: LoraConfig) -
     ranks = [client.rank for client in clients]
     for rank in {rank for client in clients for rank in client.every_rank}:
         kind.check(rank)
+        start.check(rank)
     one_rank = len({client.all_ranks for client in clients}) == 1
     if not (start.unequal_ranks or one_rank):
         raise StrategyError(
@@ -163,6 +168,30 @@ def check(strategy: Strategy, clients: Sequence[ClientInfo], lora: LoraConfig) -
         raise StrategyError(
             f"lora.kind = {lora.kind} needs one rank, got ranks {', '.join(map(str, ranks[:10]))}; "
             f"set lora.ranks = '' and lora.rank = {max(ranks)}, or lora.kind = lora"
+        )
+
+
+def _check_round_0(
+    lora: LoraConfig, allocation: Allocation, start: Initializer, strategy: Strategy, kind: AdapterKind
+) -> None:
+    """Raises StrategyError if the allocation cannot have its statistic in this run."""
+    asks = f"lora.allocation = {lora.allocation} asks clients for a statistic before round 1"
+    if not allocation.statistic:
+        return
+    if start.statistic not in ("", allocation.statistic):
+        raise StrategyError(
+            f"{asks}, {allocation.statistic}, and lora.init = {lora.init} for another, {start.statistic}; a run has "
+            "one such round: set lora.init = uniform, or lora.allocation = pattern"
+        )
+    if not kind.pairs:
+        raise StrategyError(
+            f"{asks}, which is measured beside LoRA's A and B, and lora.kind = {lora.kind} has none; set "
+            "lora.allocation = pattern, or lora.kind = lora"
+        )
+    if not strategy.any_statistic:
+        raise StrategyError(
+            f"{asks}, which strategy.robust cannot compare entry by entry; set lora.allocation = pattern, or "
+            "strategy.robust = norm-bound, krum or multi-krum"
         )
 
 

@@ -10,7 +10,7 @@ import pytest
 from fedlora.adapters.kinds.registry import KINDS
 from fedlora.clients.optimizers.registry import OPTIMIZERS
 from fedlora.config import parse
-from fedlora.strategies.initializers.ranks import ALLOCATIONS
+from fedlora.strategies.allocations.registry import ALLOCATIONS
 from fedlora.strategies.initializers.registry import INITIALIZERS
 from fedlora.strategies.registry import configured
 

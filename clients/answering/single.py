@@ -35,7 +35,7 @@ from ..node import memory, own_rows, own_state, rules
 from ..node.held_folds import folds_up_to
 from ..node.rules import client_id_of, config_of
 from ..statistics.registry import STATISTICS
-from ..training import schedule, terms, trainer
+from ..training import projections, schedule, terms, trainer
 from .refusals import refusal
 from .rows import train_and_test, train_rows, training_examples
 from .uploads import encode_upload
@@ -90,7 +90,8 @@ class TrainingJob:
 
     def start(self) -> AdapterState:
         """What its training starts from: the broadcast's adapter, with this client's own factors."""
-        return own_state.with_personal_factors(self.broadcast, _own_folder(self.context, self.broadcast))
+        own = own_state.with_personal_factors(self.broadcast, _own_folder(self.context, self.broadcast))
+        return adapted.filled(self.model, own)
 
     def tell(self, step: int, steps: int, loss: float) -> None:
         """One step's progress."""
@@ -127,12 +128,13 @@ def begin(content: RecordDict, context: Context) -> TrainingJob:
 def train_alone(work: TrainingJob) -> RecordDict:
     """Train one client by itself; the reply."""
     config, broadcast, model = work.config, work.broadcast, work.model
-    trained = _set_up(work, broadcast.plan)
     if broadcast.job != "train":
         rules.check_plugins(config, work.context.node_config, broadcast.job)
         statistic = STATISTICS.load(broadcast.job)
+        adapted.install(model, adapted.untouched(model, broadcast.adapter.tensors), folds=folds_beside(work))
         adapter, result = statistic.measure(model, broadcast.adapter, work.examples, config.train, work.seed)
     else:
+        trained = _set_up(work, broadcast.plan)
         result = trainer.train(
             model.task,
             model.model,
@@ -145,6 +147,7 @@ def train_alone(work: TrainingJob) -> RecordDict:
             seed=work.seed,
             on_step=work.tell,
             penalty=functools.partial(terms.add_terms, trained.pairs, broadcast.plan),
+            project=projections.projection(model, trained.pairs, broadcast.plan),
             stages=stages(config.privacy),
         )
         adapter = adapted.read(model)

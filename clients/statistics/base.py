@@ -22,8 +22,9 @@ class Statistic(ABC):
         """The measurement that the client sends back, with the modules and shapes of `asked`.
 
         Args:
-            model: the model, with the adapter `asked` in it; nothing in it is trained.
-            asked: the adapter from the broadcast. Its ranks say how many directions of each module are wanted.
+            model: the base model with the head of `asked`, and an adapter that adds nothing; nothing in it is trained.
+            asked: the adapter from the broadcast. Its shapes say what is wanted: pairs of factors with the ranks that
+                the server wants, or tensors by name.
             examples: the client's own examples.
             config: the run's section train; `train.batch-size` and `train.accumulate` say how many examples one
                 optimizer step has.

@@ -10,5 +10,12 @@ STATISTICS = Registry(
     options_key="the server's job",
     base="fedlora.clients.statistics.base:Statistic",
     method="measure",
-    names={"gradient": "fedlora.clients.statistics.gradients:LeadingDirections"},
+    names={
+        "gradient": "fedlora.clients.statistics.gradients:LeadingDirections",
+        "inputs": "fedlora.clients.statistics.inputs:Inputs",
+        "dimensions": "fedlora.clients.statistics.dimension:IntrinsicDimension",
+        "contributions": "fedlora.clients.statistics.contributions:Contributions",
+        "layer-selection": "fedlora.clients.statistics.selection:LayerSelection",
+        "module-selection": "fedlora.clients.statistics.selection:ModuleSelection",
+    },
 )

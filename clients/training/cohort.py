@@ -28,6 +28,7 @@ from fedlora.models.stacked import Stack, stacked
 from fedlora.tasks.base import Batch, Task
 from fedlora.tasks.checked import each_loss
 
+from .projections import projection
 from .terms import add_terms
 from .trainer import LocalSteps, TrainResult
 
@@ -98,6 +99,7 @@ def train(
                 rounds=rounds,
                 seed=members[m].seed,
                 penalty=functools.partial(add_terms, slot.pairs, plan),
+                project=projection(model, slot.pairs, plan),
                 stages=stages,
             )
             for m, slot in zip(order, stack.slots, strict=True)

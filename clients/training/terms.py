@@ -12,6 +12,8 @@ from fedlora.common.errors import ConfigError
 from fedlora.exchange import Plan
 from fedlora.models.trainable import Pair
 
+from .projections import COMPLEMENT
+
 
 def add_proximal(parameters: Sequence[nn.Parameter], start: Sequence[Tensor], mu: float) -> None:
     """Add the gradient of FedProx's term mu/2 |theta - theta_start|^2 (https://arxiv.org/abs/1812.06127, eq. 2)."""
@@ -46,9 +48,9 @@ TERMS: Mapping[str, Callable[[Sequence[Pair], float, float], None]] = MappingPro
 def check_terms(plan: Plan) -> None:
     """Raises ConfigError where the server asks for a term that this client does not know."""
     for term in plan.terms:
-        if term.name not in TERMS:
+        if term.name not in (*TERMS, COMPLEMENT):
             raise ConfigError(
-                f"the server asks for the term {term.name!r} of the loss, this client knows {', '.join(TERMS)}; "
+                f"the server asks for the term {term.name!r}, this client knows {', '.join((*TERMS, COMPLEMENT))}; "
                 "install the same version of fedlora on both sides"
             )
 
@@ -61,4 +63,5 @@ def add_terms(pairs: Sequence[Pair], plan: Plan) -> None:
         plan: whose terms `check_terms` has seen.
     """
     for term in plan.terms:
-        TERMS[term.name](pairs, term.weight, term.value)
+        if term.name in TERMS:  # others are projections
+            TERMS[term.name](pairs, term.weight, term.value)

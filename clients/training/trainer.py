@@ -58,6 +58,7 @@ def train(
     seed: int,
     on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
     penalty: Callable[[], None] = lambda: None,
+    project: Callable[[], None] = lambda: None,
     stages: Sequence[Stage] = (),
 ) -> TrainResult:
     """Train a client's parameters in place for one round.
@@ -79,6 +80,7 @@ def train(
         seed: seed of this client's order of examples and of dropout.
         on_step: called after each step with (step, steps, loss).
         penalty: called after each pass; may add a term's gradient to the parameters' gradients.
+        project: called before the first step and after each; may change the parameters (see `projections`).
         stages: privacy stages, which may change the gradients before `penalty` is called.
 
     Raises:
@@ -86,17 +88,25 @@ def train(
     """
     began = time.perf_counter()
     local = LocalSteps(
-        trained, examples, config, number=number, rounds=rounds, seed=seed, penalty=penalty, stages=stages
+        trained,
+        examples,
+        config,
+        number=number,
+        rounds=rounds,
+        seed=seed,
+        penalty=penalty,
+        project=project,
+        stages=stages,
     )
     torch.manual_seed(hash_seed(seed, number))  # for everything that draws from torch's own generator
     model.train()
     own_dropout = draws_per_client(model)
     try:
         for step in range(local.steps):
-            total = _gradients(task, model, local, step, pad_id, own_dropout=own_dropout)
+            total = step_gradients(task, model, local, step, pad_id, own_dropout=own_dropout)
             for passed in range(local.passes - 1):
                 local.after_pass(passed)
-                _gradients(task, model, local, step, pad_id, own_dropout=own_dropout)
+                step_gradients(task, model, local, step, pad_id, own_dropout=own_dropout)
             with record_function("fedlora/optimizer"):
                 local.take(step, total)
             on_step(step + 1, local.steps, total)
@@ -106,7 +116,9 @@ def train(
     return local.result(time.perf_counter() - began)
 
 
-def _gradients(task: Task, model: nn.Module, local: LocalSteps, step: int, pad_id: int, *, own_dropout: bool) -> float:
+def step_gradients(
+    task: Task, model: nn.Module, local: LocalSteps, step: int, pad_id: int, *, own_dropout: bool = False
+) -> float:
     """The loss of a step; adds its gradients to the parameters."""
     with record_function("fedlora/data"):
         batches = [task.collate(part, pad_id) for part in local.batches(step)]
@@ -145,6 +157,7 @@ class LocalSteps:
         rounds: int,
         seed: int,
         penalty: Callable[[], None] = lambda: None,
+        project: Callable[[], None] = lambda: None,
         stages: Sequence[Stage] = (),
     ) -> None:
         """The arguments are those of `train`."""
@@ -158,6 +171,8 @@ class LocalSteps:
         method = optimizer(config)
         self.passes = method.passes
         self._optimizer = method.begin(trained, config)
+        self._project = project
+        project()
         self._start = [p.detach().clone() for p in parameters] if config.prox_mu else []
 
     def batches(self, step: int) -> list[list[Example]]:
@@ -188,6 +203,7 @@ class LocalSteps:
                 f"training diverged: {config.optimizer} cannot decompose the factors or their gradients at step "
                 f"{step + 1} of round {self._round} ({str(error).splitlines()[0]}); lower train.lr"
             ) from error
+        self._project()
         self._let_go()
         self.losses.append(loss)
 

@@ -77,10 +77,10 @@ class ClientInfo:
 
 @dataclass(frozen=True)
 class Term:
-    """A term that a client adds to its loss.
+    """What a client does beside its loss: a term that it adds, or a projection after each step.
 
     Args:
-        name: one of the table in `clients/training/terms.py`.
+        name: one of the table in `clients/training/terms.py`, or a projection of `clients/training/projections.py`.
         weight: the factor of the term, at least 0.
         value: the one number that the term needs besides; 0 where it needs none.
     """
@@ -101,7 +101,7 @@ class Plan:
             personal factors, or from those in the broadcast if it has none yet.
         modules: the modules whose factors are trained and sent back; None: all modules. The factors of other modules
             are not changed. Tensors trained in full are trained and sent back unless `train` is empty.
-        terms: the terms that are added to the loss.
+        terms: the terms that are added to the loss, and projections of the factors.
     """
 
     train: frozenset[str] = frozenset({"A", "B"})

@@ -185,6 +185,29 @@ def install(
     return Trainable(pairs, parameters)
 
 
+def filled(model: AdaptedModel, adapter: AdapterState) -> AdapterState:
+    """The adapter, with factors of rank 1 that add nothing in the modules that it lacks.
+
+    Args:
+        model: the model; nothing is added for kinds without factors A and B.
+        adapter: the adapter that is to be installed.
+    """
+    if not model.kind.pairs or adapter.lora.keys() >= model.layers.keys():
+        return adapter
+    lora: dict[str, LoraFactors] = {}
+    for name, layer in model.layers.items():
+        d_out, d_in = shape_of(layer)
+        nothing = LoraFactors(A=torch.zeros(1, d_in), B=torch.zeros(d_out, 1), scaling=1.0)
+        lora[name] = adapter.lora.get(name, nothing)
+    return AdapterState(lora={**lora, **adapter.lora}, tensors=adapter.tensors)
+
+
+def untouched(model: AdaptedModel, tensors: Mapping[str, Tensor]) -> AdapterState:
+    """An adapter that adds nothing to the base model, with the tensors among these that are trained in full."""
+    _same_names("tensors trained in full", tensors.keys() & model.tensors.keys(), model.tensors)
+    return filled(model, AdapterState(tensors={name: tensors[name] for name in model.tensors}))
+
+
 def install_anchor(model: AdaptedModel, folds: tuple[AdapterState, ...]) -> None:
     """Add folds as one frozen adapter beside the trainable one; () leaves the base alone."""
     if folds and ANCHOR not in model.model.peft_config:

@@ -27,7 +27,7 @@ from fedlora.tasks.registry import task_of
 from fedlora.tasks.scores import Predictions, scores
 
 from ...clients.node import own_state
-from ...strategies.initializers.ranks import allocator
+from ...strategies.allocations.registry import Ranks
 from ...strategies.initializers.uniform import seeded
 from ...strategies.registry import configured, simulated
 from ...strategies.server import saved_state
@@ -94,8 +94,9 @@ def _learned(config: Config, folder: Path, key: str) -> list[AdapterState]:
     state, _ = found
     if not strategy.personal:
         return [strategy.global_adapter(state)]
-    allocated = allocator(config.lora, injection.shapes(config.model, config.lora).lora)
-    clients = [allocated(client) for client in simulated(config)]
+    learned = saved_state.load_learned(folder / "state", key)
+    ranks = Ranks.of(config.lora, injection.shapes(config.model, config.lora).lora, learned)
+    clients = [ranks.give(client) for client in simulated(config)]
     own = {client.client_id: own_state.folder_of(folder / "clients", key, client.client_id) for client in clients}
     # For a client that was never asked, take the adapter that it would be sent.
     return [

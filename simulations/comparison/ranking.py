@@ -6,11 +6,13 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 import numpy as np
 from scipy.stats import ttest_rel
+
+from .power import LEVEL, POWER, detectable, seeds_needed
 
 _LOWER = frozenset({"loss", "perplexity", "calibration-error"})
 # Differences that agree up to this share of the values differ only by rounding.
@@ -77,6 +79,7 @@ class Row:
         mean, sd, n: mean, standard deviation (with ddof 1; None for one seed) and number of these values.
         difference: mean over common seeds of the value minus the reference's value; None without common seeds.
         pairs: number of common seeds.
+        spread: standard deviation of the differences over common seeds; None with fewer than two.
         p: p of the paired t-test on these differences; None if it is undefined.
         p_holm: p, corrected for the number of strategies in the scenario.
         rank: rank among the strategies, with 1 for the best; None for baselines, and with fewer than two seeds.
@@ -91,6 +94,7 @@ class Row:
     n: int = 0
     difference: float | None = None
     pairs: int = 0
+    spread: float | None = None
     p: float | None = None
     p_holm: float | None = None
     rank: int | None = None
@@ -278,7 +282,8 @@ def _compared(row: Row, reference: Row) -> Row:
     differences = [row.values[seed] - reference.values[seed] for seed in seeds]
     scale = max(abs(of.values[seed]) for of in (row, reference) for seed in seeds)
     p = paired_p(differences, scale) if row.role == "strategy" and reference.role == "strategy" else None
-    return replace(row, difference=fmean(differences), pairs=len(seeds), p=p)
+    spread = stdev(differences) if len(seeds) > 1 else None
+    return replace(row, difference=fmean(differences), pairs=len(seeds), spread=spread, p=p)
 
 
 def _notes(strategies: Sequence[Row], reference: Row | None, name: str) -> list[str]:
@@ -298,7 +303,23 @@ def _notes(strategies: Sequence[Row], reference: Row | None, name: str) -> list[
     ]
     if reference is None or not reference.values:
         notes.append(f"The reference {name} has no result here, so that there are no differences and no tests.")
+    notes += _what_is_detectable(strategies, name)
     same = [row.label for row in strategies if row.pairs > 1 and row.p is None]
     if same:
         notes.append(f"{', '.join(same)}: all seeds differ from {name} by the same amount, so that p is undefined.")
     return notes
+
+
+def _what_is_detectable(strategies: Sequence[Row], name: str) -> list[str]:
+    """A sentence about the smallest difference that these seeds can show, by the usual spread of the differences."""
+    spreads = [row.spread for row in strategies if row.p is not None and row.spread]
+    if not spreads:
+        return []
+    spread, pairs = median(spreads), max(row.pairs for row in strategies)
+    alone, first = detectable(spread, pairs), detectable(spread, pairs, LEVEL / len(spreads))
+    half = seeds_needed(alone / 2, spread)
+    return [
+        f"Differences from {name} vary over seeds by {spread:.3g} (the median over strategies). With {pairs} seeds, "
+        f"one test at {LEVEL:.0%} finds a true difference of {alone:.3g} with a probability of {POWER:.0%}; the first "
+        f"of Holm's {len(spreads)} tests finds one of {first:.3g}. Half of the former would take {half} seeds."
+    ]

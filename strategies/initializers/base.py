@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
+from fedlora.adapters import AdapterState
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Term
 
-from fedlora.adapters import AdapterState, LoraFactors
-from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Plan
-
-from ..base import slice_adapter_for
+from ..tools.questions import question
 
 
 @dataclass(frozen=True)
@@ -38,26 +36,31 @@ class Initializer(ABC):
         cores: True if the start has a core, the small matrix R between B and A. Only strategies with `cores` can use
             such a start.
         unequal_ranks: True if the first rows of the start are a start for clients of a smaller rank.
+        terms: what clients keep to while they train, beside what the strategy's plan says (see `Plan.terms`).
     """
 
     statistic: ClassVar[str] = ""
     cores: ClassVar[bool] = False
     unequal_ranks: ClassVar[bool] = True
+    terms: ClassVar[tuple[Term, ...]] = ()
+
+    def check(self, rank: int) -> None:  # noqa: B027 - most serve any rank
+        """Check that the start works at this rank of a module.
+
+        Raises:
+            StrategyError: it does not.
+        """
 
     def ask(self, adapter: AdapterState, client: ClientInfo) -> Broadcast:
-        """The message to one client in round 0. It asks for the statistic of the base model, at the client's ranks.
+        """The message to one client in round 0. It asks for the statistic of the base model.
+
+        By default, the answer has a pair of factors for each module, at the client's ranks.
 
         Args:
             adapter: LoRA's own start, of which only the shapes are used.
             client: the client that gets the message.
         """
-        sliced = slice_adapter_for(adapter, client)
-        lora = {
-            name: LoraFactors(A=torch.zeros_like(f.A), B=torch.zeros_like(f.B), scaling=1.0)
-            for name, f in sliced.lora.items()
-        }
-        start = replace(sliced, lora=lora)
-        return Broadcast(round=0, adapter=start, plan=Plan(train=frozenset()), job=self.statistic)
+        return question(self.statistic, adapter, client)
 
     @abstractmethod
     def start(self, adapter: AdapterState, replies: Iterable[ClientUpdate]) -> Start:

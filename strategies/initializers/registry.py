@@ -24,6 +24,12 @@ INITIALIZERS = Registry(
         "uniform": "fedlora.strategies.initializers.uniform:Uniform",
         "lora-sb": "fedlora.strategies.initializers.lora_sb:LoraSb",
         "lora-ga": "fedlora.strategies.initializers.lora_ga:LoraGa",
+        "eva": "fedlora.strategies.initializers.eva:Eva",
+        "pissa": "fedlora.strategies.initializers.pissa:Pissa",
+        "olora": "fedlora.strategies.initializers.olora:OLora",
+        "loldu": "fedlora.strategies.initializers.loldu:Loldu",
+        "orthogonal": "fedlora.strategies.initializers.orthogonal:Orthogonal",
+        "comp-lora": "fedlora.strategies.initializers.comp_lora:CompLora",
     },
 )
 

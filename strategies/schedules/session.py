@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from flwr.serverapp import Grid
+from torch import Tensor
 from torch.profiler import record_function
 
 from fedlora.adapters import AdapterState
@@ -20,13 +21,16 @@ from fedlora.common.events import emit
 from fedlora.config import Config, clients_per_round
 from fedlora.data import prepare
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
-from fedlora.models import base_fingerprint, check_length, injection
+from fedlora.models import adapted, base_fingerprint, check_length, injection
+from fedlora.models.weights import weight_of
 from fedlora.results.record import RunRecord
 from fedlora.tasks.registry import check_task, task_of
 
+from ..allocations.registry import Ranks
 from ..base import ServerState, Strategy
+from ..initializers.allocated import Allocated
 from ..initializers.base import Initializer
-from ..initializers.ranks import allocator
+from ..initializers.from_weights import Bound, FromWeights
 from ..initializers.registry import initializer
 from ..initializers.uniform import seeded
 from ..registry import NAMES, check, configured, naming_others
@@ -59,6 +63,7 @@ class Session:
     record: RunRecord
     strategy: Strategy
     initializer: Initializer
+    ranks: Ranks
     kind: AdapterKind
     base: injection.Shapes
     fingerprint: str
@@ -94,18 +99,27 @@ class Session:
         evaluates = config.evaluate.server and not strategy.personal
         if saved:
             saved_state.drop_after(record.folder / "state", saved[1])
-        meeting = Meeting(grid, config, fingerprint, _classes(config, evaluates), allocator(config.lora, base.lora))
+        ranks = Ranks.of(
+            config.lora, base.lora, saved and saved_state.load_learned(record.folder / "state", record.key)
+        )
+        meeting = Meeting(grid, config, fingerprint, _classes(config, evaluates), ranks.give)
         meeting.begin()
         clients = list(meeting.roster.infos.values())
         check(strategy, clients, config.lora)
         if said := out_of_order(base.classes, clients[0].class_names):
             raise ConfigError(said)
         record.start(clients, fingerprint, base.facts(), clients[0].class_names)
-        before = -1 if chosen.statistic else 0
+        before = -1 if chosen.statistic or ranks.rule.statistic else 0
         state, done = saved or (saved_state.plain(strategy.init(seeded(config, clients, base))), before)
         state = _as_configured(state, config)
         evaluator = HeldOutEvaluator(config, run_id) if evaluates else None
-        session = cls(grid, config, record, strategy, chosen, kind, base, fingerprint, meeting, evaluator, state, done)
+        session = cls(
+            grid, config, record, strategy, chosen, ranks, kind, base, fingerprint, meeting, evaluator, state, done
+        )
+        if isinstance(chosen, FromWeights):
+            session.initializer = Bound(chosen, session._weight)
+        if ranks.rule.statistic:
+            session.initializer = Allocated(session.initializer, ranks.rule, session._settle)
         session._baseline(new=saved is None)
         return session
 
@@ -138,6 +152,25 @@ class Session:
             self.play(0)
         if self.done == 0 and not self.initializer.statistic:
             self.state = saved_state.plain(self.strategy.begin(self.state, (), self.initializer))
+
+    def _weight(self, module: str) -> Tensor:
+        """A weight of the base model, with which it computes; the model is loaded when the first is asked for."""
+        model = adapted.adapted_model(self.config.model, self.config.lora)
+        adapted.merge_folds(model, None, ())
+        return weight_of(model.layers[module])
+
+    def _settle(self, learned: dict[str, Tensor]) -> AdapterState:
+        """Give all clients the ranks that the allocation learned, and return LoRA's own start at them."""
+        self.ranks.learned = learned
+        self.meeting.give_ranks()
+        clients = list(self.roster.infos.values())
+        check(self.strategy, clients, self.config.lora)
+        saved_state.save_learned(self.record.folder / "state", learned, self.record.key)
+        spread = [client.rank_of(module) for client in clients for module in self.base.lora]
+        modules = self.ranks.rule.modules(self.base.lora, learned)
+        few = "" if modules is None else f", and {len(modules)} of {len(self.base.lora)} modules are trained"
+        _log.info("lora.allocation = %s: ranks from %d to %d%s", self.ranks.name, min(spread), max(spread), few)
+        return seeded(self.config, clients, self.base)
 
     def close(self) -> None:
         """The end of all rounds.
@@ -215,7 +248,13 @@ class Session:
         state = self.state
         if number == 0:
             return lambda client: replace(self.initializer.ask(state.adapter, client), run=self.record.key)
-        return lambda client: replace(self.strategy.broadcast(state, client, number), run=self.record.key)
+
+        def sent(client: ClientInfo) -> Broadcast:
+            made = self.ranks.narrow(self.strategy.broadcast(state, client, number))
+            plan = replace(made.plan, terms=(*made.plan.terms, *self.initializer.terms))
+            return replace(made, plan=plan, run=self.record.key)
+
+        return sent
 
     def _evaluate(self, entry: dict[str, object], learned: AdapterState, chosen: Sequence[int], number: int) -> None:
         if self.evaluator:
@@ -255,6 +294,8 @@ class Session:
                 f"federation.min-clients = {least}: {why}"
             )
         new = returned.check(name, state, made, this.number)
+        if this.number:
+            new = replace(new, adapter=self.ranks.rule.after_round(new.adapter, self.ranks.learned or {}))
         seconds["encode"], seconds["decode"] = this.encode_seconds, this.decode_seconds
         seconds["clients"] = this.wait_seconds
         seconds["aggregate"] = time.perf_counter() - began - sum(seconds.values())

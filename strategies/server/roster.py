@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from flwr.app import Message, RecordDict
@@ -183,6 +183,11 @@ class Meeting:
         for client, why in others.items():
             self.turn_away(client, why)
         return sorted({*back, *new} - others.keys())
+
+    def give_ranks(self) -> None:
+        """Give all clients their ranks anew, those that take part and those that have offered to."""
+        self.roster.infos = {client: self._allocated(info) for client, info in self.roster.infos.items()}
+        self._offers = {c: replace(offer, info=self._allocated(offer.info)) for c, offer in self._offers.items()}
 
     def turn_away(self, client: int, why: str) -> None:
         """Remove a client that came late and cannot take part."""

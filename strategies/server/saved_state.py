@@ -25,6 +25,7 @@ from ..base import ServerState
 
 SCHEMA = 2
 _FILES = "round-*.safetensors"
+_LEARNED = "learned.safetensors"
 
 
 def save(folder: Path, state: ServerState, number: int, run: str, keep: int = 1) -> None:
@@ -113,6 +114,39 @@ def load(folder: Path, run: str, after: int = -1) -> tuple[ServerState, int] | N
     if owner != run:
         raise RunError(f"{path}: the state of another run; put back this run's own file, or start a new run")
     return state, round
+
+
+def save_learned(folder: Path, learned: Mapping[str, Tensor], run: str) -> None:
+    """Write what the run's allocation learned of the clients in round 0; it holds for the whole run.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    path = folder / _LEARNED
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as part:
+            save_file(_apart(learned), part, metadata={"run": run})
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path}: cannot be written: {error}; make room, and start the run again") from error
+
+
+def load_learned(folder: Path, run: str) -> dict[str, Tensor] | None:
+    """What `save_learned` wrote; None if there is nothing.
+
+    Raises:
+        RunError: the file cannot be read, or is of another run.
+    """
+    path = folder / _LEARNED
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("run") != run:
+                raise ValueError("it is of another run")
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError, ValueError) as error:
+        raise RunError(f"{path}: not readable ({error}); this run cannot continue, start a new one") from None
 
 
 def drop_after(folder: Path, number: int) -> None:

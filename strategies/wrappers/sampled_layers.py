@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fedlora.adapters import AdapterState
+from fedlora.adapters.layers import layer_of
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 from ..base import ServerState
-from ..tools.layers import layer_of
+from ..tools.narrowing import narrowed
 from .wrapper import Wrapper, innermost
 
 
@@ -22,9 +23,9 @@ class SampledLayers(Wrapper):
     Around `fedavg` this is the sampling of Pan et al. 2024, "LISA: Layerwise Importance Sampling for Memory-Efficient
     Large Language Model Fine-Tuning", https://arxiv.org/abs/2403.17919, for adapters: LISA trains whole layers, and
     always the embeddings and the head. Around `flora` with rank 1 it is the schedule of XGBLoRA (Zhang et al. 2024,
-    https://arxiv.org/abs/2410.19694): boosters of rank 1 on few layers, added up in the anchor, each started anew.
-    The other layers take part in the forward pass as they were sent. They are neither trained nor uploaded.
-    Tensors trained in full are trained in every round.
+    https://arxiv.org/abs/2410.19694): boosters of rank 1 on few layers, added up in the anchor, each started anew. The
+    other layers take part in the forward pass as they were sent. They are neither trained nor uploaded, and not even
+    sent as long as their B is 0. Tensors trained in full are trained in every round.
 
     Args:
         inner: a strategy for factors A and B that trains B in every round: a layer whose B is 0 gives A no gradient.
@@ -60,12 +61,9 @@ class SampledLayers(Wrapper):
                 )
 
     def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
-        """The inner strategy's message, with a plan for the round's layers alone."""
+        """The inner strategy's message, for the round's layers alone."""
         sent = self.inner.broadcast(state, client, number)
-        modules = sampled(sent.adapter.lora, self.count, state.seed, number)
-        if sent.plan.modules is not None:
-            modules &= sent.plan.modules
-        return replace(sent, plan=replace(sent.plan, modules=modules))
+        return narrowed(sent, sampled(sent.adapter.lora, self.count, state.seed, number))
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """As the inner strategy, which leaves modules that no reply contains as they are."""

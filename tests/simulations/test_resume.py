@@ -55,8 +55,12 @@ RUNS: dict[str, dict[str, Scalar]] = {
     "fedsb": {"strategy.name": "fedsb"},
     "flora-three-at-once": {"strategy.name": "flora", "train.clients-at-once": "3"},
     "flexlora": {"strategy.name": "flexlora"},
+    "flora-eva-ranks": {"strategy.name": "flora", "lora.init": "eva", "lora.allocation": "eva"},
+    "flora-flexora": {"strategy.name": "flora", "lora.allocation": "flexora"},
+    "fedavg-pissa": {"strategy.name": "fedavg", "lora.init": "pissa", **EQUAL},
+    "flexlora-comp-lora": {"strategy.name": "flexlora", "lora.init": "comp-lora", "lora.init-options": "k=4"},
 }
-QUICK = ("flora", "lora-fair-int8", "fedsa")
+QUICK = ("flora", "lora-fair-int8", "fedsa", "flora-eva-ranks", "flora-flexora")
 KILLED = ("lora-fair-int8", "fedsa")
 
 
@@ -87,7 +91,7 @@ def result_of(folder: Path) -> dict[str, Any]:
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """The adapter, the server's whole state, and what each client keeps for itself after the last round."""
-    state = max((folder / "state").iterdir(), key=lambda path: int(path.stem.removeprefix("round-")))
+    state = max((folder / "state").glob("round-*"), key=lambda path: int(path.stem.removeprefix("round-")))
     files = {"adapter": folder / "adapter" / "adapter_model.safetensors", "state": state}
     [run] = (folder / "clients").iterdir() if (folder / "clients").exists() else [folder / "nothing"]
     files |= {str(path.relative_to(run)): path for path in run.rglob("*.safetensors")}

@@ -240,7 +240,7 @@ def test_the_tail_penalty_is_the_gradient_of_its_term():
 
 def test_an_unknown_term_is_refused():
     terms.check_terms(Plan(terms=(Term("tail", 0.1, 0.5),)))
-    with pytest.raises(ConfigError, match="asks for the term 'twist' of the loss, this client knows tail; install"):
+    with pytest.raises(ConfigError, match="asks for the term 'twist', this client knows tail, complement; install"):
         terms.check_terms(Plan(terms=(Term("twist", 0.1),)))
 
 

@@ -60,6 +60,7 @@ def test_layers_that_are_not_drawn_stay_to_the_bit_and_are_not_sent(name):
         before, replies, modules = state, [], strategy.broadcast(state, CLIENTS[0], number).plan.modules
         for client in CLIENTS:
             sent = strategy.broadcast(state, client, number)
+            assert {*sent.adapter.lora} == (modules or set()) | {n for n, f in state.adapter.lora.items() if f.B.any()}
             replies.append(replace(u := train(sent, client, number), adapter=sent.plan.sent_back(u.adapter)))
         assert modules is not None
         assert all({*reply.adapter.lora} == modules for reply in replies)
@@ -76,6 +77,7 @@ def test_around_flora_at_rank_1_the_rank_is_at_most_the_number_of_visits():
     state, visits = strategy.init(start(one, shapes=SHAPES)), Counter[str]()
     for number in range(1, 7):
         sent = strategy.broadcast(state, one[0], number)
+        assert {*sent.adapter.lora} == sent.plan.modules  # the others have B = 0
         reply = train(sent, one[0], number)
         state = strategy.aggregate(state, [replace(reply, adapter=sent.plan.sent_back(reply.adapter))], number)
         visits.update(sent.plan.modules or ())

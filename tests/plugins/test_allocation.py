@@ -15,7 +15,7 @@ from tests.simulations.engines.test_local import saved_adapter
 MINE = '''
 from dataclasses import dataclass
 
-from fedlora.strategies.initializers.ranks import Allocation
+from fedlora.strategies.allocations.base import Allocation
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Deeper(Allocation):
     first: int = 1
     low: int = 1
 
-    def ranks(self, client, shapes):
+    def ranks(self, client, shapes, learned):
         deep = [name for name in shapes if int(name.split(".layers.")[1].split(".")[0]) >= self.first]
         numbers = lambda names: sum(client.rank_of(name) * sum(shapes[name]) for name in names)
         saved = sum((client.rank_of(n) - self.low) * sum(shapes[n]) for n in shapes if n not in deep)
@@ -35,13 +35,13 @@ class Deeper(Allocation):
 
 @dataclass(frozen=True)
 class Greedy(Allocation):
-    def ranks(self, client, shapes):
+    def ranks(self, client, shapes, learned):
         return {name: client.rank_of(name) + 1 for name in shapes}
 
 
 @dataclass(frozen=True)
 class Forgetful(Allocation):
-    def ranks(self, client, shapes):
+    def ranks(self, client, shapes, learned):
         return {}
 '''
 

@@ -1,0 +1,113 @@
+"""Which layers or modules are worth training: gates that are trained beside an adapter, on other examples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+
+from fedlora.adapters import AdapterState
+from fedlora.adapters.layers import block_of
+from fedlora.common.errors import ConfigError
+from fedlora.config import TrainConfig
+from fedlora.data import Example, LazyExamples, batch_at
+from fedlora.models import adapted
+from fedlora.models.adapted import AdaptedModel
+
+from ..training.schedule import hash_seed, steps_per_round
+from ..training.trainer import LocalSteps, TrainResult, step_gradients
+from .base import Statistic
+from .gates import gate_gradients, set_gates
+
+_RATE, _VALIDATIONS = 1e-2, 8  # Adam's rate and the number of its batches for each step, as in Flexora's code
+
+
+@dataclass(frozen=True)
+class LayerSelection(Statistic):
+    """`alpha` of each layer, where the update of layer l is multiplied by `L softmax(alpha)_l`, L the number of layers.
+
+    The steps of round 1 train the adapter on every second example, with the gates as constants. After each step,
+    8 batches of the other examples step alpha by Adam (first order: how the adapter depends on alpha is left out).
+    """
+
+    def group(self, module: str) -> str:
+        """What the module shares its alpha with."""
+        return block_of(module) or module
+
+    def measure(
+        self, model: AdaptedModel, asked: AdapterState, examples: LazyExamples, config: TrainConfig, seed: int
+    ) -> tuple[AdapterState, TrainResult]:
+        """The tensors `<group>.alpha` [1]; others are sent back unchanged.
+
+        Raises:
+            ConfigError: the client has fewer than 2 examples.
+        """
+        if len(examples) < 2:
+            raise ConfigError(f"choosing layers needs 2 examples of each client, this one has {len(examples)}")
+        began = time.perf_counter()
+        groups = sorted({self.group(module) for module in model.layers})
+        alpha = torch.zeros(len(groups), dtype=torch.float64, requires_grad=True)
+        method = torch.optim.Adam([alpha], lr=_RATE)
+        start = AdapterState(lora=asked.lora, tensors={name: asked.tensors[name] for name in model.tensors})
+        trained = adapted.install(model, start, ("A", "B"))
+        torch.manual_seed(hash_seed(seed, 0))  # dropout
+        training, other = _Part(examples, 0), _Part(examples, 1)
+        local = LocalSteps(trained, training, config, number=1, rounds=1, seed=seed)
+        for step in range(steps_per_round(config, len(training))):
+            gates = _gates(alpha.detach(), groups, model, self.group)
+            set_gates(model, trained, gates)
+            model.model.train()
+            local.take(step, step_gradients(model.task, model.model, local, step, model.base.pad_id))
+            for check in range(_VALIDATIONS):
+                batch = batch_at(len(other), config.batch_size, step * _VALIDATIONS + check, seed)
+                gates = _gates(alpha.detach(), groups, model, self.group)
+                set_gates(model, trained, gates)
+                slopes, _ = gate_gradients(model, trained, gates, [other[place] for place in batch])
+                summed = torch.tensor(
+                    [sum(s for m, s in slopes.items() if self.group(m) == g) for g in groups]
+                ).double()
+                (alpha.grad,) = torch.autograd.grad(len(groups) * alpha.softmax(dim=0), alpha, summed)
+                method.step()
+        found = {
+            f"{group}.alpha": value.reshape(1) for group, value in zip(groups, alpha.detach().float(), strict=True)
+        }
+        return AdapterState(lora=asked.lora, tensors={**asked.tensors, **found}), local.result(
+            time.perf_counter() - began
+        )
+
+
+@dataclass(frozen=True)
+class ModuleSelection(LayerSelection):
+    """As `LayerSelection`, with an alpha for each module."""
+
+    def group(self, module: str) -> str:
+        return module
+
+
+class _Part(Sequence[Example]):
+    """Every second example, from the first or the second on."""
+
+    def __init__(self, examples: LazyExamples, first: int) -> None:
+        self._examples, self._places = examples, range(first, len(examples), 2)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self._examples[place] for place in self._places[index]]
+        return self._examples[self._places[index]]
+
+
+def _gates(
+    alpha: torch.Tensor, groups: list[str], model: AdaptedModel, group: Callable[[str], str]
+) -> dict[str, float]:
+    shares = dict(zip(groups, (len(groups) * alpha.softmax(dim=0)).tolist(), strict=True))
+    return {module: shares[group(module)] for module in model.layers}
