@@ -2,44 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from fedlora.adapters import AdapterState
-from fedlora.adapters.means import Means
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 from ..base import slice_adapter_for
-from ..tools.questions import measured, question_for_tensors
-from ..tools.replies import arrivals
-from .base import Allocation, Learned, Shapes
-from .budget import check_growth, most_worth
+from ..tools.questions import means_of, measured, question_for_tensors
+from .proportional import Proportional
 
 
 @dataclass(frozen=True)
-class CoLora(Allocation):
+class CoLora(Proportional):
     """Ranks in proportion to the integrated gradient along the way from the base model to a trained one (FAIG).
 
     Experimental: Park et al. 2024, "Contribution-based Low-Rank Adaptation with Pre-training Model for Real Image
     Restoration" (CoLoRA), https://arxiv.org/abs/2408.01099, is known here from notes: it turns contributions into ranks
     by a factor with two constants, which are not confirmed. Here the ranks are in proportion to the contributions, and
     those below 0 count as 0. Each client trains for a round 0 and integrates over its own way; the server takes the
-    mean of the contributions, weighted by examples. The adapters trained in round 0 are dropped. Every module has at
-    least rank 1.
+    mean of the contributions, weighted by examples. The adapters trained in round 0 are dropped.
 
     Args:
         growth: largest rank of a module, as a multiple of the client's own.
     """
 
-    growth: float = 2.0
-
     statistic: ClassVar[str] = "contributions"
-
-    def __post_init__(self) -> None:
-        check_growth("colora", self.growth)
 
     def ask(self, adapter: AdapterState, client: ClientInfo) -> Broadcast:
         """The contributions of all modules, with LoRA's own start to train from."""
@@ -48,12 +39,4 @@ class CoLora(Allocation):
 
     def learn(self, replies: Iterable[ClientUpdate]) -> dict[str, Tensor]:
         """Module -> its mean contribution."""
-        means = Means()
-        for reply in arrivals(replies, 0):
-            means.add(reply.adapter.tensors, reply.num_examples, reply.client_id)
-        return measured(means.values, "contribution")
-
-    def ranks(self, client: ClientInfo, shapes: Shapes, learned: Learned) -> Mapping[str, int]:
-        """In proportion to the contributions, as far as the client's budget goes."""
-        scores = {module: max(0.0, float(score)) for module, score in learned.items()}
-        return most_worth(client, shapes, lambda module, rank: scores.get(module, 0.0) / (rank + 1), self.growth)
+        return measured(means_of(replies), "contribution")

@@ -10,13 +10,11 @@ from torch import Tensor
 
 from fedlora.adapters import AdapterState
 from fedlora.adapters.layers import block_of
-from fedlora.adapters.means import Means
 from fedlora.common.errors import ConfigError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 from ..base import slice_adapter_for
-from ..tools.questions import measured, question_for_tensors
-from ..tools.replies import arrivals
+from ..tools.questions import means_of, measured, question_for_tensors
 from .base import Allocation, Learned, Shapes
 
 
@@ -45,10 +43,7 @@ class Flexora(Allocation):
 
     def learn(self, replies: Iterable[ClientUpdate]) -> dict[str, Tensor]:
         """Group -> its mean alpha."""
-        means = Means()
-        for reply in arrivals(replies, 0):
-            means.add(reply.adapter.tensors, reply.num_examples, reply.client_id)
-        return measured(means.values, "alpha")
+        return measured(means_of(replies), "alpha")
 
     def ranks(self, client: ClientInfo, shapes: Shapes, learned: Learned) -> Mapping[str, int]:
         """The client's own."""

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters import AdapterState
-from fedlora.adapters.means import Means
 from fedlora.adapters.sketches import sketcher
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
-from .questions import measured, question_for_tensors
-from .replies import arrivals
+from .questions import means_of, measured, question_for_tensors
 
 STATISTIC = "inputs"
 _SPARE = 8  # columns of a sketch for each direction that is wanted
@@ -58,7 +56,7 @@ def spectra(replies: Iterable[ClientUpdate]) -> dict[str, Spectrum]:
     Args:
         replies: the clients' answers, read as they arrive.
     """
-    means = _means(replies)
+    means = means_of(replies)
     sums = measured(means, "sums")
     return {module: _spectrum(sketch, sums[module]) for module, sketch in measured(means, "sketch").items()}
 
@@ -66,17 +64,10 @@ def spectra(replies: Iterable[ClientUpdate]) -> dict[str, Spectrum]:
 def sizes(replies: Iterable[ClientUpdate]) -> dict[str, Tensor]:
     """Module -> the root mean square of each of its inputs, over all clients' inputs, [d_in]."""
     found: dict[str, Tensor] = {}
-    for module, sums in measured(_means(replies), "sums").items():
+    for module, sums in measured(means_of(replies), "sums").items():
         d_in = len(sums) // 2
         found[module] = (sums[d_in:-1] / sums[-1].clamp(min=1e-30)).sqrt()
     return found
-
-
-def _means(replies: Iterable[ClientUpdate]) -> dict[str, Tensor]:
-    means = Means()
-    for reply in arrivals(replies, 0):
-        means.add(reply.adapter.tensors, reply.num_examples, reply.client_id)
-    return means.values
 
 
 def _spectrum(sketch: Tensor, sums: Tensor) -> Spectrum:

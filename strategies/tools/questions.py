@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fedlora.adapters import AdapterState, LoraFactors
-from fedlora.exchange import Broadcast, ClientInfo, Plan
+from fedlora.adapters.means import Means
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Plan
 
 from ..base import slice_adapter_for
+from .replies import arrivals
 
 
 def question(statistic: str, adapter: AdapterState, client: ClientInfo) -> Broadcast:
@@ -45,6 +47,14 @@ def question_for_tensors(
     lora = start.lora if start else {}
     plan = Plan(train=frozenset(), modules=frozenset())
     return Broadcast(round=0, adapter=AdapterState(lora=lora, tensors=tensors), plan=plan, job=statistic)
+
+
+def means_of(replies: Iterable[ClientUpdate]) -> dict[str, Tensor]:
+    """The means of the answers' tensors over clients, weighted by examples; read as they arrive."""
+    means = Means()
+    for reply in arrivals(replies, 0):
+        means.add(reply.adapter.tensors, reply.num_examples, reply.client_id)
+    return means.values
 
 
 def measured(tensors: Mapping[str, Tensor], ending: str) -> dict[str, Tensor]:

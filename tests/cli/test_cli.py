@@ -361,7 +361,16 @@ def test_doctor_tells_what_lora_goes_to_in_a_model(call, tmp_path, tiny_llama):
     assert "targets: q_proj x2, v_proj x2" in done.stdout
 
 
-@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "told",
+    [
+        signal.SIGINT,
+        *(
+            pytest.param(told, marks=[pytest.mark.slow, pytest.mark.nightly])
+            for told in (signal.SIGTERM, signal.SIGHUP)
+        ),
+    ],
+)
 def test_a_signal_keeps_what_was_finished(tmp_path, tiny_llama, told):
     preset = tmp_path / "run.toml"
     config = tiny(tmp_path, tiny_llama, federation__rounds=500)

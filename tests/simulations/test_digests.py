@@ -134,7 +134,15 @@ def test_a_run_gives_the_recorded_adapter(tmp_path, models, case):
     assert_as_recorded(figures(folder_of(config)), case)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("flora", "fedsa", "fedsb")
+        else pytest.param(name, marks=[pytest.mark.slow, pytest.mark.nightly])
+        for name in NAMES
+    ],
+)
 def test_a_killed_and_resumed_run_gives_it_too(tmp_path, models, name):
     case = f"{name} nf4 1"
     forget()

@@ -61,7 +61,6 @@ RUNS: dict[str, dict[str, Scalar]] = {
     "flexlora-comp-lora": {"strategy.name": "flexlora", "lora.init": "comp-lora", "lora.init-options": "k=4"},
 }
 QUICK = ("flora", "lora-fair-int8", "fedsa", "flora-eva-ranks", "flora-flexora")
-KILLED = ("lora-fair-int8", "fedsa")
 
 
 class Killed(BaseException):
@@ -144,7 +143,13 @@ def go_on(folder: Path, *overrides: str, from_round: int = -1) -> dict[str, Any]
     return result_of(folder)
 
 
-@pytest.mark.parametrize("name", ["flora", "lora-fair-int8", "fedsa"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora-fair-int8",
+        *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.nightly]) for name in ("flora", "fedsa")),
+    ],
+)
 def test_a_run_goes_back_to_an_earlier_round_with_all_that_was_kept_then(tmp_path, tiny_llama, name):
     """Also what clients keep for themselves, and also after a process that died: the same bits from there on."""
     whole = config_of(tmp_path, tiny_llama, name, run__id="whole")
@@ -189,7 +194,10 @@ def test_a_run_goes_back_after_another_learning_went_wrong_and_keeps_as_many_sta
         parse({"run.from-round": 2})
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RUNS])
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=[pytest.mark.slow, pytest.mark.nightly]) for n in RUNS],
+)
 def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(tmp_path, tiny_llama, name):
     whole = config_of(tmp_path, tiny_llama, name, run__id="whole")
     simulation.in_process(whole)
@@ -484,7 +492,7 @@ def fedlora(*words: str, cwd: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KILLED)
+@pytest.mark.parametrize("name", ["fedsa", pytest.param("lora-fair-int8", marks=pytest.mark.nightly)])
 def test_a_process_that_is_killed_in_a_round_is_resumed_to_the_same_bits(tmp_path, tiny_llama, name):
     whole = config_of(tmp_path, tiny_llama, name, run__id="whole", train__steps=20)
     simulation.in_process(whole)

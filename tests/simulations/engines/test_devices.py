@@ -71,8 +71,8 @@ CASES = {
     ("strategy", "at_once"),
     [
         ("flora", "auto"),
-        pytest.param("flora", "1", marks=pytest.mark.slow),
-        pytest.param("fedsa", "1", marks=pytest.mark.slow),
+        pytest.param("flora", "1", marks=[pytest.mark.slow, pytest.mark.nightly]),
+        pytest.param("fedsa", "1", marks=[pytest.mark.slow, pytest.mark.nightly]),
         pytest.param("fedsa", "auto", marks=pytest.mark.slow),
     ],
 )

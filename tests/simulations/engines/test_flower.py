@@ -104,7 +104,7 @@ def test_a_failed_run_is_a_non_zero_exit_and_leaves_nothing_running(tmp_path, ti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("told", [pytest.param(signal.SIGINT, marks=pytest.mark.nightly), signal.SIGTERM])
 def test_a_signal_stops_flower_and_keeps_what_was_finished(tmp_path, tiny_llama, told):
     config = tiny(tmp_path, tiny_llama, federation__rounds=2000)
     preset = tmp_path / "run.toml"

@@ -30,7 +30,13 @@ def state_of(folder: Path, result: dict) -> AdapterState:
 
 
 @pytest.mark.parametrize("name", LEARNING)
-@pytest.mark.parametrize(("strategy", "quantization"), [("fedavg-zeropad", "none"), ("flora", "nf4")])
+@pytest.mark.parametrize(
+    ("strategy", "quantization"),
+    [
+        ("flora", "nf4"),
+        pytest.param("fedavg-zeropad", "none", marks=[pytest.mark.slow, pytest.mark.nightly]),
+    ],
+)
 def test_a_federation_of_unequal_clients_learns_at_the_ranks_that_were_found(
     tmp_path, tiny_llama, name, strategy, quantization
 ):
