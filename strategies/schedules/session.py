@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from fedlora.adapters import AdapterState
+from fedlora.adapters.kinds import base as kinds
 from fedlora.adapters.kinds.base import AdapterKind, as_factors
 from fedlora.adapters.kinds.registry import KINDS
 from fedlora.common.errors import ConfigError, FedLoraError, RunError, StrategyError
@@ -295,7 +296,9 @@ class Session:
             )
         new = returned.check(name, state, made, this.number)
         if this.number:
-            new = replace(new, adapter=self.ranks.rule.after_round(new.adapter, self.ranks.learned or {}))
+            share = this.number / self.rounds
+            adapter = kinds.after_round(state.adapter, new.adapter, self.kind, self.base.lora, share)
+            new = replace(new, adapter=self.ranks.rule.after_round(adapter, self.ranks.learned or {}))
         seconds["encode"], seconds["decode"] = this.encode_seconds, this.decode_seconds
         seconds["clients"] = this.wait_seconds
         seconds["aggregate"] = time.perf_counter() - began - sum(seconds.values())

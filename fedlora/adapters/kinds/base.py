@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -93,6 +93,16 @@ class AdapterKind(ABC):
     def factors(self, parts: Parts, constants: Parts, place: Place) -> LoraFactors:
         """The same update as factors B and A, for checkpoints, exports and spectra."""
 
+    def after_round(self, before: Sequence[Parts], after: Sequence[Parts], share: float) -> Sequence[Parts]:
+        """The shared parts of all modules after a round, as the server changes them; by default, they stay as they are.
+
+        Args:
+            before: each module's parts before the round.
+            after: each module's parts as the strategy aggregated them.
+            share: the share of the run's rounds that are over.
+        """
+        return after
+
     def key(self, module: str, part: str) -> str:
         """The name of a module's part among an adapter's tensors."""
         return f"{module}.{self.name}_{part}"
@@ -101,6 +111,35 @@ class AdapterKind(ABC):
         """One module's parts, taken from an adapter's tensors; parts that are missing are left out."""
         keys = {part: self.key(place.module, part) for part in self.shapes(place)}
         return {part: tensors[key] for part, key in keys.items() if key in tensors}
+
+
+def after_round(
+    before: AdapterState,
+    after: AdapterState,
+    kind: AdapterKind,
+    shapes: Mapping[str, tuple[int, int]],
+    share: float,
+) -> AdapterState:
+    """The shared adapter as its kind changes it between rounds.
+
+    Args:
+        before: the adapter from which the round started.
+        after: the adapter as the strategy aggregated it.
+        kind: the adapter's kind.
+        shapes: module -> (d_out, d_in).
+        share: the share of the run's rounds that are over.
+    """
+    places = [Place(module, d_out, d_in, rank=1) for module, (d_out, d_in) in shapes.items()]
+    old, new = ([kind.parts_of(a.tensors, place) for place in places] for a in (before, after))
+    changed = kind.after_round(old, new, share)
+    if changed is new:
+        return after
+    parts = {
+        kind.key(place.module, part): value
+        for place, own in zip(places, changed, strict=True)
+        for part, value in own.items()
+    }
+    return AdapterState(lora=after.lora, tensors={**after.tensors, **parts})
 
 
 def as_factors(adapter: AdapterState, kind: AdapterKind, shapes: Mapping[str, tuple[int, int]]) -> AdapterState:

@@ -15,6 +15,7 @@ KINDS = Registry(
         "miss": "fedlora.adapters.kinds.miss:Miss",
         "randlora": "fedlora.adapters.kinds.randlora:RandLora",
         "vera": "fedlora.adapters.kinds.vera:Vera",
+        "beamlora": "fedlora.adapters.kinds.beam_lora:BeamLora",
         "block-lora": "fedlora.adapters.kinds.block_lora:BlockLora",
     },
 )
