@@ -73,7 +73,8 @@ class ModelConfig:
 class LoraConfig:
     kind: str = option(
         "lora",
-        "what is trained beside a layer: lora, miss, randlora, vera or block-lora, or your own as package.module:Class",
+        "what is trained beside a layer: lora, miss, randlora, vera, lora-xs, loldu, dora, glora, mtl-lora or "
+        "block-lora, or your own as package.module:Class",
     )
     kind_options: str = option("", "its options, as 'name=value, name=value'")
     init: str = option(

@@ -55,8 +55,16 @@ RUNS: dict[str, dict[str, Scalar]] = {
     "fedsb": {"strategy.name": "fedsb"},
     "flora-three-at-once": {"strategy.name": "flora", "train.clients-at-once": "3"},
     "flexlora": {"strategy.name": "flexlora"},
+    "mtl-lora-int8": {
+        "lora.kind": "mtl-lora",
+        "strategy.name": "fedavg",
+        "wire.upload-dtype": "int8",
+        **PERSONAL,
+        **EQUAL,
+    },
+    "dora": {"lora.kind": "dora", "strategy.name": "fedavg", **EQUAL},
 }
-QUICK = ("flora", "lora-fair-int8", "fedsa")
+QUICK = ("flora", "lora-fair-int8", "fedsa", "mtl-lora-int8")
 KILLED = ("lora-fair-int8", "fedsa")
 
 
