@@ -16,12 +16,16 @@ from transformers import AutoModelForCausalLM
 from fedlora.adapters import AdapterState, delta
 from fedlora.adapters.kinds.registry import KINDS
 from fedlora.cli.main import main
+from fedlora.clients.answering import together
 from fedlora.clients.node import own_state
 from fedlora.common.errors import ConfigError, ModelError, RunError, StrategyError
 from fedlora.common.events import listen
+from fedlora.config import parse
 from fedlora.models import adapted, parts, peft_files
 from fedlora.models.base.read import quiet
 from fedlora.models.weights import weight_of
+from fedlora.results.run_folder import folder_of
+from fedlora.simulations.engines import flower
 from fedlora.strategies.registry import check_ranks
 from fedlora.strategies.schedules import session
 from fedlora.strategies.server import saved_state
@@ -162,9 +166,37 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(tmp_path, tiny_ll
         start()
 
 
-def test_intruders_are_counted_for_a_kind_with_factors(tmp_path, tiny_llama):
-    _, result = run_locally(of_kind(tmp_path, tiny_llama, "lora-xs", evaluate__intruders=True))
-    assert set(result["rounds"][-1]["intruders"].values()) <= set(range(11))
+def test_fewer_clients_share_a_batch_where_each_needs_whole_matrices(tmp_path, tiny_llama):
+    """GLoRA holds a product of the weight's size for each client; 8 bytes for each entry of q, v and down."""
+    asked = {}
+    for kind in ("glora", "dora"):
+        config = of_kind(tmp_path, tiny_llama, kind)
+        model = adapted.adapted_model(config.model, config.lora)
+        asked[kind] = together.bytes_beside(model)
+    entries = sum(weight_of(layer).numel() for layer in model.layers.values())
+    assert asked == {"glora": 8 * entries, "dora": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora-xs", "loldu", "dora"])
+def test_processes_of_their_own_make_the_same_of_the_weights(tmp_path, tiny_llama, kind):
+    """On Flower's engine, where the server and the clients each decompose the quantized weights."""
+    config = of_kind(tmp_path, tiny_llama, kind, model__quantization="nf4")
+    _, here = run_locally(config)
+    other = parse({"run.id": "two"}, config)
+    flower.run(other)
+    there = json.loads((folder_of(other) / "result.json").read_text(encoding="utf-8"))
+    losses = [[entry["heldout"]["loss"] for entry in result["rounds"]] for result in (here, there)]
+    assert losses[0] == pytest.approx(losses[1])
+
+
+def test_intruders_are_counted_for_a_kind_with_factors(tmp_path, tiny_llama, command):
+    folder, result = run_locally(of_kind(tmp_path, tiny_llama, "lora-xs", evaluate__intruders=True))
+    counted = result["rounds"][-1]["intruders"]
+    assert set(counted.values()) <= set(range(11))
+    code, said, _ = command("export", folder, tmp_path / "out", "--remove-intruders", 1)
+    assert code == 0
+    assert f"intruder dimensions: {sum(counted.values())} before" in said
 
 
 def test_dora_is_evaluated_and_merged_from_pefts_own_checkpoint(tmp_path, tiny_llama, command, fresh_process):

@@ -62,6 +62,7 @@ class AdapterKind(ABC):
         sees_layer: True if `forward` finds two more tensors among its constants, and `factors` the first of them: the
             layer's frozen weight "W" [d_out, d_in], and "y" [..., d_out], the layer's own output without a bias. It
             implies `needs_weight`. Under dropout, x has been through it, and y has not.
+        dense: True if `forward` keeps a matrix of the weight's size for each client until the backward pass.
         factored: False if `factors` are the update only together with a `magnitude`, as in DoRA.
         personal: parts that stay on the client from round to round, and are never sent to the server.
     """
@@ -71,6 +72,7 @@ class AdapterKind(ABC):
     linear: ClassVar[bool] = False
     needs_weight: ClassVar[bool] = False
     sees_layer: ClassVar[bool] = False
+    dense: ClassVar[bool] = False
     factored: ClassVar[bool] = True
     personal: ClassVar[frozenset[str]] = frozenset()
 

@@ -29,6 +29,7 @@ class GLora(AdapterKind):
     name: ClassVar[str] = "glora"
     needs_weight: ClassVar[bool] = True
     sees_layer: ClassVar[bool] = True
+    dense: ClassVar[bool] = True
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
         down, up = (place.rank, place.d_in), (place.d_out, place.rank)
