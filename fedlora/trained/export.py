@@ -128,7 +128,8 @@ def with_fewer_intruders(
         AdapterError: the adapter does not fit the base model.
     """
     plain = replace(source.config.model, quantization="none", compute_dtype="fp32", device="cpu")
-    model = adapted_model(plain if merge else source.config.model, source.config.lora)
+    factors = replace(source.config.lora, kind="lora", kind_options="")  # as which every kind is saved
+    model = adapted_model(plain if merge else source.config.model, factors)
     check_base(source, model.base)
     changed = cut(without_intruders(model, trained, lam))
     spectra, found = BaseSpectra(model), {"lambda": lam}
