@@ -17,6 +17,7 @@ from fedlora.tasks.checked import check_batch
 from fedlora.tasks.registry import check_task
 
 from ..clients.optimizers.registry import check as check_optimizer
+from ..strategies.registry import check_evaluation, check_places, configured, simulated
 from ..strategies.schedules.registry import SCHEDULES
 
 _ASKED = 8  # number of clients whose first row is tried
@@ -37,6 +38,7 @@ def check(config: Config) -> None:
     if config.run.resume:
         check_changes(stored(folder_of(config)), config)
     task = check_task(config)
+    check_evaluation(config, configured(config))
     SCHEDULES.make(config.federation.schedule, config.federation.schedule_options)
     check_optimizer(config.train, pick_device(config.model.device))
     tokenizer, base = _looked_at(config.model, config.lora)
@@ -68,6 +70,7 @@ def _check_widths(config: Config, base: injection.Shapes) -> None:
                 f"lora.ranks: client {client}'s rank {rank} is above {widest}, the largest rank that an adapted layer "
                 f"of {config.model.name} can use; lower it"
             )
+    check_places(simulated(config), config.lora, base.lora)
 
 
 @functools.lru_cache(maxsize=2)

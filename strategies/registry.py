@@ -5,7 +5,7 @@ A strategy is a frozen dataclass that extends `base.Strategy`; its fields, each 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +73,8 @@ def configured(config: Config) -> Strategy:
 
     From the outside in: `Private` has the privacy stages' places on the server, `Robust` filters the replies, `Restart`
     folds what the optimizer made and drops its moments, `ServerOptimizer` takes the strategy's change of the adapter
-    for a gradient, `SampledLayers` narrows the round to some layers.
+    for a gradient, `SampledLayers` narrows the round to some layers, and `PersonalParts` leaves an adapter kind's
+    personal parts on the clients.
     """
     strategy: Strategy = STRATEGIES.make(config.strategy.name, config.strategy.options)
     if strategy.replaces_folds and config.anchor.base_update == "merge":
@@ -82,6 +83,10 @@ def configured(config: Config) -> Strategy:
             f"{config.strategy.options!r} takes folds back that it sent a round before, which clients that merge folds "
             "cannot do; set anchor.base-update = anchor, or leave out strategy.options"
         )
+    if kept := _kind(config).kept:
+        from .wrappers.personal_parts import PersonalParts
+
+        strategy = PersonalParts(strategy, parts=kept)
     if config.train.layers_per_round:
         from .wrappers.sampled_layers import SampledLayers
 
@@ -193,6 +198,59 @@ def _check_round_0(
             f"{asks}, which strategy.robust cannot compare entry by entry; set lora.allocation = pattern, or "
             "strategy.robust = norm-bound, krum or multi-krum"
         )
+
+
+def check_evaluation(config: Config, strategy: Strategy) -> None:
+    """Raises StrategyError if something stays on the clients, so that the server has no whole model to evaluate."""
+    if strategy.personal and config.evaluate.server and not config.evaluate.clients:
+        kept = _kind(config).kept
+        whose = f"lora.kind = {config.lora.kind}" if kept else f"strategy.name = {config.strategy.name}"
+        raise StrategyError(
+            f"{whose}: {' and '.join(sorted(strategy.personal))} stays on the clients, so that only they can evaluate "
+            "what is learned; set evaluate.clients = true"
+        )
+
+
+def check_places(clients: Sequence[ClientInfo], lora: LoraConfig, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raises ConfigError if the adapter kind cannot work in one of the adapted layers at a client's rank.
+
+    Args:
+        clients: all of the run.
+        lora: names the kind.
+        shapes: module -> (d_out, d_in).
+    """
+    from fedlora.adapters.kinds.base import Place
+    from fedlora.adapters.kinds.registry import KINDS
+
+    kind = KINDS.make(lora.kind, lora.kind_options)
+    unlike = {client.all_ranks: client for client in clients}.values()
+    for module, (d_out, d_in) in shapes.items():
+        for rank in {client.rank_of(module) for client in unlike}:
+            kind.check_place(Place(module, d_out, d_in, rank))
+
+
+def _kind(config: Config) -> AdapterKind:
+    """The run's adapter kind.
+
+    Raises:
+        StrategyError: it needs the base's own weights, and the clients may change them; or its update has no factors,
+            and the config asks for what needs them.
+    """
+    from fedlora.adapters.kinds.registry import KINDS
+
+    name = config.lora.kind
+    kind = KINDS.make(name, config.lora.kind_options)
+    if kind.needs_weight and config.anchor.base_update == "merge":
+        raise StrategyError(
+            f"anchor.base-update = merge: lora.kind = {name} needs the base's own weights, into which clients would "
+            "merge folds; set anchor.base-update = anchor"
+        )
+    if not kind.factored and config.evaluate.intruders:
+        raise StrategyError(
+            f"evaluate.intruders: the update of lora.kind = {name} has no factors, whose directions could be counted; "
+            "set evaluate.intruders = false"
+        )
+    return kind
 
 
 def simulated(config: Config) -> list[ClientInfo]:

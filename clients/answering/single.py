@@ -25,6 +25,7 @@ from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Plan, wire
 from fedlora.exchange.stages import stages
 from fedlora.models import adapted, base_fingerprint, pick_device
 from fedlora.models.injection import shape_of
+from fedlora.models.parts import check_probe
 from fedlora.models.trainable import Trainable
 from fedlora.results.environment import peak_memory_bytes
 from fedlora.tasks.checked import check_batch
@@ -161,7 +162,7 @@ def finish(work: TrainingJob, adapter: AdapterState, result: trainer.TrainResult
     _check_finite(adapter, broadcast.round)
     folder = _own_folder(context, broadcast)
     if broadcast.plan.keep:
-        personal = _personal_part(adapter, broadcast.plan.keep)
+        personal = _personal_part(adapter, broadcast.plan)
         own_state.save(folder, "personal", personal, broadcast.round, keep=config.run.keep + 1)
     for stage in stages(config.privacy):
         adapter = stage.leaving(adapter, broadcast, schedule.hash_seed(work.seed, broadcast.round))
@@ -226,7 +227,9 @@ def _open(content: RecordDict, context: Context) -> tuple[Config, int, adapted.A
         torch.set_num_threads(min(config.run.threads, os.cpu_count() or 1))
     memory.limit(context.node_config, pick_device(config.model.device))
     model = adapted.adapted_model(config.model, config.lora)
-    return config, client_id_of(context), model, wire.decode_broadcast(content, model.base.fingerprint)
+    broadcast = wire.decode_broadcast(content, model.base.fingerprint)
+    check_probe(model, broadcast.adapter, broadcast.probe)
+    return config, client_id_of(context), model, broadcast
 
 
 def _set_up(work: TrainingJob, plan: Plan) -> Trainable:
@@ -241,8 +244,9 @@ def folds_beside(work: TrainingJob) -> tuple[AdapterState, ...]:
     return adapted.place(work.model, folds_up_to(run, work.broadcast), work.config.anchor, run)
 
 
-def _personal_part(adapter: AdapterState, personal: frozenset[str]) -> AdapterState:
-    return AdapterState(lora=keep_factors(adapter, personal).lora)
+def _personal_part(adapter: AdapterState, plan: Plan) -> AdapterState:
+    tensors = {name: tensor for name, tensor in adapter.tensors.items() if plan.keeps(name)}
+    return AdapterState(lora=keep_factors(adapter, plan.kept_factors).lora, tensors=tensors)
 
 
 def _check_finite(adapter: AdapterState, number: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 import psutil
@@ -15,6 +16,7 @@ from fedlora.common.once import say_once
 from fedlora.config import clients_at_once
 from fedlora.exchange.stages import stages
 from fedlora.models import adapted
+from fedlora.models.injection import shape_of
 from fedlora.models.stacked import NotStackable
 
 from ..node import memory, rules
@@ -51,7 +53,7 @@ def how_many(context: Context) -> int:
     device = model.base.device
     enough = _ENOUGH_TOKENS.get(device.type, _ENOUGH_TOKENS["cuda"]) // tokens
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return max(1, min(enough, int(_SHARE_OF_FREE * free / (tokens * bytes_per_token(model)))))
+    return max(1, min(enough, int(_SHARE_OF_FREE * free / (tokens * bytes_per_token(model) + bytes_beside(model)))))
 
 
 def bytes_per_token(model: adapted.AdaptedModel) -> int:
@@ -61,6 +63,11 @@ def bytes_per_token(model: adapted.AdaptedModel) -> int:
     wide = getattr(config, "intermediate_size", None) or 4 * hidden
     outputs = model.task.outputs(config)
     return model.base.compute_dtype.itemsize * layers * (16 * hidden + 6 * wide) + 4 * 4 * outputs
+
+
+def bytes_beside(model: adapted.AdaptedModel) -> int:
+    """The bytes that one client's adapter kind stores beside the layers: a product and its gradient, in fp32."""
+    return 8 * sum(math.prod(shape_of(layer)) for layer in model.layers.values()) if model.kind.dense else 0
 
 
 def train(requests: Sequence[tuple[RecordDict, Context]]) -> list[RecordDict | Error]:

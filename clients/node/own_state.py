@@ -14,6 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fedlora.adapters import AdapterState
 from fedlora.adapters.flat import OWN
@@ -82,18 +83,25 @@ def with_personal_factors(broadcast: Broadcast, folder: Path) -> AdapterState:
     kept = load(folder, "personal", broadcast.round) if broadcast.plan.keep else None
     if kept is None:
         return broadcast.adapter
-    lora = dict(broadcast.adapter.lora)
+    plan = broadcast.plan
+    lora, tensors = dict(broadcast.adapter.lora), dict(broadcast.adapter.tensors)
+
+    def own(name: str, sent: Tensor, mine: Tensor) -> Tensor:
+        if mine.shape != sent.shape:
+            raise ConfigError(
+                f"{name} is {tuple(mine.shape)}, but this run needs {tuple(sent.shape)}; give the client its earlier "
+                f"rank, or remove {folder} to start it anew"
+            )
+        return mine
+
     for name in [name for name in lora if name in kept.lora]:
-        own = kept.lora[name]
-        for factor in broadcast.plan.keep:
-            sent, mine = getattr(lora[name], factor), getattr(own, factor)
-            if mine.shape != sent.shape:
-                raise ConfigError(
-                    f"{name}: this client's personal {factor} is {tuple(mine.shape)}, but this run needs "
-                    f"{tuple(sent.shape)}; give the client its earlier rank, or remove {folder} to start it anew"
-                )
-            lora[name] = replace(lora[name], **{factor: mine})
-    return replace(broadcast.adapter, lora=lora)
+        for factor in plan.kept_factors:
+            sent, mine = getattr(lora[name], factor), getattr(kept.lora[name], factor)
+            found = own(f"{name}: this client's personal {factor}", sent, mine)
+            lora[name] = replace(lora[name], **{factor: found})
+    for name in [name for name in tensors if plan.keeps(name) and name in kept.tensors]:
+        tensors[name] = own(f"this client's personal {name}", tensors[name], kept.tensors[name])
+    return AdapterState(lora=lora, tensors=tensors)
 
 
 def folder_of(root: str | Path, run: int | str, client_id: int) -> Path:

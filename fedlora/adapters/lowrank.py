@@ -96,7 +96,12 @@ def dense(B: Tensor, A: Tensor, rank: int = 0) -> Svd:
     all components together are the product up to fp64's rounding. Vectors that belong to singular values below 1e-8
     of the largest are mixed with each other.
     """
-    product = B.double() @ A.double()
+    return of_matrix(B.double() @ A.double(), rank)
+
+
+def of_matrix(matrix: Tensor, rank: int = 0) -> Svd:
+    """SVD of a matrix [..., d_out, d_in], as in `dense`."""
+    product = matrix.double()
     if product.shape[-2] <= product.shape[-1]:
         _, u = _leading_eigenpairs(product @ product.mT, rank)
         s, vh = _unit_rows(u.mT @ product)

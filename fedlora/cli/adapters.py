@@ -179,7 +179,7 @@ def _one(
 
     strategy = registry.STRATEGIES.resolve(source.config.strategy.name)
     facts: dict[str, Any] = {"rank": rank} if rank else {}
-    personal = "".join(sorted(strategy.personal))
+    personal = kept_by_clients(source.config)
     if client is None and personal:
         raise ConfigError(
             f"{source.adapter}: with {source.config.strategy.name}, {personal} stays on the clients and there is no "
@@ -193,6 +193,11 @@ def _one(
             trained = _personal(source, client)
 
     assert trained is not None
+    if peft_files.has_magnitudes(trained) and (rank or intruders is not None):
+        raise ConfigError(
+            f"{source.adapter}: a DoRA adapter has no factors whose product is its update, so that neither its rank "
+            "can be cut nor its intruders scaled; leave out --rank and --remove-intruders"
+        )
 
     def change(state: AdapterState) -> AdapterState:
         if client is not None and not personal:
@@ -211,6 +216,7 @@ def _one(
 def _personal(source: Source, client: ClientInfo) -> AdapterState:
     """The adapter from which the client would start its next round: shared and personal factors, with all folds."""
     from fedlora.clients.node import own_state  # pyright: ignore[reportMissingImports]
+    from fedlora.models.adapted import in_factors
     from fedlora.simulations import personal  # pyright: ignore[reportMissingImports]
     from fedlora.strategies import registry  # pyright: ignore[reportMissingImports]
     from fedlora.strategies.server import saved_state  # pyright: ignore[reportMissingImports]
@@ -226,7 +232,7 @@ def _personal(source: Source, client: ClientInfo) -> AdapterState:
             f"client {client.client_id}: no personal factors in {folder}; the client never trained, or has them on its "
             "node"
         )
-    return own
+    return in_factors(own, source.config.model, source.config.lora)
 
 
 def _clients(source: Source) -> list[ClientInfo]:
@@ -286,12 +292,13 @@ def _check_shared(adapter: Path) -> None:
     from fedlora.trained.evaluate import described
 
     about = described(adapter)
-    name = str(about.get("config", {}).get("strategy.name", ""))
-    kept = "" if "export" in about else kept_by_clients(name)
+    kept, config = "", about.get("config", {})
+    if "export" not in about and config:
+        kept = kept_by_clients(configuration.parse(config, where=str(adapter / "fedlora.json")))
     if kept:
         raise ConfigError(
-            f"--adapter {adapter}: with {name}, {kept} stays on the clients, and without it the adapter changes "
-            f"nothing; export a client's own first: fedlora export {adapter.parent} OUT --client 0"
+            f"--adapter {adapter}: with {config.get('strategy.name')}, {kept} stays on the clients, and without it the "
+            f"adapter is nobody's model; export a client's own first: fedlora export {adapter.parent} OUT --client 0"
         )
 
 

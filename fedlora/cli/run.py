@@ -150,8 +150,10 @@ def run(
     if watcher is not None:
         show(watcher, out)
     out.print(f"adapter: {folder / 'adapter'}", soft_wrap=True)
-    if kept := kept_by_clients(settings.strategy.name):
-        out.print(f"{kept} stays on each client, and without it the adapter changes nothing; for one client's adapter:")
+    if kept := kept_by_clients(settings):
+        out.print(
+            f"{kept} stays on each client, and without it the adapter is nobody's model; for one client's adapter:"
+        )
         out.print(f"         fedlora export {folder} OUT --client 0", soft_wrap=True)
     else:
         out.print(f"try it:  fedlora evaluate --adapter {folder / 'adapter'}", soft_wrap=True)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fedlora import config as configuration
 from fedlora.common import processes
-from fedlora.common.errors import StrategyError
+from fedlora.common.errors import ConfigError, StrategyError
 
 processes.share_cores()  # before any command loads torch
 app = typer.Typer(
@@ -77,11 +77,13 @@ def quiet() -> None:
         logging.getLogger("flwr").setLevel(logging.ERROR)
 
 
-def kept_by_clients(strategy: str) -> str:
-    """The factors that this strategy keeps on the clients, such as "B"; an empty text for most strategies."""
+def kept_by_clients(config: configuration.Config) -> str:
+    """What a run's strategy and adapter kind keep on the clients, such as "B"; an empty text for most runs."""
+    from fedlora.adapters.kinds.registry import KINDS
     from fedlora.strategies import registry  # pyright: ignore[reportMissingImports]
 
     try:
-        return " and ".join(sorted(registry.STRATEGIES.resolve(strategy).personal))
-    except StrategyError:  # a user's own strategy, whose module is not on this machine
+        personal = registry.STRATEGIES.resolve(config.strategy.name).personal
+        return " and ".join(sorted(personal | KINDS.make(config.lora.kind, config.lora.kind_options).kept))
+    except (StrategyError, ConfigError):  # a user's own, whose module is not on this machine
         return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Set
 from typing import Any, TypeVar
@@ -84,6 +85,13 @@ class Fields:
         value = self.head.get(key)
         if not isinstance(value, list) or not all(type(item) is kind for item in value):
             raise self._refused(key, value, f"a list of {kind.__name__}")
+        return value
+
+    def numbers(self, key: str) -> list[float]:
+        """A list of finite numbers."""
+        value = self.items(key, float)
+        if not all(map(math.isfinite, value)):
+            raise self._refused(key, value, "finite numbers")
         return value
 
     def class_names(self) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from fedlora.adapters import AdapterState
 from fedlora.config import alpha_of, matches
 
+_FACTORS = frozenset("ABR")
+
 
 @dataclass(frozen=True)
 class ClientInfo:
@@ -98,7 +100,9 @@ class Plan:
         train: the factors ("A", "B", "R") that are trained.
         send: the factors that are sent back.
         keep: the personal factors, which stay on the client from round to round. The client starts from its own
-            personal factors, or from those in the broadcast if it has none yet.
+            personal factors, or from those in the broadcast if it has none yet. Besides "A", "B" and "R", these are
+            parts of an adapter kind, by the ends of their tensors' names, such as "mtllora_L". They are never sent
+            back.
         modules: the modules whose factors are trained and sent back; None: all modules. The factors of other modules
             are not changed. Tensors trained in full are trained and sent back unless `train` is empty.
         terms: the terms that are added to the loss, and projections of the factors.
@@ -111,11 +115,18 @@ class Plan:
     terms: tuple[Term, ...] = ()
 
     def sent_back(self, adapter: AdapterState) -> AdapterState:
-        """The part of the adapter that is sent back: the factors of the plan's modules, and all tensors."""
-        if self.modules is None:
-            return adapter
-        lora = {name: factors for name, factors in adapter.lora.items() if name in self.modules}
-        return AdapterState(lora=lora, tensors=adapter.tensors)
+        """The part of the adapter that is sent back: the factors of the plan's modules, and all shared tensors."""
+        lora = {n: f for n, f in adapter.lora.items() if self.modules is None or n in self.modules}
+        return AdapterState(lora=lora, tensors={n: t for n, t in adapter.tensors.items() if not self.keeps(n)})
+
+    def keeps(self, tensor: str) -> bool:
+        """Whether the tensor of this name is a personal part of an adapter kind."""
+        return tensor.rpartition(".")[2] in self.keep - _FACTORS
+
+    @property
+    def kept_factors(self) -> frozenset[str]:
+        """The personal ones of "A", "B" and "R"."""
+        return self.keep & _FACTORS
 
 
 @dataclass(frozen=True)
@@ -135,6 +146,8 @@ class Broadcast:
         job: "train", or in round 0 the name of the statistic that the client measures at this adapter.
         run: key of the run, under which a client stores its own state. It stays the same when the run is resumed.
             Empty: Flower's run id.
+        probe: a number for each adapted module, in the order of their names, by which the client sees that it makes
+            the same fixed tensors of the base's weights as the server; empty for adapter kinds that make none.
     """
 
     round: int
@@ -146,6 +159,7 @@ class Broadcast:
     steady: bool = False
     job: str = "train"
     run: str = ""
+    probe: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

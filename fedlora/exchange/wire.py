@@ -30,7 +30,7 @@ from .codec import FORMATS, round_trip
 from .fields import METRICS_RECORD, Fields, metrics_record, read_metrics, require, short
 from .messages import Broadcast, ClientInfo, ClientUpdate, Plan, Term
 
-PROTOCOL = 2
+PROTOCOL = 3
 # Codes of a client's error: it refuses the message; it no longer has the folds; its loss is not finite.
 REFUSED, STALE, DIVERGED = 1001, 1002, 1003
 TRAIN_METRICS = frozenset(
@@ -58,7 +58,7 @@ _KEYS = MappingProxyType(
             {
                 *_COMMON,
                 *("round", "base-version", "folds-from", "folds"),
-                *("train", "send", "keep", "modules", "all-modules", *_TERMS, "steady", "job", "run"),
+                *("train", "send", "keep", "modules", "all-modules", *_TERMS, "steady", "job", "run", "probe"),
             }
         ),
         "update": frozenset(
@@ -117,7 +117,7 @@ def encode_broadcast(broadcast: Broadcast, fingerprint: str, dtype: str = "fp32"
         "folds": len(broadcast.folds),
         "train": "".join(sorted(broadcast.plan.train)),
         "send": "".join(sorted(broadcast.plan.send)),
-        "keep": "".join(sorted(broadcast.plan.keep)),
+        "keep": sorted(broadcast.plan.keep),
         "modules": sorted(broadcast.plan.modules or ()),
         "all-modules": broadcast.plan.modules is None,
         "terms": [term.name for term in broadcast.plan.terms],
@@ -126,6 +126,7 @@ def encode_broadcast(broadcast: Broadcast, fingerprint: str, dtype: str = "fp32"
         "steady": broadcast.steady,
         "job": broadcast.job,
         "run": broadcast.run,
+        "probe": [float(number) for number in broadcast.probe],
     }
     record = RecordDict()
     put(record, head, _ADAPTER, broadcast.adapter)
@@ -156,19 +157,20 @@ def decode_broadcast(record: RecordDict, fingerprint: str) -> Broadcast:
         plan=Plan(
             train=fields.letters("train", "ABR"),
             send=fields.letters("send", "ABR"),
-            keep=fields.letters("keep", "ABR"),
+            keep=frozenset(fields.items("keep", str)),
             modules=None if fields.flag("all-modules") else frozenset(fields.items("modules", str)),
             terms=_terms(fields),
         ),
         steady=fields.flag("steady"),
         job=fields.name("job"),
         run=fields.run_key(),
+        probe=tuple(fields.numbers("probe")),
     )
 
 
 def _terms(fields: Fields) -> tuple[Term, ...]:
-    names, numbers = fields.items(_TERMS[0], str), [fields.items(key, float) for key in _TERMS[1:]]
-    if any(len(each) != len(names) or not all(map(math.isfinite, each)) for each in numbers):
+    names, numbers = fields.items(_TERMS[0], str), [fields.numbers(key) for key in _TERMS[1:]]
+    if any(len(each) != len(names) for each in numbers):
         raise WireError(f"{fields.who}: malformed terms of the loss {short(names)}: {short(numbers)}")
     return tuple(itertools.starmap(Term, zip(names, *numbers, strict=True)))
 

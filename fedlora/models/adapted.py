@@ -8,7 +8,7 @@ factors, where the adapter has one, is part of the down projection, which then c
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import AdapterState, LoraFactors, concatenate, delta, relative_error
-from fedlora.adapters.kinds.base import AdapterKind, Place
+from fedlora.adapters.kinds.base import AdapterKind, Parts, Place, as_factors
 from fedlora.adapters.kinds.registry import KINDS
 from fedlora.common.errors import AdapterError, ModelError
 from fedlora.config import AnchorConfig, LoraConfig, ModelConfig
@@ -34,7 +34,7 @@ from . import (
     load_base,
     untie,
 )
-from .functional import Functional, Nothing
+from .functional import Functional, Nothing, Sight
 from .injection import (
     ADAPTER,
     ANCHOR,
@@ -45,6 +45,8 @@ from .injection import (
     shape_of,
     ties_may_be_adapted,
 )
+from .injection import shapes as base_shapes
+from .parts import constants_of, factored, place_of, placed
 from .trainable import Pair, Trainable
 
 
@@ -58,6 +60,9 @@ class AdaptedModel:
         config: what the base was loaded from.
         kind: of the adapters.
         merged: (run id, folds) merged into the weights of an unquantized base.
+        constants: (module, rank) -> the kind's constants there, and their `project`; of kinds that make them of the
+            weights.
+        sights: module -> its sight, of kinds that see the layer.
     """
 
     config: ModelConfig
@@ -67,6 +72,10 @@ class AdaptedModel:
     tensors: Mapping[str, nn.Parameter]
     kind: AdapterKind
     merged: tuple[object, tuple[AdapterState, ...]] = field(default=(None, ()))
+    constants: dict[tuple[str, int], tuple[Parts, float]] = field(
+        default_factory=dict[tuple[str, int], tuple[Parts, float]]
+    )
+    sights: Mapping[str, Sight] = field(default_factory=dict[str, Sight])
 
     @property
     def task(self) -> Task:
@@ -126,7 +135,8 @@ def _build(config: ModelConfig, lora: LoraConfig) -> AdaptedModel:
             )
     dense = head_parameters(model, base.heads)
     task_of(config).prepare(model)
-    return AdaptedModel(config=config, base=base, model=model, layers=layers, tensors=dense, kind=kind)
+    sights = {name: Sight(layer) for name, layer in layers.items()} if kind.sees_layer else {}
+    return AdaptedModel(config=config, base=base, model=model, layers=layers, tensors=dense, kind=kind, sights=sights)
 
 
 def install(
@@ -321,7 +331,7 @@ def _set_factors(
 
 def _places(model: AdaptedModel) -> list[tuple[str, Place]]:
     """Each module and where it stands, at a rank that does not matter yet."""
-    return [(name, Place(name, *shape_of(layer), rank=1)) for name, layer in model.layers.items()]
+    return [(name, place_of(name, layer)) for name, layer in model.layers.items()]
 
 
 def _set_parts(
@@ -334,28 +344,18 @@ def _set_parts(
         part: nn.Parameter(value.to(device, torch.float32, copy=True), requires_grad=trained)  # pyright: ignore
         for part, value in parts.items()
     }
-    made = Functional(model.kind, place, own)
+    made = Functional(model.kind, place, own, constants_of(model, place), model.sights.get(name))
     layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = made, Nothing(made.weight)
     layer.scaling[ADAPTER] = 1.0
     return [*own.values()] if trained else []
 
 
-def placed(kind: AdapterKind, name: str, layer: LoraLayer, adapter: AdapterState) -> tuple[Place, dict[str, Tensor]]:
-    """Where a module's adapter stands, and its parts.
-
-    Raises:
-        AdapterError: their shapes are not the kind's.
-    """
-    bare = Place(name, *shape_of(layer), rank=1)
-    parts = kind.parts_of(adapter.tensors, bare)
-    place = replace(bare, rank=kind.rank(parts))
-    expected = kind.shapes(place)
-    for part, value in parts.items():
-        if tuple(value.shape) != tuple(expected[part]):
-            raise AdapterError(
-                f"{name}: got {kind.name}'s {part} {tuple(value.shape)}, the model needs {tuple(expected[part])}"
-            )
-    return place, parts
+def in_factors(adapter: AdapterState, model: ModelConfig, lora: LoraConfig) -> AdapterState:
+    """The adapter of a run as LoRA factors. The base's weights are loaded only for kinds that need them."""
+    kind = KINDS.make(lora.kind, lora.kind_options)
+    if kind.needs_weight:
+        return factored(adapted_model(model, lora), adapter)
+    return adapter if kind.pairs else as_factors(adapter, kind, base_shapes(model, lora).lora)
 
 
 def ranks(model: AdaptedModel, adapter: AdapterState) -> dict[str, int]:

@@ -6,10 +6,13 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Protocol
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fedlora.adapters.kinds.base import AdapterKind, Place
+from fedlora.adapters.kinds.base import OUTPUT, WEIGHT, AdapterKind, Parts, Place
+
+from .weights import weight_of
 
 _COPIES: MutableMapping[Tensor, dict[torch.device, Tensor]] = WeakTensorKeyDictionary()  # constant -> its copies
 
@@ -20,11 +23,25 @@ class Functional(nn.Module):
     PEFT's layer casts its input to the dtype of `weight`, applies dropout, and adds the result to the base's output.
     """
 
-    def __init__(self, kind: AdapterKind, place: Place, parts: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        kind: AdapterKind,
+        place: Place,
+        parts: Mapping[str, nn.Parameter],
+        constants: Parts | None = None,
+        sight: Sight | None = None,
+    ) -> None:
+        """Args:
+        kind: of the adapter.
+        place: the layer.
+        parts: the trained parts.
+        constants: the kind's constants at this place; made anew when left out.
+        sight: of the layer, for kinds that see it.
+        """
         super().__init__()
-        self.kind, self.place = kind, place
+        self.kind, self.place, self.sight = kind, place, sight
         self.parts = nn.ParameterDict(dict(parts))
-        for name, constant in kind.constants(place).items():
+        for name, constant in (kind.constants(place) if constants is None else constants).items():
             self.register_buffer(f"constant_{name}", _shared(constant, self.weight.device), persistent=False)
 
     @property
@@ -37,7 +54,32 @@ class Functional(nn.Module):
         return {name.removeprefix("constant_"): value for name, value in self.named_buffers()}
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.kind.forward(x, dict(self.parts), self.constants, self.place)
+        seen = self.sight.take(x) if self.sight else {}
+        return self.kind.forward(x, dict(self.parts), {**self.constants, **seen}, self.place)
+
+
+class Sight:
+    """What a kind sees of its layer: the frozen weight, and the layer's own output for the present input."""
+
+    def __init__(self, layer: LoraLayer) -> None:
+        self._layer, self._output = layer, dict[str, Tensor]()
+        self._base: nn.Module = layer.get_base_layer()
+        self._base.register_forward_hook(self._see)
+
+    def _see(self, module: nn.Module, args: object, output: Tensor) -> None:
+        self._output[OUTPUT] = output
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, dequantized, [d_out, d_in], in fp32."""
+        return weight_of(self._layer).float()
+
+    def take(self, x: Tensor) -> dict[str, Tensor]:
+        """The weight, and the output of the forward pass that is under way, without its bias; once for a pass."""
+        output = self._output.pop(OUTPUT).to(x.dtype)
+        bias = self._base.bias
+        seen = output if bias is None else output - bias.to(x.dtype)  # pyright: ignore[reportCallIssue, reportOperatorIssue]
+        return {WEIGHT: self.weight.to(x.device), OUTPUT: seen}
 
 
 def _shared(constant: Tensor, device: torch.device) -> Tensor:
@@ -84,8 +126,12 @@ class FunctionalStack(nn.Module):
         one, clients = self._one[0], self._rows.check(x)
         stacks = {name: torch.stack([own[name] for own in self._parts[:clients]]) for name in self._parts[0]}
 
-        def of_one(rows: Tensor, own: dict[str, Tensor]) -> Tensor:
-            return one.kind.forward(rows, own, one.constants, one.place)
+        seen = one.sight.take(x) if one.sight else {}
+        shared = {name: value for name, value in {**one.constants, **seen}.items() if name != OUTPUT}
+        rowwise = {name: value.unflatten(0, (clients, -1)) for name, value in seen.items() if name == OUTPUT}
 
-        together = torch.vmap(of_one)(x.unflatten(0, (clients, -1)), stacks)
+        def of_one(rows: Tensor, own: dict[str, Tensor], outputs: dict[str, Tensor]) -> Tensor:
+            return one.kind.forward(rows, own, {**shared, **outputs}, one.place)
+
+        together = torch.vmap(of_one)(x.unflatten(0, (clients, -1)), stacks, rowwise)
         return together.flatten(0, 1)

@@ -19,6 +19,7 @@ from fedlora.adapters.lowrank import Svd
 from fedlora.common.errors import AdapterError
 
 from .adapted import AdaptedModel, merge_folds, read
+from .parts import factored
 from .weights import weight_of
 
 # These are also the defaults of PEFT's reduce_intruder_dimension.
@@ -104,7 +105,7 @@ class BaseSpectra:
 
     def counts(self, k: int = K, epsilon: float = EPSILON) -> dict[str, int]:
         """Module -> number of intruders of the installed adapter and of merged folds; an anchor does not count."""
-        installed = read(self._model).lora
+        installed = factored(self._model, read(self._model)).lora
         return {
             name: count(weight_of(layer), installed[name], k, epsilon, self._left[name])
             for name, layer in self._model.layers.items()

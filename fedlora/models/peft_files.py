@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fedlora.adapters import AdapterState, LoraFactors, compress
 from fedlora.adapters.flat import PEFT
+from fedlora.adapters.kinds.base import MAGNITUDE
 from fedlora.common.assets import hub_name
 from fedlora.common.errors import AdapterError
 from fedlora.config import ModelConfig
@@ -23,7 +24,8 @@ from fedlora.tasks.registry import task_of
 def save_checkpoint(adapter: AdapterState, folder: Path, model: ModelConfig, about: Mapping[str, object]) -> None:
     """Write a PEFT checkpoint that `PeftModel.from_pretrained` loads on the unchanged base model.
 
-    Every module is written at its numerical rank, with scaling 1; unequal ranks are in `rank_pattern`.
+    Every module is written at its numerical rank, with scaling 1; unequal ranks are in `rank_pattern`. An adapter with
+    magnitudes becomes PEFT's DoRA.
 
     Args:
         adapter: the whole trained adapter, folds included.
@@ -34,7 +36,7 @@ def save_checkpoint(adapter: AdapterState, folder: Path, model: ModelConfig, abo
     small = compress(adapter.lora)
     ranks = {name: factors.rank for name, factors in small.items()}
     top = max(ranks.values())
-    heads = sorted({name.rsplit(".", 1)[0].split(".")[0] for name in adapter.tensors})
+    heads = sorted({name.rsplit(".", 1)[0].split(".")[0] for name in adapter.tensors if not is_magnitude(name)})
     config = PeftLoraConfig(
         r=top,
         lora_alpha=top,
@@ -42,6 +44,7 @@ def save_checkpoint(adapter: AdapterState, folder: Path, model: ModelConfig, abo
         rank_pattern={name: rank for name, rank in ranks.items() if rank != top},
         alpha_pattern={name: rank for name, rank in ranks.items() if rank != top},
         modules_to_save=heads or None,
+        use_dora=has_magnitudes(adapter),
         task_type=task_of(model).peft_type,
         base_model_name_or_path=hub_name(model.name),
         inference_mode=True,
@@ -62,8 +65,18 @@ def save_checkpoint(adapter: AdapterState, folder: Path, model: ModelConfig, abo
     shutil.rmtree(old, ignore_errors=True)
 
 
+def is_magnitude(name: str) -> bool:
+    """Whether a tensor of this name is DoRA's magnitude of a module."""
+    return name.endswith(f".{MAGNITUDE}")
+
+
+def has_magnitudes(adapter: AdapterState) -> bool:
+    """Whether the adapter is DoRA's, so that its factors alone are not its update."""
+    return any(map(is_magnitude, adapter.tensors))
+
+
 def read_adapter(folder: Path) -> AdapterState:
-    """The adapter in a PEFT checkpoint.
+    """The adapter in a PEFT checkpoint; DoRA's magnitudes are tensors "<module>.lora_magnitude_vector".
 
     Raises:
         AdapterError: the files cannot be read, or contain something else than LoRA factors.

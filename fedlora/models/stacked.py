@@ -22,9 +22,10 @@ from torch.nn import functional as F
 from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.common.errors import AdapterError
 
-from .adapted import AdaptedModel, fp32_copy, install, install_anchor, placed
+from .adapted import AdaptedModel, fp32_copy, install, install_anchor
 from .functional import Functional, FunctionalStack, Nothing
 from .injection import ADAPTER
+from .parts import placed
 from .trainable import Pair, Trainable
 
 

@@ -19,6 +19,8 @@ from fedlora.data.classes import numbered
 from fedlora.data.places import with_places
 from fedlora.models import BaseModel, adapted, check_length, load_base, longest
 from fedlora.models.injection import ties_may_be_adapted
+from fedlora.models.parts import with_parts
+from fedlora.models.peft_files import has_magnitudes
 from fedlora.tasks.predict import evaluate
 from fedlora.tasks.registry import task_of
 from fedlora.tasks.scores import scores
@@ -147,9 +149,12 @@ def score(adapter: AdapterState, rows: Dataset, config: Config, classes: tuple[s
     Raises:
         DataError: rows cannot be used.
     """
-    model = adapted.adapted_model(config.model, replace(config.lora, kind="lora", kind_options=""))
+    own = has_magnitudes(adapter)  # DoRA's, which only its own kind can install
+    model = adapted.adapted_model(
+        config.model, config.lora if own else replace(config.lora, kind="lora", kind_options="")
+    )
     form_of(rows.column_names, config.data, model.task)
     examples = encode(with_places(numbered(rows, config.data, classes)), model.base.tokenizer, config.data, model.task)
     adapted.merge_folds(model, None, ())  # a run may have left its folds in the weights
-    adapted.install(model, adapter)
+    adapted.install(model, with_parts(model, adapter) if own else adapter)
     return evaluate(model.task, model.model, examples, config.evaluate.batch_size, model.base.pad_id)

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import AdapterState, compress, delta, relative_error, svd_each
 from fedlora.adapters import leading as leading_factors
+from fedlora.adapters.kinds.base import MAGNITUDE
 from fedlora.common.errors import AdapterError, ModelError
 from fedlora.config import Config, parse
 from fedlora.exchange import ClientInfo
@@ -24,7 +25,7 @@ from fedlora.models import BaseModel, at_hand, load_base, resolve, untie
 from fedlora.models.adapted import adapted_model, forget, install
 from fedlora.models.base.read import quiet
 from fedlora.models.intruders import BaseSpectra, without_intruders
-from fedlora.models.peft_files import save_checkpoint
+from fedlora.models.peft_files import is_magnitude, save_checkpoint
 from fedlora.results.run_folder import stored
 from fedlora.results.runs import adapter_folder
 from fedlora.tasks.registry import task_of
@@ -127,7 +128,8 @@ def with_fewer_intruders(
         AdapterError: the adapter does not fit the base model.
     """
     plain = replace(source.config.model, quantization="none", compute_dtype="fp32", device="cpu")
-    model = adapted_model(plain if merge else source.config.model, source.config.lora)
+    factors = replace(source.config.lora, kind="lora", kind_options="")  # as which every kind is saved
+    model = adapted_model(plain if merge else source.config.model, factors)
     check_base(source, model.base)
     changed = cut(without_intruders(model, trained, lam))
     spectra, found = BaseSpectra(model), {"lambda": lam}
@@ -275,6 +277,10 @@ def merge(base: BaseModel, adapter: AdapterState) -> list[str]:
                 _log.info("%s shares its weight with %s, and gets its own for the merge", name, other)
                 untied.append(name)
             weight, update = cast("Tensor", module.weight), delta(factors)
+            size = adapter.tensors.get(f"{name}.{MAGNITUDE}")
+            if size is not None:  # DoRA: the rows of W + dW get these lengths
+                whole = (weight.T if isinstance(module, Conv1D) else weight) + update.to(weight)
+                update = (size / whole.norm(dim=1)).to(weight)[:, None] * whole - (whole - update.to(weight))
             update = update.T if isinstance(module, Conv1D) else update
             if update.shape != weight.shape:
                 raise AdapterError(
@@ -282,6 +288,8 @@ def merge(base: BaseModel, adapter: AdapterState) -> list[str]:
                 )
             weight.add_(update.to(weight))
         for name, tensor in adapter.tensors.items():
+            if is_magnitude(name):
+                continue
             if name not in heads or heads[name].shape != tensor.shape:
                 raise AdapterError(f"{name}: the base has no such tensor of shape {tuple(tensor.shape)}")
             heads[name].copy_(tensor)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -120,6 +121,8 @@ def unmixable(task: Task, model: PeftModel) -> str:
     """The reason why PEFT cannot mix adapters in this model's batches; empty if it can."""
     if isinstance(task.narrowed(model), (LoraLayer, AuxiliaryTrainingWrapper)):
         return "the output layer has an adapter of its own"
+    if any(settings.use_dora for settings in cast("dict[str, LoraConfig]", model.peft_config).values()):
+        return "PEFT cannot mix batches of DoRA"
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module.original_module, _MIXABLE_HEADS):
             return f"PEFT cannot mix batches in {name}, a {type(module.original_module).__name__} trained in full"

@@ -13,7 +13,7 @@ from fedlora.common.errors import ConfigError, StrategyError, suggest
 from fedlora.config import Config, Scalar, client_rank, clients_per_round, flatten, parse, parse_overrides, read_toml
 from fedlora.tasks.registry import check_task
 
-from ...strategies.registry import STRATEGIES, check_ranks
+from ...strategies.registry import check_ranks, configured
 from .ranking import lower_is_better
 
 SCHEMA = 1  # version of the files of a comparison
@@ -185,7 +185,7 @@ def _arm(path: Path, grid: Grid, scenario: str, label: str, setting: Config) -> 
     arm = parse({"strategy.name": label, **grid.variants.get(label, {})}, setting, where=where)
     try:
         check_ranks(arm)
-        personal = STRATEGIES.resolve(arm.strategy.name).personal
+        personal = configured(arm).personal
     except StrategyError as error:
         raise StrategyError(f"{where}: {label!r} in scenario {scenario!r}: {error}") from None
     task = check_task(arm)

@@ -22,7 +22,7 @@ from fedlora.common.events import emit
 from fedlora.config import Config, clients_per_round
 from fedlora.data import prepare
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
-from fedlora.models import adapted, base_fingerprint, check_length, injection
+from fedlora.models import adapted, base_fingerprint, check_length, injection, parts
 from fedlora.models.weights import weight_of
 from fedlora.results.record import RunRecord
 from fedlora.tasks.registry import check_task, task_of
@@ -34,7 +34,7 @@ from ..initializers.base import Initializer
 from ..initializers.from_weights import Bound, FromWeights
 from ..initializers.registry import initializer
 from ..initializers.uniform import seeded
-from ..registry import NAMES, check, configured, naming_others
+from ..registry import NAMES, check, check_evaluation, check_places, configured, naming_others
 from ..server import guard, returned, saved_state
 from ..server.classes import out_of_order
 from ..server.collect import TrainRound, evaluate_on_clients
@@ -55,6 +55,7 @@ class Session:
     Attributes:
         state: what the next round starts from.
         done: the last round that is complete; 0 before round 1.
+        frozen: the base with its weights, where the adapter kind makes fixed tensors of them; else None.
         previous: what the last round was played from, and how far each client moved in it; None where nothing is
             known that the run could be taken back to.
     """
@@ -72,6 +73,7 @@ class Session:
     evaluator: HeldOutEvaluator | None
     state: ServerState
     done: int
+    frozen: adapted.AdaptedModel | None = None
     previous: tuple[ServerState, Mapping[int, float]] | None = None
 
     @classmethod
@@ -86,16 +88,14 @@ class Session:
         strategy = configured(config)
         with naming_others():
             chosen = initializer(config.lora, strategy)
-        if strategy.personal and config.evaluate.server and not config.evaluate.clients:
-            raise StrategyError(
-                f"strategy.name = {config.strategy.name}: {' and '.join(sorted(strategy.personal))} stays on the "
-                "clients, so that only they can evaluate what is learned; set evaluate.clients = true"
-            )
-        base, kind = _base(config), KINDS.make(config.lora.kind, config.lora.kind_options)
+        kind = KINDS.make(config.lora.kind, config.lora.kind_options)
+        check_evaluation(config, strategy)
+        base = _base(config)
         fingerprint = base_fingerprint(config.model)
         saved = saved_state.load(record.folder / "state", record.key, config.run.from_round)
         if saved and config.run.from_round >= 0:  # first what is served, and the later states last of all
-            record.save_adapter(as_factors(strategy.global_adapter(saved[0]), kind, base.lora))
+            served = strategy.global_adapter(saved[0])
+            record.save_adapter(_factored(served, kind, base, _frozen(config, kind)))
         record.go_on(saved and saved[1])
         evaluates = config.evaluate.server and not strategy.personal
         if saved:
@@ -107,6 +107,7 @@ class Session:
         meeting.begin()
         clients = list(meeting.roster.infos.values())
         check(strategy, clients, config.lora)
+        check_places(clients, config.lora, base.lora)
         if said := out_of_order(base.classes, clients[0].class_names):
             raise ConfigError(said)
         record.start(clients, fingerprint, base.facts(), clients[0].class_names)
@@ -121,6 +122,7 @@ class Session:
             session.initializer = Bound(chosen, session._weight)
         if ranks.rule.statistic:
             session.initializer = Allocated(session.initializer, ranks.rule, session._settle)
+        session.frozen = _frozen(config, kind)
         session._baseline(new=saved is None)
         return session
 
@@ -128,8 +130,8 @@ class Session:
         """Round 0 in the record: the untouched base."""
         if self.strategy.personal:
             _log.info(
-                "no evaluation on held-out rows: %s has no model without a client's own factors",
-                type(self.strategy).__name__,
+                "no evaluation on held-out rows: there is no model without a client's own %s",
+                " and ".join(sorted(self.strategy.personal)),
             )
         if self.evaluator:
             if new:
@@ -246,14 +248,15 @@ class Session:
 
     def _for(self, number: int) -> Callable[[ClientInfo], Broadcast]:
         """What each client is sent in a round that starts from the present state."""
-        state = self.state
+        state, key = self.state, self.record.key
         if number == 0:
-            return lambda client: replace(self.initializer.ask(state.adapter, client), run=self.record.key)
+            return lambda client: replace(self.initializer.ask(state.adapter, client), run=key)
+        probe = parts.probe(self.frozen, state.adapter) if self.frozen else ()
 
         def sent(client: ClientInfo) -> Broadcast:
             made = self.ranks.narrow(self.strategy.broadcast(state, client, number))
             plan = replace(made.plan, terms=(*made.plan.terms, *self.initializer.terms))
-            return replace(made, plan=plan, run=self.record.key)
+            return replace(made, plan=plan, run=key, probe=probe)
 
         return sent
 
@@ -275,7 +278,7 @@ class Session:
 
     def _save(self, learned: AdapterState) -> None:
         """Everything learned, as factors on the untouched base."""
-        self.record.save_adapter(as_factors(learned, self.kind, self.base.lora))
+        self.record.save_adapter(_factored(learned, self.kind, self.base, self.frozen))
 
     def _aggregate(
         self, state: ServerState, this: TrainRound, chosen: Sequence[int], seconds: dict[str, float]
@@ -394,6 +397,24 @@ def _check_lost(record: RunRecord, roster: Roster, config: Config) -> None:
             f"all {config.federation.rounds} rounds are done and the adapter is saved, but without a client that was "
             f"refused every time: {'; '.join(lost[:3])}{more}; mend that, or set federation.lost-clients = accept"
         )
+
+
+def _frozen(config: Config, kind: AdapterKind) -> adapted.AdaptedModel | None:
+    """The base with its weights, where the kind makes fixed tensors of them."""
+    if not kind.needs_weight:
+        return None
+    if not config.evaluate.server:
+        _log.info(
+            "lora.kind = %s: the server loads the base's weights, which its fixed tensors come from", config.lora.kind
+        )
+    return adapted.adapted_model(config.model, config.lora)
+
+
+def _factored(
+    learned: AdapterState, kind: AdapterKind, base: injection.Shapes, frozen: adapted.AdaptedModel | None
+) -> AdapterState:
+    """An adapter of any kind as factors."""
+    return parts.factored(frozen, learned) if frozen else as_factors(learned, kind, base.lora)
 
 
 def _base(config: Config) -> injection.Shapes:

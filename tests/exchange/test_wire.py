@@ -44,6 +44,9 @@ def same(left: AdapterState, right: AdapterState) -> bool:
     )
 
 
+PLAN = Plan(train=frozenset("B"), send=frozenset("B"), keep=frozenset({"A", "mtllora_L"}), modules=frozenset(["q"]))
+
+
 @settings(deadline=None, max_examples=25)
 @given(
     seed=st.integers(0, 1000),
@@ -58,13 +61,30 @@ def test_a_broadcast_arrives_bit_for_bit(seed, ranks, d_in, folds):
         base_version=5,
         folds=tuple(adapter(seed + i, ranks, d_in, tensors=False) for i in range(folds)),
         folds_from=2,
-        plan=Plan(train=frozenset("B"), send=frozenset("B"), modules=frozenset(["q"])),
+        plan=PLAN,
+        probe=(0.5, -1.25),
     )
     got = wire.decode_broadcast(wire.encode_broadcast(sent, BASE), BASE)
     assert same(got.adapter, sent.adapter)
     assert all(same(g, s) for g, s in zip(got.folds, sent.folds, strict=True))
     assert (got.round, got.base_version, got.folds_from) == (3, 5, 2)
-    assert got.plan == Plan(train=frozenset("B"), send=frozenset("B"), modules=frozenset(["q"]))
+    assert got.plan == PLAN
+    assert got.probe == (0.5, -1.25)
+
+
+@pytest.mark.parametrize("probe", [[float("nan")], [1], "0.5"])
+def test_a_probe_is_a_list_of_finite_numbers(probe):
+    record = wire.encode_broadcast(Broadcast(round=1, adapter=adapter(0)), BASE)
+    record["head"]["probe"] = probe
+    with pytest.raises(WireError, match="the server sent probe"):
+        wire.decode_broadcast(record, BASE)
+
+
+def test_personal_parts_of_a_kind_are_not_sent_back():
+    tensors = {"q.mtllora_L": torch.eye(2), "q.mtllora_A": torch.ones(2, 3), "mtllora_L.weight": torch.ones(1)}
+    plan = Plan(keep=frozenset({"B", "mtllora_L"}))
+    assert set(plan.sent_back(AdapterState(tensors=tensors)).tensors) == {"q.mtllora_A", "mtllora_L.weight"}
+    assert plan.kept_factors == {"B"}
 
 
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
@@ -238,7 +258,7 @@ def test_other_bases_protocols_and_formats_are_refused_by_name():
     with pytest.raises(WireError, match="the server has base model 'abc123', but this side 'def'"):
         wire.decode_broadcast(record, "def")
     record["head"]["protocol"] = 99
-    with pytest.raises(WireError, match="uses protocol 99, but this side 2"):
+    with pytest.raises(WireError, match="uses protocol 99, but this side 3"):
         wire.decode_broadcast(record, BASE)
     record["head"]["protocol"] = wire.PROTOCOL
     record["head"]["dtype"] = "fp8"

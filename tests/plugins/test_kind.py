@@ -60,7 +60,9 @@ def mine(tmp_path, monkeypatch):
     return write_module(tmp_path, monkeypatch, "kinds_of_mine", MINE) + ":Output"
 
 
-@pytest.mark.parametrize("kind", ["miss", "randlora", "vera", "beamlora", "block-lora", "mine"])
+@pytest.mark.parametrize(
+    "kind", ["miss", "randlora", "vera", "beamlora", "block-lora", "lora-xs", "loldu", "dora", "glora", "mine"]
+)
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("keys", [{}, {"strategy__server_optimizer": "momentum", "strategy__server_beta1": 0.0}])
 def test_a_federation_learns_and_clients_at_once_are_clients_alone(

@@ -168,7 +168,7 @@ def fedsa(folder: Path, model: Path, **keys: Any) -> Config:
 def test_with_factors_on_the_clients_only_they_evaluate(tmp_path, tiny_llama, caplog):
     with caplog.at_level(logging.INFO, logger="fedlora"):
         folder, result = run_locally(fedsa(tmp_path, tiny_llama, federation__rounds=3, train__lr=2e-2, train__steps=6))
-    assert "no evaluation on held-out rows: FedSa has no model without a client's own factors" in caplog.text
+    assert "no evaluation on held-out rows: there is no model without a client's own B" in caplog.text
     assert "baseline" not in result
     losses = [entry["client-test"]["mean"]["loss"] for entry in result["rounds"]]
     assert losses[2] < losses[1] < losses[0]

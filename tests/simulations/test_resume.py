@@ -59,8 +59,16 @@ RUNS: dict[str, dict[str, Scalar]] = {
     "flora-flexora": {"strategy.name": "flora", "lora.allocation": "flexora"},
     "fedavg-pissa": {"strategy.name": "fedavg", "lora.init": "pissa", **EQUAL},
     "flexlora-comp-lora": {"strategy.name": "flexlora", "lora.init": "comp-lora", "lora.init-options": "k=4"},
+    "mtl-lora-int8": {
+        "lora.kind": "mtl-lora",
+        "strategy.name": "fedavg",
+        "wire.upload-dtype": "int8",
+        **PERSONAL,
+        **EQUAL,
+    },
+    "dora": {"lora.kind": "dora", "strategy.name": "fedavg", **EQUAL},
 }
-QUICK = ("flora", "lora-fair-int8", "fedsa", "flora-eva-ranks", "flora-flexora")
+QUICK = ("flora", "lora-fair-int8", "fedsa", "flora-eva-ranks", "flora-flexora", "mtl-lora-int8")
 
 
 class Killed(BaseException):

@@ -179,8 +179,9 @@ def test_evaluate_scores_the_learned_adapter_on_other_rows(keys, rows, llama):
         result.evaluate([{"question": "why"}])
 
 
-def test_evaluate_scores_an_adapter_of_another_kind(keys, rows, tiny_llama):
-    keys |= {"lora.kind": "miss", "lora.ranks": "2", "federation.rounds": 1}
+@pytest.mark.parametrize("kind", ["miss", "loldu", "dora"])
+def test_evaluate_scores_an_adapter_of_another_kind(keys, rows, tiny_llama, kind):
+    keys |= {"lora.kind": kind, "lora.ranks": "2", "federation.rounds": 1}
     result = fedlora.run(keys, data=rows, model=tiny_llama, strategy="fedavg")
     found = result.evaluate(fedlora.data.prepare(result.config).heldout)
     assert found["loss"] == pytest.approx(result.rounds[-1]["heldout"]["loss"], rel=1e-5)

@@ -176,7 +176,7 @@ def test_a_personal_export_has_the_client_s_own_factors(tmp_path, tiny_llama, fe
     assert "B stays on the clients" in refused
     code, _, refused = fedlora("evaluate", "--adapter", folder)
     assert code == 1
-    assert "with fedsa, B stays on the clients, and without it the adapter changes nothing" in refused
+    assert "with fedsa, B stays on the clients, and without it the adapter is nobody's model" in refused
     assert fedlora("evaluate", "--adapter", tmp_path / "out")[0] == 0
 
 

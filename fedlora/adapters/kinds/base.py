@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fedlora.common.errors import AdapterError
+
 from ..algebra import stack
 from ..state import AdapterState, LoraFactors
+from .signs import signs
 
 Parts = Mapping[str, Tensor]
+WEIGHT, OUTPUT = "W", "y"  # what a kind that sees the layer gets beside its constants
+MAGNITUDE = "lora_magnitude_vector"  # PEFT's name
+
+
+def _unknown() -> Tensor:
+    raise AdapterError("the layer's frozen weight is not known here; load the base model first")
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,7 @@ class Place:
         d_in: number of the layer's inputs.
         rank: rank of the adapter.
         scaling: LoRA's scaling at this rank, for kinds that have a scaling.
+        weight: gives the layer's frozen weight [d_out, d_in], dequantized, for kinds with `needs_weight`.
     """
 
     module: str
@@ -33,6 +43,7 @@ class Place:
     d_in: int
     rank: int
     scaling: float = 1.0
+    weight: Callable[[], Tensor] = field(default=_unknown, compare=False, repr=False)
 
 
 class AdapterKind(ABC):
@@ -46,14 +57,34 @@ class AdapterKind(ABC):
         name: beginning of the parts' names; letters and digits only.
         pairs: True if the parts are LoRA's A and B, which are sent as `AdapterState.lora`.
         linear: True if the mean of the parts gives the mean of the updates, so that averaging is exact.
+        needs_weight: True if `constants` are made of the layer's frozen weight, `place.weight()`. They are then made
+            once for a model and a rank, also on the server, which loads the base's weights for them.
+        sees_layer: True if `forward` finds two more tensors among its constants, and `factors` the first of them: the
+            layer's frozen weight "W" [d_out, d_in], and "y" [..., d_out], the layer's own output without a bias. It
+            implies `needs_weight`. Under dropout, x has been through it, and y has not.
+        dense: True if `forward` keeps a matrix of the weight's size for each client until the backward pass.
+        factored: False if `factors` are the update only together with a `magnitude`, as in DoRA.
+        personal: parts that stay on the client from round to round, and are never sent to the server.
     """
 
     name: ClassVar[str]
     pairs: ClassVar[bool] = False
     linear: ClassVar[bool] = False
+    needs_weight: ClassVar[bool] = False
+    sees_layer: ClassVar[bool] = False
+    dense: ClassVar[bool] = False
+    factored: ClassVar[bool] = True
+    personal: ClassVar[frozenset[str]] = frozenset()
 
     def check(self, rank: int) -> None:  # noqa: B027 - most serve any rank
         """Check that the kind works at this rank of a module.
+
+        Raises:
+            ConfigError: it does not.
+        """
+
+    def check_place(self, place: Place) -> None:  # noqa: B027 - most serve any layer
+        """Check that the kind works in this layer, before its weight is known.
 
         Raises:
             ConfigError: it does not.
@@ -72,7 +103,11 @@ class AdapterKind(ABC):
         return {name: torch.zeros(shape) for name, shape in self.shapes(place).items()}
 
     def constants(self, place: Place) -> dict[str, Tensor]:
-        """Tensors that are never trained and never sent, since server and clients compute the same ones."""
+        """Tensors that are never trained and never sent, since server and clients compute the same ones.
+
+        They must not depend on the machine. With `needs_weight`, what a decomposition leaves open, such as the signs of
+        singular vectors, has to be fixed; the server sends a number for each module with which clients compare theirs.
+        """
         return {}
 
     @abstractmethod
@@ -91,7 +126,18 @@ class AdapterKind(ABC):
 
     @abstractmethod
     def factors(self, parts: Parts, constants: Parts, place: Place) -> LoraFactors:
-        """The same update as factors B and A, for checkpoints, exports and spectra."""
+        """The same update as factors B and A, for checkpoints, exports and spectra.
+
+        Unless `factored`, they are those that belong to a `magnitude`.
+        """
+
+    def magnitude(self, parts: Parts, constants: Parts, place: Place) -> Tensor:
+        """The norms [d_out] of the rows of W + dW, for a kind whose checkpoint is PEFT's DoRA: it has no small B A."""
+        raise AdapterError(f"{self.name} has no magnitude")
+
+    def of_magnitude(self, factors: LoraFactors, magnitude: Tensor, constants: Parts) -> dict[str, Tensor]:
+        """The parts of which `factors` and `magnitude` are made, for a kind that has one."""
+        raise AdapterError(f"{self.name} has no magnitude")
 
     def after_round(self, before: Sequence[Parts], after: Sequence[Parts], share: float) -> Sequence[Parts]:
         """The shared parts of all modules after a round, as the server changes them; by default, they stay as they are.
@@ -106,6 +152,11 @@ class AdapterKind(ABC):
     def key(self, module: str, part: str) -> str:
         """The name of a module's part among an adapter's tensors."""
         return f"{module}.{self.name}_{part}"
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """The ends of the personal parts' names among an adapter's tensors; see `key`."""
+        return frozenset(f"{self.name}_{part}" for part in self.personal)
 
     def parts_of(self, tensors: Mapping[str, Tensor], place: Place) -> dict[str, Tensor]:
         """One module's parts, taken from an adapter's tensors; parts that are missing are left out."""
@@ -142,13 +193,21 @@ def after_round(
     return AdapterState(lora=after.lora, tensors={**after.tensors, **parts})
 
 
-def as_factors(adapter: AdapterState, kind: AdapterKind, shapes: Mapping[str, tuple[int, int]]) -> AdapterState:
+def as_factors(
+    adapter: AdapterState,
+    kind: AdapterKind,
+    shapes: Mapping[str, tuple[int, int]],
+    constants: Callable[[Place], Parts] | None = None,
+) -> AdapterState:
     """The adapter with the parts of its kind converted to LoRA factors. Other factors and tensors are kept.
+
+    A kind's magnitudes become tensors "<module>.lora_magnitude_vector", as in PEFT.
 
     Args:
         adapter: an adapter of this kind.
         kind: the adapter's kind.
         shapes: module -> (d_out, d_in).
+        constants: gives the kind's constants at a place; by default `kind.constants`, for kinds without `needs_weight`.
     """
     if kind.pairs:
         return adapter
@@ -159,8 +218,33 @@ def as_factors(adapter: AdapterState, kind: AdapterKind, shapes: Mapping[str, tu
         if not parts:
             continue
         place = Place(module, d_out, d_in, rank=kind.rank(parts))
-        found = kind.factors(parts, kind.constants(place), place)
+        fixed = (constants or kind.constants)(place)
+        found = kind.factors(parts, fixed, place)
         lora[module] = stack([lora[module], found]) if module in lora else found
+        if not kind.factored:
+            tensors[f"{module}.{MAGNITUDE}"] = kind.magnitude(parts, fixed, place)
         for part in parts:
             del tensors[kind.key(module, part)]
     return AdapterState(lora=lora, tensors=tensors)
+
+
+def whole(update: Tensor) -> LoraFactors:
+    """An update of full rank as factors: one of them is the update, the other one the identity."""
+    d_out, d_in = update.shape
+    if d_out <= d_in:
+        return LoraFactors(A=update, B=torch.eye(d_out).to(update), scaling=1.0)
+    return LoraFactors(A=torch.eye(d_in).to(update), B=update, scaling=1.0)
+
+
+def project(constants: Parts) -> float:
+    """A number by which two machines tell whether they hold the same constants: their sum over random signs, in fp64.
+
+    It is of the order of 1, whatever the size of the constants, and another sign or order of one vector changes it.
+    """
+    total = 0.0
+    for name, value in sorted(constants.items()):
+        matrix = value.detach().to("cpu", torch.float64)
+        matrix = matrix.reshape(len(matrix), -1)
+        left, right = (signs(f"project.{name}.{side}", 0, size).double() for side, size in enumerate(matrix.shape))
+        total += float(left @ matrix @ right / matrix.norm().clamp(min=torch.finfo(torch.float64).tiny))
+    return total

@@ -26,7 +26,8 @@ class RandLora(AdapterKind):
     has no gradient, and the update has rank r as long as it stays one. With g_j fixed the update is linear in l, so
     that FedAvg over l gives the mean of the updates. A client uploads about min(d_out, d_in) numbers for a layer.
     Cost: as many operations as the layer itself, and factors of that size beside it, shared by layers of equal shape.
-    A result has full rank, so that its LoRA checkpoint is about twice as large as the weights.
+    A result has full rank, so that its LoRA checkpoint is about twice as large as the weights: 186 MB for the attention
+    of SmolLM2-135M, which takes 10 s of one core to write in each round, in a process of 2.3 GB.
 
     Args:
         scale: c = scale / max(d_out, d_in). 20 is alpha / r of the paper's experiments.

@@ -17,5 +17,10 @@ KINDS = Registry(
         "vera": "fedlora.adapters.kinds.vera:Vera",
         "beamlora": "fedlora.adapters.kinds.beam_lora:BeamLora",
         "block-lora": "fedlora.adapters.kinds.block_lora:BlockLora",
+        "lora-xs": "fedlora.adapters.kinds.lora_xs:LoraXs",
+        "loldu": "fedlora.adapters.kinds.loldu:LoLdu",
+        "dora": "fedlora.adapters.kinds.dora:Dora",
+        "glora": "fedlora.adapters.kinds.glora:GLora",
+        "mtl-lora": "fedlora.adapters.kinds.mtl_lora:MtlLora",
     },
 )
