@@ -243,7 +243,16 @@ class TrainConfig:
         "cosine", "how the learning rate falls over the steps of all rounds", ("cosine", "linear", "constant")
     )
     warmup_fraction: float = option(
-        0.05, "share of all steps, at the start, in which the learning rate rises", low=0.0, high=1.0
+        0.05,
+        "share of the steps, at the start of what train.warmup names, in which the learning rate rises",
+        low=0.0,
+        high=1.0,
+    )
+    warmup: str = option(
+        "run",
+        "when the learning rate rises: run: once, at the start of the run; link: each time that a new adapter starts "
+        "(after strategy.restart-every rounds; in every round of flora and florist)",
+        ("run", "link"),
     )
     clip: float = option(1.0, "largest norm of a client's gradient; longer ones are scaled down; 0: no limit", low=0.0)
     clients_at_once: str = option(

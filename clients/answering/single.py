@@ -142,6 +142,7 @@ def train_alone(work: TrainingJob) -> RecordDict:
             pad_id=model.base.pad_id,
             number=broadcast.round,
             rounds=config.federation.rounds,
+            plan=broadcast.plan,
             seed=work.seed,
             on_step=work.tell,
             penalty=functools.partial(terms.add_terms, trained.pairs, broadcast.plan),

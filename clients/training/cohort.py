@@ -97,6 +97,7 @@ def train(
                 number=number,
                 rounds=rounds,
                 seed=members[m].seed,
+                plan=plan,
                 penalty=functools.partial(add_terms, slot.pairs, plan),
                 stages=stages,
             )

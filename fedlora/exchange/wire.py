@@ -30,7 +30,7 @@ from .codec import FORMATS, round_trip
 from .fields import METRICS_RECORD, Fields, metrics_record, read_metrics, require, short
 from .messages import Broadcast, ClientInfo, ClientUpdate, Plan, Term
 
-PROTOCOL = 2
+PROTOCOL = 3
 # Codes of a client's error: it refuses the message; it no longer has the folds; its loss is not finite.
 REFUSED, STALE, DIVERGED = 1001, 1002, 1003
 TRAIN_METRICS = frozenset(
@@ -58,7 +58,7 @@ _KEYS = MappingProxyType(
             {
                 *_COMMON,
                 *("round", "base-version", "folds-from", "folds"),
-                *("train", "send", "keep", "modules", "all-modules", *_TERMS, "steady", "job", "run"),
+                *("train", "send", "keep", "modules", "all-modules", *_TERMS, "begun", "span", "steady", "job", "run"),
             }
         ),
         "update": frozenset(
@@ -123,6 +123,8 @@ def encode_broadcast(broadcast: Broadcast, fingerprint: str, dtype: str = "fp32"
         "terms": [term.name for term in broadcast.plan.terms],
         "term-weights": [float(term.weight) for term in broadcast.plan.terms],
         "term-values": [float(term.value) for term in broadcast.plan.terms],
+        "begun": broadcast.plan.begun,
+        "span": broadcast.plan.span,
         "steady": broadcast.steady,
         "job": broadcast.job,
         "run": broadcast.run,
@@ -159,6 +161,8 @@ def decode_broadcast(record: RecordDict, fingerprint: str) -> Broadcast:
             keep=fields.letters("keep", "ABR"),
             modules=None if fields.flag("all-modules") else frozenset(fields.items("modules", str)),
             terms=_terms(fields),
+            begun=fields.positive("begun", max(1, fields.integer("round"))),
+            span=fields.integer("span"),
         ),
         steady=fields.flag("steady"),
         job=fields.name("job"),

@@ -58,13 +58,13 @@ def test_a_broadcast_arrives_bit_for_bit(seed, ranks, d_in, folds):
         base_version=5,
         folds=tuple(adapter(seed + i, ranks, d_in, tensors=False) for i in range(folds)),
         folds_from=2,
-        plan=Plan(train=frozenset("B"), send=frozenset("B"), modules=frozenset(["q"])),
+        plan=Plan(train=frozenset("B"), send=frozenset("B"), modules=frozenset(["q"]), begun=2, span=4),
     )
     got = wire.decode_broadcast(wire.encode_broadcast(sent, BASE), BASE)
     assert same(got.adapter, sent.adapter)
     assert all(same(g, s) for g, s in zip(got.folds, sent.folds, strict=True))
     assert (got.round, got.base_version, got.folds_from) == (3, 5, 2)
-    assert got.plan == Plan(train=frozenset("B"), send=frozenset("B"), modules=frozenset(["q"]))
+    assert got.plan == sent.plan
 
 
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
@@ -238,7 +238,7 @@ def test_other_bases_protocols_and_formats_are_refused_by_name():
     with pytest.raises(WireError, match="the server has base model 'abc123', but this side 'def'"):
         wire.decode_broadcast(record, "def")
     record["head"]["protocol"] = 99
-    with pytest.raises(WireError, match="uses protocol 99, but this side 2"):
+    with pytest.raises(WireError, match="uses protocol 99, but this side 3"):
         wire.decode_broadcast(record, BASE)
     record["head"]["protocol"] = wire.PROTOCOL
     record["head"]["dtype"] = "fp8"
