@@ -34,6 +34,7 @@ NAMES: dict[str, str] = {
     "fedsvd": "fedlora.strategies.methods.fedsvd:FedSvd",
     "fedsa": "fedlora.strategies.methods.fedsa:FedSa",
     "fedsb": "fedlora.strategies.methods.fedsb:FedSb",
+    "abmll": "fedlora.strategies.methods.abmll:Abmll",
 }
 
 
@@ -118,11 +119,10 @@ def configured(config: Config) -> Strategy:
 
         with naming_others():
             strategy = Private(strategy, stages=stages(config.privacy))
-    return strategy
     _check_warmup(strategy, config)
+    return strategy
 
 
-def check_ranks(config: Config) -> None:
 def _check_warmup(strategy: Strategy, config: Config) -> None:
     """Raises StrategyError if the warm-up of a link would be a single step, at the whole rate, or none."""
     train = config.train
@@ -142,6 +142,7 @@ def _check_warmup(strategy: Strategy, config: Config) -> None:
         )
 
 
+def check_ranks(config: Config) -> None:
     """Raises StrategyError before anything is loaded, if the strategy cannot serve a simulation's clients."""
     check(configured(config), simulated(config), config.lora)
 

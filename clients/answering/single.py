@@ -5,7 +5,6 @@ Every message says all that it needs; the answer is a record, or an error whose 
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from dataclasses import dataclass
@@ -142,10 +141,10 @@ def train_alone(work: TrainingJob) -> RecordDict:
             pad_id=model.base.pad_id,
             number=broadcast.round,
             rounds=config.federation.rounds,
-            plan=broadcast.plan,
             seed=work.seed,
+            plan=broadcast.plan,
             on_step=work.tell,
-            penalty=functools.partial(terms.add_terms, trained.pairs, broadcast.plan),
+            penalty=terms.penalty(trained.pairs, broadcast.plan),
             stages=stages(config.privacy),
         )
         adapter = adapted.read(model)

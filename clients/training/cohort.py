@@ -6,7 +6,6 @@ and its result is the same as if it had been trained alone.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -28,7 +27,7 @@ from fedlora.models.stacked import Stack, stacked
 from fedlora.tasks.base import Batch, Task
 from fedlora.tasks.checked import each_loss
 
-from .terms import add_terms
+from .terms import penalty
 from .trainer import LocalSteps, TrainResult
 
 
@@ -98,7 +97,7 @@ def train(
                 rounds=rounds,
                 seed=members[m].seed,
                 plan=plan,
-                penalty=functools.partial(add_terms, slot.pairs, plan),
+                penalty=penalty(slot.pairs, plan),
                 stages=stages,
             )
             for m, slot in zip(order, stack.slots, strict=True)
