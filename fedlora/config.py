@@ -78,8 +78,8 @@ class LoraConfig:
     kind_options: str = option("", "its options, as 'name=value, name=value'")
     init: str = option(
         "auto",
-        "how the adapter starts: auto (as the strategy wants it, else uniform), uniform, lora-sb or lora-ga, or your "
-        "own as package.module:Class",
+        "how the adapter starts: auto (as the strategy wants it, else uniform), uniform, lora-sb, lora-ga, given (from "
+        "a trained adapter: lora.init-options = adapter=RUN), or your own as package.module:Class",
     )
     init_options: str = option("", "its options, as 'name=value, name=value'")
     rank: int = option(8, "rank of every client, unless lora.ranks is set", low=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -13,6 +13,9 @@ from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Plan
 
 from ..base import slice_adapter_for
+
+if TYPE_CHECKING:
+    from fedlora.models import injection
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,17 @@ class Initializer(ABC):
         }
         start = replace(sliced, lora=lora)
         return Broadcast(round=0, adapter=start, plan=Plan(train=frozenset()), job=self.statistic)
+
+    def check(self, base: injection.Shapes, fingerprint: str) -> None:  # noqa: B027 - most start on any base
+        """Check, before the run starts, whether it can start on this base model. A resumed run has started already.
+
+        Args:
+            base: shapes of the base model's adapted modules and of its head.
+            fingerprint: of the base model.
+
+        Raises:
+            FedLoraError: it cannot.
+        """
 
     @abstractmethod
     def start(self, adapter: AdapterState, replies: Iterable[ClientUpdate]) -> Start:

@@ -24,6 +24,7 @@ INITIALIZERS = Registry(
         "uniform": "fedlora.strategies.initializers.uniform:Uniform",
         "lora-sb": "fedlora.strategies.initializers.lora_sb:LoraSb",
         "lora-ga": "fedlora.strategies.initializers.lora_ga:LoraGa",
+        "given": "fedlora.strategies.initializers.given:Given",
     },
 )
 

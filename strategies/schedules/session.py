@@ -88,6 +88,8 @@ class Session:
         base, kind = _base(config), KINDS.make(config.lora.kind, config.lora.kind_options)
         fingerprint = base_fingerprint(config.model)
         saved = saved_state.load(record.folder / "state", record.key, config.run.from_round)
+        if not saved:
+            chosen.check(base, fingerprint)
         if saved and config.run.from_round >= 0:  # first what is served, and the later states last of all
             record.save_adapter(as_factors(strategy.global_adapter(saved[0]), kind, base.lora))
         record.go_on(saved and saved[1])
