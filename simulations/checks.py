@@ -18,7 +18,7 @@ from fedlora.tasks.registry import check_task
 
 from ..clients.optimizers.registry import check as check_optimizer
 from ..strategies.initializers.registry import initializer
-from ..strategies.registry import configured
+from ..strategies.registry import configured, naming_others
 from ..strategies.schedules.registry import SCHEDULES
 
 _ASKED = 8  # number of clients whose first row is tried
@@ -44,7 +44,9 @@ def check(config: Config) -> None:
     tokenizer, base = _looked_at(config.model, config.lora)
     _check_widths(config, base)
     if not config.run.resume:
-        initializer(config.lora, configured(config)).check(base, base_fingerprint(config.model))
+        with naming_others():
+            start = initializer(config.lora, configured(config))
+        start.check(base, base_fingerprint(config.model))
     split = prepare(config)
     form_of(split.rows.column_names, config.data, task)
     warn_of_lengths(split.rows, tokenizer, config.data, task)
