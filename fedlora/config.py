@@ -80,7 +80,8 @@ class LoraConfig:
     init: str = option(
         "auto",
         "how the adapter starts: auto (as the strategy wants it, else uniform), uniform, lora-sb, lora-ga, eva, pissa, "
-        "olora, loldu, orthogonal or comp-lora, or your own as package.module:Class",
+        "olora, loldu, orthogonal, comp-lora, given (from a trained adapter: lora.init-options = adapter=RUN), or your own "
+        "as package.module:Class",
     )
     init_options: str = option("", "its options, as 'name=value, name=value'")
     rank: int = option(8, "rank of every client, unless lora.ranks is set", low=1)
@@ -245,7 +246,16 @@ class TrainConfig:
         "cosine", "how the learning rate falls over the steps of all rounds", ("cosine", "linear", "constant")
     )
     warmup_fraction: float = option(
-        0.05, "share of all steps, at the start, in which the learning rate rises", low=0.0, high=1.0
+        0.05,
+        "share of the steps, at the start of what train.warmup names, in which the learning rate rises",
+        low=0.0,
+        high=1.0,
+    )
+    warmup: str = option(
+        "run",
+        "when the learning rate rises: run: once, at the start of the run; link: each time that a new adapter starts "
+        "(after strategy.restart-every rounds; in every round of flora and florist)",
+        ("run", "link"),
     )
     clip: float = option(1.0, "largest norm of a client's gradient; longer ones are scaled down; 0: no limit", low=0.0)
     clients_at_once: str = option(

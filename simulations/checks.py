@@ -17,7 +17,8 @@ from fedlora.tasks.checked import check_batch
 from fedlora.tasks.registry import check_task
 
 from ..clients.optimizers.registry import check as check_optimizer
-from ..strategies.registry import check_evaluation, check_places, configured, simulated
+from ..strategies.initializers.registry import initializer
+from ..strategies.registry import check_evaluation, check_places, configured, naming_others, simulated
 from ..strategies.schedules.registry import SCHEDULES
 
 _ASKED = 8  # number of clients whose first row is tried
@@ -43,6 +44,10 @@ def check(config: Config) -> None:
     check_optimizer(config.train, pick_device(config.model.device))
     tokenizer, base = _looked_at(config.model, config.lora)
     _check_widths(config, base)
+    if not config.run.resume:
+        with naming_others():
+            start = initializer(config.lora, configured(config))
+        start.check(base, base_fingerprint(config.model))
     split = prepare(config)
     form_of(split.rows.column_names, config.data, task)
     warn_of_lengths(split.rows, tokenizer, config.data, task)

@@ -37,6 +37,7 @@ NAMES: dict[str, str] = {
     "fedsvd": "fedlora.strategies.methods.fedsvd:FedSvd",
     "fedsa": "fedlora.strategies.methods.fedsa:FedSa",
     "fedsb": "fedlora.strategies.methods.fedsb:FedSb",
+    "abmll": "fedlora.strategies.methods.abmll:Abmll",
 }
 
 
@@ -126,7 +127,27 @@ def configured(config: Config) -> Strategy:
 
         with naming_others():
             strategy = Private(strategy, stages=stages(config.privacy))
+    _check_warmup(strategy, config)
     return strategy
+
+
+def _check_warmup(strategy: Strategy, config: Config) -> None:
+    """Raises StrategyError if the warm-up of a link would be a single step, at the whole rate, or none."""
+    train = config.train
+    if train.warmup != "link" or not (train.steps and train.warmup_fraction):
+        return
+    from fedlora.adapters import AdapterState
+    from fedlora.exchange import ClientInfo
+
+    span = strategy.broadcast(strategy.init(AdapterState()), ClientInfo(client_id=0, rank=1), 1).plan.span
+    steps = (span or config.federation.rounds) * train.steps
+    if round(train.warmup_fraction * steps) < 2:
+        least = f"train.warmup-fraction to {2 / steps:.2g} or more" if steps > 1 else "train.steps to 2 or more"
+        raise StrategyError(
+            f"train.warmup = link: an adapter is trained for {steps} steps here before the next one begins, and "
+            f"train.warmup-fraction = {train.warmup_fraction:g} of them is less than two steps, so that the learning "
+            f"rate would not rise; set {least}, or train.warmup = run"
+        )
 
 
 def check_ranks(config: Config) -> None:
@@ -162,7 +183,7 @@ def check(strategy: Strategy, clients: Sequence[ClientInfo], lora: LoraConfig) -
     ranks = [client.rank for client in clients]
     for rank in {rank for client in clients for rank in client.every_rank}:
         kind.check(rank)
-        start.check(rank)
+        start.check_rank(rank)
     one_rank = len({client.all_ranks for client in clients}) == 1
     if not (start.unequal_ranks or one_rank):
         raise StrategyError(

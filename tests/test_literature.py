@@ -12,13 +12,14 @@ from fedlora.clients.optimizers.registry import OPTIMIZERS
 from fedlora.config import parse
 from fedlora.strategies.allocations.registry import ALLOCATIONS
 from fedlora.strategies.initializers.registry import INITIALIZERS
-from fedlora.strategies.registry import configured
+from fedlora.strategies.registry import STRATEGIES, configured
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "literature.md").read_text(encoding="utf-8")
 ROWS = [
     line.strip("| ").split(" | ") for line in PAGE.splitlines() if line.startswith("| ") and "turned on by" not in line
 ]
 TURNED_ON = [dict(re.findall(r"`([a-z.-]+) = ([\w.-]+)`", row[1])) for row in ROWS]
+COMMANDS = {command for row in ROWS for command in re.findall(r"`fedlora (\w+)`", row[1])}
 # What everybody means by LoRA's own training, and what is no method of the literature on LoRA.
 PLAIN = {"adamw", "sgd", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "pattern"}
 
@@ -29,17 +30,30 @@ def test_the_page_has_every_method(registry):
     assert listed == {*registry.names} - PLAIN
 
 
-@pytest.mark.parametrize("keys", TURNED_ON, ids=lambda keys: " ".join(keys.values()))
-def test_what_turns_a_method_on_is_accepted(keys):
-    assert keys
+@pytest.mark.parametrize(
+    ("row", "keys"),
+    [*zip(ROWS, TURNED_ON, strict=True)],
+    ids=[" ".join(keys.values()) or "command" for keys in TURNED_ON],
+)
+def test_what_turns_a_method_on_is_accepted(row, keys):
+    assert keys or re.search(r"`fedlora \w+`", row[1])
     rounds = {key: int(value) if value.isdigit() else value for key, value in keys.items()}
     configured(parse({"strategy.name": "fedavg", "lora.ranks": "", **rounds}))
 
 
+def test_a_command_on_the_page_is_there():
+    from fedlora.cli import main  # noqa: F401 - its import registers the commands
+    from fedlora.cli.shared import app
+
+    known = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+    assert COMMANDS
+    assert known >= COMMANDS
+
+
 def test_what_is_experimental_says_so():
     for row, keys in zip(ROWS, TURNED_ON, strict=True):
-        for registry in (INITIALIZERS, KINDS, OPTIMIZERS, ALLOCATIONS):
-            if registry.key in keys:
+        for registry in (INITIALIZERS, KINDS, OPTIMIZERS, ALLOCATIONS, STRATEGIES):
+            if registry.key in keys and not re.search(r"`fedlora \w+`", row[1]):
                 method = registry.resolve(keys[registry.key])
                 said = getattr(method, "experimental", "") or "Experimental" in (method.__doc__ or "")
                 assert bool(said) is (row[-1].strip(" |") == "experimental"), keys

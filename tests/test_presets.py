@@ -9,11 +9,16 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from fedlora.config import load
+from fedlora.config import Config, load, parse
 from fedlora.models import adapted
-from fedlora.results.run_folder import folder_of
+from fedlora.results.run_folder import folder_of, resumed
 from fedlora.simulations import run as simulation
+from tests.device import cpu_only
+from tests.federation import write_rows
+from tests.simulations.test_resume import forget
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,6 +58,56 @@ def test_the_quickstart_learns_round_by_round_on_every_quantization(tmp_path, qu
     assert [client["rank"] for client in result["clients"]] == [16, 8]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 0.2
+
+
+def two_phases(whole: Config, first: int, elsewhere: Path) -> tuple[Path, Path]:
+    """(folder of the run without a break, folder of the run in two phases, moved away between them)."""
+    simulation.in_process(whole)
+    forget()
+    part = parse({"run.id": "two", "federation.rounds": first}, whole)
+    simulation.in_process(part)
+    forget()
+    moved = elsewhere / "runs" / whole.run.name / "two"
+    moved.parent.mkdir(parents=True)
+    shutil.move(folder_of(part), moved)
+    rounds = f"federation.rounds={whole.federation.rounds}"
+    simulation.in_process(resumed(moved, [rounds, "model.device=auto"]))
+    forget()
+    return folder_of(whole), moved
+
+
+def assert_one_run(whole: Path, phases: Path) -> None:
+    one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, phases))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    results = [json.loads((folder / "result.json").read_text()) for folder in (whole, phases)]
+    losses = [[entry["heldout"]["loss"] for entry in result["rounds"]] for result in results]
+    assert losses[0] == losses[1]
+    assert len(results[1]["resumed"]) == 1
+
+
+def education(tmp_path: Path, *overrides: str) -> Config:
+    config = load(ROOT / "configs" / "education.toml", [f"run.dir={tmp_path}", "run.id=one", *overrides])
+    assert (config.train.schedule, config.train.warmup_fraction, config.model.compute_dtype) == ("constant", 0, "fp32")
+    return config
+
+
+@cpu_only
+@pytest.mark.parametrize("first", [1, 2])
+def test_two_phases_on_two_machines_are_one_run(tmp_path, tiny_llama, first):
+    rows = write_rows(tmp_path / "rows.jsonl")
+    own = [f"model.name={tiny_llama}", f"data.source={rows}", "data.partition-by=person", "run.threads=1"]
+    whole = education(tmp_path, *own, "federation.rounds=3", "train.steps=3", "train.clients-at-once=1")
+    assert_one_run(*two_phases(whole, first, tmp_path / "elsewhere"))
+
+
+@pytest.mark.slow
+def test_the_education_preset_in_two_phases_is_one_run_and_learns(tmp_path):
+    whole = education(tmp_path, "train.steps=2", "federation.clients=2", "data.heldout-max=16", "federation.rounds=2")
+    folders = two_phases(whole, 1, tmp_path / "elsewhere")
+    assert_one_run(*folders)
+    result = json.loads((folders[1] / "result.json").read_text())
+    assert result["rounds"][-1]["heldout"]["loss"] < result["baseline"]["loss"]
 
 
 @pytest.mark.slow

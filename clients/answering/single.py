@@ -5,7 +5,6 @@ Every message says all that it needs; the answer is a record, or an error whose 
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from dataclasses import dataclass
@@ -146,8 +145,9 @@ def train_alone(work: TrainingJob) -> RecordDict:
             number=broadcast.round,
             rounds=config.federation.rounds,
             seed=work.seed,
+            plan=broadcast.plan,
             on_step=work.tell,
-            penalty=functools.partial(terms.add_terms, trained.pairs, broadcast.plan),
+            penalty=terms.penalty(trained.pairs, broadcast.plan),
             project=projections.projection(model, trained.pairs, broadcast.plan),
             stages=stages(config.privacy),
         )

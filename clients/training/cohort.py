@@ -6,7 +6,6 @@ and its result is the same as if it had been trained alone.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -29,7 +28,7 @@ from fedlora.tasks.base import Batch, Task
 from fedlora.tasks.checked import each_loss
 
 from .projections import projection
-from .terms import add_terms
+from .terms import penalty
 from .trainer import LocalSteps, TrainResult
 
 
@@ -98,7 +97,8 @@ def train(
                 number=number,
                 rounds=rounds,
                 seed=members[m].seed,
-                penalty=functools.partial(add_terms, slot.pairs, plan),
+                plan=plan,
+                penalty=penalty(slot.pairs, plan),
                 project=projection(model, slot.pairs, plan),
                 stages=stages,
             )

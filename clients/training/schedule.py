@@ -6,6 +6,7 @@ import math
 
 from fedlora.config import TrainConfig
 from fedlora.data import batch_at
+from fedlora.exchange import Plan
 
 
 def steps_per_round(config: TrainConfig, num_examples: int) -> int:
@@ -21,18 +22,41 @@ def examples_of(config: TrainConfig, num_examples: int, number: int, seed: int) 
     return sorted({at for index in batches for at in batch_at(num_examples, config.batch_size, index, seed)})
 
 
-def lr_factor(config: TrainConfig, step: int, total: int) -> float:
-    """The learning rate at a step of the whole run, as a share of `train.lr`: first the warm-up, then the schedule.
+def warmup_of(config: TrainConfig, plan: Plan, steps: int, rounds: int) -> tuple[int, int]:
+    """(the first step, the number of steps) of the warm-up that holds in a round.
 
-    Cosine and linear end just above zero, so that the last step still trains.
+    With `train.warmup = run` there is one, at the beginning of the run. With `link` there is one at the beginning of
+    each link, which is the time from an adapter's start to its end in a fold.
+
+    Args:
+        config: the run's section train.
+        plan: says when the present adapter began, and how many rounds it lasts.
+        steps: number of steps in each round.
+        rounds: number of rounds of the whole run.
     """
-    warmup = round(config.warmup_fraction * total)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
+    links = config.warmup == "link"
+    first, length = ((plan.begun - 1) * steps, plan.span or rounds) if links else (0, rounds)
+    return first, round(config.warmup_fraction * (length * steps))
+
+
+def lr_factor(config: TrainConfig, step: int, total: int, warmup: tuple[int, int] | None = None) -> float:
+    """The learning rate at a step of the whole run, as a share of `train.lr`: the schedule, times the warm-up.
+
+    The schedule falls over the whole run, from the end of its first warm-up on. Cosine and linear end just above zero,
+    so that the last step still trains.
+
+    Args:
+        config: the run's section train.
+        step: number of the step in the whole run, from 0.
+        total: number of steps of the whole run.
+        warmup: see `warmup_of`; the one of the run when left out.
+    """
+    first, length = warmup or (0, round(config.warmup_fraction * total))
+    rise = min(1.0, (step - first + 1) / length) if length else 1.0
+    progress = max(0, step - length) / max(1, total - length)
     if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1.0 - progress if config.schedule == "linear" else 1.0
+        return rise * 0.5 * (1 + math.cos(math.pi * progress))
+    return rise * (1.0 - progress) if config.schedule == "linear" else rise
 
 
 def hash_seed(*parts: int) -> int:

@@ -42,7 +42,24 @@ def add_tail_penalty(pairs: Sequence[Pair], weight: float, gamma: float) -> None
             B.grad[:, keep:].add_(b * (weight * size_a / size_b))
 
 
-TERMS: Mapping[str, Callable[[Sequence[Pair], float, float], None]] = MappingProxyType({"tail": add_tail_penalty})
+def _tail(pairs: Sequence[Pair], weight: float, gamma: float) -> Callable[[], None]:
+    return lambda: add_tail_penalty(pairs, weight, gamma)
+
+
+def _prior(pairs: Sequence[Pair], weight: float, _: float) -> Callable[[], None]:
+    """Of `weight/2 |phi - theta|^2`, where phi are the factors and theta what they are now, when training begins.
+
+    It is `beta KL(N(phi, sigma^2) || N(theta, sigma^2))` with `weight = beta / sigma^2`.
+    """
+    factors = [factor for pair in pairs for factor in (pair.A, pair.B)]
+    start = [factor.detach().clone() for factor in factors]
+    return lambda: add_proximal(factors, start, weight)
+
+
+# What a term's name stands for: a function of (pairs, weight, value), called when a client's training begins. What it
+# returns is called after each pass, and adds the term's gradient.
+Term = Callable[[Sequence[Pair], float, float], Callable[[], None]]
+TERMS: Mapping[str, Term] = MappingProxyType({"tail": _tail, "prior": _prior})
 
 
 def check_terms(plan: Plan) -> None:
@@ -55,13 +72,17 @@ def check_terms(plan: Plan) -> None:
             )
 
 
-def add_terms(pairs: Sequence[Pair], plan: Plan) -> None:
-    """Adds the gradients of the plan's terms.
+def penalty(pairs: Sequence[Pair], plan: Plan) -> Callable[[], None]:
+    """What adds the gradients of the plan's terms, after each pass.
 
     Args:
-        pairs: the factors that are trained, by module.
+        pairs: the factors of each module, as they are when training begins.
         plan: whose terms `check_terms` has seen.
     """
-    for term in plan.terms:
-        if term.name in TERMS:  # others are projections
-            TERMS[term.name](pairs, term.weight, term.value)
+    terms = [TERMS[term.name](pairs, term.weight, term.value) for term in plan.terms if term.name in TERMS]
+
+    def add() -> None:
+        for term in terms:
+            term()
+
+    return add

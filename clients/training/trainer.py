@@ -15,6 +15,7 @@ from torch.profiler import record_function
 from fedlora.common.errors import DivergedError
 from fedlora.config import TrainConfig
 from fedlora.data import Example, batch_at
+from fedlora.exchange import Plan
 from fedlora.exchange.stages import Stage
 from fedlora.models.dropout import Draws, draws_per_client
 from fedlora.models.trainable import Trainable
@@ -22,8 +23,10 @@ from fedlora.tasks.base import Task
 from fedlora.tasks.checked import mean_loss
 
 from ..optimizers.registry import optimizer
-from .schedule import hash_seed, lr_factor, steps_per_round
+from .schedule import hash_seed, lr_factor, steps_per_round, warmup_of
 from .terms import add_proximal
+
+_WHOLE = Plan()
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def train(
     number: int,
     rounds: int,
     seed: int,
+    plan: Plan = _WHOLE,
     on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
     penalty: Callable[[], None] = lambda: None,
     project: Callable[[], None] = lambda: None,
@@ -78,6 +82,7 @@ def train(
         number: number of the round, from 1.
         rounds: number of rounds of the whole run, for the schedule.
         seed: seed of this client's order of examples and of dropout.
+        plan: says when the present adapter began.
         on_step: called after each step with (step, steps, loss).
         penalty: called after each pass; may add a term's gradient to the parameters' gradients.
         project: called before the first step and after each; may change the parameters (see `projections`).
@@ -94,6 +99,7 @@ def train(
         number=number,
         rounds=rounds,
         seed=seed,
+        plan=plan,
         penalty=penalty,
         project=project,
         stages=stages,
@@ -156,6 +162,7 @@ class LocalSteps:
         number: int,
         rounds: int,
         seed: int,
+        plan: Plan = _WHOLE,
         penalty: Callable[[], None] = lambda: None,
         project: Callable[[], None] = lambda: None,
         stages: Sequence[Stage] = (),
@@ -168,6 +175,7 @@ class LocalSteps:
         self.draws = torch.Generator(parameters[0].device).manual_seed(hash_seed(seed, number))
         self._parameters, self._examples, self._config, self._penalty = parameters, examples, config, penalty
         self._seed, self._round, self._rounds, self._stages = seed, number, rounds, stages
+        self._warmup = warmup_of(config, plan, self.steps, rounds)
         method = optimizer(config)
         self.passes = method.passes
         self._optimizer = method.begin(trained, config)
@@ -196,8 +204,9 @@ class LocalSteps:
         if not math.isfinite(loss):
             raise DivergedError(diverged(loss, step, self._round))
         self._complete()
+        share = lr_factor(config, self._position(step), self._rounds * self.steps, self._warmup)
         try:
-            self._optimizer.step(config.lr * lr_factor(config, self._position(step), self._rounds * self.steps))
+            self._optimizer.step(config.lr * share)
         except torch.linalg.LinAlgError as error:
             raise DivergedError(
                 f"training diverged: {config.optimizer} cannot decompose the factors or their gradients at step "

@@ -273,7 +273,7 @@ def _settings(adapters: Sequence[Path], config: str | None, overrides: list[str]
             raise ConfigError(f"--adapter {adapter}: named twice; name each adapter once")
     if config is not None:
         return load(config, overrides)
-    from fedlora.trained.evaluate import described
+    from fedlora.models.peft_files import described
 
     trained = described(adapters[0]).get("config")
     if not trained:
@@ -282,14 +282,14 @@ def _settings(adapters: Sequence[Path], config: str | None, overrides: list[str]
             "too"
         )
     for adapter in adapters:
-        _check_shared(adapter)
+        check_shared(adapter)
     own = configuration.parse(trained, where=str(adapters[0] / "fedlora.json"))
     return configuration.parse(configuration.parse_overrides(overrides or []), own, where="-c")
 
 
-def _check_shared(adapter: Path) -> None:
+def check_shared(adapter: Path) -> None:
     """Raise ConfigError for the shared part of a run with personal factors: alone, it changes nothing of the base."""
-    from fedlora.trained.evaluate import described
+    from fedlora.models.peft_files import described
 
     about = described(adapter)
     kept, config = "", about.get("config", {})

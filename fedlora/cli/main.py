@@ -16,7 +16,14 @@ from fedlora.common.errors import FedLoraError, of_the_disk
 
 from .shared import app, err, flags, out
 
-for _group in ("run", "adapters", "experiments", "inspect", "nodes"):  # in the order in which help lists their commands
+for _group in (
+    "run",
+    "adapters",
+    "making",
+    "experiments",
+    "inspect",
+    "nodes",
+):  # in the order in which help lists their commands
     import_module(f"{__package__}.{_group}")
 
 

@@ -106,6 +106,8 @@ class Plan:
         modules: the modules whose factors are trained and sent back; None: all modules. The factors of other modules
             are not changed. Tensors trained in full are trained and sent back unless `train` is empty.
         terms: the terms that are added to the loss, and projections of the factors.
+        begun: number of the round in which the present adapter began, from 1.
+        span: number of rounds from then until the adapter becomes a fold and a new one begins; 0: the run's end.
     """
 
     train: frozenset[str] = frozenset({"A", "B"})
@@ -113,6 +115,8 @@ class Plan:
     keep: frozenset[str] = frozenset()
     modules: frozenset[str] | None = None
     terms: tuple[Term, ...] = ()
+    begun: int = 1
+    span: int = 0
 
     def sent_back(self, adapter: AdapterState) -> AdapterState:
         """The part of the adapter that is sent back: the factors of the plan's modules, and all shared tensors."""

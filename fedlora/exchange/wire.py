@@ -58,7 +58,8 @@ _KEYS = MappingProxyType(
             {
                 *_COMMON,
                 *("round", "base-version", "folds-from", "folds"),
-                *("train", "send", "keep", "modules", "all-modules", *_TERMS, "steady", "job", "run", "probe"),
+                *("train", "send", "keep", "modules", "all-modules", *_TERMS, "begun", "span", "steady", "job", "run"),
+                "probe",
             }
         ),
         "update": frozenset(
@@ -123,6 +124,8 @@ def encode_broadcast(broadcast: Broadcast, fingerprint: str, dtype: str = "fp32"
         "terms": [term.name for term in broadcast.plan.terms],
         "term-weights": [float(term.weight) for term in broadcast.plan.terms],
         "term-values": [float(term.value) for term in broadcast.plan.terms],
+        "begun": broadcast.plan.begun,
+        "span": broadcast.plan.span,
         "steady": broadcast.steady,
         "job": broadcast.job,
         "run": broadcast.run,
@@ -160,6 +163,8 @@ def decode_broadcast(record: RecordDict, fingerprint: str) -> Broadcast:
             keep=frozenset(fields.items("keep", str)),
             modules=None if fields.flag("all-modules") else frozenset(fields.items("modules", str)),
             terms=_terms(fields),
+            begun=fields.positive("begun", max(1, fields.integer("round"))),
+            span=fields.integer("span"),
         ),
         steady=fields.flag("steady"),
         job=fields.name("job"),

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from peft import LoraConfig as PeftLoraConfig
 from safetensors import SafetensorError
@@ -101,3 +101,19 @@ def read_adapter(folder: Path) -> AdapterState:
     if lacking or not found.lora:
         raise AdapterError(f"{folder}: the checkpoint has no {f'B of {lacking}' if lacking else 'LoRA factors'}")
     return found
+
+
+def described(adapter: Path) -> dict[str, Any]:
+    """The content of the adapter's fedlora.json; empty if there is no such file.
+
+    Raises:
+        AdapterError: the file is damaged.
+    """
+    path = adapter / "fedlora.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(about, dict) or not isinstance(about.get("config", {}), dict):
+        raise AdapterError(f"{path}: cannot be read: it is not the file that a run wrote beside its adapter")
+    return about

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -20,7 +19,7 @@ from fedlora.data.places import with_places
 from fedlora.models import BaseModel, adapted, check_length, load_base, longest
 from fedlora.models.injection import ties_may_be_adapted
 from fedlora.models.parts import with_parts
-from fedlora.models.peft_files import has_magnitudes
+from fedlora.models.peft_files import described, has_magnitudes
 from fedlora.tasks.predict import evaluate
 from fedlora.tasks.registry import task_of
 from fedlora.tasks.scores import scores
@@ -89,22 +88,6 @@ def load(base: BaseModel, adapters: Sequence[Path], config: Config) -> PeftModel
             raise AdapterError(f"{adapter} does not fit {config.model.name}: {str(error).splitlines()[0]}") from error
     assert model is not None
     return model
-
-
-def described(adapter: Path) -> dict[str, Any]:
-    """The content of the adapter's fedlora.json; empty if there is no such file.
-
-    Raises:
-        AdapterError: the file is damaged.
-    """
-    path = adapter / "fedlora.json"
-    try:
-        about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(about, dict) or not isinstance(about.get("config", {}), dict):
-        raise AdapterError(f"{path}: cannot be read: it is not the file that a run wrote beside its adapter")
-    return about
 
 
 def titles(adapters: Sequence[Path]) -> list[str]:

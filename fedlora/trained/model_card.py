@@ -216,6 +216,8 @@ def _made(card: Card) -> list[tuple[str, str]]:
 def _limits(card: Card) -> list[tuple[str, str]]:
     quantization, weights = card.config.model.quantization, _weights(card.config.model.name)
     limits = [("Scope", "evaluated only on rows like those on which it was trained")]
+    if "made" in card.about:
+        limits.insert(0, ("Origin", str(card.about["made"].get("said", ""))))
     if quantization != "none" and card.facts.get("merged"):
         text = (
             f"the adapter was trained with an {quantization} base and is merged into the full-precision one, so that "

@@ -44,9 +44,9 @@ class Allocated(Initializer):
     def terms(self) -> tuple[Term, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.inner.terms
 
-    def check(self, rank: int) -> None:
+    def check_rank(self, rank: int) -> None:
         """The check of the inner initializer."""
-        self.inner.check(rank)
+        self.inner.check_rank(rank)
 
     def ask(self, adapter: AdapterState, client: ClientInfo) -> Broadcast:
         """The question of the inner initializer, or else that of the allocation."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from fedlora.adapters import AdapterState
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Term
 
 from ..tools.questions import question
+
+if TYPE_CHECKING:
+    from fedlora.models import injection
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Initializer(ABC):
     unequal_ranks: ClassVar[bool] = True
     terms: ClassVar[tuple[Term, ...]] = ()
 
-    def check(self, rank: int) -> None:  # noqa: B027 - most serve any rank
+    def check_rank(self, rank: int) -> None:  # noqa: B027 - most serve any rank
         """Check that the start works at this rank of a module.
 
         Raises:
@@ -61,6 +64,17 @@ class Initializer(ABC):
             client: the client that gets the message.
         """
         return question(self.statistic, adapter, client)
+
+    def check(self, base: injection.Shapes, fingerprint: str) -> None:  # noqa: B027 - most start on any base
+        """Check, before the run starts, whether it can start on this base model. A resumed run has started already.
+
+        Args:
+            base: shapes of the base model's adapted modules and of its head.
+            fingerprint: of the base model.
+
+        Raises:
+            FedLoraError: it cannot.
+        """
 
     @abstractmethod
     def start(self, adapter: AdapterState, replies: Iterable[ClientUpdate]) -> Start:

@@ -34,7 +34,7 @@ class Orthogonal(Initializer):
 
     unequal_ranks: ClassVar[bool] = False
 
-    def check(self, rank: int) -> None:
+    def check_rank(self, rank: int) -> None:
         """Raises StrategyError for an odd rank."""
         if rank % 2:
             raise StrategyError(f"lora.init = orthogonal needs an even rank, got {rank}; set lora.rank = {rank + 1}")

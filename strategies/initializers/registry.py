@@ -30,6 +30,7 @@ INITIALIZERS = Registry(
         "loldu": "fedlora.strategies.initializers.loldu:Loldu",
         "orthogonal": "fedlora.strategies.initializers.orthogonal:Orthogonal",
         "comp-lora": "fedlora.strategies.initializers.comp_lora:CompLora",
+        "given": "fedlora.strategies.initializers.given:Given",
     },
 )
 

@@ -52,7 +52,7 @@ class FlexLora(Strategy):
             StrategyError: the client's rank is larger than the server's.
         """
         sent = super().broadcast(balanced(state, client), client, number)
-        if not state.folds.version:
+        if not (self.keep_tail and state.folds.version):  # other folds are those of the run's start
             return sent
         anchor: dict[str, LoraFactors] = {}
         for name in state.adapter.lora:
@@ -69,7 +69,7 @@ class FlexLora(Strategy):
         """The components of the mean update, strongest first. A module or tensor in no reply keeps its value."""
         parts, dense = gather(updates, number)
         stacks = {name: stack(part.factors, part.shares) for name, part in parts.items()}
-        if state.folds.version:
+        if self.keep_tail and state.folds.version:
             stacks = {name: stack([f, anchors(state, name, parts[name])]) for name, f in stacks.items()}
         lora = dict[str, LoraFactors]()
         tails = {name: f for name, f in state.folds.total().lora.items() if name not in parts}

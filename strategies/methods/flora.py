@@ -30,7 +30,8 @@ class Flora(Strategy):
         Raises:
             StrategyError: the client's rank is larger than the server's.
         """
-        return super().broadcast(unscaled(state, client), client, number)
+        sent = super().broadcast(unscaled(state, client), client, number)
+        return replace(sent, plan=replace(sent.plan, begun=number, span=1))
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The stacked replies as one more fold, and a new adapter for the next round."""

@@ -93,6 +93,8 @@ class Session:
         base = _base(config)
         fingerprint = base_fingerprint(config.model)
         saved = saved_state.load(record.folder / "state", record.key, config.run.from_round)
+        if not saved:
+            chosen.check(base, fingerprint)
         if saved and config.run.from_round >= 0:  # first what is served, and the later states last of all
             served = strategy.global_adapter(saved[0])
             record.save_adapter(_factored(served, kind, base, _frozen(config, kind)))

@@ -24,6 +24,8 @@ class Restart(Wrapper):
     strategy, each link is a new run: its memory is dropped, since for instance an optimizer's momenta belong to rows
     that no longer exist. Only tensors trained in full keep their values. With E = 1 and an exact inner strategy, the
     result is that of FLoRA.
+    The paper's warm-up of the learning rate at each link is `train.warmup = link`, for which the plan says how old the
+    adapter is; the client's optimizer begins anew in every round.
     Memory and download: one more fold of the inner adapter's rank after every E rounds, until folds are combined.
 
     Args:
@@ -92,8 +94,13 @@ class Restart(Wrapper):
             # If clients send no A back, the server takes its own A at its own scaling for theirs.
             if "A" in sent.plan.send:
                 sent = self.inner.broadcast(restarts.unscaled(inside, client), client, number)
+        plan = sent.plan
+        if not plan.span:  # an inner strategy that starts anew in every round says so itself
+            plan = replace(plan, begun=number - (number - 1) % self.every, span=self.every)
         folds_from, folds = state.folds.since(client.known_base_version)
-        return replace(sent, base_version=state.folds.version, folds=folds, folds_from=folds_from, steady=False)
+        return replace(
+            sent, plan=plan, base_version=state.folds.version, folds=folds, folds_from=folds_from, steady=False
+        )
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The inner strategy's next state; after every E rounds its whole update becomes a fold.

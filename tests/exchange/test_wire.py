@@ -44,7 +44,14 @@ def same(left: AdapterState, right: AdapterState) -> bool:
     )
 
 
-PLAN = Plan(train=frozenset("B"), send=frozenset("B"), keep=frozenset({"A", "mtllora_L"}), modules=frozenset(["q"]))
+PLAN = Plan(
+    train=frozenset("B"),
+    send=frozenset("B"),
+    keep=frozenset({"A", "mtllora_L"}),
+    modules=frozenset(["q"]),
+    begun=2,
+    span=4,
+)
 
 
 @settings(deadline=None, max_examples=25)

@@ -33,11 +33,14 @@ MORE_OPTIONS: dict[str, list[dict[str, Any]]] = {
     "flexlora": [{"keep_tail": True}],
     "florist": [{"tau": 1.0}],
     "fedsvd": [{"period": 2}],
+    "abmll": [{"memory": 0.5}],
 }
 # weighs clients by the norms of their updates, not by their examples
 BY_NORM = {"hetlora"}
 # drops the smallest components of what it gets, also from one client alone
 TRUNCATING = [("florist", {})]
+# keeps a part of what it held before
+DAMPED = [("abmll", {"memory": 0.5})]
 VARIANTS = [(name, options) for name in NAMES for options in [{}, *MORE_OPTIONS.get(name, [])]]
 WRAPPED: dict[str, Strategy] = {
     "momentum-fedavg": ServerOptimizer(load("fedavg"), beta1=0.0),
@@ -57,7 +60,7 @@ def over(variants: Sequence[tuple[str, dict[str, Any]]]) -> pytest.MarkDecorator
 
 every_strategy = over(VARIANTS)
 by_examples = over([(n, o) for n, o in VARIANTS if n not in BY_NORM])
-with_all_of_one = over([(n, o) for n, o in VARIANTS if not load(n, **o).personal and (n, o) not in TRUNCATING])
+with_all_of_one = over([(n, o) for n, o in VARIANTS if not load(n, **o).personal and (n, o) not in TRUNCATING + DAMPED])
 few = settings(max_examples=12, deadline=None)
 
 

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedlora.adapters import AdapterState, LoraFactors, delta
-from fedlora.cli.main import main
 from fedlora.clients.node import own_state
 from fedlora.common.errors import AdapterError, ModelError
 from fedlora.deployment.flower_programs import config_table
@@ -35,22 +34,6 @@ def run(tmp_path_factory, tiny_llama):
     folder, _ = run_locally(tiny(tmp_path_factory.mktemp("run"), tiny_llama, strategy__name="flora"))
     yield folder
     adapted_models.forget()
-
-
-@pytest.fixture
-def fedlora(monkeypatch, capsys):
-    """The exit code, what was printed and what was refused."""
-
-    def call(*words) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["fedlora", *map(str, words)])
-        monkeypatch.setattr("sys.path", [*__import__("sys").path])
-        monkeypatch.setenv("COLUMNS", "160")
-        with pytest.raises(SystemExit) as end:
-            main()
-        done = capsys.readouterr()
-        return int(end.value.code or 0), done.out, done.err
-
-    return call
 
 
 def logits(model) -> torch.Tensor:

@@ -83,6 +83,7 @@ KNOWN: dict[str, Style] = {
     "fedsvd": Style("#44AA99", "p", _DASHDOT),
     "fedsa": Style("#AA4499", "d", _DOTTED),
     "fedsb": Style("#117733", "8", _DASHDOT),
+    "abmll": Style("#661100", "o", _DASHDOT),
     "base": Style("#555555", "x", _DOTTED),
     "local": Style("#555555", "+", _DASHED),
     "centralised": Style("#555555", "|", _DASHDOT),

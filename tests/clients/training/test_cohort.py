@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import Any
 
@@ -87,7 +86,7 @@ def both(
             number=2,
             rounds=3,
             seed=seed,
-            penalty=functools.partial(terms.add_terms, trained.pairs, plan),
+            penalty=terms.penalty(trained.pairs, plan),
         )
         alone.append((adapted.read(bench), result))
     members = [cohort.Member(a, d, seed) for seed, (a, d) in enumerate(zip(adapters, data, strict=True))]
@@ -182,12 +181,13 @@ def test_the_anchor_serves_all(tiny_llama):
     assert abs(bare[0][1].loss - alone[0][1].loss) > 1e-3, "the anchor matters in this test"
 
 
-def test_hetloras_penalty_is_each_clients_own(tiny_llama):
+@pytest.mark.parametrize("term", [Term("tail", 0.5, 0.5), Term("prior", 0.5)], ids=["tail", "prior"])
+def test_a_plans_term_is_each_clients_own(tiny_llama, term):
     lora = LoraConfig(target_modules="q_proj,down_proj")
     bench = adapted.adapted_model(model_config(tiny_llama), lora)
     adapters = [random_adapter(bench, lora, rank, seed) for seed, rank in enumerate(RANKS)]
     data = [sentences(8, seed) for seed in range(4)]
-    alone, together = both(bench, adapters, data, CONFIG, prune=(Term("tail", 0.5, 0.5),))
+    alone, together = both(bench, adapters, data, CONFIG, prune=(term,))
     check(adapters, alone, together)
     plain, _ = both(bench, adapters, data, CONFIG)
     assert float((change(plain[0][0], adapters[0]) - change(alone[0][0], adapters[0])).norm()) > 1e-3

@@ -238,9 +238,44 @@ def test_the_tail_penalty_is_the_gradient_of_its_term():
     assert all(torch.isfinite(parameter.grad).all() for parameter in zero[0])
 
 
+def test_the_prior_is_the_gradient_of_a_divergence_of_gaussians_and_zero_where_training_begins():
+    g = torch.Generator().manual_seed(0)
+    pairs = [
+        Pair("m", *(torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in ((r, 6), (5, r))), 1.0)
+        for r in (4, 1)
+    ]
+    factors = [factor for pair in pairs for factor in (pair.A, pair.B)]
+    theta, (beta, sigma) = [factor.detach().clone() for factor in factors], (0.3, 0.7)
+    add = terms.penalty(pairs, Plan(terms=(Term("prior", beta / sigma**2),)))
+    for moved in (0.0, 1.0):
+        for factor in factors:
+            factor.data.add_(moved * torch.randn(factor.shape, generator=g))
+            factor.grad = torch.zeros_like(factor)
+        add()
+        phi = [factor.detach().clone().requires_grad_() for factor in factors]
+        divergence = sum(
+            torch.distributions.kl_divergence(
+                torch.distributions.Normal(own, sigma), torch.distributions.Normal(shared, sigma)
+            ).sum()
+            for own, shared in zip(phi, theta, strict=True)
+        )
+        (beta * divergence).backward()
+        assert (divergence.item() == 0.0) is (moved == 0.0)
+        for factor, own in zip(factors, phi, strict=True):
+            torch.testing.assert_close(factor.grad, own.grad)
+            assert bool(factor.grad.any()) is bool(moved)  # pyright: ignore[reportOptionalMemberAccess]
+    frozen = Pair(
+        "m", torch.nn.Parameter(torch.ones(1, 2), requires_grad=False), torch.nn.Parameter(torch.ones(2, 1)), 1.0
+    )
+    terms.penalty([frozen], Plan(terms=(Term("prior", 1.0),)))()
+    assert frozen.A.grad is None
+
+
 def test_an_unknown_term_is_refused():
     terms.check_terms(Plan(terms=(Term("tail", 0.1, 0.5),)))
-    with pytest.raises(ConfigError, match="asks for the term 'twist', this client knows tail, complement; install"):
+    with pytest.raises(
+        ConfigError, match="asks for the term 'twist', this client knows tail, prior, complement; install"
+    ):
         terms.check_terms(Plan(terms=(Term("twist", 0.1),)))
 
 

@@ -81,7 +81,7 @@ def test_orthogonal_factors_have_a_product_of_zero():
         assert float(f.B.norm()) > 0.1
         assert torch.equal(f.A, Orthogonal().start(fresh(), ()).adapter.lora[name].A)
     with pytest.raises(StrategyError, match=r"orthogonal needs an even rank, got 3; set lora\.rank = 4"):
-        Orthogonal().check(3)
+        Orthogonal().check_rank(3)
 
 
 def test_comp_lora_starts_outside_the_leading_directions():

@@ -1,0 +1,44 @@
+"""Texts as vectors, by an encoder that was trained for that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from fedlora.common.errors import ModelError
+from fedlora.models import resolve
+from fedlora.models.base.read import UNREADABLE, quiet
+
+ENCODER = "minilm-l6"
+_LONGEST = 256  # tokens, as sentence-transformers cuts texts for this encoder
+
+
+def embed(texts: Sequence[str], encoder: str = ENCODER) -> Tensor:
+    """One row of norm 1 for each text: the mean of the encoder's last hidden states over the text's tokens.
+
+    Args:
+        texts: at least one.
+        encoder: a packaged model, a local folder or a hub id.
+
+    Raises:
+        ModelError: there is no such model, or it is no encoder of texts.
+    """
+    folder = resolve(encoder)
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+            batch = tokenizer(list(texts), padding=True, truncation=True, max_length=_LONGEST, return_tensors="pt")
+        with torch.no_grad():
+            hidden = cast("Tensor", model(**batch).last_hidden_state)
+    except UNREADABLE as error:
+        reason = str(error).strip().splitlines()[:1]
+        raise ModelError(
+            f"{encoder}: cannot make vectors of texts: {reason}; name an encoder such as {ENCODER}"
+        ) from error
+    mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+    return torch.nn.functional.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=1)
