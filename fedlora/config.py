@@ -73,15 +73,15 @@ class ModelConfig:
 class LoraConfig:
     kind: str = option(
         "lora",
-        "what is trained beside a layer: lora, miss, randlora, vera, beamlora, lora-xs, loldu, dora, glora, mtl-lora or "
-        "block-lora, or your own as package.module:Class",
+        "what is trained beside a layer: lora, miss, randlora, vera, beamlora, lora-xs, loldu, dora, glora, mtl-lora "
+        "or block-lora, or your own as package.module:Class",
     )
     kind_options: str = option("", "its options, as 'name=value, name=value'")
     init: str = option(
         "auto",
         "how the adapter starts: auto (as the strategy wants it, else uniform), uniform, lora-sb, lora-ga, eva, pissa, "
-        "olora, loldu, orthogonal, comp-lora, given (from a trained adapter: lora.init-options = adapter=RUN), or your own "
-        "as package.module:Class",
+        "olora, loldu, orthogonal, comp-lora, given (from a trained adapter: lora.init-options = adapter=RUN), or your "
+        "own as package.module:Class",
     )
     init_options: str = option("", "its options, as 'name=value, name=value'")
     rank: int = option(8, "rank of every client, unless lora.ranks is set", low=1)

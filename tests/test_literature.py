@@ -24,7 +24,9 @@ COMMANDS = {command for row in ROWS for command in re.findall(r"`fedlora (\w+)`"
 PLAIN = {"adamw", "sgd", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "pattern"}
 
 
-@pytest.mark.parametrize("registry", [INITIALIZERS, KINDS, OPTIMIZERS, ALLOCATIONS], ids=lambda registry: registry.key)
+@pytest.mark.parametrize(
+    "registry", [STRATEGIES, INITIALIZERS, KINDS, OPTIMIZERS, ALLOCATIONS], ids=lambda registry: registry.key
+)
 def test_the_page_has_every_method(registry):
     listed = {keys[registry.key] for keys in TURNED_ON if registry.key in keys}
     assert listed == {*registry.names} - PLAIN
@@ -63,3 +65,25 @@ def test_exact_kinds_are_the_linear_ones():
     for row, keys in zip(ROWS, TURNED_ON, strict=True):
         if keys.get("lora.kind", "lora") != "lora":
             assert (row[2] == "yes") is KINDS.resolve(keys["lora.kind"]).linear
+
+
+def test_every_row_is_whole_and_its_check_is_a_test():
+    columns = ["method", "turned-on", "exact", "ranks", "download", "upload", "cost", "check", "status"]
+    folder = Path(__file__).resolve().parent
+    tests = {
+        name
+        for path in folder.rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    for row in ROWS:
+        assert len(row) in (len(columns) - 1, len(columns)), row[0]  # an empty status is stripped
+        assert all(cell.strip() for cell in row[:8]), row[0]
+        checks = re.findall(r"`(test_\w+)`", row[columns.index("check")])
+        assert checks, row[0]
+        assert tests >= {*checks}, row[0]
+
+
+def test_strategies_say_on_the_page_what_they_say_of_unequal_ranks():
+    for row, keys in zip(ROWS, TURNED_ON, strict=True):
+        if "strategy.name" in keys:
+            assert (row[3] == "yes") is STRATEGIES.resolve(keys["strategy.name"]).unequal_ranks, keys
