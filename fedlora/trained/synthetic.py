@@ -27,6 +27,7 @@ _AT_ONCE = 16  # sequences per call of generate
 _ATTEMPTS = 4  # as many prompts are sampled, at most, as are wanted, times this
 _LONGEST_PROMPT = 48  # tokens of a prompt that is made up
 _RIDGE = 1e-2
+_REAL = 4  # real prompts that the discriminator sees, at most, as a multiple of the made-up ones
 OnDone = Callable[[str, int, int], None]
 
 
@@ -103,7 +104,8 @@ def make_rows(
                 f"{source.adapter}: of {_ATTEMPTS * count} tries, {len(prompts)} are prompts that differ from each "
                 "other and from the examples, expected at least 4; ask for more rows, or take another source"
             )
-        kept, told_apart = most_real(real, prompts, keep, encoder)
+        some = torch.randperm(len(real))[: _REAL * len(prompts)].tolist()
+        kept, told_apart = most_real([real[index] for index in some], prompts, keep, encoder)
         rows = [
             {"prompt": prompt, "response": answer}
             for prompt, answer in zip(kept, answers(model, kept, config, on_done), strict=True)
