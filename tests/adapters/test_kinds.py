@@ -164,7 +164,7 @@ def quantized(linear: torch.nn.Linear) -> torch.nn.Module:
     """The layer in nf4."""
     made = Linear4bit(linear.in_features, linear.out_features, quant_type="nf4", compute_dtype=torch.float32)
     made.load_state_dict(linear.state_dict())
-    return made.to(DEVICE)
+    return made
 
 
 class Rows:
@@ -183,24 +183,28 @@ def test_dora_is_pefts_own_layer_with_its_gradients(quantize):
     d_out, d_in, rank = 64, 128, 4
     kind = KINDS.load("dora", scale=3.0)
     torch.manual_seed(0)
-    model = OneLayer(d_in, d_out).to(DEVICE)
+    where = torch.device("cpu") if quantize and DEVICE.type != "cuda" else DEVICE  # a pretended one holds no nf4
+    model = OneLayer(d_in, d_out)
+    exact = model.layer.weight.detach().clone()
     if quantize:
         model.layer = quantized(model.layer)
+    model = model.to(where)
     other = copy.deepcopy(model)
     theirs: Any = get_peft_model(
         model, LoraConfig(r=rank, lora_alpha=3 * rank, use_dora=True, target_modules=["layer"])
     )
     layer = theirs.base_model.model.layer
     sight = Sight(layer)
+    assert torch.equal(sight.weight.cpu(), exact) is not quantize
     place = Place("layer", d_out, d_in, rank, weight=lambda: sight.weight)
-    x = torch.randn(6, d_in, device=DEVICE)
+    x = torch.randn(6, d_in, device=where)
     clients = [random_parts(kind, place, seed) for seed in range(2)]
     expected: list[tuple[torch.Tensor, ...]] = []
     for number, own in enumerate(clients):
         with torch.no_grad():
             layer.lora_A["default"].weight.copy_(own["A"])
             layer.lora_B["default"].weight.copy_(own["B"])
-            length = kind.magnitude({n: t.to(DEVICE) for n, t in own.items()}, kind.constants(place), place)
+            length = kind.magnitude({n: t.to(where) for n, t in own.items()}, kind.constants(place), place)
             layer.lora_magnitude_vector["default"].weight.copy_(length)
         out = theirs(x[3 * number : 3 * number + 3])
         leaves = (
@@ -211,7 +215,7 @@ def test_dora_is_pefts_own_layer_with_its_gradients(quantize):
         expected.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaves)))
     plain: Any = get_peft_model(other, LoraConfig(r=rank, target_modules=["layer"]))
     ours: Any = plain.base_model.model.layer
-    parts = [{n: torch.nn.Parameter(t.to(DEVICE)) for n, t in own.items()} for own in clients]
+    parts = [{n: torch.nn.Parameter(t.to(where)) for n, t in own.items()} for own in clients]
     sight = Sight(ours)
     singles = [Functional(kind, place, own, kind.constants(place), sight) for own in parts]
     for number, (one, own) in enumerate(zip(singles, parts, strict=True)):
