@@ -73,7 +73,7 @@ def test_options_are_set_and_checked() -> None:
     ("name", "options", "message"),
     [
         ("lora_fair", {}, "unknown strategy 'lora_fair' .*; did you mean 'lora-fair'"),
-        ("xyz", {}, r"your own is named package.module:Class.*; known are fedavg, "),
+        ("xyz", {}, r"your own is named package.module:Class.*; known are abmll, "),
         ("lora-fair", {"lambda_": 1.0}, "lora-fair has no option 'lambda_'; did you mean 'lam'"),
         ("fedavg", {"lam": 1.0}, "fedavg has no option 'lam'; it has no options"),
         ("lora-fair", {"lam": "big"}, "lam = 'big' is str, expected float"),
