@@ -166,7 +166,9 @@ def finish(work: TrainingJob, adapter: AdapterState, result: trainer.TrainResult
         own_state.save(folder, "personal", personal, broadcast.round, keep=config.run.keep + 1)
     for stage in stages(config.privacy):
         adapter = stage.leaving(adapter, broadcast, schedule.hash_seed(work.seed, broadcast.round))
-    to_send, codec_error = encode_upload(adapter, broadcast, config.wire.upload_dtype, folder, keep=config.run.keep + 1)
+    # A statistic is sent once, and has sums beside each other that would drown in one scale.
+    number_format = config.wire.upload_dtype if broadcast.job == "train" else "fp32"
+    to_send, codec_error = encode_upload(adapter, broadcast, number_format, folder, keep=config.run.keep + 1)
     update = ClientUpdate(
         client_id=client_id,
         adapter=to_send,
@@ -189,7 +191,7 @@ def finish(work: TrainingJob, adapter: AdapterState, result: trainer.TrainResult
     return wire.encode_update(
         update,
         work.model.base.fingerprint,
-        config.wire.upload_dtype,
+        number_format,
         broadcast.plan.send,
         known,
         number=broadcast.round,

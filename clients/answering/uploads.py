@@ -41,12 +41,11 @@ def encode_upload(
     with record_function("fedlora/codec"):
         start = broadcast.adapter
         wanted = difference(keep_factors(broadcast.plan.sent_back(adapter), broadcast.plan.send), start)
-        steady = broadcast.steady and broadcast.job == "train"
-        kept = own_state.load(folder, _KIND, broadcast.round) if steady else None
+        kept = own_state.load(folder, _KIND, broadcast.round) if broadcast.steady else None
         if kept is not None:
             wanted = _with_left_out(wanted, kept)
         arrived = round_trip(wanted, number_format)
-        if steady:
+        if broadcast.steady:
             left = difference(wanted, arrived)
             # for factors that are not sent this time, what they left out before is kept
             own_state.save(

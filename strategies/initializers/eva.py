@@ -25,8 +25,9 @@ class Eva(Initializer):
     mean over clients is that of their pooled inputs; only forward passes are needed, and weights are not read, so that
     they may be quantized. Differences from the paper: the covariance is sketched instead of updated batch by batch
     until the components stand still; and the ranks are the clients' own, unless `lora.allocation = eva` spreads them as
-    the paper does. A module whose inputs vary in fewer directions has LoRA's own rows below them. Upload: width d_in
-    numbers for each module, once. Cost: O(d width^2) for each module.
+    the paper does. A module whose inputs vary in fewer directions has LoRA's own rows below them.
+    A strategy that restarts its adapter uses the start in round 1 alone.
+    Upload: width d_in numbers for each module, once. Cost: O(d width^2) for each module.
 
     Args:
         width: columns of each sketch; 0: 8 for each of the rank. A width of at least d_in sends the whole covariance.

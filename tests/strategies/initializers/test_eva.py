@@ -15,6 +15,7 @@ from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.models import adapted
 from fedlora.strategies.initializers.eva import Eva
 from fedlora.strategies.registry import check_ranks
+from fedlora.strategies.server import saved_state
 from tests.clients.statistics.test_gradients import examples
 from tests.device import model_config
 from tests.federation import run_locally, tiny
@@ -116,6 +117,19 @@ def test_a_federation_of_unequal_clients_starts_from_it(tmp_path, tiny_llama, st
     assert [entry["round"] for entry in result["rounds"]] == [0, 1, 2]
     assert not result["rounds"][0]["failures"]
     assert result["rounds"][-1]["heldout"]["loss"] < result["baseline"]["loss"]
+
+
+def test_coarse_uploads_do_not_touch_what_was_measured(tmp_path, tiny_llama):
+    """Sums of very different sizes stand beside each other; one scale for all of them would round most to zero."""
+    keys = {"lora__init": "eva", "strategy__name": "fedavg", "lora__ranks": "", "lora__rank": 2, "run__keep": 3}
+    starts = []
+    for number_format in ("fp32", "int4"):
+        config = tiny(tmp_path, tiny_llama, run__id=number_format, wire__upload_dtype=number_format, **keys)
+        folder, result = run_locally(config)
+        found = saved_state.load(folder / "state", result["key"], after=0)
+        assert found is not None
+        starts.append(found[0].adapter.lora)
+    assert all(torch.equal(starts[0][name].A, starts[1][name].A) for name in starts[0])
 
 
 def test_what_does_not_fit_is_refused_before_the_run(tmp_path, tiny_llama):
