@@ -180,6 +180,7 @@ def check(strategy: Strategy, clients: Sequence[ClientInfo], lora: LoraConfig) -
                 needs="any_kind",
             )
         strategy.check(clients)
+    _check_complement(lora, start, strategy, clients)
     ranks = [client.rank for client in clients]
     for rank in {rank for client in clients for rank in client.every_rank}:
         kind.check(rank)
@@ -197,6 +198,25 @@ def check(strategy: Strategy, clients: Sequence[ClientInfo], lora: LoraConfig) -
         )
 
 
+def _check_complement(lora: LoraConfig, start: Initializer, strategy: Strategy, clients: Sequence[ClientInfo]) -> None:
+    """Raises StrategyError if an A that a restart draws, and clients do not train, leaves the space they keep to."""
+    from fedlora.adapters import AdapterState
+
+    from .wrappers.restart import Restart
+    from .wrappers.wrapper import layers
+
+    if not start.terms or not any(isinstance(layer, Restart) for layer in layers(strategy)):
+        return
+    empty = strategy.init(AdapterState())
+    for number in range(1, 5):  # methods that take turns have short periods
+        if "A" not in strategy.broadcast(empty, clients[0], number).plan.train:
+            raise StrategyError(
+                f"lora.init = {lora.init} keeps what clients train in a part of the space, strategy.restart-every "
+                f"draws a new A, and clients do not train A in round {number}; set strategy.restart-every = 0, or "
+                "another lora.init"
+            )
+
+
 def _check_round_0(
     lora: LoraConfig, allocation: Allocation, start: Initializer, strategy: Strategy, kind: AdapterKind
 ) -> None:
@@ -207,7 +227,7 @@ def _check_round_0(
     if start.statistic not in ("", allocation.statistic):
         raise StrategyError(
             f"{asks}, {allocation.statistic}, and lora.init = {lora.init} for another, {start.statistic}; a run has "
-            "one such round: set lora.init = uniform, or lora.allocation = pattern"
+            "one such round: set lora.allocation = pattern, or an initializer that asks for the same or for nothing"
         )
     if not kind.pairs:
         raise StrategyError(

@@ -265,10 +265,10 @@ def _own_folder(context: Context, broadcast: Broadcast) -> Path:
 
 
 def _check_ranks(model: adapted.AdaptedModel, broadcast: Broadcast, info: ClientInfo, context: Context) -> None:
-    """A server may not ask for more than this client's hardware affords, in all modules together."""
+    """A server may not ask for more than this client's hardware affords, in all modules together, sent or not."""
     ranks = {name: rank for name, rank in adapted.ranks(model, broadcast.adapter).items() if name in model.layers}
-    shapes = {module: shape_of(model.layers[module]) for module in ranks}
-    own = {module: info.rank_of(module) for module in ranks}
+    shapes = {module: shape_of(layer) for module, layer in model.layers.items()}
+    own = {module: info.rank_of(module) for module in shapes}
     sent, affords = count_numbers(ranks, shapes), count_numbers(own, shapes)
     if sent > affords:
         key = next((key for key in ("max-rank", "rank") if key in context.node_config), "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -94,8 +94,14 @@ class Wrapper(Strategy):
         return self.inner.global_adapter(state)
 
 
+def layers(strategy: Strategy) -> Iterator[Strategy]:
+    """The wrappers from the outside in, and the strategy inside them."""
+    while isinstance(strategy, Wrapper):
+        yield strategy
+        strategy = strategy.inner
+    yield strategy
+
+
 def innermost(strategy: Strategy) -> Strategy:
     """The strategy inside all wrappers."""
-    while isinstance(strategy, Wrapper):
-        strategy = strategy.inner
-    return strategy
+    return [*layers(strategy)][-1]

@@ -79,6 +79,13 @@ def test_eva_and_its_ranks_share_a_round(tmp_path, tiny_llama):
     assert apart(saved_adapter(folder), saved_adapter(plain)) > 1e-3
 
 
+def test_a_round_of_few_layers_may_have_ranks_above_the_clients_own(tmp_path, tiny_llama):
+    """The budget is that of all modules, of which a round may send those alone that have more than their share."""
+    keys = {"strategy__name": "flora", "lora__allocation": "eva", "train__layers_per_round": 1, **KEYS}
+    _, result = run_locally(tiny(tmp_path, tiny_llama, **keys))
+    assert not any(entry["failures"] for entry in result["rounds"])
+
+
 def test_what_cannot_be_is_refused_before_the_run(tmp_path, tiny_llama):
     with pytest.raises(
         StrategyError, match=r"lora\.allocation = gelora asks .*dimensions, and lora\.init = eva for anoth"

@@ -167,3 +167,10 @@ def test_what_does_not_fit_is_refused_before_the_run(tmp_path, tiny_llama):
         with pytest.raises(StrategyError, match=rf"lora\.init = {init} needs one rank, got ranks 4, 2, 2, 1|even rank"):
             check_ranks(tiny(tmp_path, tiny_llama, lora__init=init, strategy__name="flora"))
     check_ranks(tiny(tmp_path, tiny_llama, lora__init="comp-lora", strategy__name="flora"))
+    restarts = {"lora__init": "comp-lora", "strategy__restart_every": 2}
+    check_ranks(tiny(tmp_path, tiny_llama, strategy__name="fedavg-zeropad", **restarts))
+    for name in ("ffa", "rolora"):
+        with pytest.raises(
+            StrategyError, match=r"comp-lora keeps .* draws a new A, and clients do not train A in round 1"
+        ):
+            check_ranks(tiny(tmp_path, tiny_llama, strategy__name=name, **restarts))
