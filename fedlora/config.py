@@ -73,8 +73,8 @@ class ModelConfig:
 class LoraConfig:
     kind: str = option(
         "lora",
-        "what is trained beside a layer: lora, miss, randlora, vera, beamlora, lora-xs, loldu, dora, glora, mtl-lora "
-        "or block-lora, or your own as package.module:Class",
+        "what is trained beside a layer: lora, miss, randlora, vera, beamlora, lora-xs, loldu, dora, glora, "
+        "mtl-lora, mixlora or block-lora, or your own as package.module:Class",
     )
     kind_options: str = option("", "its options, as 'name=value, name=value'")
     init: str = option(

@@ -22,7 +22,7 @@ from fedlora.common.errors import ConfigError
 from fedlora.config import Config, Scalar, find_preset, flatten, parse, read_toml
 from fedlora.data.given import table
 from fedlora.models import adapted
-from fedlora.models.peft_files import read_adapter
+from fedlora.models.peft_files import is_own, read_adapter, read_parts
 from fedlora.results.run_folder import folder_of, nothing_left, resumed, stamp, stored
 from fedlora.trained.evaluate import score
 
@@ -52,8 +52,12 @@ class Result:
 
     @cached_property
     def adapter(self) -> AdapterState:
-        """The trained adapter: the sum of all updates, folds included, for the unchanged base model."""
-        return read_adapter(self.folder / "adapter")
+        """The trained adapter, for the unchanged base model: the sum of all updates, folds included.
+
+        Of a kind that adds no fixed matrix, such as mixlora, it has parts by name instead of factors.
+        """
+        folder = self.folder / "adapter"
+        return read_parts(folder) if is_own(folder) else read_adapter(folder)
 
     def evaluate(self, rows: Any) -> dict[str, float]:
         """The metrics of the trained adapter on other rows.

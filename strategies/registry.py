@@ -275,7 +275,7 @@ def _kind(config: Config) -> AdapterKind:
 
     Raises:
         StrategyError: it needs the base's own weights, and the clients may change them; or its update has no factors,
-            and the config asks for what needs them.
+            and the config asks for what needs them; or it adds a term to the loss in each of several passes.
     """
     from fedlora.adapters.kinds.registry import KINDS
 
@@ -286,7 +286,13 @@ def _kind(config: Config) -> AdapterKind:
             f"anchor.base-update = merge: lora.kind = {name} needs the base's own weights, into which clients would "
             "merge folds; set anchor.base-update = anchor"
         )
-    if not kind.factored and config.evaluate.intruders:
+    if kind.adds_to_loss and config.train.accumulate > 1:
+        raise StrategyError(
+            f"train.accumulate = {config.train.accumulate}: lora.kind = {name} adds its own term to the loss once for "
+            "each pass, which would count it so many times in a step; set train.accumulate = 1, or leave the term out "
+            "(for mixlora, lora.kind-options = balance=0)"
+        )
+    if not (kind.factored and kind.matrix) and config.evaluate.intruders:
         raise StrategyError(
             f"evaluate.intruders: the update of lora.kind = {name} has no factors, whose directions could be counted; "
             "set evaluate.intruders = false"

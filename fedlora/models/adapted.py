@@ -34,7 +34,7 @@ from . import (
     load_base,
     untie,
 )
-from .functional import Functional, Nothing, Sight
+from .functional import Functional, Mask, Nothing, Sight
 from .injection import (
     ADAPTER,
     ANCHOR,
@@ -63,6 +63,7 @@ class AdaptedModel:
         constants: (module, rank) -> the kind's constants there, and their `project`; of kinds that make them of the
             weights.
         sights: module -> its sight, of kinds that see the layer.
+        mask: the present batch's, for kinds that see it.
     """
 
     config: ModelConfig
@@ -76,6 +77,7 @@ class AdaptedModel:
         default_factory=dict[tuple[str, int], tuple[Parts, float]]
     )
     sights: Mapping[str, Sight] = field(default_factory=dict[str, Sight])
+    mask: Mask | None = None
 
     @property
     def task(self) -> Task:
@@ -136,7 +138,16 @@ def _build(config: ModelConfig, lora: LoraConfig) -> AdaptedModel:
     dense = head_parameters(model, base.heads)
     task_of(config).prepare(model)
     sights = {name: Sight(layer) for name, layer in layers.items()} if kind.sees_layer else {}
-    return AdaptedModel(config=config, base=base, model=model, layers=layers, tensors=dense, kind=kind, sights=sights)
+    return AdaptedModel(
+        config=config,
+        base=base,
+        model=model,
+        layers=layers,
+        tensors=dense,
+        kind=kind,
+        sights=sights,
+        mask=Mask(model) if kind.sees_mask else None,
+    )
 
 
 def install(
@@ -344,7 +355,7 @@ def _set_parts(
         part: nn.Parameter(value.to(device, torch.float32, copy=True), requires_grad=trained)  # pyright: ignore
         for part, value in parts.items()
     }
-    made = Functional(model.kind, place, own, constants_of(model, place), model.sights.get(name))
+    made = Functional(model.kind, place, own, constants_of(model, place), model.sights.get(name) or model.mask)
     layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = made, Nothing(made.weight)
     layer.scaling[ADAPTER] = 1.0
     return [*own.values()] if trained else []

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fedlora.adapters.kinds.base import OUTPUT, WEIGHT, AdapterKind, Parts, Place
+from fedlora.adapters.kinds.base import MASK, OUTPUT, WEIGHT, AdapterKind, Parts, Place
 
 from .weights import weight_of
 
 _COPIES: MutableMapping[Tensor, dict[torch.device, Tensor]] = WeakTensorKeyDictionary()  # constant -> its copies
+_ROWWISE = (OUTPUT, MASK)  # of what a kind sees, that which belongs to rows of x
 
 
 class Functional(nn.Module):
@@ -29,14 +31,14 @@ class Functional(nn.Module):
         place: Place,
         parts: Mapping[str, nn.Parameter],
         constants: Parts | None = None,
-        sight: Sight | None = None,
+        sight: Sight | Mask | None = None,
     ) -> None:
         """Args:
         kind: of the adapter.
         place: the layer.
         parts: the trained parts.
         constants: the kind's constants at this place; made anew when left out.
-        sight: of the layer, for kinds that see it.
+        sight: of the layer or of the batch's mask, for kinds that see one of them.
         """
         super().__init__()
         self.kind, self.place, self.sight = kind, place, sight
@@ -80,6 +82,23 @@ class Sight:
         bias = self._base.bias
         seen = output if bias is None else output - bias.to(x.dtype)  # pyright: ignore[reportCallIssue, reportOperatorIssue]
         return {WEIGHT: self.weight.to(x.device), OUTPUT: seen}
+
+
+class Mask:
+    """What a kind sees of the present batch: which positions are tokens, as the model's attention mask says."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._mask: Tensor | None = None
+        model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, module: nn.Module, args: object, given: Mapping[str, Any]) -> None:
+        self._mask = given.get("attention_mask")
+
+    def take(self, x: Tensor) -> dict[str, Tensor]:
+        """The mask in the shape of x's positions. It is all ones where x does not have all positions of the batch."""
+        shape, mask = x.shape[:-1], self._mask
+        fits = mask is not None and mask.numel() == math.prod(shape)
+        return {MASK: mask.reshape(shape).to(x) if mask is not None and fits else x.new_ones(shape)}
 
 
 def _shared(constant: Tensor, device: torch.device) -> Tensor:
@@ -127,11 +146,11 @@ class FunctionalStack(nn.Module):
         stacks = {name: torch.stack([own[name] for own in self._parts[:clients]]) for name in self._parts[0]}
 
         seen = one.sight.take(x) if one.sight else {}
-        shared = {name: value for name, value in {**one.constants, **seen}.items() if name != OUTPUT}
-        rowwise = {name: value.unflatten(0, (clients, -1)) for name, value in seen.items() if name == OUTPUT}
+        shared = {name: value for name, value in {**one.constants, **seen}.items() if name not in _ROWWISE}
+        rowwise = {name: value.unflatten(0, (clients, -1)) for name, value in seen.items() if name in _ROWWISE}
 
-        def of_one(rows: Tensor, own: dict[str, Tensor], outputs: dict[str, Tensor]) -> Tensor:
-            return one.kind.forward(rows, own, {**shared, **outputs}, one.place)
+        def of_one(rows: Tensor, own: dict[str, Tensor], of_rows: dict[str, Tensor]) -> Tensor:
+            return one.kind.forward(rows, own, {**shared, **of_rows}, one.place)
 
         together = torch.vmap(of_one)(x.unflatten(0, (clients, -1)), stacks, rowwise)
         return together.flatten(0, 1)

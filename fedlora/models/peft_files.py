@@ -1,16 +1,17 @@
-"""Writes and reads PEFT checkpoints."""
+"""Writes and reads PEFT checkpoints, and those of adapters that are none."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from peft import LoraConfig as PeftLoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fedlora.adapters import AdapterState, LoraFactors, compress
 from fedlora.adapters.flat import PEFT
@@ -20,12 +21,16 @@ from fedlora.common.errors import AdapterError
 from fedlora.config import ModelConfig
 from fedlora.tasks.registry import task_of
 
+_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_OWN = "FEDLORA"  # instead of PEFT's name of a method, which PEFT refuses
+
 
 def save_checkpoint(adapter: AdapterState, folder: Path, model: ModelConfig, about: Mapping[str, object]) -> None:
     """Write a PEFT checkpoint that `PeftModel.from_pretrained` loads on the unchanged base model.
 
     Every module is written at its numerical rank, with scaling 1; unequal ranks are in `rank_pattern`. An adapter with
-    magnitudes becomes PEFT's DoRA.
+    magnitudes becomes PEFT's DoRA. An adapter without any factors, of a kind that adds no fixed matrix, is written as
+    its tensors, which only `read_parts` reads.
 
     Args:
         adapter: the whole trained adapter, folds included.
@@ -33,6 +38,9 @@ def save_checkpoint(adapter: AdapterState, folder: Path, model: ModelConfig, abo
         model: the run's section model, for the checkpoint's config.
         about: facts for the file fedlora.json beside it, such as configuration and base fingerprint.
     """
+    if not adapter.lora:
+        _save(folder, adapter.tensors, about, lambda part: _write_json(part / _CONFIG, {"peft_type": _OWN}))
+        return
     small = compress(adapter.lora)
     ranks = {name: factors.rank for name, factors in small.items()}
     top = max(ranks.values())
@@ -51,18 +59,36 @@ def save_checkpoint(adapter: AdapterState, folder: Path, model: ModelConfig, abo
     )
     scaled = {n: LoraFactors(A=f.A * f.scaling, B=f.B, scaling=1.0) for n, f in small.items()}
     named = PEFT.put(AdapterState(lora=scaled, tensors=adapter.tensors))
+    _save(folder, named, about, lambda part: config.save_pretrained(str(part)))
+
+
+def _save(
+    folder: Path, named: Mapping[str, Tensor], about: Mapping[str, object], configure: Callable[[Path], None]
+) -> None:
+    """Write a checkpoint with these tensors in place of an earlier one, whole or not at all.
+
+    Args:
+        folder: folder of the checkpoint.
+        named: the tensors.
+        about: facts for the file fedlora.json.
+        configure: writes the checkpoint's config into a folder.
+    """
     tensors = {name: tensor.contiguous() for name, tensor in named.items()}
     part, old = folder.with_name(f".{folder.name}-part"), folder.with_name(f".{folder.name}-old")
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
     part.mkdir(parents=True)
-    config.save_pretrained(str(part))
-    save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
-    (part / "fedlora.json").write_text(json.dumps(about, indent=2) + "\n")
+    configure(part)
+    save_file(tensors, part / _TENSORS, metadata={"format": "pt"})
+    _write_json(part / "fedlora.json", about)
     if folder.exists():  # so that an interruption leaves a whole checkpoint, the old or the new one
         folder.rename(old)
     part.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def is_magnitude(name: str) -> bool:
@@ -81,12 +107,13 @@ def read_adapter(folder: Path) -> AdapterState:
     Raises:
         AdapterError: the files cannot be read, or contain something else than LoRA factors.
     """
+    check_factors(folder)
     try:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        settings = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         if not isinstance(settings, dict) or "lora_alpha" not in settings:  # PEFT would take its own default
             raise ValueError("adapter_config.json does not describe a LoRA adapter, it lacks lora_alpha")
         config = cast("PeftLoraConfig", PeftLoraConfig.from_pretrained(str(folder)))
-        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors = load_file(folder / _TENSORS)
     except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise AdapterError(f"{folder}: the adapter cannot be read: {str(error).splitlines()[0]}") from None
     start, end = PEFT.of_factor("|", "A").split("|")
@@ -101,6 +128,38 @@ def read_adapter(folder: Path) -> AdapterState:
     if lacking or not found.lora:
         raise AdapterError(f"{folder}: the checkpoint has no {f'B of {lacking}' if lacking else 'LoRA factors'}")
     return found
+
+
+def is_own(folder: Path) -> bool:
+    """Whether this is a checkpoint of parts that no factors stand for, which is no PEFT checkpoint."""
+    try:
+        settings = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and settings.get("peft_type") == _OWN
+
+
+def check_factors(folder: Path) -> None:
+    """Raise AdapterError for a checkpoint of parts that no factors stand for."""
+    if is_own(folder):
+        kind = described(folder).get("config", {}).get("lora.kind", "its kind")
+        raise AdapterError(
+            f"{folder}: what lora.kind = {kind} adds to a layer is no fixed matrix, so that the adapter has no LoRA "
+            "factors and cannot be merged; only fedlora evaluate reads it, without --lm-eval: for anything else, train "
+            "with another lora.kind"
+        )
+
+
+def read_parts(folder: Path) -> AdapterState:
+    """The adapter in a checkpoint of parts that no factors stand for; see `is_own`.
+
+    Raises:
+        AdapterError: the tensors cannot be read.
+    """
+    try:
+        return AdapterState(tensors=load_file(folder / _TENSORS))
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{folder}: the adapter cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def described(adapter: Path) -> dict[str, Any]:

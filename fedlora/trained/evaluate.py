@@ -1,28 +1,30 @@
-"""Evaluates adapters on rows: PEFT checkpoints together with their base model, or an adapter in memory."""
+"""Evaluates adapters on rows: checkpoints together with their base model, or an adapter in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch import nn
 
 from fedlora.adapters import AdapterState
 from fedlora.common.errors import AdapterError, ModelError
-from fedlora.config import Config
-from fedlora.data import encode, form_of, prepare
+from fedlora.config import Config, parse
+from fedlora.data import Example, encode, form_of, prepare
 from fedlora.data.classes import numbered
 from fedlora.data.places import with_places
 from fedlora.models import BaseModel, adapted, check_length, load_base, longest
 from fedlora.models.injection import ties_may_be_adapted
 from fedlora.models.parts import with_parts
-from fedlora.models.peft_files import described, has_magnitudes
-from fedlora.tasks.predict import evaluate
+from fedlora.models.peft_files import described, has_magnitudes, is_own, read_parts
+from fedlora.tasks.predict import evaluate, predict
 from fedlora.tasks.registry import task_of
-from fedlora.tasks.scores import scores
+from fedlora.tasks.scores import Predictions, scores
 
 from .mixed import BASE, predict_many
 
@@ -36,7 +38,7 @@ def compare_with_base(
     """The metrics of the base model alone and with each adapter, on held-out rows, in one pass.
 
     Args:
-        adapters: folders of PEFT checkpoints, at least one.
+        adapters: folders of checkpoints, at least one; all are PEFT's, or all have parts that no factors stand for.
         config: the configuration of model and data.
         on_batch: called after each batch with (number of rows done, number of all rows), where a row counts once for
             each adapter and once for the base model.
@@ -48,16 +50,75 @@ def compare_with_base(
         ModelError: an adapter was trained on another base model.
         AdapterError: a checkpoint does not fit the model.
     """
+    own = [adapter for adapter in adapters if is_own(adapter)]
+    if own and len(own) < len(adapters):
+        other = next(adapter for adapter in adapters if adapter not in own)
+        raise AdapterError(
+            f"{own[0]} has no LoRA factors, and {other} has: they cannot be evaluated in one pass; evaluate each by "
+            "itself"
+        )
     base = load_base(config.model, seed=config.run.seed)
     check_length(longest(base.model), config)
-    model = load(base, adapters, config)
     task = task_of(config.model)
     examples = encode(prepare(config).heldout, base.tokenizer, config.data, task)
-    names = [BASE, *map(_name, range(len(adapters)))]
     size = config.evaluate.batch_size
-    found = predict_many(task, model, names, examples, batch_size=size, pad_id=base.pad_id, on_batch=on_batch)
+    if own:
+        found = _one_by_one(base, own, config, examples, on_batch)
+    else:
+        model, names = load(base, adapters, config), [BASE, *map(_name, range(len(adapters)))]
+        found = predict_many(task, model, names, examples, batch_size=size, pad_id=base.pad_id, on_batch=on_batch)
     labels = ["untouched base" + (f" with {base.head.partition(':')[0]}" if base.head else ""), *titles(adapters)]
     return {label: scores(task, predictions) for label, predictions in zip(labels, found.values(), strict=True)}
+
+
+def _one_by_one(
+    base: BaseModel,
+    adapters: Sequence[Path],
+    config: Config,
+    examples: Sequence[Example],
+    on_batch: Callable[[int, int], None],
+) -> dict[str, Predictions]:
+    """The predictions of the base alone, and with each adapter that has parts instead of factors.
+
+    Raises:
+        ModelError: an adapter was trained on another base model.
+        AdapterError: a checkpoint does not fit the model, or does not say of which kind it is.
+    """
+    task, size, total = task_of(config.model), config.evaluate.batch_size, (1 + len(adapters)) * len(examples)
+    models: dict[str, Callable[[], nn.Module]] = {BASE: lambda: base.model}
+    for number, adapter in enumerate(adapters):
+        _check_base(adapter, base, config)
+        models[_name(number)] = partial(_with_parts, adapter, config)
+    found: dict[str, Predictions] = {}
+    for number, (name, made) in enumerate(models.items()):
+
+        def count(done: int, _: int, before: int = number * len(examples)) -> None:
+            on_batch(before + done, total)
+
+        found[name] = predict(task, made(), examples, size, base.pad_id, on_batch=count)
+    return found
+
+
+def _with_parts(adapter: Path, config: Config) -> nn.Module:
+    """The base model with an adapter that has parts instead of factors."""
+    trained = described(adapter).get("config")
+    if not trained:
+        raise AdapterError(f"{adapter}: fedlora.json is missing or empty, which says of which kind the adapter is")
+    lora = parse(trained, where=str(adapter / "fedlora.json")).lora
+    model = adapted.adapted_model(config.model, lora)
+    adapted.merge_folds(model, None, ())
+    adapted.install(model, read_parts(adapter))
+    return model.model
+
+
+def _check_base(adapter: Path, base: BaseModel, config: Config) -> None:
+    """Raise ModelError if the adapter was trained on another base model."""
+    trained_on = described(adapter).get("base")
+    if trained_on not in (None, base.fingerprint):
+        raise ModelError(
+            f"{adapter} was trained on base {trained_on}, but model.name = {config.model.name!r} is "
+            f"{base.fingerprint}; set model.name to the base model of the adapter"
+        )
 
 
 def load(base: BaseModel, adapters: Sequence[Path], config: Config) -> PeftModel:
@@ -68,12 +129,7 @@ def load(base: BaseModel, adapters: Sequence[Path], config: Config) -> PeftModel
         AdapterError: a checkpoint does not fit the model.
     """
     for adapter in adapters:
-        trained_on = described(adapter).get("base")
-        if trained_on not in (None, base.fingerprint):
-            raise ModelError(
-                f"{adapter} was trained on base {trained_on}, but model.name = {config.model.name!r} is "
-                f"{base.fingerprint}; set model.name to the base model of the adapter"
-            )
+        _check_base(adapter, base, config)
     model: PeftModel | None = None
     for index, adapter in enumerate(adapters):
         try:
@@ -124,7 +180,8 @@ def score(adapter: AdapterState, rows: Dataset, config: Config, classes: tuple[s
     """The metrics of an adapter in memory, on any rows.
 
     Args:
-        adapter: the whole trained adapter, for the unchanged base model, as pairs of factors.
+        adapter: the whole trained adapter, for the unchanged base model, as pairs of factors, or as parts that no
+            factors stand for.
         rows: rows with the columns that `config.data` names.
         config: the configuration of the run that trained the adapter.
         classes: names of that run's classes, in their order; empty if they have only numbers.
@@ -132,12 +189,13 @@ def score(adapter: AdapterState, rows: Dataset, config: Config, classes: tuple[s
     Raises:
         DataError: rows cannot be used.
     """
-    own = has_magnitudes(adapter)  # DoRA's, which only its own kind can install
+    dora = has_magnitudes(adapter)
+    own = dora or not adapter.lora  # which only its own kind can install
     model = adapted.adapted_model(
         config.model, config.lora if own else replace(config.lora, kind="lora", kind_options="")
     )
     form_of(rows.column_names, config.data, model.task)
     examples = encode(with_places(numbered(rows, config.data, classes)), model.base.tokenizer, config.data, model.task)
     adapted.merge_folds(model, None, ())  # a run may have left its folds in the weights
-    adapted.install(model, with_parts(model, adapter) if own else adapter)
+    adapted.install(model, with_parts(model, adapter) if dora else adapter)
     return evaluate(model.task, model.model, examples, config.evaluate.batch_size, model.base.pad_id)

@@ -10,6 +10,7 @@ from typing import Any
 from fedlora.common.errors import ConfigError, suggest
 from fedlora.config import Config
 from fedlora.models import load_base
+from fedlora.models.peft_files import check_factors
 from fedlora.tasks.registry import task_of
 
 from .evaluate import load, titles
@@ -34,7 +35,10 @@ def scores(
 
     Raises:
         ConfigError: the harness is not installed, a task is unknown, or the model is a classifier.
+        AdapterError: an adapter is no PEFT checkpoint.
     """
+    for adapter in adapters:
+        check_factors(adapter)
     api = _api()
     if task_of(config.model).pipeline != "text-generation":
         raise ConfigError("--lm-eval: its tasks need a model that generates text, model.task = causal-lm; leave it out")

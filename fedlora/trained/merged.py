@@ -84,11 +84,11 @@ def merge_by_text(
     check_free(out)
     sources = [find(path) for path in adapters]
     check_alike(sources)
+    states = [read_adapter(source.adapter) for source in sources]
     described = list(texts) or [task_of_run(source.config) for source in sources]
     vectors = embed([task, *described], encoder)
     cosines = (vectors[1:] @ vectors[0]).tolist()
     shares = weights(cosines, top, temperature)
-    states = [read_adapter(source.adapter) for source in sources]
     merged = weighted_sum(states, shares)
     if rank:
         merged = replace(merged, lora=compress(merged.lora, rank))

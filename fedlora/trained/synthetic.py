@@ -230,8 +230,9 @@ def _parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 
 def _teacher(source: Source) -> AdaptedModel:
     """The source's base model with its adapter, as this process's one model."""
+    learned = read_adapter(source.adapter)
     model = adapted.adapted_model(source.config.model, replace(source.config.lora, kind="lora", kind_options=""))
     check_base(source, model.base)
     adapted.merge_folds(model, None, ())
-    adapted.install(model, read_adapter(source.adapter))
+    adapted.install(model, learned)
     return model

@@ -67,6 +67,13 @@ RUNS: dict[str, dict[str, Scalar]] = {
         **EQUAL,
     },
     "dora": {"lora.kind": "dora", "strategy.name": "fedavg", **EQUAL},
+    "mixlora-int8": {
+        "lora.kind": "mixlora",
+        "lora.kind-options": "experts=3",
+        "strategy.name": "fedavg",
+        "wire.upload-dtype": "int8",
+        **EQUAL,
+    },
 }
 QUICK = ("flora", "lora-fair-int8", "fedsa", "flora-eva-ranks", "flora-flexora", "mtl-lora-int8")
 

@@ -18,6 +18,7 @@ from .signs import signs
 
 Parts = Mapping[str, Tensor]
 WEIGHT, OUTPUT = "W", "y"  # what a kind that sees the layer gets beside its constants
+MASK = "mask"  # what a kind that sees the batch's mask gets beside them
 MAGNITUDE = "lora_magnitude_vector"  # PEFT's name
 
 
@@ -62,8 +63,12 @@ class AdapterKind(ABC):
         sees_layer: True if `forward` finds two more tensors among its constants, and `factors` the first of them: the
             layer's frozen weight "W" [d_out, d_in], and "y" [..., d_out], the layer's own output without a bias. It
             implies `needs_weight`. Under dropout, x has been through it, and y has not.
+        sees_mask: True if `forward` finds one more tensor among its constants: "mask" [...], which is 1 where x is a
+            token's and 0 where it is padding's.
         dense: True if `forward` keeps a matrix of the weight's size for each client until the backward pass.
         factored: False if `factors` are the update only together with a `magnitude`, as in DoRA.
+        matrix: False if what is added to the output is no fixed matrix times x. Such an adapter has no `factors`: it is
+            saved as its parts, and cannot be a LoRA checkpoint, or merged.
         personal: parts that stay on the client from round to round, and are never sent to the server.
     """
 
@@ -72,8 +77,10 @@ class AdapterKind(ABC):
     linear: ClassVar[bool] = False
     needs_weight: ClassVar[bool] = False
     sees_layer: ClassVar[bool] = False
+    sees_mask: ClassVar[bool] = False
     dense: ClassVar[bool] = False
     factored: ClassVar[bool] = True
+    matrix: ClassVar[bool] = True
     personal: ClassVar[frozenset[str]] = frozenset()
 
     def check(self, rank: int) -> None:  # noqa: B027 - most serve any rank
@@ -149,6 +156,11 @@ class AdapterKind(ABC):
         """
         return after
 
+    @property
+    def adds_to_loss(self) -> bool:
+        """Whether `forward` adds a term to the loss by itself, once for each pass through the model."""
+        return False
+
     def key(self, module: str, part: str) -> str:
         """The name of a module's part among an adapter's tensors."""
         return f"{module}.{self.name}_{part}"
@@ -201,7 +213,8 @@ def as_factors(
 ) -> AdapterState:
     """The adapter with the parts of its kind converted to LoRA factors. Other factors and tensors are kept.
 
-    A kind's magnitudes become tensors "<module>.lora_magnitude_vector", as in PEFT.
+    A kind's magnitudes become tensors "<module>.lora_magnitude_vector", as in PEFT. An adapter whose kind adds no fixed
+    matrix stays as it is.
 
     Args:
         adapter: an adapter of this kind.
@@ -209,7 +222,7 @@ def as_factors(
         shapes: module -> (d_out, d_in).
         constants: gives the kind's constants at a place; by default `kind.constants`, for kinds without `needs_weight`.
     """
-    if kind.pairs:
+    if kind.pairs or not kind.matrix:
         return adapter
     lora, tensors = dict(adapter.lora), dict(adapter.tensors)
     for module, (d_out, d_in) in shapes.items():

@@ -22,5 +22,6 @@ KINDS = Registry(
         "dora": "fedlora.adapters.kinds.dora:Dora",
         "glora": "fedlora.adapters.kinds.glora:GLora",
         "mtl-lora": "fedlora.adapters.kinds.mtl_lora:MtlLora",
+        "mixlora": "fedlora.adapters.kinds.mix_lora:MixLora",
     },
 )

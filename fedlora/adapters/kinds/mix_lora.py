@@ -1,0 +1,136 @@
+"""MixLoRA: several LoRA experts beside a layer, of which a router picks a few for each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedlora.common.errors import AdapterError, ConfigError
+
+from ..state import LoraFactors
+from .base import MASK, AdapterKind, Parts, Place
+
+
+@dataclass(frozen=True)
+class MixLora(AdapterKind):
+    """`y = W x + c sum_{e in top k} w_e B_e A_e x`, with `w = softmax(R x)` cut to its k largest, whose sum is then 1.
+
+    Li et al. 2024, "MixLoRA: Enhancing Large Language Models Fine-Tuning with LoRA-based Mixture of Experts",
+    https://arxiv.org/abs/2404.15159. Trained are R [E, d_in], and A_e [r, d_in] and B_e [d_out, r] of E experts. The
+    loss gets `a E sum_e F_e P_e` for each layer, where F_e is the share of the tokens that have e among their k, and
+    P_e the mean of softmax(R x)_e over the tokens. It is a k where R x is equal for all experts, and larger where
+    experts that are picked more often are more probable too. Padding counts for nothing. The loss that a run records is
+    without this term.
+
+    Experimental: how the authors add the term up over layers is not confirmed, and neither are the number of experts
+    and whether F counts all k experts of a token. Differences: each adapted layer has a router of its own, on the
+    layer's own input, where the paper has one for each FFN block, so that gate, up and down may pick different experts;
+    attention layers are mixtures too, unless `lora.target-modules` leaves them out; all experts are computed and those
+    outside the k multiplied by 0, so that a step costs as much as LoRA of rank E r; with dropout, the router's input
+    has been through it. Expert e is averaged over clients by their rows, as all else is, and not by the tokens that
+    they routed to it. The mean of the parts is not the mean of the updates.
+
+    What is added depends on x by more than a product: there is no dW, and no LoRA checkpoint. With one expert, or with
+    equal ones, it is LoRA. A client uploads E (r (d_in + d_out) + d_in) numbers for a layer. `lora.alpha` is not used.
+
+    Args:
+        experts: E.
+        top_k: k, the number of experts for each token.
+        balance: a, the weight of the loss of uneven routing; 0: none.
+        deviation: standard deviation of R's entries at first.
+        scale: c, which is LoRA's alpha / r.
+    """
+
+    experts: int = 8
+    top_k: int = 2
+    balance: float = 0.001
+    deviation: float = 0.02
+    scale: float = 2.0
+
+    name: ClassVar[str] = "mixlora"
+    matrix: ClassVar[bool] = False
+    sees_mask: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.experts:
+            raise ConfigError(
+                f"lora.kind-options: mixlora's top_k = {self.top_k}, expected a number from 1 to experts = "
+                f"{self.experts}"
+            )
+        for option, value in (("balance", self.balance), ("deviation", self.deviation)):
+            if not 0 <= value < float("inf"):
+                raise ConfigError(f"lora.kind-options: mixlora's {option} = {value}, expected a number of at least 0")
+        if not 0 < self.scale < float("inf"):
+            raise ConfigError(f"lora.kind-options: mixlora's scale = {self.scale}, expected a number above 0")
+
+    @property
+    def adds_to_loss(self) -> bool:
+        return self.balance > 0
+
+    def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
+        count, rank = self.experts, place.rank
+        return {"A": (count, rank, place.d_in), "B": (count, place.d_out, rank), "R": (count, place.d_in)}
+
+    def rank(self, parts: Parts) -> int:
+        return parts["A"].shape[1]
+
+    def initial(self, place: Place, generator: torch.Generator) -> dict[str, Tensor]:
+        shapes, bound = self.shapes(place), place.d_in**-0.5
+        A, R = (torch.empty(shapes[part], device=generator.device) for part in ("A", "R"))
+        return {
+            "A": A.uniform_(-bound, bound, generator=generator),
+            "B": torch.zeros(shapes["B"]),
+            "R": R.normal_(0, self.deviation, generator=generator) if self.deviation else R.zero_(),
+        }
+
+    def forward(self, x: Tensor, parts: Parts, constants: Parts, place: Place) -> Tensor:
+        probable = torch.softmax(F.linear(x, parts["R"]), dim=-1)
+        chosen = torch.zeros_like(probable).scatter(-1, probable.topk(self.top_k, dim=-1).indices, 1.0)
+        weights = probable * chosen
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        if self.balance and torch.is_grad_enabled():
+            term = self.balance * unevenness(probable, chosen, constants.get(MASK))
+            weights = _WithTerm.apply(weights, term)
+        low = F.linear(x, parts["A"].flatten(0, 1)).unflatten(-1, (self.experts, -1))
+        mixed = (low * weights[..., None]).flatten(-2)
+        return self.scale * F.linear(mixed, parts["B"].movedim(0, 1).flatten(1))
+
+    def factors(self, parts: Parts, constants: Parts, place: Place) -> LoraFactors:
+        raise AdapterError("mixlora adds no fixed matrix to a layer, and so has no factors B A")
+
+
+def unevenness(probable: Tensor, chosen: Tensor, mask: Tensor | None) -> Tensor:
+    """`E sum_e F_e P_e`.
+
+    Args:
+        probable: the router's softmax, [..., E].
+        chosen: 1 for the experts of a token, else 0, [..., E].
+        mask: 1 for tokens, 0 for padding, [...]; None: all are tokens.
+    """
+    own = torch.ones_like(probable[..., :1]) if mask is None else mask[..., None]
+    count = own.sum().clamp(min=1)
+    F_e, P_e = ((value * own).flatten(0, -2).sum(dim=0) / count for value in (chosen, probable))
+    return probable.shape[-1] * (F_e * P_e).sum()
+
+
+class _WithTerm(torch.autograd.Function):
+    """(y, term) -> y. In the backward pass the term's gradient is 1, as if it had been added to the loss."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, term: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
+        (term,) = ctx.saved_tensors
+        return upstream[0], torch.ones_like(term)
