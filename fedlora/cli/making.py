@@ -1,4 +1,4 @@
-"""The commands that make an adapter from others: merge, migrate, generate."""
+"""The commands that make an adapter from others: merge, migrate, generate, recycle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedlora import config as configuration
 from fedlora.results.runs import adapter_folder
 
 from .adapters import check_shared
-from .shared import Overrides, app, load, out, quiet
+from .shared import Overrides, app, err, load, out, quiet
 
 Adapters = Annotated[
     list[Path],
@@ -184,4 +184,68 @@ def generate(
     for each in found:
         table.add_row(str(each.adapter), f"{each.cosine:.4f}", f"{each.task:.4f}")
     out.print(table)
+    out.print(f"{folder}: written", soft_wrap=True)
+
+
+@app.command()
+def recycle(
+    folder: Out,
+    adapter: Adapters,
+    *,
+    accept_inversion: Annotated[
+        bool, typer.Option("--accept-inversion", help="Go on, although the inputs found may resemble clients' rows.")
+    ] = False,
+    rank: Annotated[int, typer.Option(help="Rank of every module of the new adapter.")] = 8,
+    rows: Annotated[int, typer.Option(metavar="N", help="Number of inputs for each class and adapter.")] = 16,
+    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of each input.")] = 16,
+    inversion_steps: Annotated[int, typer.Option(metavar="N", help="Steps of the search for inputs.")] = 200,
+    steps: Annotated[int, typer.Option(metavar="N", help="Steps of the training, an episode each.")] = 200,
+    shots: Annotated[
+        int, typer.Option(metavar="N", help="Inputs of each class in the support, and among the queries.")
+    ] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the search and the training.")] = 0,
+) -> None:
+    """Distil the adapters of several classifiers into one, without rows (experimental; inverts what clients learned).
+
+    For each adapter, inputs are found to which it gives chosen classes. One new adapter is trained on them by distances
+    to the means of the classes. These inputs may resemble the clients' rows, so that nothing is done without
+    --accept-inversion.
+
+    Examples:
+
+      fedlora recycle one --adapter a --adapter b --adapter c --accept-inversion
+    """
+    quiet()
+    from fedlora.trained.recycled import WARNING
+    from fedlora.trained.recycled import recycle as distil
+
+    adapters = [adapter_folder(each) for each in adapter]
+    for each in adapters:
+        check_shared(each)
+    if accept_inversion:
+        err.print(f"fedlora recycle: {WARNING}", soft_wrap=True)
+
+    def tell(what: str, done: int, total: int) -> None:
+        out.print(f"{what}: {done} of {total}", soft_wrap=True)
+
+    done = distil(
+        adapters,
+        folder,
+        accept_inversion=accept_inversion,
+        rank=rank,
+        rows=rows,
+        tokens=tokens,
+        inversion_steps=inversion_steps,
+        steps=steps,
+        shots=shots,
+        seed=seed,
+        on_done=tell,
+    )
+    table = Table(title="inputs found that get their class")
+    for heading in ("adapter", "inputs", "of"):
+        table.add_column(heading, justify="left" if heading == "adapter" else "right", overflow="fold")
+    for path, kept in done.kept.items():
+        table.add_row(str(path), str(kept), str(done.tried))
+    out.print(table)
+    out.print(f"prototypical loss: {done.first:.4f} at first, {done.last:.4f} at last", soft_wrap=True)
     out.print(f"{folder}: written", soft_wrap=True)
