@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from fedlora.adapters.lowrank import of_matrix
 from fedlora.exchange import Plan
 from fedlora.models.adapted import AdaptedModel, merge_folds
 from fedlora.models.trainable import Pair
@@ -51,8 +52,7 @@ def _leading(model: AdaptedModel, module: str, count: int) -> tuple[Tensor, Tens
         run, folds = model.merged
         merge_folds(model, None, ())
         for name, layer in model.layers.items():
-            weight = weight_of(layer)
-            u, _, vh = torch.linalg.svd(weight.float(), full_matrices=False)
-            known[count, name] = u[:, :count].contiguous().to(model.base.device), vh[:count].to(model.base.device)
+            u, _, vh = of_matrix(weight_of(layer), count)
+            known[count, name] = u.to(model.base.device, torch.float32), vh.to(model.base.device, torch.float32)
         merge_folds(model, run, folds)
     return known[count, module]

@@ -58,11 +58,16 @@ def initial(
     lora: dict[str, LoraFactors] = {}
     for name in sorted(shapes):
         d_out, d_in = shapes[name]
-        A = torch.empty(rank_of(name), d_in, device=generator.device)
-        A.uniform_(-(d_in**-0.5), d_in**-0.5, generator=generator)
+        A = uniform((rank_of(name), d_in), generator)
         B = torch.zeros(d_out, rank_of(name), device=generator.device)
         lora[name] = LoraFactors(A=A, B=B, scaling=scaling_of(name))
     return AdapterState(lora=lora)
+
+
+def uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Draws from U(-1/sqrt(d), 1/sqrt(d)), where d is the last dimension: LoRA's A, as PEFT draws it."""
+    bound = shape[-1] ** -0.5
+    return torch.empty(shape, device=generator.device).uniform_(-bound, bound, generator=generator)
 
 
 def count_numbers(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> int:

@@ -111,6 +111,22 @@ def of_matrix(matrix: Tensor, rank: int = 0) -> Svd:
     return _signed(u.mT, s, (v * (s > 0)[..., None, :]).mT)
 
 
+def ldu(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first part of W = P L D U, in fp64: columns of P L [d_out, k], D [k], rows of U [k, d_in].
+
+    Args:
+        matrix: W, [d_out, d_in].
+        rank: the wanted k; it is at most min(d_out, d_in).
+
+    L and U have ones on their diagonals. Where D is 0, U has a 0 there, and D counts as 1.
+    """
+    permutation, lower, upper = torch.linalg.lu(matrix.double())
+    pivots = upper.diagonal()[:rank]
+    pivots = pivots.where(pivots != 0, torch.ones_like(pivots))
+    known = len(pivots)
+    return permutation @ lower[:, :known], pivots, upper[:known] / pivots[:, None]
+
+
 def _leading_eigenpairs(symmetric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The `rank` largest eigenvalues (0: all) and their eigenvectors, the largest first; eigh has the reverse order."""
     values, vectors = torch.linalg.eigh(symmetric)

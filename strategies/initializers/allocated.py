@@ -33,20 +33,8 @@ class Allocated(Initializer):
         return self.allocation.statistic
 
     @property
-    def cores(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.inner.cores
-
-    @property
-    def unequal_ranks(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.inner.unequal_ranks
-
-    @property
     def terms(self) -> tuple[Term, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.inner.terms
-
-    def check_rank(self, rank: int) -> None:
-        """The check of the inner initializer."""
-        self.inner.check_rank(rank)
 
     def ask(self, adapter: AdapterState, client: ClientInfo) -> Broadcast:
         """The question of the inner initializer, or else that of the allocation."""

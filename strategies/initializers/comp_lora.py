@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from fedlora.adapters import LoraFactors
+from fedlora.adapters.lowrank import of_matrix
 from fedlora.common.errors import ConfigError
 from fedlora.exchange import Term
 
@@ -45,6 +45,6 @@ class CompLora(FromWeights):
 
     def factors(self, first: LoraFactors, weight: Tensor) -> LoraFactors:
         """A without what lies in the leading right singular directions."""
-        vh = torch.linalg.svd(weight, full_matrices=False)[2][: self.k]
+        _, _, vh = of_matrix(weight, self.k)
         A = first.A.double()
         return replace(first, A=(A - (A @ vh.T) @ vh).to(first.A))

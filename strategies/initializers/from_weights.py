@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.common.errors import StrategyError
@@ -45,6 +46,13 @@ class FromWeights(Initializer):
         raise StrategyError(f"{type(self).__name__} starts from weights; bind it to a base model's weights with Bound")
 
 
+def with_factors(first: LoraFactors, A: Tensor, B: Tensor) -> LoraFactors:
+    """The first rows of A and columns of B in fp32, filled up with zeros to the rank of `first`, at its scaling."""
+    missing = first.rank - len(A)
+    A, B = F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
+    return replace(first, A=A.to(first.A), B=B.to(first.B))
+
+
 @dataclass(frozen=True)
 class Bound(Initializer):
     """An initializer with the weights that it starts from.
@@ -56,10 +64,6 @@ class Bound(Initializer):
 
     inner: FromWeights
     weights: Weights
-
-    @property
-    def unequal_ranks(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.inner.unequal_ranks
 
     @property
     def terms(self) -> tuple[Term, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]

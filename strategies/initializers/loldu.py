@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fedlora.adapters import LoraFactors
+from fedlora.adapters.lowrank import ldu
 
-from .from_weights import FromWeights
+from .from_weights import FromWeights, with_factors
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,5 @@ class Loldu(FromWeights):
 
     def factors(self, first: LoraFactors, weight: Tensor) -> LoraFactors:
         """The first columns of P L D and rows of U; a zero on the diagonal leaves its row of U as it is."""
-        permutation, lower, upper = torch.linalg.lu(weight)
-        diagonal = upper.diagonal()
-        unit = upper[: len(diagonal)] / torch.where(diagonal == 0, 1.0, diagonal)[:, None]
-        size = torch.where(diagonal == 0, 1.0, diagonal)
-        known = min(first.rank, len(diagonal))
-        A, B = torch.zeros_like(first.A), torch.zeros_like(first.B)
-        A[:known] = unit[:known].to(A)
-        B[:, :known] = ((permutation @ lower[:, :known]) * (size[:known] / first.scaling)).to(B)
-        return replace(first, A=A, B=B)
+        lower, pivots, upper = ldu(weight, first.rank)
+        return with_factors(first, upper, lower * (pivots / first.scaling))

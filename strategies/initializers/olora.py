@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedlora.adapters import LoraFactors
 
-from .from_weights import FromWeights
+from .from_weights import FromWeights, with_factors
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,4 @@ class OLora(FromWeights):
         """The first columns of Q and rows of R."""
         q, r = torch.linalg.qr(weight)
         sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(r)
-        known = min(first.rank, len(r))
-        A, B = torch.zeros_like(first.A), torch.zeros_like(first.B)
-        A[:known] = (sign[:known, None] * r[:known]).to(A)
-        B[:, :known] = (q[:, :known] * sign[:known]).to(B)
-        return replace(first, A=A, B=B)
+        return with_factors(first, (sign[:, None] * r[: len(sign)])[: first.rank], (q * sign)[:, : first.rank])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fedlora.adapters import LoraFactors
+from fedlora.adapters.lowrank import of_matrix
 
-from .from_weights import FromWeights
+from .from_weights import FromWeights, with_factors
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,6 @@ class Pissa(FromWeights):
 
     def factors(self, first: LoraFactors, weight: Tensor) -> LoraFactors:
         """The leading singular triplets, split evenly."""
-        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        rank = first.rank
-        known = min(rank, len(s))
-        root = (s[:known] / first.scaling).sqrt()
-        A, B = torch.zeros_like(first.A), torch.zeros_like(first.B)
-        A[:known], B[:, :known] = (root[:, None] * vh[:known]).to(A), (u[:, :known] * root).to(B)
-        return replace(first, A=A, B=B)
+        u, s, vh = of_matrix(weight, first.rank)
+        root = (s / first.scaling).sqrt()
+        return with_factors(first, root[:, None] * vh, u * root)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlora.common.errors import AdapterError
+from fedlora.common.errors import AdapterError, ConfigError
 
 from ..algebra import stack
 from ..state import AdapterState, LoraFactors
@@ -174,6 +174,13 @@ class AdapterKind(ABC):
         """One module's parts, taken from an adapter's tensors; parts that are missing are left out."""
         keys = {part: self.key(place.module, part) for part in self.shapes(place)}
         return {part: tensors[key] for part, key in keys.items() if key in tensors}
+
+
+def check_positive(kind: str, **options: float) -> None:
+    """Raise ConfigError unless each of these options of a kind is a finite number above 0."""
+    for option, value in options.items():
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"lora.kind-options: {kind}'s {option} = {value}, expected a number above 0")
 
 
 def after_round(

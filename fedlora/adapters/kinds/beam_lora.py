@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from fedlora.common.errors import ConfigError
 
+from ..algebra import uniform
 from ..state import LoraFactors
-from .base import AdapterKind, Parts, Place
+from .base import AdapterKind, Parts, Place, check_positive
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,7 @@ class BeamLora(AdapterKind):
     name: ClassVar[str] = "beamlora"
 
     def __post_init__(self) -> None:
-        for option, value in (("tau", self.tau), ("scale", self.scale)):
-            if not 0 < value < float("inf"):
-                raise ConfigError(f"lora.kind-options: beamlora's {option} = {value}, expected a number above 0")
+        check_positive("beamlora", tau=self.tau, scale=self.scale)
         if not 0 < self.p_first <= 1:
             raise ConfigError(f"lora.kind-options: beamlora's p_first = {self.p_first}, expected above 0 and at most 1")
 
@@ -55,9 +54,8 @@ class BeamLora(AdapterKind):
         return len(parts["g"])
 
     def initial(self, place: Place, generator: torch.Generator) -> dict[str, Tensor]:
-        shapes, bound = self.shapes(place), place.d_in**-0.5
-        A = torch.empty(shapes["A"], device=generator.device).uniform_(-bound, bound, generator=generator)
-        return {"A": A, "B": torch.zeros(shapes["B"]), "g": torch.zeros(shapes["g"])}
+        shapes = self.shapes(place)
+        return {"A": uniform(shapes["A"], generator), "B": torch.zeros(shapes["B"]), "g": torch.zeros(shapes["g"])}
 
     def gates(self, g: Tensor) -> Tensor:
         """The strength of each rank; their mean is 1."""

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from fedlora.common.errors import ConfigError
 
+from ..algebra import uniform
 from ..state import LoraFactors
-from .base import AdapterKind, Parts, Place
+from .base import AdapterKind, Parts, Place, check_positive
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,7 @@ class BlockLora(AdapterKind):
     def __post_init__(self) -> None:
         if self.blocks < 1:
             raise ConfigError(f"lora.kind-options: block-lora's blocks = {self.blocks}, expected at least 1")
-        if not 0 < self.scale < float("inf"):
-            raise ConfigError(f"lora.kind-options: block-lora's scale = {self.scale}, expected a number above 0")
+        check_positive("block-lora", scale=self.scale)
 
     def check(self, rank: int) -> None:
         if rank % self.blocks:
@@ -56,9 +56,7 @@ class BlockLora(AdapterKind):
 
     def initial(self, place: Place, generator: torch.Generator) -> dict[str, Tensor]:
         shapes = self.shapes(place)
-        bound = place.d_in**-0.5
-        A = torch.empty(shapes["A"], device=generator.device).uniform_(-bound, bound, generator=generator)
-        return {"A": A, "B": torch.zeros(shapes["B"])}
+        return {"A": uniform(shapes["A"], generator), "B": torch.zeros(shapes["B"])}
 
     def forward(self, x: Tensor, parts: Parts, constants: Parts, place: Place) -> Tensor:
         return self.scale * F.linear(F.linear(x, parts["A"]), parts["B"].sum(dim=0))

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedlora.common.errors import ConfigError
-
+from ..algebra import uniform
 from ..state import LoraFactors
-from .base import OUTPUT, WEIGHT, AdapterKind, Parts, Place
+from .base import OUTPUT, WEIGHT, AdapterKind, Parts, Place, check_positive
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -42,8 +41,7 @@ class Dora(AdapterKind):
     factored: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale < float("inf"):
-            raise ConfigError(f"lora.kind-options: dora's scale = {self.scale}, expected a number above 0")
+        check_positive("dora", scale=self.scale)
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
         return {"A": (place.rank, place.d_in), "B": (place.d_out, place.rank), "m": (place.d_out,)}
@@ -52,8 +50,7 @@ class Dora(AdapterKind):
         return len(parts["A"])
 
     def initial(self, place: Place, generator: torch.Generator) -> dict[str, Tensor]:
-        bound = place.d_in**-0.5
-        A = torch.empty(place.rank, place.d_in, device=generator.device).uniform_(-bound, bound, generator=generator)
+        A = uniform((place.rank, place.d_in), generator)
         return {"A": A, "B": torch.zeros(place.d_out, place.rank), "m": torch.zeros(place.d_out)}
 
     def constants(self, place: Place) -> dict[str, Tensor]:

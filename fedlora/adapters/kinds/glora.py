@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..algebra import uniform
 from ..state import LoraFactors
 from .base import WEIGHT, AdapterKind, Parts, Place, whole
 
@@ -39,12 +40,9 @@ class GLora(AdapterKind):
         return len(parts["A1"])
 
     def initial(self, place: Place, generator: torch.Generator) -> dict[str, Tensor]:
-        bound = place.d_in**-0.5
-        made = {name: torch.zeros(shape) for name, shape in self.shapes(place).items()}
-        for name in ("A1", "A2"):
-            A = torch.empty(place.rank, place.d_in, device=generator.device)
-            made[name] = A.uniform_(-bound, bound, generator=generator)
-        return made
+        shapes = self.shapes(place)
+        drawn = {name: uniform(shapes[name], generator) for name in ("A1", "A2")}
+        return {name: torch.zeros(shape) for name, shape in shapes.items()} | drawn
 
     def forward(self, x: Tensor, parts: Parts, constants: Parts, place: Place) -> Tensor:
         scaled = constants[WEIGHT] * (parts["B1"] @ parts["A1"])

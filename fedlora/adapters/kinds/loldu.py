@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fedlora.common.errors import ConfigError
 
+from ..lowrank import ldu
 from ..state import LoraFactors
-from .base import AdapterKind, Parts, Place
+from .base import AdapterKind, Parts, Place, check_positive
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class LoLdu(AdapterKind):
     needs_weight: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale < float("inf"):
-            raise ConfigError(f"lora.kind-options: loldu's scale = {self.scale}, expected a number above 0")
+        check_positive("loldu", scale=self.scale)
 
     def check_place(self, place: Place) -> None:
         if place.rank > min(place.d_out, place.d_in):
@@ -55,10 +54,8 @@ class LoLdu(AdapterKind):
         return len(parts["z"])
 
     def constants(self, place: Place) -> dict[str, Tensor]:
-        P, L, U = torch.linalg.lu(place.weight().double())
-        pivots = U.diagonal()[: place.rank]
-        upper = U[: place.rank] / pivots.where(pivots != 0, torch.ones_like(pivots))[:, None]
-        return {"A": upper.float(), "B": (P @ L[:, : place.rank]).float()}
+        lower, _, upper = ldu(place.weight(), place.rank)
+        return {"A": upper.float(), "B": lower.float()}
 
     def forward(self, x: Tensor, parts: Parts, constants: Parts, place: Place) -> Tensor:
         return self.scale * F.linear(F.linear(x, constants["A"]) * parts["z"], constants["B"])

@@ -12,7 +12,7 @@ from fedlora.common.errors import ConfigError
 
 from ..lowrank import of_matrix
 from ..state import LoraFactors
-from .base import AdapterKind, Parts, Place
+from .base import AdapterKind, Parts, Place, check_positive
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class LoraXs(AdapterKind):
     needs_weight: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale < float("inf"):
-            raise ConfigError(f"lora.kind-options: lora-xs's scale = {self.scale}, expected a number above 0")
+        check_positive("lora-xs", scale=self.scale)
 
     def check_place(self, place: Place) -> None:
         if place.rank > min(place.d_out, place.d_in):

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from fedlora.common.errors import AdapterError, ConfigError
 
+from ..algebra import uniform
 from ..state import LoraFactors
-from .base import MASK, AdapterKind, Parts, Place
+from .base import MASK, AdapterKind, Parts, Place, check_positive
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,7 @@ class MixLora(AdapterKind):
         for option, value in (("balance", self.balance), ("deviation", self.deviation)):
             if not 0 <= value < float("inf"):
                 raise ConfigError(f"lora.kind-options: mixlora's {option} = {value}, expected a number of at least 0")
-        if not 0 < self.scale < float("inf"):
-            raise ConfigError(f"lora.kind-options: mixlora's scale = {self.scale}, expected a number above 0")
+        check_positive("mixlora", scale=self.scale)
 
     @property
     def adds_to_loss(self) -> bool:
@@ -79,10 +79,10 @@ class MixLora(AdapterKind):
         return parts["A"].shape[1]
 
     def initial(self, place: Place, generator: torch.Generator) -> dict[str, Tensor]:
-        shapes, bound = self.shapes(place), place.d_in**-0.5
-        A, R = (torch.empty(shapes[part], device=generator.device) for part in ("A", "R"))
+        shapes = self.shapes(place)
+        A, R = uniform(shapes["A"], generator), torch.empty(shapes["R"], device=generator.device)
         return {
-            "A": A.uniform_(-bound, bound, generator=generator),
+            "A": A,
             "B": torch.zeros(shapes["B"]),
             "R": R.normal_(0, self.deviation, generator=generator) if self.deviation else R.zero_(),
         }

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from fedlora.common.errors import ConfigError
 
+from ..algebra import uniform
 from ..state import LoraFactors
-from .base import AdapterKind, Parts, Place
+from .base import AdapterKind, Parts, Place, check_positive
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,7 @@ class MtlLora(AdapterKind):
     def __post_init__(self) -> None:
         if self.matrices < 1:
             raise ConfigError(f"lora.kind-options: mtl-lora's matrices = {self.matrices}, expected at least 1")
-        for option, value in (("tau", self.tau), ("scale", self.scale)):
-            if not 0 < value < float("inf"):
-                raise ConfigError(f"lora.kind-options: mtl-lora's {option} = {value}, expected a number above 0")
+        check_positive("mtl-lora", tau=self.tau, scale=self.scale)
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
         rank, count = place.rank, self.matrices
@@ -56,12 +55,8 @@ class MtlLora(AdapterKind):
 
     def initial(self, place: Place, generator: torch.Generator) -> dict[str, Tensor]:
         shapes = self.shapes(place)
-        made = {"B": torch.zeros(shapes["B"]), "L": torch.eye(place.rank)}
-        for part, size in (("A", place.d_in), ("w", self.matrices)):
-            bound = size**-0.5
-            drawn = torch.empty(shapes[part], device=generator.device)
-            made[part] = drawn.uniform_(-bound, bound, generator=generator)
-        return {part: made[part] for part in shapes}
+        A, w = (uniform(shapes[part], generator) for part in ("A", "w"))
+        return {"A": A, "B": torch.zeros(shapes["B"]), "L": torch.eye(place.rank), "w": w}
 
     def forward(self, x: Tensor, parts: Parts, constants: Parts, place: Place) -> Tensor:
         return self.scale * F.linear(F.linear(F.linear(x, parts["A"]), parts["L"]), self._mixed(parts))

@@ -8,10 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedlora.common.errors import ConfigError
-
 from ..state import LoraFactors
-from .base import AdapterKind, Parts, Place
+from .base import AdapterKind, Parts, Place, check_positive
 from .signs import signs
 
 
@@ -41,8 +39,7 @@ class RandLora(AdapterKind):
     linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale < float("inf"):
-            raise ConfigError(f"lora.kind-options: randlora's scale = {self.scale}, expected a number above 0")
+        check_positive("randlora", scale=self.scale)
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
         return {"l": (math.ceil(min(place.d_out, place.d_in) / place.rank), place.rank)}
