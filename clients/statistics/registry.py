@@ -15,7 +15,6 @@ STATISTICS = Registry(
         "inputs": "fedlora.clients.statistics.inputs:Inputs",
         "dimensions": "fedlora.clients.statistics.dimension:IntrinsicDimension",
         "contributions": "fedlora.clients.statistics.contributions:Contributions",
-        "layer-selection": "fedlora.clients.statistics.selection:LayerSelection",
-        "module-selection": "fedlora.clients.statistics.selection:ModuleSelection",
+        "selection": "fedlora.clients.statistics.selection:Selection",
     },
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -26,16 +26,13 @@ _RATE, _VALIDATIONS = 1e-2, 8  # Adam's rate and the number of its batches for e
 
 
 @dataclass(frozen=True)
-class LayerSelection(Statistic):
-    """`alpha` of each layer, where the update of layer l is multiplied by `L softmax(alpha)_l`, L the number of layers.
+class Selection(Statistic):
+    """`alpha` of each group of modules, whose updates are multiplied by `G softmax(alpha)_g`, G the number of groups.
 
-    The steps of round 1 train the adapter on every second example, with the gates as constants. After each step,
-    8 batches of the other examples step alpha by Adam (first order: how the adapter depends on alpha is left out).
+    A group is a module or a layer, whichever the server asks for. The steps of round 1 train the adapter on every
+    second example, with the gates as constants. After each step, 8 batches of the other examples step alpha by Adam
+    (first order: how the adapter depends on alpha is left out).
     """
-
-    def group(self, module: str) -> str:
-        """What the module shares its alpha with."""
-        return block_of(module) or module
 
     def measure(
         self, model: AdaptedModel, asked: AdapterState, examples: LazyExamples, config: TrainConfig, seed: int
@@ -48,43 +45,38 @@ class LayerSelection(Statistic):
         if len(examples) < 2:
             raise ConfigError(f"choosing layers needs 2 examples of each client, this one has {len(examples)}")
         began = time.perf_counter()
-        groups = sorted({self.group(module) for module in model.layers})
+        group_of = {name: name if f"{name}.alpha" in asked.tensors else block_of(name) or name for name in model.layers}
+        groups = sorted({*group_of.values()})
         alpha = torch.zeros(len(groups), dtype=torch.float64, requires_grad=True)
         method = torch.optim.Adam([alpha], lr=_RATE)
         start = AdapterState(lora=asked.lora, tensors={name: asked.tensors[name] for name in model.tensors})
         trained = adapted.install(model, start, ("A", "B"))
         torch.manual_seed(hash_seed(seed, 0))  # dropout
+
+        def gates() -> dict[str, float]:
+            """Those of the present alpha, by module, set in the model."""
+            shares = dict(zip(groups, (len(groups) * alpha.detach().softmax(dim=0)).tolist(), strict=True))
+            found = {name: shares[group] for name, group in group_of.items()}
+            set_gates(model, trained, found)
+            return found
+
         training, other = _Part(examples, 0), _Part(examples, 1)
         local = LocalSteps(trained, training, config, number=1, rounds=1, seed=seed)
         for step in range(steps_per_round(config, len(training))):
-            gates = _gates(alpha.detach(), groups, model, self.group)
-            set_gates(model, trained, gates)
+            gates()
             model.model.train()
             local.take(step, step_gradients(model.task, model.model, local, step, model.base.pad_id))
             for check in range(_VALIDATIONS):
                 batch = batch_at(len(other), config.batch_size, step * _VALIDATIONS + check, seed)
-                gates = _gates(alpha.detach(), groups, model, self.group)
-                set_gates(model, trained, gates)
-                slopes, _ = gate_gradients(model, trained, gates, [other[place] for place in batch])
-                summed = torch.tensor(
-                    [sum(s for m, s in slopes.items() if self.group(m) == g) for g in groups]
-                ).double()
+                slopes, _ = gate_gradients(model, trained, gates(), [other[place] for place in batch])
+                summed = torch.tensor([sum(s for m, s in slopes.items() if group_of[m] == g) for g in groups]).double()
                 (alpha.grad,) = torch.autograd.grad(len(groups) * alpha.softmax(dim=0), alpha, summed)
                 method.step()
         found = {
             f"{group}.alpha": value.reshape(1) for group, value in zip(groups, alpha.detach().float(), strict=True)
         }
-        return AdapterState(lora=asked.lora, tensors={**asked.tensors, **found}), local.result(
-            time.perf_counter() - began
-        )
-
-
-@dataclass(frozen=True)
-class ModuleSelection(LayerSelection):
-    """As `LayerSelection`, with an alpha for each module."""
-
-    def group(self, module: str) -> str:
-        return module
+        result = local.result(time.perf_counter() - began)
+        return AdapterState(lora=asked.lora, tensors={**asked.tensors, **found}), result
 
 
 class _Part(Sequence[Example]):
@@ -104,10 +96,3 @@ class _Part(Sequence[Example]):
         if isinstance(index, slice):
             return [self._examples[place] for place in self._places[index]]
         return self._examples[self._places[index]]
-
-
-def _gates(
-    alpha: torch.Tensor, groups: list[str], model: AdaptedModel, group: Callable[[str], str]
-) -> dict[str, float]:
-    shares = dict(zip(groups, (len(groups) * alpha.softmax(dim=0)).tolist(), strict=True))
-    return {module: shares[group(module)] for module in model.layers}

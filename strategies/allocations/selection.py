@@ -30,7 +30,7 @@ class Flexora(Allocation):
     the client's own rank. Cost of round 0: 9 passes for each step.
     """
 
-    statistic: ClassVar[str] = "layer-selection"
+    statistic: ClassVar[str] = "selection"
 
     def group(self, module: str) -> str:
         """What the module shares its alpha with."""
@@ -53,15 +53,12 @@ class Flexora(Allocation):
         """Those of the groups that were chosen."""
         if not learned:
             return None
-        alpha = {group: float(value) for group, value in learned.items()}
-        return self._of(shapes, self.chosen(alpha))
+        chosen = self.chosen({group: float(value) for group, value in learned.items()})
+        return frozenset(module for module in shapes if self.group(module) in chosen)
 
     def chosen(self, alpha: Mapping[str, float]) -> set[str]:
         """The groups that are trained."""
         return {group for group, value in alpha.items() if value > 0} or {max(alpha, key=lambda group: alpha[group])}
-
-    def _of(self, shapes: Shapes, groups: set[str]) -> frozenset[str]:
-        return frozenset(module for module in shapes if self.group(module) in groups)
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,6 @@ class Diffora(Flexora):
     """
 
     keep: float = 0.5
-
-    statistic: ClassVar[str] = "module-selection"
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:

@@ -8,13 +8,14 @@ import torch
 from fedlora.adapters import AdapterState, initial
 from fedlora.clients.statistics.contributions import Contributions
 from fedlora.clients.statistics.gates import gate_gradients, set_gates
-from fedlora.clients.statistics.selection import LayerSelection, ModuleSelection
+from fedlora.clients.statistics.selection import Selection
 from fedlora.common.errors import ConfigError
 from fedlora.config import LoraConfig, TrainConfig
 from fedlora.data import batch_at
 from fedlora.models import adapted
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.injection import ADAPTER
+from fedlora.strategies.allocations.selection import Diffora, Flexora
 from fedlora.tasks.checked import mean_loss
 from tests.clients.statistics.test_gradients import examples
 from tests.device import bound, model_config
@@ -80,8 +81,8 @@ def test_contributions_add_up_to_the_change_of_the_loss(tiny_llama):
     assert total == pytest.approx(losses[0] - losses[1], rel=0.05)
 
 
-@pytest.mark.parametrize("statistic", [LayerSelection(), ModuleSelection()])
-def test_alpha_grows_where_the_update_lowers_the_loss(tiny_llama, statistic):
+@pytest.mark.parametrize("rule", [Flexora(), Diffora()])
+def test_alpha_grows_where_the_update_lowers_the_loss(tiny_llama, rule):
     """The planted layer: the other's update is kept from training by A = 0, so that its gate has no slope."""
     model, first = model_of(tiny_llama)
     planted = "model.layers.1"
@@ -89,10 +90,10 @@ def test_alpha_grows_where_the_update_lowers_the_loss(tiny_llama, statistic):
         name: f if name.startswith(planted) else f.__class__(torch.zeros_like(f.A), f.B, f.scaling)
         for name, f in first.lora.items()
     }
-    groups = {statistic.group(name) for name in model.layers}
+    groups = {rule.group(name) for name in model.layers}
     asked = AdapterState(lora=lora, tensors={f"{group}.alpha": torch.zeros(1) for group in groups})
     same = examples(1, 12) * 12  # what one half teaches holds for the other
-    answer, result = statistic.measure(model, asked, same, TRAIN, seed=2)
+    answer, result = Selection().measure(model, asked, same, TRAIN, seed=2)
     assert result.steps == 4
     alpha = {group: float(answer.tensors[f"{group}.alpha"]) for group in groups}
     best = max(alpha, key=lambda group: alpha[group])
@@ -105,4 +106,4 @@ def test_alpha_grows_where_the_update_lowers_the_loss(tiny_llama, statistic):
 def test_one_example_is_too_few_to_choose_by(tiny_llama):
     model, first = model_of(tiny_llama)
     with pytest.raises(ConfigError, match="choosing layers needs 2 examples of each client, this one has 1"):
-        LayerSelection().measure(model, first, examples(1, 12), TRAIN, seed=2)
+        Selection().measure(model, first, examples(1, 12), TRAIN, seed=2)
