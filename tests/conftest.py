@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,3 +95,20 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(cohort, "train", counted)
     return seen
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a command in this process: its exit code, what it printed, and what it was refused with."""
+    from fedlora.cli.main import main
+
+    def call(*words) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["fedlora", *map(str, words)])
+        monkeypatch.setattr("sys.path", [*sys.path])
+        monkeypatch.setenv("COLUMNS", "160")
+        with pytest.raises(SystemExit) as end:
+            main()
+        done = capsys.readouterr()
+        return int(end.value.code or 0), done.out, done.err
+
+    return call

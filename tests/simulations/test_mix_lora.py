@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from fedlora.adapters.kinds.registry import KINDS
-from fedlora.cli.main import main
 from fedlora.common.errors import AdapterError, StrategyError
 from fedlora.models import adapted, peft_files
 from fedlora.simulations.run import Result
@@ -35,22 +34,6 @@ def mixed(folder, model, **keys: Any):
         "lora__kind_options": "experts=4, balance=0.01",
     }
     return tiny(folder, model, **{**common, "train__lr": 2e-2, **keys})
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """What a command printed, and what it was refused with."""
-
-    def call(*words) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["fedlora", *map(str, words)])
-        monkeypatch.setattr("sys.path", [*__import__("sys").path])
-        monkeypatch.setenv("COLUMNS", "160")
-        with pytest.raises(SystemExit) as end:
-            main()
-        done = capsys.readouterr()
-        return int(end.value.code or 0), done.out, done.err
-
-    return call
 
 
 def test_a_run_is_saved_as_its_parts_and_evaluated_from_them(tmp_path, tiny_llama, command, fresh_process):

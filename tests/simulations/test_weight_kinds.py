@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from fedlora.adapters import AdapterState, delta
 from fedlora.adapters.kinds.registry import KINDS
-from fedlora.cli.main import main
 from fedlora.clients.answering import together
 from fedlora.clients.node import own_state
 from fedlora.common.errors import ConfigError, ModelError, RunError, StrategyError
@@ -56,22 +55,6 @@ def state_of(folder) -> AdapterState:
 def plain(model_folder):
     with quiet():
         return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """What a command printed, and what it was refused with."""
-
-    def call(*words) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["fedlora", *map(str, words)])
-        monkeypatch.setattr("sys.path", [*__import__("sys").path])
-        monkeypatch.setenv("COLUMNS", "160")
-        with pytest.raises(SystemExit) as end:
-            main()
-        done = capsys.readouterr()
-        return int(end.value.code or 0), done.out, done.err
-
-    return call
 
 
 @pytest.mark.parametrize("kind", ["lora-xs", "loldu"])

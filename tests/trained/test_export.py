@@ -50,8 +50,8 @@ def adapted(model_folder, checkpoint_folder) -> torch.Tensor:
     return logits(PeftModel.from_pretrained(plain(model_folder), str(checkpoint_folder)))
 
 
-def test_a_plain_export_is_the_run_s_adapter(run, tmp_path, tiny_llama, fedlora):
-    code, said, _ = fedlora("export", run, tmp_path / "out")
+def test_a_plain_export_is_the_run_s_adapter(run, tmp_path, tiny_llama, command):
+    code, said, _ = command("export", run, tmp_path / "out")
     assert code == 0
     assert "relative error" in said
     assert torch.allclose(adapted(tiny_llama, tmp_path / "out"), adapted(tiny_llama, run / "adapter"), atol=1e-5)
@@ -60,8 +60,8 @@ def test_a_plain_export_is_the_run_s_adapter(run, tmp_path, tiny_llama, fedlora)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_a_lower_rank_is_the_best_approximation_and_says_its_error(run, tmp_path, tiny_llama, fedlora):
-    assert fedlora("export", run / "adapter", tmp_path / "two", "--rank", 2)[0] == 0
+def test_a_lower_rank_is_the_best_approximation_and_says_its_error(run, tmp_path, tiny_llama, command):
+    assert command("export", run / "adapter", tmp_path / "two", "--rank", 2)[0] == 0
     whole, two = (peft_files.read_adapter(folder) for folder in (run / "adapter", tmp_path / "two"))
     missed = total = 0.0
     for name, factors in whole.lora.items():
@@ -73,7 +73,7 @@ def test_a_lower_rank_is_the_best_approximation_and_says_its_error(run, tmp_path
     about = json.loads((tmp_path / "two" / "fedlora.json").read_text())["export"]
     assert about["relative-error"] == pytest.approx(expected, rel=1e-4)
     assert f"{expected:.3g}" in (tmp_path / "two" / "README.md").read_text()
-    assert fedlora("export", run, tmp_path / "many", "--rank", 64)[0] == 0
+    assert command("export", run, tmp_path / "many", "--rank", 64)[0] == 0
     many, before = adapted(tiny_llama, tmp_path / "many"), adapted(tiny_llama, run / "adapter")
     assert torch.allclose(many, before, atol=1e-5)
 
@@ -89,7 +89,7 @@ def strong(run, tmp_path):
 
 
 @pytest.mark.parametrize("extra", [[], ["--rank", "3"], ["--merge"]])
-def test_intruders_are_removed_before_the_rank_is_cut(strong, tmp_path, fedlora, extra):
+def test_intruders_are_removed_before_the_rank_is_cut(strong, tmp_path, command, extra):
     """Against the dense formula dW - sum_i s_i u_i v_i' over the intruders of W + dW."""
     before, expected = 0, {}
     config = export.find(strong).config.model
@@ -102,7 +102,7 @@ def test_intruders_are_removed_before_the_rank_is_cut(strong, tmp_path, fedlora,
         before += int(odd.sum())
         expected[name] = update - (u[:, :10][:, odd] * s[:10][odd]) @ vh[:10][odd]
     assert before > 0
-    code, said, _ = fedlora("export", strong, tmp_path / "out", "--remove-intruders", 0, *extra)
+    code, said, _ = command("export", strong, tmp_path / "out", "--remove-intruders", 0, *extra)
     assert code == 0
     about = json.loads((tmp_path / "out" / "fedlora.json").read_text())["export"]["intruders"]
     assert (about["lambda"], about["before"]) == (0, before)
@@ -119,15 +119,15 @@ def test_intruders_are_removed_before_the_rank_is_cut(strong, tmp_path, fedlora,
         assert torch.allclose(found[name], (u[:, :kept] * s[:kept]) @ vh[:kept], atol=1e-5)
 
 
-def test_lambda_1_changes_nothing(strong, tmp_path, tiny_llama, fedlora):
-    assert fedlora("export", strong, tmp_path / "out", "--remove-intruders", 1)[0] == 0
+def test_lambda_1_changes_nothing(strong, tmp_path, tiny_llama, command):
+    assert command("export", strong, tmp_path / "out", "--remove-intruders", 1)[0] == 0
     about = json.loads((tmp_path / "out" / "fedlora.json").read_text())["export"]
     assert about["intruders"]["before"] == about["intruders"]["after"] > 0
     assert torch.allclose(adapted(tiny_llama, tmp_path / "out"), adapted(tiny_llama, strong), atol=1e-5)
 
 
-def test_a_client_s_export_has_its_rank(run, tmp_path, fedlora):
-    assert fedlora("export", run, tmp_path / "all", "--all-clients")[0] == 0
+def test_a_client_s_export_has_its_rank(run, tmp_path, command):
+    assert command("export", run, tmp_path / "all", "--all-clients")[0] == 0
     whole = peft_files.read_adapter(run / "adapter")
     for client, rank in enumerate((4, 2, 2, 1)):
         found = peft_files.read_adapter(tmp_path / "all" / f"client-{client}")
@@ -135,16 +135,16 @@ def test_a_client_s_export_has_its_rank(run, tmp_path, fedlora):
         for name, factors in found.lora.items():
             assert factors.rank <= rank
             assert torch.allclose(delta(factors), delta(expected.lora[name]), atol=1e-6)
-    code, _, refused = fedlora("export", run, tmp_path / "none", "--client", 9)
+    code, _, refused = command("export", run, tmp_path / "none", "--client", 9)
     assert code == 1
     assert "--client 9: this run has the clients 0, 1, 2, 3" in refused
 
 
-def test_a_personal_export_has_the_client_s_own_factors(tmp_path, tiny_llama, fedlora, fresh_process):
+def test_a_personal_export_has_the_client_s_own_factors(tmp_path, tiny_llama, command, fresh_process):
     folder, _ = run_locally(
         tiny(tmp_path, tiny_llama, strategy__name="fedsa", evaluate__clients=True, data__client_test_fraction=0.3)
     )
-    assert fedlora("export", folder, tmp_path / "out", "--client", 1)[0] == 0
+    assert command("export", folder, tmp_path / "out", "--client", 1)[0] == 0
     key = json.loads((folder / "result.json").read_text())["key"]
     state, done = saved_state.load(folder / "state", key)
     own = own_state.load(own_state.folder_of(folder / "clients", key, 1), "personal", done + 1)
@@ -154,28 +154,28 @@ def test_a_personal_export_has_the_client_s_own_factors(tmp_path, tiny_llama, fe
         product = shared.scaling * (mine.B @ shared.A[: mine.B.shape[1]])
         assert torch.allclose(delta(factors), product, atol=1e-6)
         assert bool(product.any())
-    code, _, refused = fedlora("export", folder, tmp_path / "global")
+    code, _, refused = command("export", folder, tmp_path / "global")
     assert code == 1
     assert "B stays on the clients" in refused
-    code, _, refused = fedlora("evaluate", "--adapter", folder)
+    code, _, refused = command("evaluate", "--adapter", folder)
     assert code == 1
     assert "with fedsa, B stays on the clients, and without it the adapter is nobody's model" in refused
-    assert fedlora("evaluate", "--adapter", tmp_path / "out")[0] == 0
+    assert command("evaluate", "--adapter", tmp_path / "out")[0] == 0
 
 
-def test_a_run_of_personal_factors_tells_how_to_get_a_client_s_own(tmp_path, tiny_llama, fedlora, fresh_process):
+def test_a_run_of_personal_factors_tells_how_to_get_a_client_s_own(tmp_path, tiny_llama, command, fresh_process):
     config = tiny(tmp_path, tiny_llama, strategy__name="fedsa", evaluate__clients=True, data__client_test_fraction=0.3)
     (tmp_path / "run.toml").write_text(config_table(config), encoding="utf-8")
-    code, out, _ = fedlora("run", tmp_path / "run.toml")
+    code, out, _ = command("run", tmp_path / "run.toml")
     assert code == 0
     assert "fedlora evaluate" not in out
     hint = next(line for line in out.splitlines() if "fedlora export" in line)
     words = hint.replace("OUT", str(tmp_path / "own")).split()[1:]
-    assert fedlora(*words)[0] == 0
+    assert command(*words)[0] == 0
     assert (tmp_path / "own" / "adapter_config.json").is_file()
 
 
-def test_evaluate_begins_with_the_head_of_round_0(tmp_path, tiny_bert, fedlora, fresh_process):
+def test_evaluate_begins_with_the_head_of_round_0(tmp_path, tiny_bert, command, fresh_process):
     config = tiny(
         tmp_path,
         tiny_bert,
@@ -189,7 +189,7 @@ def test_evaluate_begins_with_the_head_of_round_0(tmp_path, tiny_bert, fedlora, 
     )
     folder, _ = run_locally(config)
     adapted_models.forget()
-    assert fedlora("evaluate", "--adapter", folder, "--json", tmp_path / "scores.json")[0] == 0
+    assert command("evaluate", "--adapter", folder, "--json", tmp_path / "scores.json")[0] == 0
     scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
     result = json.loads((folder / "result.json").read_text())
     assert scores["untouched base with a fresh head"]["loss"] == pytest.approx(
@@ -210,15 +210,15 @@ def test_a_packaged_base_is_named_as_on_the_hub(run, tmp_path):
     assert "with others its metrics differ" in card
 
 
-def test_merged_weights_are_the_base_with_the_adapter(run, tmp_path, tiny_llama, fedlora):
-    assert fedlora("export", run, tmp_path / "out", "--merge")[0] == 0
+def test_merged_weights_are_the_base_with_the_adapter(run, tmp_path, tiny_llama, command):
+    assert command("export", run, tmp_path / "out", "--merge")[0] == 0
     merged = plain(tmp_path / "out")
     assert torch.allclose(logits(merged), adapted(tiny_llama, run / "adapter"), atol=1e-4)
     assert not torch.allclose(logits(merged), logits(plain(tiny_llama)), atol=1e-2)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|im_end|>"
 
 
-def test_a_merged_classifier_has_its_trained_head(tmp_path, tiny_bert, fedlora, fresh_process):
+def test_a_merged_classifier_has_its_trained_head(tmp_path, tiny_bert, command, fresh_process):
     rows = write_labels(tmp_path / "labels.jsonl")
     config = tiny(
         tmp_path,
@@ -230,8 +230,8 @@ def test_a_merged_classifier_has_its_trained_head(tmp_path, tiny_bert, fedlora, 
         lora__target_modules="query,value",
     )
     folder, _ = run_locally(config)
-    assert fedlora("export", folder, tmp_path / "merged", "--merge")[0] == 0
-    assert fedlora("export", folder, tmp_path / "adapter")[0] == 0
+    assert command("export", folder, tmp_path / "merged", "--merge")[0] == 0
+    assert command("export", folder, tmp_path / "adapter")[0] == 0
     with quiet():
         merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
         base = load_base(config.model).model
@@ -263,7 +263,7 @@ def test_of_a_quantized_run_the_full_precision_base_is_merged_and_the_card_says_
     assert "trained with an nf4 base and is merged into the full-precision one" in card
 
 
-def test_nothing_half_written_is_left(run, tmp_path, fedlora, monkeypatch):
+def test_nothing_half_written_is_left(run, tmp_path, command, monkeypatch):
     def fails(card):
         raise OSError("disk full")
 
@@ -275,17 +275,17 @@ def test_nothing_half_written_is_left(run, tmp_path, fedlora, monkeypatch):
 
 
 @pytest.mark.parametrize("extra", [[], ["--all-clients"], ["--merge"]])
-def test_a_folder_that_holds_something_is_left_alone(run, tmp_path, fedlora, extra):
+def test_a_folder_that_holds_something_is_left_alone(run, tmp_path, command, extra):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    code, _, refused = fedlora("export", run, tmp_path / "out", *extra)
+    code, _, refused = command("export", run, tmp_path / "out", *extra)
     assert code == 1
     assert "is not empty" in refused
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
-def test_errors_are_one_sentence(run, tmp_path, fedlora):
-    code, _, refused = fedlora("export", tmp_path, tmp_path / "out")
+def test_errors_are_one_sentence(run, tmp_path, command):
+    code, _, refused = command("export", tmp_path, tmp_path / "out")
     assert code == 1
     assert "no adapter here" in refused
     source = export.find(run)
@@ -294,8 +294,8 @@ def test_errors_are_one_sentence(run, tmp_path, fedlora):
         export.write_merged(other, peft_files.read_adapter(source.adapter), tmp_path / "out", lambda s: s, {})
 
 
-def test_the_card_says_how_it_was_trained(run, tmp_path, fedlora):
-    assert fedlora("export", run, tmp_path / "out")[0] == 0
+def test_the_card_says_how_it_was_trained(run, tmp_path, command):
+    assert command("export", run, tmp_path / "out")[0] == 0
     text = (tmp_path / "out" / "README.md").read_text()
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "peft"

@@ -123,7 +123,7 @@ def test_the_vector_of_a_task_is_the_mean_hidden_state_at_the_last_tokens(traine
 
 
 def test_the_command_writes_a_checkpoint_that_is_like_the_adapter_of_its_task(
-    trained, tmp_path, tiny_bert, fedlora, monkeypatch
+    trained, tmp_path, tiny_bert, command, monkeypatch
 ):
     rows, made = trained
     monkeypatch.chdir(tmp_path)
@@ -133,7 +133,7 @@ def test_the_command_writes_a_checkpoint_that_is_like_the_adapter_of_its_task(
         "data.max-length": 64,
     }.items() for word in ("-c", f"{key}={value}")]  # fmt: skip
     words = [word for _, folder in made for word in ("--adapter", folder)]
-    code, said, error = fedlora("generate", "made", "quickstart", *keys, *words, "--rank", 2)
+    code, said, error = command("generate", "made", "quickstart", *keys, *words, "--rank", 2)
     assert (code, error) == (0, "")
     assert "cosine of the updates" in said
     about = json.loads((tmp_path / "made" / "fedlora.json").read_text())
@@ -143,7 +143,7 @@ def test_the_command_writes_a_checkpoint_that_is_like_the_adapter_of_its_task(
     state = peft_files.read_adapter(tmp_path / "made")
     assert max(factors.rank for factors in state.lora.values()) <= 2
     assert state.tensors
-    assert fedlora("evaluate", "--adapter", "made")[0] == 0
+    assert command("evaluate", "--adapter", "made")[0] == 0
 
 
 def test_what_does_not_fit_is_refused(trained, tmp_path, tiny_llama):

@@ -107,13 +107,13 @@ def test_texts_are_the_means_over_their_tokens_whatever_stands_beside_them(tiny_
 
 
 def test_the_command_prints_who_weighs_what_and_a_run_starts_from_it(
-    experts, tmp_path, tiny_bert, tiny_llama, fedlora, monkeypatch
+    experts, tmp_path, tiny_bert, tiny_llama, command, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     words = [
         word for folder, text in zip(experts, TEXTS, strict=True) for word in ("--adapter", folder, "--text", text)
     ]
-    code, said, _ = fedlora("merge", "start", *words, "--for", TEXTS[2], "--encoder", tiny_bert, "--top", 2)
+    code, said, _ = command("merge", "start", *words, "--for", TEXTS[2], "--encoder", tiny_bert, "--top", 2)
     assert code == 0
     rows = [line for line in said.splitlines() if any(text in line for text in TEXTS) and "│" in line]
     assert "1.0000" in rows[0]
@@ -122,10 +122,10 @@ def test_the_command_prints_who_weighs_what_and_a_run_starts_from_it(
         tiny(tmp_path, tiny_llama, lora__init="given", lora__init_options="adapter=start", train__lr=0.0)
     )
     assert result["rounds"][0]["heldout"]["loss"] != result["baseline"]["loss"]
-    assert fedlora("export", "start", "card")[0] == 0
+    assert command("export", "start", "card")[0] == 0
     card = (tmp_path / "card" / "README.md").read_text()
     assert "not trained, but merged from trained adapters" in card
-    code, _, error = fedlora("merge", "start", *words, "--for", "x", "--encoder", tiny_bert)
+    code, _, error = command("merge", "start", *words, "--for", "x", "--encoder", tiny_bert)
     assert code == 1
     assert "exists already and is not empty" in error
 

@@ -165,25 +165,25 @@ def test_the_loss_falls_and_the_result_is_a_classifier(trained, tmp_path, tiny_b
 
 
 def test_the_command_warns_and_what_it_writes_is_evaluated_and_given(
-    trained, tmp_path, fedlora, monkeypatch, tiny_bert
+    trained, tmp_path, command, monkeypatch, tiny_bert
 ):
     rows, made = trained
     monkeypatch.chdir(tmp_path)
     words = [word for _, folder in made for word in ("--adapter", folder)]
     few = [word for name, value in FEW.items() for word in (f"--{name.replace('_', '-')}", value)]
-    code, _, error = fedlora("recycle", "one", *words, *few)
+    code, _, error = command("recycle", "one", *words, *few)
     assert code == 1
     assert "which is what federation protects" in error
     assert "add --accept-inversion if" in error
     assert not (tmp_path / "one").exists()
-    code, said, error = fedlora("recycle", "one", *words, *few, "--accept-inversion")
+    code, said, error = command("recycle", "one", *words, *few, "--accept-inversion")
     assert code == 0
     assert "come close to what the clients' rows look like" in " ".join(error.split())
     assert "prototypical loss" in said
     about = json.loads((tmp_path / "one" / "fedlora.json").read_text())
     assert [each["of"] for each in about["made"]["from"]] == [12, 12]
-    assert fedlora("evaluate", "--adapter", "one")[0] == 0
-    assert fedlora("export", "one", "card")[0] == 0
+    assert command("evaluate", "--adapter", "one")[0] == 0
+    assert command("export", "one", "card")[0] == 0
     assert "may resemble the rows of their clients" in (tmp_path / "card" / "README.md").read_text()
     keys = {"lora__target_modules": "query,value", "model__task": "classification", "data__source": str(rows)}
     config = tiny(
