@@ -60,18 +60,22 @@ def compare(
     """
     from fedlora.simulations.comparison import compare as comparison  # pyright: ignore[reportMissingImports]
     from fedlora.simulations.comparison import grid as grids  # pyright: ignore[reportMissingImports]
+    from fedlora.simulations.comparison import race  # pyright: ignore[reportMissingImports]
 
     planned = grids.load(find_preset(grid), find_preset, overrides or [])
     places = comparison.slots_of(slots)
     folder = (to or Path("runs") / "compare" / planned.name).expanduser().resolve()
     if dry_run:
         known = comparison.finished(planned, folder)
-        for cell in planned.cells:
-            status = f"  {known[cell.path]['status']}" if cell.path in known else ""
-            out.print(f"{cell.path}{status}", soft_wrap=True, markup=False)
+        ahead = race.plan(planned, known)
+        due = {cell.path for cell in ahead.due}
+        for path in [cell.path for cell in planned.cells if cell.path in known or cell.path in due]:
+            status = f"  {known[path]['status']}" if path in known else ""
+            out.print(f"{path}{status}", soft_wrap=True, markup=False)
         failures = sum(cell["status"] == "failed" for cell in known.values())
         said = f"{len(known) - failures} completed and {failures} failed in {folder}"
-        out.print(f"{len(planned.cells)} cells, {said}", soft_wrap=True, markup=False)
+        later = f", at most {ahead.later} more when these have ended" if ahead.later else ""
+        out.print(f"{len(known) + len(due)} cells{later}, {said}", soft_wrap=True, markup=False)
         return
     quiet()
     from fedlora.simulations.comparison.checks import check_scenarios  # pyright: ignore[reportMissingImports]

@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -24,6 +24,7 @@ from fedlora.common.files import write_json
 from fedlora.common.processes import end_with, share_cores, share_of_cores, stop
 from fedlora.config import parse
 
+from . import race
 from .grid import SCHEMA, Cell, Grid
 
 _LOOK_SECONDS = 1.0
@@ -52,7 +53,8 @@ class Standing:
         done: path of a cell with a result -> content of its JSON file.
         running: number of a slot -> (its cell, the time at which the cell began, folder of the cell's runs).
         taken: seconds that each cell took that was run since the start.
-        remaining: number of cells that are still to be run.
+        remaining: number of cells that are still to be run; at most, if the grid is a race.
+        dropped: (scenario, label) of the strategies that dropped out of the race -> the seed after which they did.
     """
 
     grid: Grid
@@ -61,6 +63,12 @@ class Standing:
     running: dict[int, tuple[Cell, float, Path]] = field(default_factory=dict)
     taken: list[float] = field(default_factory=list)
     remaining: int = 0
+    dropped: Mapping[tuple[str, str], int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """The number of cells when all is done; at most, if the grid is a race."""
+        return len(self.done) + self.remaining
 
     @property
     def seconds_left(self) -> float | None:
@@ -114,8 +122,12 @@ def run(
         raise RunError(f"{folder}: another process works on this comparison; wait for it, or stop it") from None
     try:
         standing = Standing(grid, slots, done=finished(grid, folder))
-        write_json(folder / "grid.json", {"schema": SCHEMA, **grid.facts()})
-        _run_rest(standing, folder, retry, show)
+        if retry:
+            standing.done = {path: data for path, data in standing.done.items() if data["status"] != "failed"}
+        _look_ahead(standing)
+        _keep_grid(standing, folder)
+        _run_rest(standing, folder, show)
+        _keep_grid(standing, folder)
         shutil.rmtree(folder / "work", ignore_errors=True)
         return standing
     finally:
@@ -158,14 +170,22 @@ def _read(cell: Cell, path: Path) -> dict[str, Any]:
     return data
 
 
-def _run_rest(standing: Standing, folder: Path, retry: bool, show: Callable[[Standing], None]) -> None:
-    again = {path for path, data in standing.done.items() if retry and data["status"] == "failed"}
-    for path in again:
-        del standing.done[path]
-    waiting = _shared([cell for cell in standing.grid.cells if cell.path not in standing.done])
-    standing.remaining = sum(map(len, waiting))
+def _keep_grid(standing: Standing, folder: Path) -> None:
+    """Write grid.json, with the number of cells that the comparison has when all is done, as far as it is known."""
+    write_json(folder / "grid.json", {"schema": SCHEMA, **standing.grid.facts(), "cells": standing.total})
+
+
+def _look_ahead(standing: Standing) -> list[list[Cell]]:
+    """The cells that may run now, in groups that are run once; sets how many remain."""
+    ahead = race.plan(standing.grid, standing.done)
+    standing.remaining, standing.dropped = len(ahead.due) + ahead.later, ahead.dropped
+    return _shared(ahead.due)
+
+
+def _run_rest(standing: Standing, folder: Path, show: Callable[[Standing], None]) -> None:
     workers: list[ProcessPoolExecutor | None] = [None] * len(standing.slots)
     running: dict[Future[dict[str, Any]], tuple[int, list[Cell]]] = {}
+    waiting = _look_ahead(standing)
     try:
         while waiting or running:
             for number, slot in enumerate(standing.slots):
@@ -185,7 +205,9 @@ def _run_rest(standing: Standing, folder: Path, retry: bool, show: Callable[[Sta
                 for cell in cells:
                     standing.done[cell.path] = _kept(folder, cell, result)
                 standing.taken.append(result["seconds"])
-                standing.remaining -= len(cells)
+            if ended:
+                under_way = {cell.path for _, cells in running.values() for cell in cells}
+                waiting = [cells for cells in _look_ahead(standing) if cells[0].path not in under_way]
         show(standing)
     finally:
         for worker in filter(None, workers):

@@ -18,6 +18,7 @@ from .ranking import lower_is_better
 
 SCHEMA = 1  # version of the files of a comparison
 BASELINES = ("base", "local", "centralised")
+RACES = ("none", "rates", "arms")
 _KEYS = {
     "name": "a name for the comparison's folder and title, such as 'sentiment'",
     "config": "the preset or TOML file from which every cell starts",
@@ -27,6 +28,7 @@ _KEYS = {
     "baselines": f"a list out of {', '.join(BASELINES)}",
     "metric": "the metric by which strategies are ranked, one of the task's, such as accuracy or loss",
     "reference": "the strategy that the others are compared with",
+    "race": f"one of {', '.join(RACES)}: whether rates, and strategies too, drop out after a seed",
     "settings": "a table of configuration keys for every cell",
     "scenarios": "a table with a table of configuration keys for each scenario",
     "variants": "a table with a table of configuration keys for each strategy, or own name with its strategy.name",
@@ -82,6 +84,7 @@ class Grid:
         seeds: the seeds of all strategies.
         labels: strategies and variants, in the order of the file.
         baselines: names of the baselines.
+        race: which cells the results of others leave out; see `race.py`.
         scenarios: name of a scenario -> its configuration keys.
         variants: name of a variant -> its configuration keys.
         cells: all cells, in the order in which they are run.
@@ -95,6 +98,7 @@ class Grid:
     labels: tuple[str, ...]
     baselines: tuple[str, ...]
     scenarios: Mapping[str, Mapping[str, Scalar]]
+    race: str = "none"
     variants: Mapping[str, Mapping[str, Scalar]] = field(default_factory=dict)
     cells: tuple[Cell, ...] = ()
 
@@ -108,6 +112,7 @@ class Grid:
             "seeds": list(self.seeds),
             "strategies": list(self.labels),
             "baselines": list(self.baselines),
+            "race": self.race,
             "scenarios": {label: dict(keys) for label, keys in self.scenarios.items()},
             "cells": len(self.cells),
         }
@@ -158,6 +163,7 @@ def load(path: Path, find: Callable[[str], Path], overrides: Sequence[str] = ())
         labels=tuple(_folder_name(path, "strategies", label) for label in labels),
         baselines=tuple(dict.fromkeys(_list(path, table, "baselines", str, [*BASELINES], empty=True))),
         scenarios=_tables(path, table, "scenarios") or {"default": {}},
+        race=_one(path, table, "race", str, "none"),
         variants=variants,
     )
     _check(path, grid)
@@ -266,6 +272,8 @@ def _check(path: Path, grid: Grid) -> None:
             raise ConfigError(f"{path}: baselines: {baseline!r}{suggest(baseline, BASELINES)}")
     if both := set(grid.labels) & set(BASELINES):
         raise ConfigError(f"{path}: {both.pop()!r} is a baseline's name; give the variant another")
+    if grid.race not in RACES:
+        raise ConfigError(f"{path}: race = {grid.race!r}{suggest(grid.race, RACES)}")
     if grid.reference not in grid.labels:
         raise ConfigError(
             f"{path}: reference = {grid.reference!r} is none of the strategies{suggest(grid.reference, grid.labels)}"

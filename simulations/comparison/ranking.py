@@ -147,10 +147,43 @@ def rank(cells: Sequence[Cell], metric: str, reference: str) -> list[Ranking]:
 def choose(cells: Sequence[Cell], metric: str) -> Choice:
     """The learning rate of one label in one scenario, by the mean validation metric over seeds.
 
-    A rate with fewer failed seeds is preferred; then the rate with the better mean; then the smaller rate. The test
-    metric is not used.
+    The rate is the first of `order`. The test metric is not used.
     """
-    usable: dict[float | None, dict[int, Cell]] = defaultdict(dict)
+    rates, failures = _sweep(cells, metric)
+    known = [rate for rate in _ordered(rates, metric) if rate.validation is not None]
+    if not known:
+        return Choice(None, "", rates, {}, failures)
+    best = known[0]
+    edge = ""
+    if best.lr is not None:
+        ends = {0: "lowest", len(rates) - 1: "highest"}
+        edge = "no sweep" if len(rates) == 1 else ends.get(rates.index(best), "")
+    chosen = {cell["seed"]: cell for cell in cells if cell["lr"] == best.lr and cell["seed"] in best.seeds}
+    return Choice(best.lr, edge, rates, dict(sorted(chosen.items())), failures)
+
+
+def order(cells: Sequence[Cell], metric: str) -> list[Rate]:
+    """The learning rates of one label in one scenario, the best first, by validation metrics.
+
+    A rate that was run with more seeds goes first, since a race gives the better rates more of them; then one with
+    fewer failed seeds, with the better mean, and the smaller one.
+    """
+    return _ordered(_sweep(cells, metric)[0], metric)
+
+
+def _ordered(rates: Sequence[Rate], metric: str) -> list[Rate]:
+    sign = 1.0 if lower_is_better(metric) else -1.0
+
+    def place(rate: Rate) -> tuple[float, ...]:
+        mean = math.inf if rate.validation is None else sign * rate.validation
+        return -len(rate.seeds) - len(rate.failed), len(rate.failed), mean, rate.lr or 0.0
+
+    return sorted(rates, key=place)
+
+
+def _sweep(cells: Sequence[Cell], metric: str) -> tuple[tuple[Rate, ...], tuple[Failure, ...]]:
+    """The learning rates in ascending order, and the failures at all of them."""
+    usable: dict[float | None, dict[int, float]] = defaultdict(dict)
     failures: list[Failure] = []
     for cell in cells:
         reason = _flaw(cell, metric)
@@ -158,29 +191,17 @@ def choose(cells: Sequence[Cell], metric: str) -> Choice:
         if reason:
             failures.append(Failure(cell["label"], cell["lr"], cell["seed"], reason))
         else:
-            by_seed[cell["seed"]] = cell
+            by_seed[cell["seed"]] = cell["scores"]["validation"][metric]
     rates = tuple(
         Rate(
             lr,
-            fmean(cell["scores"]["validation"][metric] for cell in by_seed.values()) if by_seed else None,
+            fmean(by_seed.values()) if by_seed else None,
             tuple(sorted(by_seed)),
             tuple(sorted(failure.seed for failure in failures if failure.lr == lr)),
         )
         for lr, by_seed in sorted(usable.items(), key=lambda item: (item[0] is not None, item[0] or 0.0))
     )
-    sign = 1.0 if lower_is_better(metric) else -1.0
-    known = [
-        (len(rate.failed), sign * rate.validation, i) for i, rate in enumerate(rates) if rate.validation is not None
-    ]
-    if not known:
-        return Choice(None, "", rates, {}, tuple(failures))
-    best = min(known)[2]
-    edge = ""
-    if rates[best].lr is not None:
-        ends = {0: "lowest", len(rates) - 1: "highest"}
-        edge = "no sweep" if len(rates) == 1 else ends.get(best, "")
-    lr = rates[best].lr
-    return Choice(lr, edge, rates, dict(sorted(usable[lr].items())), tuple(failures))
+    return rates, tuple(failures)
 
 
 def paired_p(differences: Sequence[float], scale: float) -> float | None:

@@ -24,6 +24,7 @@ class StandingDisplay:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._told: set[str] = set()
+        self._dropped: set[tuple[str, str]] = set()
         self._live: Live | None = None
 
     @contextmanager
@@ -42,7 +43,8 @@ class StandingDisplay:
             return
         if not self._told:
             self._told = set(standing.done) | {""}
-            self._console.print(f"{len(standing.done)} of {len(standing.grid.cells)} cells are finished already")
+            self._dropped = set(standing.dropped)
+            self._console.print(f"{len(standing.done)} of {standing.total} cells are finished already")
         for path in [path for path in standing.done if path not in self._told]:
             self._told.add(path)
             cell = standing.done[path]
@@ -50,19 +52,20 @@ class StandingDisplay:
             said = f"{standing.grid.metric} {_number(value) or 'not finite'}"
             said = f"failed: {cell['error']}" if cell["status"] == "failed" else said
             self._console.print(
-                f"{len(standing.done)}/{len(standing.grid.cells)}  {path}  {said}  {cell['seconds']:.0f} s, "
-                f"{_left(standing)}",
+                f"{len(standing.done)}/{standing.total}  {path}  {said}  {cell['seconds']:.0f} s, {_left(standing)}",
                 soft_wrap=True,
                 markup=False,
             )
+        for scenario, label in standing.dropped.keys() - self._dropped:
+            self._dropped.add((scenario, label))
+            seed = standing.dropped[scenario, label]
+            self._console.print(f"{scenario}/{label} drops out after seed {seed}: worse beyond doubt (validation)")
 
 
 def overview(standing: Standing) -> RenderableType:
     """Finished cells and best validation metrics by strategy and scenario, as a table; running cells; the time left."""
     grid = standing.grid
-    table = Table(
-        title=f"{grid.name}: {len(standing.done)} of {len(grid.cells)} cells; best {grid.metric} (validation)"
-    )
+    table = Table(title=f"{grid.name}: {len(standing.done)} of {standing.total} cells; best {grid.metric} (validation)")
     table.add_column("")
     for scenario in grid.scenarios:
         table.add_column(scenario, justify="right")
@@ -108,7 +111,9 @@ def _square(standing: Standing, scenario: str, label: str) -> str:
         values = [value for cell in done if cell["lr"] == lr and (value := _validation(cell, metric)) is not None]
         means += [fmean(values)] if values else []
     best = f"{(min if lower_is_better(metric) else max)(means):.4f}  " if means else ""
-    return f"{best}{len(done)}/{len(cells)}{f', {failed} failed' if failed else ''}"
+    counted = f"{len(done)}/{len(cells)}" if standing.grid.race == "none" else f"{len(done)}"
+    out = ", dropped" if (scenario, label) in standing.dropped else ""
+    return f"{best}{counted}{f', {failed} failed' if failed else ''}{out}"
 
 
 def _validation(cell: dict[str, object], metric: str) -> float | None:

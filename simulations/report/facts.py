@@ -32,6 +32,12 @@ def summary(comparison: Comparison) -> list[str]:
         f"Differences are from {grid['reference']}, paired by seed, with a paired t-test and Holm's correction over "
         "all strategies of a scenario. Baselines are only for orientation, and have neither rank nor test.",
     ]
+    if grid.get("race", "none") != "none":
+        arms = " Strategies that were worse beyond doubt dropped out from the third seed on." * (grid["race"] == "arms")
+        sentences.append(
+            "The grid was a race by validation metrics: after each seed the better half of a strategy's learning rates "
+            f"went on, until one was left, which has all seeds.{arms}"
+        )
     rows = _rows(cells)
     if rows:
         sentences.append(rows)

@@ -50,10 +50,11 @@ def test_lines_where_there_is_no_terminal(standing: Standing) -> None:
     display = StandingDisplay(Console(file=written, width=60, highlight=False))
     with display.shown():
         standing.done[FIRST] = result(cell_at(grid, FIRST), 1.25)
+        standing.remaining = 23
         display(standing)
         display(standing)
         standing.done[SECOND] = result(cell_at(grid, SECOND), 1.0)
-        standing.taken, standing.remaining = [60.0, 60.0], 12
+        standing.taken, standing.remaining = [60.0, 60.0], 22
         display(standing)
         broken = "half/fedsa/lr0.001-seed7"
         standing.done[broken] = {**result(cell_at(grid, broken), None), "status": "failed", "error": "it [broke]"}
@@ -63,9 +64,9 @@ def test_lines_where_there_is_no_terminal(standing: Standing) -> None:
         display(standing)
     assert written.getvalue().splitlines() == [
         "1 of 24 cells are finished already",
-        f"2/24  {SECOND}  loss 1.0000  61 s, 12 cells to go, about 6 min",
-        f"4/24  {broken}  failed: it [broke]  61 s, all done",
-        f"4/24  {endless}  loss not finite  61 s, all done",
+        f"2/24  {SECOND}  loss 1.0000  61 s, 22 cells to go, about 11 min",
+        f"4/4  {broken}  failed: it [broke]  61 s, all done",
+        f"4/4  {endless}  loss not finite  61 s, all done",
     ]
 
 
