@@ -74,8 +74,8 @@ def configured(config: Config) -> Strategy:
 
     From the outside in: `Private` has the privacy stages' places on the server, `Robust` filters the replies, `Restart`
     folds what the optimizer made and drops its moments, `ServerOptimizer` takes the strategy's change of the adapter
-    for a gradient, `SampledLayers` narrows the round to some layers, and `PersonalParts` leaves an adapter kind's
-    personal parts on the clients.
+    for a gradient, `SampledLayers` narrows the round to some layers, `Routed` averages an adapter kind's experts by
+    their tokens, and `PersonalParts` leaves the kind's personal parts on the clients.
     """
     strategy: Strategy = STRATEGIES.make(config.strategy.name, config.strategy.options)
     if strategy.replaces_folds and config.anchor.base_update == "merge":
@@ -84,10 +84,16 @@ def configured(config: Config) -> Strategy:
             f"{config.strategy.options!r} takes folds back that it sent a round before, which clients that merge folds "
             "cannot do; set anchor.base-update = anchor, or leave out strategy.options"
         )
-    if kept := _kind(config).kept:
+    kind = _kind(config)
+    if kind.kept:
         from .wrappers.personal_parts import PersonalParts
 
-        strategy = PersonalParts(strategy, parts=kept)
+        strategy = PersonalParts(strategy, parts=kind.kept)
+    if kind.counted and strategy.linear:
+        from .wrappers.routed import Routed
+
+        experts = frozenset(f"{kind.name}_{part}" for part in kind.routed)
+        strategy = Routed(strategy, counted=f"{kind.name}_{kind.counted}", experts=experts)
     if config.train.layers_per_round:
         from .wrappers.sampled_layers import SampledLayers
 

@@ -46,7 +46,7 @@ from .injection import (
     ties_may_be_adapted,
 )
 from .injection import shapes as base_shapes
-from .parts import constants_of, factored, place_of, placed
+from .parts import constants_of, factored, fp32_copy, place_of, placed, read_parts, trained_parts
 from .trainable import Pair, Trainable
 
 
@@ -303,7 +303,7 @@ def read(model: AdaptedModel) -> AdapterState:
     for name, layer in model.layers.items():
         down = layer.lora_A[ADAPTER]
         if isinstance(down, Functional):
-            tensors |= {model.kind.key(name, part): fp32_copy(value) for part, value in down.parts.items()}
+            tensors |= read_parts(model.kind, name, dict(down.parts))
             continue
         assert isinstance(down, Down)
         lora[name] = LoraFactors(
@@ -313,11 +313,6 @@ def read(model: AdaptedModel) -> AdapterState:
             R=None if down.core is None else fp32_copy(down.core),
         )
     return AdapterState(lora=lora, tensors=tensors)
-
-
-def fp32_copy(tensor: object) -> Tensor:
-    assert isinstance(tensor, Tensor)
-    return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
 def _set_factors(
@@ -358,7 +353,7 @@ def _set_parts(
     made = Functional(model.kind, place, own, constants_of(model, place), model.sights.get(name) or model.mask)
     layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = made, Nothing(made.weight)
     layer.scaling[ADAPTER] = 1.0
-    return [*own.values()] if trained else []
+    return trained_parts(model.kind, own)
 
 
 def in_factors(adapter: AdapterState, model: ModelConfig, lora: LoraConfig) -> AdapterState:

@@ -6,12 +6,13 @@ clients have to make the same ones: the server sends a number for each module, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlora.adapters import AdapterState
 from fedlora.adapters.kinds.base import MAGNITUDE, WEIGHT, AdapterKind, Parts, Place, as_factors, project
@@ -48,6 +49,27 @@ def placed(kind: AdapterKind, name: str, layer: LoraLayer, adapter: AdapterState
                 f"{name}: got {kind.name}'s {part} {tuple(value.shape)}, the model needs {tuple(expected[part])}"
             )
     return place, parts
+
+
+def trained_parts(kind: AdapterKind, parts: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
+    """The parts that an optimizer changes: those with a gradient, but not the one that counts."""
+    return [value for part, value in parts.items() if part != kind.counted and value.requires_grad]
+
+
+def read_parts(kind: AdapterKind, module: str, parts: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Copies of a module's parts, under their names in an adapter, on the CPU in fp32. Counts are read as shares."""
+    return {kind.key(module, part): fp32_copy(_shares(v) if part == kind.counted else v) for part, v in parts.items()}
+
+
+def _shares(counted: nn.Parameter) -> Tensor:
+    """The counts in this part's gradient over their sum; the part as it is, if nothing was counted."""
+    counts = counted.grad
+    return counted if counts is None or not counts.any() else counts / counts.sum()
+
+
+def fp32_copy(tensor: object) -> Tensor:
+    assert isinstance(tensor, Tensor)
+    return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
 def constants_of(model: AdaptedModel, place: Place) -> Parts:

@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.common.errors import AdapterError
 
-from .adapted import AdaptedModel, fp32_copy, install, install_anchor
+from .adapted import AdaptedModel, install, install_anchor
 from .functional import Functional, FunctionalStack, Nothing
 from .injection import ADAPTER
-from .parts import placed
+from .parts import fp32_copy, placed, read_parts, trained_parts
 from .trainable import Pair, Trainable
 
 
@@ -119,7 +119,7 @@ class Stack:
             if not model.kind.pairs:
                 parts = self._add_parts(name, layer, adapters, bool(train) and (modules is None or name in modules))
                 for number, own in enumerate(parts):
-                    parameters[number] += [p for p in own.values() if p.requires_grad]
+                    parameters[number] += trained_parts(self._kind, own)
                 continue
             mine = _Layer([a.lora[name] for a in adapters], [a.lora[name].R for a in adapters], device)
             own = train if modules is None or name in modules else frozenset[str]()
@@ -197,7 +197,7 @@ class Stack:
         }
         tensors = {n: fp32_copy(p) for n, p in self._tensors[seat].items()}
         for name, parts in self._parts.items():
-            tensors |= {self._kind.key(name, part): fp32_copy(value) for part, value in parts[seat].items()}
+            tensors |= read_parts(self._kind, name, parts[seat])
         return AdapterState(lora=lora, tensors=tensors)
 
     def modules(self, name: str) -> tuple[nn.Module, nn.Module]:

@@ -108,6 +108,21 @@ def test_the_term_adds_its_own_gradient_whatever_the_loss_is_and_padding_adds_no
     assert not parts["R"].grad.any()  # pyright: ignore[reportUnknownMemberType]
 
 
+def test_the_gradient_of_N_counts_the_tokens_of_each_expert_over_all_passes_without_padding():
+    kind = KINDS.load("mixlora", experts=4, top_k=2)
+    parts = {name: value.requires_grad_() for name, value in parts_of(kind).items()}
+    mask, counted = torch.tensor([[1.0] * 5, [1.0] * 3 + [0.0] * 2]), [0.0] * 4
+    for seed in range(3):
+        x = torch.randn(2, 5, 20, generator=torch.Generator().manual_seed(seed))
+        kind.forward(x, parts, {MASK: mask}, PLACE).square().sum().backward()
+        for token in x[mask.bool()]:
+            for e in torch.topk(parts["R"].detach() @ token, 2).indices.tolist():
+                counted[e] += 1
+    assert parts["N"].grad is not None
+    assert parts["N"].grad.flatten().tolist() == counted  # pyright: ignore[reportUnknownMemberType]
+    assert sum(counted) == 3 * 8 * 2
+
+
 def test_training_by_the_term_alone_evens_the_routing_out():
     kind = KINDS.load("mixlora", experts=4, top_k=1, balance=1.0)
     parts = {name: value.requires_grad_() for name, value in parts_of(kind).items()}
@@ -156,7 +171,7 @@ def test_two_clients_at_once_are_each_of_them_alone_with_their_terms(quantize):
     layer, mask = model.base_model.model.layer, Mask(model)
     parts = [{n: nn.Parameter(t.to(where)) for n, t in parts_of(kind, place, seed).items()} for seed in range(2)]
     singles = [Functional(kind, place, own, {}, mask) for own in parts]
-    leaves = [own[name] for own in parts for name in ("A", "B", "R")]
+    leaves = [own[name] for own in parts for name in ("A", "B", "R", "N")]
     x = torch.randn(4, 6, 64, device=where)
     tokens = torch.ones(4, 6, device=where)
     tokens[:2, 4:] = 0
@@ -175,7 +190,7 @@ def test_two_clients_at_once_are_each_of_them_alone_with_their_terms(quantize):
     less = tokens.clone()
     less[3] = 0
     _, _, *rest = torch.autograd.grad(run(singles[1], x[2:], less[2:]), [*parts[1].values()])
-    assert not torch.allclose(rest[0], expected[5], rtol=1e-2)
+    assert not torch.allclose(rest[0], expected[6], rtol=1e-2)
 
 
 def test_a_mask_of_another_layout_counts_all_rows():

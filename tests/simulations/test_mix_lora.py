@@ -46,7 +46,11 @@ def test_a_run_is_saved_as_its_parts_and_evaluated_from_them(tmp_path, tiny_llam
     assert state is not None
     assert saved.keys() == state[0].adapter.tensors.keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in state[0].adapter.tensors.items())
-    assert {name.rpartition("_")[2] for name in saved} == {"A", "B", "R"}
+    assert {name.rpartition("_")[2] for name in saved} == {"A", "B", "R", "N"}
+    shares = [tensor for name, tensor in saved.items() if name.endswith("_N")]
+    for of_layer in shares:
+        assert of_layer.shape == (4, 1)
+        assert float(of_layer.sum()) == pytest.approx(1, abs=1e-6)
     assert all(bool(tensor.any()) for tensor in saved.values())
     adapted.forget()
     code, said, _ = command("evaluate", "--adapter", folder)
@@ -166,7 +170,7 @@ def test_coarse_uploads_and_a_head_beside_the_parts(tmp_path, tiny_llama, comman
     heads = [name for name in found if "mixlora" not in name]
     assert heads
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items() if "q_proj" in name}
-    assert sorted(map(len, shapes.values())) == sorted([3, 3, 2] * (len(shapes) // 3))
+    assert sorted(map(len, shapes.values())) == sorted([3, 3, 2, 2] * (len(shapes) // 4))
     code, said, _ = command("evaluate", "--adapter", folder)
     assert code == 0
     assert f"{result['rounds'][-1]['heldout']['accuracy']:.4f}"[:5] in said

@@ -70,6 +70,9 @@ class AdapterKind(ABC):
         matrix: False if what is added to the output is no fixed matrix times x. Such an adapter has no `factors`: it is
             saved as its parts, and cannot be a LoRA checkpoint, or merged.
         personal: parts that stay on the client from round to round, and are never sent to the server.
+        counted: a part [E, 1] that no optimizer trains, for a kind with E experts; "": none. `forward` counts in the
+            gradient of this part how many tokens each expert had. What a client sends are shares, whose sum is 1.
+        routed: the parts [E, ...] whose slices are averaged over clients by these shares too; see `counted`.
     """
 
     name: ClassVar[str]
@@ -82,6 +85,8 @@ class AdapterKind(ABC):
     factored: ClassVar[bool] = True
     matrix: ClassVar[bool] = True
     personal: ClassVar[frozenset[str]] = frozenset()
+    counted: ClassVar[str] = ""
+    routed: ClassVar[frozenset[str]] = frozenset()
 
     def check(self, rank: int) -> None:  # noqa: B027 - most serve any rank
         """Check that the kind works at this rank of a module.

@@ -32,11 +32,15 @@ class MixLora(AdapterKind):
     layer's own input, where the paper has one for each FFN block, so that gate, up and down may pick different experts;
     attention layers are mixtures too, unless `lora.target-modules` leaves them out; all experts are computed and those
     outside the k multiplied by 0, so that a step costs as much as LoRA of rank E r; with dropout, the router's input
-    has been through it. Expert e is averaged over clients by their rows, as all else is, and not by the tokens that
-    they routed to it. The mean of the parts is not the mean of the updates.
+    has been through it. The mean of the parts is not the mean of the updates.
+
+    Over clients, expert e of a layer is averaged by n_k N_ke, where n_k is the number of a client's rows, and N_ke the
+    share of its routed tokens of the round that e had. With equal shares this is the mean by rows, as of R. An expert
+    that no token was routed to stays as it was. A strategy that is no weighted mean averages experts like all else.
 
     What is added depends on x by more than a product: there is no dW, and no LoRA checkpoint. With one expert, or with
-    equal ones, it is LoRA. A client uploads E (r (d_in + d_out) + d_in) numbers for a layer. `lora.alpha` is not used.
+    equal ones, it is LoRA. A client uploads E (r (d_in + d_out) + d_in + 1) numbers for a layer. `lora.alpha` is
+    not used.
 
     Args:
         experts: E.
@@ -55,6 +59,8 @@ class MixLora(AdapterKind):
     name: ClassVar[str] = "mixlora"
     matrix: ClassVar[bool] = False
     sees_mask: ClassVar[bool] = True
+    counted: ClassVar[str] = "N"
+    routed: ClassVar[frozenset[str]] = frozenset({"A", "B"})
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.experts:
@@ -73,7 +79,8 @@ class MixLora(AdapterKind):
 
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
         count, rank = self.experts, place.rank
-        return {"A": (count, rank, place.d_in), "B": (count, place.d_out, rank), "R": (count, place.d_in)}
+        own = {"A": (count, rank, place.d_in), "B": (count, place.d_out, rank), "R": (count, place.d_in)}
+        return {**own, "N": (count, 1)}
 
     def rank(self, parts: Parts) -> int:
         return parts["A"].shape[1]
@@ -85,6 +92,7 @@ class MixLora(AdapterKind):
             "A": A,
             "B": torch.zeros(shapes["B"]),
             "R": R.normal_(0, self.deviation, generator=generator) if self.deviation else R.zero_(),
+            "N": torch.zeros(shapes["N"]),
         }
 
     def forward(self, x: Tensor, parts: Parts, constants: Parts, place: Place) -> Tensor:
@@ -92,9 +100,12 @@ class MixLora(AdapterKind):
         chosen = torch.zeros_like(probable).scatter(-1, probable.topk(self.top_k, dim=-1).indices, 1.0)
         weights = probable * chosen
         weights = weights / weights.sum(dim=-1, keepdim=True)
-        if self.balance and torch.is_grad_enabled():
-            term = self.balance * unevenness(probable, chosen, constants.get(MASK))
-            weights = _WithTerm.apply(weights, term)
+        if torch.is_grad_enabled():
+            mask = constants.get(MASK)
+            if self.balance:
+                weights = _WithTerm.apply(weights, self.balance * unevenness(probable, chosen, mask))
+            own = chosen if mask is None else chosen * mask[..., None]
+            weights = _Counted.apply(weights, parts["N"], own.flatten(0, -2).sum(dim=0)[:, None])
         low = F.linear(x, parts["A"].flatten(0, 1)).unflatten(-1, (self.experts, -1))
         mixed = (low * weights[..., None]).flatten(-2)
         return self.scale * F.linear(mixed, parts["B"].movedim(0, 1).flatten(1))
@@ -134,3 +145,22 @@ class _WithTerm(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
         (term,) = ctx.saved_tensors
         return upstream[0], torch.ones_like(term)
+
+
+class _Counted(torch.autograd.Function):
+    """(y, N, n) -> y. In the backward pass the gradient of N is n."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, N: Tensor, n: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        (n,) = ctx.saved_tensors
+        return upstream[0], n.clone(), None
