@@ -41,6 +41,14 @@ def compare(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only check the grid and list its cells; run none of them.")
     ] = False,
+    plan: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DIFFERENCE",
+            help="Only say how many seeds would show a difference of this size, by the cells that are finished; run "
+            "none.",
+        ),
+    ] = None,
 ) -> None:
     """Compare strategies: run each of them with the same learning rates, seeds and scenarios.
 
@@ -55,6 +63,8 @@ def compare(
       fedlora compare configs/compare-sentiment.toml --slots 2
 
       fedlora compare mine.toml --slots cuda:0,cuda:1 --out results/mine
+
+      fedlora compare mine.toml --plan 0.01
 
       fedlora report runs/compare/sentiment
     """
@@ -77,9 +87,17 @@ def compare(
         later = f", at most {ahead.later} more when these have ended" if ahead.later else ""
         out.print(f"{len(known) + len(due)} cells{later}, {said}", soft_wrap=True, markup=False)
         return
+    from fedlora.simulations.comparison.ranking import rank  # pyright: ignore[reportMissingImports]
+
+    if plan is not None:
+        from fedlora.simulations.comparison.planning import needs, plan_table  # pyright: ignore[reportMissingImports]
+
+        known = comparison.finished(planned, folder)
+        found = needs(rank(list(known.values()), planned.metric, planned.reference), plan)
+        out.print(plan_table(found, plan, planned.metric, planned.reference))
+        return
     quiet()
     from fedlora.simulations.comparison.checks import check_scenarios  # pyright: ignore[reportMissingImports]
-    from fedlora.simulations.comparison.ranking import rank  # pyright: ignore[reportMissingImports]
     from fedlora.simulations.comparison.standing import StandingDisplay, ranking_table  # pyright: ignore[reportMissingImports]
 
     check_scenarios(planned, [slot.device for slot in places if slot.device])
