@@ -344,7 +344,13 @@ class WireConfig:
         "fp32",
         "number format of the tensors that clients send; in all formats but fp32, a client sends the change since the "
         "broadcast, and adds what rounding left out to its next reply",
-        ("fp32", "fp16", "bf16", "int8", "int4"),
+        ("fp32", "fp16", "bf16", "int8", "int4", "sparse"),
+    )
+    upload_density: float = option(
+        0.25,
+        "with wire.upload-dtype = sparse: share of the entries that a client sends, those that changed most",
+        low=1e-4,
+        high=1.0,
     )
 
 

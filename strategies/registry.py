@@ -37,6 +37,7 @@ NAMES: dict[str, str] = {
     "fedsvd": "fedlora.strategies.methods.fedsvd:FedSvd",
     "fedsa": "fedlora.strategies.methods.fedsa:FedSa",
     "fedsb": "fedlora.strategies.methods.fedsb:FedSb",
+    "flasc": "fedlora.strategies.methods.flasc:Flasc",
     "abmll": "fedlora.strategies.methods.abmll:Abmll",
 }
 

@@ -168,7 +168,8 @@ def finish(work: TrainingJob, adapter: AdapterState, result: trainer.TrainResult
         adapter = stage.leaving(adapter, broadcast, schedule.hash_seed(work.seed, broadcast.round))
     # A statistic is sent once, and has sums beside each other that would drown in one scale.
     number_format = config.wire.upload_dtype if broadcast.job == "train" else "fp32"
-    to_send, codec_error = encode_upload(adapter, broadcast, number_format, folder, keep=config.run.keep + 1)
+    density, keep = config.wire.upload_density, config.run.keep + 1
+    to_send, codec_error = encode_upload(adapter, broadcast, number_format, folder, density=density, keep=keep)
     update = ClientUpdate(
         client_id=client_id,
         adapter=to_send,

@@ -10,7 +10,7 @@ from torch.profiler import record_function
 from fedlora.adapters import AdapterState, fill_missing, keep_factors, map_tensors, relative_error
 from fedlora.adapters.state import difference, sum_of
 from fedlora.exchange import Broadcast
-from fedlora.exchange.codec import round_trip
+from fedlora.exchange.codec import SPARSE, largest, round_trip
 
 from ..node import own_state
 
@@ -18,7 +18,13 @@ _KIND = "left-out"
 
 
 def encode_upload(
-    adapter: AdapterState, broadcast: Broadcast, number_format: str, folder: Path, keep: int = 2
+    adapter: AdapterState,
+    broadcast: Broadcast,
+    number_format: str,
+    folder: Path,
+    *,
+    density: float = 1.0,
+    keep: int = 2,
 ) -> tuple[AdapterState, float]:
     """The upload for a trained adapter, and the error that its number format adds.
 
@@ -31,6 +37,7 @@ def encode_upload(
         broadcast: the message from which the training started.
         number_format: one of `codec.FORMATS`; with fp32, the adapter itself is sent.
         folder: the client's own folder.
+        density: with the format sparse, the share of the entries that are sent.
         keep: number of rounds whose files are kept; see `own_state.save`.
 
     Returns:
@@ -44,7 +51,8 @@ def encode_upload(
         kept = own_state.load(folder, _KIND, broadcast.round) if broadcast.steady else None
         if kept is not None:
             wanted = _with_left_out(wanted, kept)
-        arrived = round_trip(wanted, number_format)
+        sent = largest(wanted, density) if number_format == SPARSE else wanted
+        arrived = round_trip(sent, number_format)
         if broadcast.steady:
             left = difference(wanted, arrived)
             # for factors that are not sent this time, what they left out before is kept
@@ -52,7 +60,7 @@ def encode_upload(
                 folder, _KIND, left if kept is None else fill_missing(left, kept), broadcast.round, keep=keep
             )
         received = fill_missing(sum_of(arrived, start), adapter)  # factors that are not sent do not count as an error
-        return wanted, relative_error(received.lora, adapter.lora)
+        return sent, relative_error(received.lora, adapter.lora)
 
 
 def _with_left_out(wanted: AdapterState, kept: AdapterState) -> AdapterState:

@@ -22,11 +22,12 @@ from fedlora.adapters.flat import OWN
 from fedlora.adapters.state import EMPTY
 from fedlora.common.errors import WireError
 
-from .codec import FLOATS, LARGEST, code, from_rows, pack, rows_of, unpack
+from .codec import FLOATS, LARGEST, SPARSE, code, entries, from_rows, gaps, pack, rows_of, unpack
 from .fields import LONGEST_SHOWN, Fields, cut, expect, short
 
 Values = np.ndarray[Any, np.dtype[Any]]
 _ROUNDING = 1e-6  # more than the relative difference between a number in fp32 and in fp64
+_DIMENSIONS = 8  # most of a tensor
 _ENTRY = 256  # largest number of bytes of a tensor's entry in a header, without its name
 _TENSORS = "tensors"
 _NUMPY = {"fp32": "float32", "fp16": "float16", "bf16": "int16", "int8": "int8", "int4": "uint8"}
@@ -86,6 +87,9 @@ def get(
 
     def read(name: str, part: str, model: Tensor | None) -> Tensor:
         where = f"{who}: {name if len(name) <= LONGEST_SHOWN else short(name)}"
+        if dtype == SPARSE:
+            values, zeros, shape = (arrays[key] for key in (name, *_beside(name, dtype)))
+            return _scattered(values, zeros, shape, None if model is None else tuple(model.shape), where)
         if dtype in LARGEST and model is not None:
             return _decoded(arrays[name], arrays[f"{name}|scale"], dtype, like=model, part=part, where=where)
         return _to_tensor(arrays[name], dtype, None if model is None else tuple(model.shape), where)
@@ -133,14 +137,21 @@ def _expected(
     may = must | {OWN.of_factor(module, "R") for module in cored if "R" in factors}
     if like is not None:
         must = may
-    if dtype in LARGEST:
-        must, may = (known | {f"{name}|scale" for name in known} for known in (must, may))
+    must, may = ({each for name in known for each in (name, *_beside(name, dtype))} for known in (must, may))
     return must, may
 
 
+def _beside(name: str, dtype: str) -> tuple[str, ...]:
+    """The names of the arrays that a tensor of this name has in this number format, beside its values."""
+    return (f"{name}|scale",) if dtype in LARGEST else (f"{name}|gaps", f"{name}|shape") if dtype == SPARSE else ()
+
+
 def value_bytes(adapter: AdapterState) -> int:
-    """An upper bound for the bytes of the adapter's values in any number format: fp32, and a scale for each row."""
-    return sum(4 * (t.numel() + sum(t.shape) + 1) for t in OWN.put(adapter).values())
+    """An upper bound for the bytes of the adapter's values in any number format.
+
+    In fp32 with a scale for each row, or with a byte for each entry and a shape, or with less.
+    """
+    return sum(5 * t.numel() + 4 * sum(t.shape) + 8 * (t.ndim + 1) for t in OWN.put(adapter).values())
 
 
 def finite_sum(who: str) -> Callable[..., Tensor]:
@@ -191,6 +202,11 @@ def _to_arrays(key: str, tensor: Tensor, dtype: str) -> dict[str, Values]:
         return {key: _to_array(tensor, dtype, where)}
     if not torch.isfinite(tensor).all():
         raise WireError(f"{where}: values are not finite")
+    if dtype == SPARSE:
+        flat = tensor.detach().to("cpu", torch.float32).flatten().numpy()
+        places = np.flatnonzero(flat)
+        values = (flat[places], gaps(places, len(flat)), np.array(tensor.shape, np.int64))
+        return dict(zip((key, *_beside(key, dtype)), values, strict=True))
     codes, scales = code(rows_of(tensor.detach().to("cpu"), part), LARGEST[dtype])
     packed = pack(codes) if dtype == "int4" else codes
     return {key: packed.contiguous().numpy(), f"{key}|scale": scales.contiguous().numpy()}
@@ -215,6 +231,22 @@ def _decoded(codes: Values, scales: Values, dtype: str, *, like: Tensor, part: s
     if not torch.isfinite(tensor).all():
         raise WireError(f"{where} holds scales that are too large")
     return from_rows(tensor, tuple(like.shape), part)
+
+
+def _scattered(values: Values, zeros: Values, shape: Values, wanted: tuple[int, ...] | None, where: str) -> Tensor:
+    """A sparse tensor. It takes memory for at most 255 numbers for each byte that was sent, and 255 more."""
+    sizes = _read(shape, "int64", (len(shape),) if wanted is None else (len(wanted),), f"{where} shape").tolist()
+    if (wanted is not None and tuple(sizes) != wanted) or len(sizes) > _DIMENSIONS or min(sizes, default=1) < 0:
+        raise WireError(f"{where} is malformed: shape {short(sizes)}, expected {wanted or 'a tensor'}")
+    _read(zeros, "uint8", (len(zeros),), f"{where} gaps")
+    total = math.prod(sizes)
+    places = entries(zeros, total)
+    if places is None:
+        raise WireError(f"{where} is malformed: its gaps do not end where its {total} entries do")
+    given = _to_tensor(values, "fp32", (len(places),), where)
+    tensor = torch.zeros(total)
+    tensor[torch.from_numpy(places)] = given
+    return tensor.reshape(sizes)
 
 
 def _to_tensor(array: Values, dtype: str, shape: tuple[int, ...] | None, where: str) -> Tensor:

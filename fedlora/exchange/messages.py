@@ -150,6 +150,7 @@ class Broadcast:
         job: "train", or in round 0 the name of the statistic that the client measures at this adapter.
         run: key of the run, under which a client stores its own state. It stays the same when the run is resumed.
             Empty: Flower's run id.
+        sparse: True if most entries of the adapter are zero, so that it is sent in the format sparse, in fp32.
         probe: a number for each adapted module, in the order of their names, by which the client sees that it makes
             the same fixed tensors of the base's weights as the server; empty for adapter kinds that make none.
     """
@@ -163,6 +164,7 @@ class Broadcast:
     steady: bool = False
     job: str = "train"
     run: str = ""
+    sparse: bool = False
     probe: tuple[float, ...] = ()
 
 

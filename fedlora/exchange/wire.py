@@ -26,7 +26,7 @@ from fedlora.common.errors import ConfigError, WireError
 from fedlora.config import MOST_RANK, alpha_of
 
 from .arrays import finite_sum, get, put, value_bytes
-from .codec import FORMATS, round_trip
+from .codec import FORMATS, SPARSE, round_trip
 from .fields import METRICS_RECORD, Fields, metrics_record, read_metrics, require, short
 from .messages import Broadcast, ClientInfo, ClientUpdate, Plan, Term
 
@@ -106,12 +106,12 @@ def encode_broadcast(broadcast: Broadcast, fingerprint: str, dtype: str = "fp32"
     Args:
         broadcast: the message.
         fingerprint: the base model's fingerprint.
-        dtype: number format of the adapter's tensors.
+        dtype: number format of the adapter's tensors, unless the broadcast is sparse.
 
     Raises:
         WireError: a value is not finite in this number format.
     """
-    head = _head(fingerprint, dtype) | {
+    head = _head(fingerprint, SPARSE if broadcast.sparse else dtype) | {
         "round": broadcast.round,
         "base-version": broadcast.base_version,
         "folds-from": broadcast.folds_from,
@@ -274,7 +274,9 @@ def most_bytes(sent: Broadcast) -> int:
 @_timed
 def as_received(broadcast: Broadcast, dtype: str) -> Broadcast:
     """The broadcast as its client receives it, with the adapter rounded to the message's number format."""
-    return broadcast if dtype == "fp32" else replace(broadcast, adapter=round_trip(broadcast.adapter, dtype))
+    if dtype == "fp32" or broadcast.sparse:
+        return broadcast
+    return replace(broadcast, adapter=round_trip(broadcast.adapter, dtype))
 
 
 def encode_hello(fingerprint: str) -> RecordDict:

@@ -130,7 +130,15 @@ def not_finite(record: RecordDict, data: Any) -> None:
     """NaN or inf in floats, bf16's too, and in the scales of codes."""
     dtype = str(record.config_records["head"]["dtype"])
     with tensors_of(record) as arrays:
-        name = data.draw(st.sampled_from([n for n in sorted(arrays) if dtype[0] != "i" or n.endswith("|scale")]))
+        name = data.draw(
+            st.sampled_from(
+                [
+                    n
+                    for n, array in sorted(arrays.items())
+                    if array.size and (dtype == "bf16" or array.dtype.kind == "f")
+                ]
+            )
+        )
         place = data.draw(st.integers(0, arrays[name].size - 1))
         bad = data.draw(st.sampled_from([float("nan"), float("inf"), float("-inf")]))
         value = torch.tensor(bad).bfloat16().view(torch.int16).item() if dtype == "bf16" else bad
@@ -221,7 +229,7 @@ REFUSED: dict[str, Mutation] = {
 
 
 @pytest.mark.parametrize("upload", ["AB", "B", "R"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "int4", "sparse"])
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), name=st.sampled_from(sorted(REFUSED)))
 def test_every_broken_reply_is_refused_by_the_clients_name(dtype, upload, name, data):
@@ -236,7 +244,7 @@ def test_every_broken_reply_is_refused_by_the_clients_name(dtype, upload, name, 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_every_kind_of_broken_reply_is_refused(name):
     @settings(deadline=None, max_examples=12)
-    @given(data=st.data(), dtype=st.sampled_from(["fp32", "int4"]))
+    @given(data=st.data(), dtype=st.sampled_from(["fp32", "int4", "sparse"]))
     def check(data, dtype):
         record = copy.deepcopy(reply(dtype, "AB"))
         REFUSED[name](record, data)
@@ -247,7 +255,7 @@ def test_every_kind_of_broken_reply_is_refused(name):
 
 
 @pytest.mark.parametrize("upload", ["AB", "B", "R"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "int4", "sparse"])
 @settings(deadline=None, max_examples=10)
 @given(data=st.data())
 def test_what_is_only_said_in_another_order_means_the_same(dtype, upload, data):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState, LoraFactors
+from fedlora.adapters.flat import OWN
 from fedlora.adapters.state import difference, sum_of
 from fedlora.exchange import codec
 
@@ -59,7 +63,7 @@ def test_unpack_reverses_pack(values: list[list[int]], cut: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "bound"), [("fp32", 0.0), ("fp16", 1e-3), ("bf16", 8e-3), ("int8", 8e-3), ("int4", 0.15)]
+    ("name", "bound"), [("fp32", 0.0), ("fp16", 1e-3), ("bf16", 8e-3), ("int8", 8e-3), ("int4", 0.15), ("sparse", 0.0)]
 )
 def test_what_is_read_is_near_to_what_was_sent(name: str, bound: float) -> None:
     sent = state(0)
@@ -95,6 +99,20 @@ def test_sum_and_difference_keep_empty_factors_and_scalings() -> None:
     torch.testing.assert_close(got.tensors["head.bias"], left.tensors["head.bias"])
 
 
+def test_error_feedback_makes_up_for_entries_that_are_not_the_largest() -> None:
+    """A small change that comes back in every round is sent in the end, though no reply has room for it at first."""
+    size = torch.tensor([[8.0, 1.0, 4.0, 0.5]])
+    wanted = AdapterState(tensors={"w": size})
+    left, read = AdapterState(tensors={"w": torch.zeros(1, 4)}), torch.zeros(1, 4)
+    for _ in range(200):
+        meant = sum_of(wanted, left)
+        sent = codec.largest(meant, 0.25)
+        assert int(sent.tensors["w"].count_nonzero()) == 1
+        left, read = difference(meant, sent), read + sent.tensors["w"]
+    torch.testing.assert_close(read + left.tensors["w"], 200 * size)
+    assert float((read - 200 * size).abs().max()) < 20  # of up to 1600
+
+
 @pytest.mark.parametrize("name", ["bf16", "int8", "int4"])
 def test_error_feedback_makes_up_for_what_was_left_out(name: str) -> None:
     """The sum of what was read stays within one reply's error of the sum of what was meant."""
@@ -108,3 +126,31 @@ def test_error_feedback_makes_up_for_what_was_left_out(name: str) -> None:
     for module, factors in meant.lora.items():
         torch.testing.assert_close(read.lora[module].A + left.lora[module].A, factors.A, rtol=1e-4, atol=1e-5)
         assert float((read.lora[module].A - factors.A).norm()) < 0.1 * float(factors.A.norm())
+
+
+@some
+@given(values=st.lists(st.sampled_from([0.0, 0.0, 0.0, 1.5, -2.0]), max_size=40), run=st.integers(0, 1200))
+def test_gaps_tell_where_the_entries_are(values: list[float], run: int) -> None:
+    """Also over runs of zeros that are longer than a byte can say, at the start, between and at the end."""
+    row = np.array([*[0.0] * run, *values, *[0.0] * run, 3.0, *[0.0] * run])
+    places = np.flatnonzero(row)
+    coded = codec.gaps(places, len(row))
+    assert len(coded) <= len(places) + len(row) // 255
+    found = codec.entries(coded, len(row))
+    assert found is not None
+    assert found.tolist() == places.tolist()
+    for wrong in (len(row) + 256, len(row) - 256 - run):
+        assert codec.entries(coded, wrong) is None
+    assert codec.entries(codec.gaps(np.zeros(0, np.int64), run), run) is not None
+
+
+@some
+@given(seed=st.integers(0, 99), share=st.sampled_from([1e-4, 0.1, 0.5, 0.99, 1.0]))
+def test_the_largest_entries_over_all_tensors_are_kept(seed: int, share: float) -> None:
+    whole = state(seed)
+    kept = OWN.put(codec.largest(whole, share))
+    entries = torch.cat([tensor.flatten() for tensor in OWN.put(whole).values()])
+    count = math.ceil(share * len(entries))
+    least = entries.abs().sort(descending=True).values[count - 1]
+    for name, tensor in OWN.put(whole).items():
+        assert torch.equal(kept[name], tensor.where(tensor.abs() >= least, 0.0))

@@ -45,7 +45,7 @@ DECODERS: dict[str, tuple[list[RecordDict], Callable[[RecordDict], object]]] = {
         lambda record: wire.decode_broadcast(record, BASE),
     ),
     "update": (
-        [wire.encode_update(UPDATE, BASE, dtype) for dtype in ("fp32", "bf16", "int8", "int4")],
+        [wire.encode_update(UPDATE, BASE, dtype) for dtype in ("fp32", "bf16", "int8", "int4", "sparse")],
         lambda record: wire.decode_update(record, 7, SENT, BASE),
     ),
     "info": ([wire.encode_info(INFO, BASE)], lambda record: wire.decode_info(record, BASE, "node 1")),

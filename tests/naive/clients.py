@@ -15,6 +15,8 @@ from fedlora.strategies.base import ServerState, Strategy
 from fedlora.strategies.initializers.registry import INITIALIZERS
 from fedlora.strategies.wrappers.wrapper import Wrapper
 
+# what these methods do in a module depends on the other modules; each has a test of its own against plain loops
+ACROSS_MODULES = {"flasc"}
 # d_out != d_in both ways, a square one as small as the ranks, and one that any stack outgrows
 SHAPES = {"layers.0.q": (6, 9), "layers.0.v": (8, 5), "layers.1.q": (4, 4), "layers.1.v": (3, 2)}
 
