@@ -265,6 +265,11 @@ class TrainConfig:
     prox_mu: float = option(
         0.0, "FedProx: weight of the penalty |theta - theta_start|^2 / 2 in a client's loss; 0: none", low=0.0
     )
+    prox_of: str = option(
+        "factors",
+        "what the penalty of train.prox-mu keeps near its start: the factors A and B, or the update s B A",
+        ("factors", "update"),
+    )
 
 
 @dataclass(frozen=True)

@@ -282,7 +282,8 @@ def _kind(config: Config) -> AdapterKind:
 
     Raises:
         StrategyError: it needs the base's own weights, and the clients may change them; or its update has no factors,
-            and the config asks for what needs them; or it adds a term to the loss in each of several passes.
+            and the config asks for what needs them; or the penalty is of a product that it lacks; or it adds a term to
+            the loss in each of several passes.
     """
     from fedlora.adapters.kinds.registry import KINDS
 
@@ -298,6 +299,11 @@ def _kind(config: Config) -> AdapterKind:
             f"train.accumulate = {config.train.accumulate}: lora.kind = {name} adds its own term to the loss once for "
             "each pass, which would count it so many times in a step; set train.accumulate = 1, or leave the term out "
             "(for mixlora, lora.kind-options = balance=0)"
+        )
+    if config.train.prox_mu and config.train.prox_of == "update" and not kind.pairs:
+        raise StrategyError(
+            f"train.prox-of = update: lora.kind = {name} has no factors A and B, whose product the penalty is of; "
+            "set train.prox-of = factors, which takes the kind's own parts, or lora.kind = lora"
         )
     if not (kind.factored and kind.matrix) and config.evaluate.intruders:
         raise StrategyError(

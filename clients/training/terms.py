@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fedlora.adapters import pruned_rank
 from fedlora.common.errors import ConfigError
 from fedlora.exchange import Plan
-from fedlora.models.trainable import Pair
+from fedlora.models.trainable import Pair, Trainable
 
 from .projections import COMPLEMENT
 
@@ -20,6 +20,63 @@ def add_proximal(parameters: Sequence[nn.Parameter], start: Sequence[Tensor], mu
     for parameter, origin in zip(parameters, start, strict=True):
         if parameter.grad is not None:
             parameter.grad.add_(parameter.detach() - origin, alpha=mu)
+
+
+def proximal(trained: Trainable, mu: float, of: str) -> Callable[[], None]:
+    """What adds the gradient of FedProx's term for a client whose training begins now.
+
+    Args:
+        trained: what the client trains, as it is when training begins.
+        mu: weight of the term; 0: none.
+        of: "factors": the term is of all that is trained. "update": of the updates, `mu/2 sum |dW - dW_start|_F^2`, and
+            of what is trained in full.
+    """
+    if not mu:
+        return lambda: None
+    alone = trained.parameters if of == "factors" else [p for p in trained.others if not _is_core(p, trained)]
+    start = [parameter.detach().clone() for parameter in alone]
+    pairs = [] if of == "factors" else [(pair, *_held(pair)) for pair in trained.pairs]
+
+    def add() -> None:
+        add_proximal(alone, start, mu)
+        for pair, B, down in pairs:
+            add_proximal_update(pair, B, down, mu)
+
+    return add
+
+
+def add_proximal_update(pair: Pair, B: Tensor, down: Tensor, mu: float) -> None:
+    """Add the gradient of `mu/2 |dW - dW_start|_F^2` to one module's factors and its core.
+
+    It does not depend on how the updates are divided into factors. With D = R A, or A without a core:
+    `dB = mu s^2 (B (D D') - B_0 (D_0 D'))` and `dD = mu s^2 ((B'B) D - (B'B_0) D_0)`, in O(r^2 (d_in + d_out)).
+
+    Args:
+        pair: the factors now.
+        B, down: B_0 and D_0, where training began.
+        mu: weight of the term.
+    """
+    weight, b = mu * pair.scaling**2, pair.B.detach()
+    core = None if pair.core is None else pair.core.detach()
+    d = pair.A.detach() if core is None else core @ pair.A.detach()
+    if pair.B.grad is not None:
+        pair.B.grad.add_(b @ (d @ d.T) - B @ (down @ d.T), alpha=weight)
+    if pair.A.grad is None and (pair.core is None or pair.core.grad is None):
+        return
+    of_down = (b.T @ b) @ d - (b.T @ B) @ down
+    if pair.A.grad is not None:
+        pair.A.grad.add_(of_down if core is None else core.T @ of_down, alpha=weight)
+    if pair.core is not None and pair.core.grad is not None:
+        pair.core.grad.add_(of_down @ pair.A.detach().T, alpha=weight)
+
+
+def _held(pair: Pair) -> tuple[Tensor, Tensor]:
+    down = pair.A.detach() if pair.core is None else pair.core.detach() @ pair.A.detach()
+    return pair.B.detach().clone(), down.clone()
+
+
+def _is_core(parameter: nn.Parameter, trained: Trainable) -> bool:
+    return any(parameter is pair.core for pair in trained.pairs)
 
 
 def add_tail_penalty(pairs: Sequence[Pair], weight: float, gamma: float) -> None:

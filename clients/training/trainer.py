@@ -24,7 +24,7 @@ from fedlora.tasks.checked import mean_loss
 
 from ..optimizers.registry import optimizer
 from .schedule import hash_seed, lr_factor, steps_per_round, warmup_of
-from .terms import add_proximal
+from .terms import proximal
 
 _WHOLE = Plan()
 
@@ -181,7 +181,7 @@ class LocalSteps:
         self._optimizer = method.begin(trained, config)
         self._project = project
         project()
-        self._start = [p.detach().clone() for p in parameters] if config.prox_mu else []
+        self._proximal = proximal(trained, config.prox_mu, config.prox_of)
 
     def batches(self, step: int) -> list[list[Example]]:
         """The examples of each forward pass of a step."""
@@ -226,8 +226,7 @@ class LocalSteps:
         """What every gradient goes through before the optimizer sees it: the privacy stages, then the penalties."""
         for stage in self._stages:
             stage.gradients(self._parameters)
-        if self._config.prox_mu:
-            add_proximal(self._parameters, self._start, self._config.prox_mu)
+        self._proximal()
         self._penalty()
 
     def _let_go(self) -> None:

@@ -71,6 +71,14 @@ def test_what_does_not_go_together_is_refused(keys: dict[str, Scalar], says: str
         made(**keys)
 
 
+def test_a_penalty_on_updates_needs_factors() -> None:
+    keys: dict[str, Scalar] = {"strategy.name": "fedavg", "train.prox-of": "update", "lora.kind": "miss"}
+    configured(parse(keys))  # without a weight there is no penalty
+    with pytest.raises(StrategyError, match=r"train.prox-of = update: lora.kind = miss has no factors A and B"):
+        configured(parse({**keys, "train.prox-mu": 0.1}))
+    configured(parse({**keys, "train.prox-mu": 0.1, "lora.kind": "lora"}))
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("server-optimizer", "adamw"), ("robust", "krumm"), ("robust-trim", 0.5), ("server-beta1", 1.0)]
 )

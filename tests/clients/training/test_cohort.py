@@ -127,6 +127,7 @@ CASES: dict[str, dict[str, Any]] = {
     "accumulate": {"accumulate": 3},
     "no-clip-constant": {"clip": 0.0, "schedule": "constant", "warmup_fraction": 0.0},
     "proximal": {"prox_mu": 0.5},
+    "proximal-update": {"prox_mu": 0.5, "prox_of": "update"},
     "by-epochs": {"steps": 0, "epochs": 1.5},  # each client its own number of steps and its own schedule
 }
 

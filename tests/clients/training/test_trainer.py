@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedlora.adapters import AdapterState, initial
+from fedlora.adapters import AdapterState, delta, initial
 from fedlora.clients.optimizers import registry
 from fedlora.clients.training import schedule as schedule_
 from fedlora.clients.training import terms, trainer
@@ -17,7 +17,7 @@ from fedlora.data import Example, batch_at
 from fedlora.exchange import Plan, Term
 from fedlora.exchange.stages import Stage
 from fedlora.models import adapted, injection
-from fedlora.models.trainable import Pair
+from fedlora.models.trainable import Pair, Trainable
 from tests.device import DEVICE, bound, model_config, on_device
 
 LORA = LoraConfig(target_modules="q_proj,down_proj")
@@ -167,12 +167,66 @@ def test_the_proximal_term_has_fedproxs_gradient():
         torch.testing.assert_close(ours.grad, reference.grad)
 
 
-def test_a_strong_proximal_term_holds_the_client_back(tiny_llama):
+@pytest.mark.parametrize("cored", [False, True], ids=["pair", "core"])
+@pytest.mark.parametrize("trained", ["AB", "A", "B", "ABR", "R"])
+def test_the_proximal_term_on_updates_has_the_gradient_of_the_dense_one(trained, cored):
+    """Against autograd through the whole matrix, from a start that training has left."""
+    if "R" in trained and not cored:
+        return
+    g = torch.Generator().manual_seed(0)
+
+    def parameter(factor: str, *shape: int) -> torch.nn.Parameter:
+        made = torch.randn(shape, generator=g, dtype=torch.float64)
+        return torch.nn.Parameter(made, requires_grad=factor in trained)
+
+    A, B, R = parameter("A", 3, 5), parameter("B", 7, 3), parameter("R", 3, 3) if cored else None
+    head = torch.nn.Parameter(torch.randn(4, generator=g, dtype=torch.float64))
+    pair = Pair("m", A, B, 1.5, R)
+    leaves = [p for p in (A, B, R) if p is not None and p.requires_grad]
+
+    def update() -> torch.Tensor:
+        return 1.5 * B @ (A if R is None else R @ A)
+
+    first, first_head = update().detach(), head.detach().clone()
+    add = terms.proximal(Trainable([pair], [*leaves, head]), 0.7, "update")
+    with torch.no_grad():
+        for each in (*leaves, head):
+            each.add_(0.3 * torch.randn(each.shape, generator=g, dtype=torch.float64))
+            each.grad = torch.ones_like(each)
+    term = 0.35 * ((update() - first).square().sum() + (head - first_head).square().sum())
+    expected = torch.autograd.grad(term, [*leaves, head])
+    add()
+    for each, own in zip((*leaves, head), expected, strict=True):
+        torch.testing.assert_close(each.grad, 1 + own)
+    assert all(p.grad is None for p in (A, B, R) if p is not None and not p.requires_grad)
+
+
+def test_the_proximal_term_on_updates_is_the_same_however_they_are_divided():
+    g = torch.Generator().manual_seed(0)
+    A, B, Q = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((3, 5), (7, 3), (3, 3)))
+    steps: list[torch.Tensor] = []
+    for turn in (torch.eye(3).double(), torch.linalg.qr(Q).Q):
+        pair = Pair("m", torch.nn.Parameter(turn.T @ A), torch.nn.Parameter(B @ turn), 2.0)
+        add = terms.proximal(Trainable([pair], [pair.A, pair.B]), 0.1, "update")
+        with torch.no_grad():
+            pair.A.add_(turn.T @ torch.ones(3, 5).double())
+        pair.A.grad, pair.B.grad = torch.zeros(3, 5).double(), torch.zeros(7, 3).double()
+        add()
+        steps.append(pair.B.detach() @ pair.A.grad + pair.B.grad @ pair.A.detach())
+    torch.testing.assert_close(*steps)
+
+
+@pytest.mark.parametrize("of", ["factors", "update"])
+def test_a_strong_proximal_term_holds_the_client_back(tiny_llama, of):
     bench, start = bench_and_start(tiny_llama)
     sgd = replace(CONFIG, optimizer="sgd", lr=0.05, steps=6)
     _, free = train(bench, start, sgd)
-    _, held = train(bench, start, replace(sgd, prox_mu=10.0))
-    assert distance(held, start) < 0.7 * distance(free, start)
+    _, held = train(bench, start, replace(sgd, prox_mu=10.0, prox_of=of))
+    if of == "factors":
+        assert distance(held, start) < 0.7 * distance(free, start)
+        return
+    sizes = [sum(float(delta(f).norm()) ** 2 for f in end.lora.values()) for end in (held, free)]  # B starts at 0
+    assert sizes[0] < 0.5 * sizes[1]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
