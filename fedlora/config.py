@@ -294,6 +294,12 @@ class StrategyConfig:
         "number of rounds after which the adapter is added to the frozen model (a fold) and starts anew; 0: never",
         low=0,
     )
+    correction: str = option(
+        "none",
+        "what keeps many local steps from biasing the result; feddyn: dynamic regularisation, over ffa or fedsb",
+        ("none", "feddyn"),
+    )
+    correction_weight: float = option(0.01, "feddyn: weight alpha of the terms that clients add", low=1e-9)
     robust: str = option(
         "none",
         "rule against poisoned replies",

@@ -76,7 +76,8 @@ def configured(config: Config) -> Strategy:
     From the outside in: `Private` has the privacy stages' places on the server, `Robust` filters the replies, `Restart`
     folds what the optimizer made and drops its moments, `ServerOptimizer` takes the strategy's change of the adapter
     for a gradient, `SampledLayers` narrows the round to some layers, `Routed` averages an adapter kind's experts by
-    their tokens, and `PersonalParts` leaves the kind's personal parts on the clients.
+    their tokens, and `PersonalParts` leaves the kind's personal parts on the clients. `FedDyn` takes the place of
+    `ServerOptimizer` and `Restart`.
     """
     strategy: Strategy = STRATEGIES.make(config.strategy.name, config.strategy.options)
     if strategy.replaces_folds and config.anchor.base_update == "merge":
@@ -100,6 +101,11 @@ def configured(config: Config) -> Strategy:
 
         strategy = SampledLayers(strategy, count=config.train.layers_per_round)
     chosen: Any = config.strategy  # its choices are the wrappers' Literals
+    if chosen.correction == "feddyn":
+        from .wrappers.feddyn import FedDyn
+
+        _check_correction(config)
+        strategy = FedDyn(strategy, alpha=chosen.correction_weight, clients=config.federation.clients)
     if chosen.server_optimizer != "none":
         from .wrappers.server_optimizer import ServerOptimizer
 
@@ -136,6 +142,23 @@ def configured(config: Config) -> Strategy:
             strategy = Private(strategy, stages=stages(config.privacy))
     _check_warmup(strategy, config)
     return strategy
+
+
+def _check_correction(config: Config) -> None:
+    """Raises StrategyError if something else changes what the correction has added up over rounds."""
+    chosen = config.strategy
+    others = {
+        "strategy.server-optimizer": chosen.server_optimizer != "none",
+        "strategy.restart-every": chosen.restart_every > 0,
+        "train.layers-per-round": config.train.layers_per_round > 0,
+        "privacy.stages": bool(config.privacy.stages),
+    }
+    for key, is_set in others.items():
+        if is_set:
+            raise StrategyError(
+                f"strategy.correction = {chosen.correction} adds up changes over rounds, which {key} changes again; "
+                "leave out one of them"
+            )
 
 
 def _check_warmup(strategy: Strategy, config: Config) -> None:

@@ -93,6 +93,12 @@ class TrainingJob:
         own = own_state.with_personal_factors(self.broadcast, _own_folder(self.context, self.broadcast))
         return adapted.filled(self.model, own)
 
+    def kept(self) -> AdapterState | None:
+        """What this client kept of its last round for a term of the plan; see `terms.kept_after`."""
+        if not any(term.name == terms.DYNAMIC for term in self.broadcast.plan.terms):
+            return None
+        return own_state.load(_own_folder(self.context, self.broadcast), terms.DYNAMIC, self.broadcast.round)
+
     def tell(self, step: int, steps: int, loss: float) -> None:
         """One step's progress."""
         emit("client-step", client_id=self.client_id, step=step, steps=steps, loss=loss, round=self.broadcast.round)
@@ -147,7 +153,7 @@ def train_alone(work: TrainingJob) -> RecordDict:
             seed=work.seed,
             plan=broadcast.plan,
             on_step=work.tell,
-            penalty=terms.penalty(trained.pairs, broadcast.plan),
+            penalty=terms.penalty(trained.pairs, broadcast.plan, work.kept()),
             project=projections.projection(model, trained.pairs, broadcast.plan),
             stages=stages(config.privacy),
         )
@@ -164,6 +170,9 @@ def finish(work: TrainingJob, adapter: AdapterState, result: trainer.TrainResult
     if broadcast.plan.keep:
         personal = _personal_part(adapter, broadcast.plan)
         own_state.save(folder, "personal", personal, broadcast.round, keep=config.run.keep + 1)
+    kept = terms.kept_after(work.kept(), broadcast.adapter, adapter, broadcast.plan)
+    if kept is not None:
+        own_state.save(folder, terms.DYNAMIC, kept, broadcast.round, keep=config.run.keep + 1)
     for stage in stages(config.privacy):
         adapter = stage.leaving(adapter, broadcast, schedule.hash_seed(work.seed, broadcast.round))
     # A statistic is sent once, and has sums beside each other that would drown in one scale.

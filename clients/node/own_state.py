@@ -1,4 +1,4 @@
-"""What a client stores on its own disk from round to round: personal factors, and what coarse formats left out.
+"""What a client stores on its disk from round to round: personal factors, what coarse formats left out, FedDyn's g.
 
 There is one safetensors file per run, client, kind and round, which is read when it is needed. Clients that do not
 work therefore cost no memory, and a client that was restarted continues where it was. The files of earlier rounds are
@@ -28,7 +28,7 @@ def load(folder: Path, kind: str, number: int) -> AdapterState | None:
 
     Args:
         folder: the folder of this run and client; see `folder_of`.
-        kind: "personal" or "left-out".
+        kind: "personal", "left-out" or "dynamic".
         number: number of the round that starts.
 
     Raises:
@@ -52,7 +52,7 @@ def save(folder: Path, kind: str, state: AdapterState, number: int, keep: int = 
 
     Args:
         folder: the folder of this run and client; see `folder_of`.
-        kind: "personal" or "left-out", which is part of the file's name.
+        kind: "personal", "left-out" or "dynamic", which is part of the file's name.
         state: any factors and tensors; empty factors are left out.
         number: number of the round. Files of later rounds are removed, since the server has undone these rounds.
         keep: number of files that stay. It should be one more than the server's saved states, since the server may

@@ -40,11 +40,13 @@ class Member:
         adapter: the adapter from which this client starts training.
         examples: the client's own examples.
         seed: seed of its order of examples and of its dropout.
+        kept: what the client kept of its last round for a term of the plan; see `terms.kept_after`.
     """
 
     adapter: AdapterState
     examples: Sequence[Example]
     seed: int
+    kept: AdapterState | None = None
 
 
 def train(
@@ -98,7 +100,7 @@ def train(
                 rounds=rounds,
                 seed=members[m].seed,
                 plan=plan,
-                penalty=penalty(slot.pairs, plan),
+                penalty=penalty(slot.pairs, plan, members[m].kept),
                 project=projection(model, slot.pairs, plan),
                 stages=stages,
             )

@@ -7,7 +7,8 @@ from types import MappingProxyType
 
 from torch import Tensor, nn
 
-from fedlora.adapters import pruned_rank
+from fedlora.adapters import AdapterState, keep_factors, map_tensors, pruned_rank
+from fedlora.adapters.state import difference, is_missing
 from fedlora.common.errors import ConfigError
 from fedlora.exchange import Plan
 from fedlora.models.trainable import Pair, Trainable
@@ -113,30 +114,69 @@ def _prior(pairs: Sequence[Pair], weight: float, _: float) -> Callable[[], None]
     return lambda: add_proximal(factors, start, weight)
 
 
+def _dynamic(pairs: Sequence[Pair], weight: float, kept: AdapterState | None) -> Callable[[], None]:
+    """Of `-<g, x> + weight/2 |x - x_start|^2`, for all factors and cores x that are trained (FedDyn)."""
+    trained: list[tuple[nn.Parameter, Tensor]] = []
+    for pair in pairs:
+        own = None if kept is None else kept.lora.get(pair.module)
+        for factor, mine in ((pair.A, own and own.A), (pair.B, own and own.B), (pair.core, own and own.R)):
+            if factor is not None and factor.requires_grad:
+                g = None if mine is None or is_missing(mine) else mine.to(factor)
+                # the gradient at x is weight x less this
+                trained.append((factor, weight * factor.detach() + (0.0 if g is None else g)))
+
+    def add() -> None:
+        for factor, less in trained:
+            if factor.grad is not None:
+                factor.grad.add_(weight * factor.detach() - less)
+
+    return add
+
+
+def kept_after(kept: AdapterState | None, start: AdapterState, end: AdapterState, plan: Plan) -> AdapterState | None:
+    """What a client keeps for its next round: FedDyn's `g - weight (x_end - x_start)` of the trained factors, or None.
+
+    Args:
+        kept: g; None in the first round.
+        start, end: the client's adapter before and after training.
+        plan: of the round.
+    """
+    weight = next((term.weight for term in plan.terms if term.name == DYNAMIC), None)
+    if weight is None:
+        return None
+    lora = {name: factors for name, factors in end.lora.items() if plan.modules is None or name in plan.modules}
+    change = keep_factors(difference(AdapterState(lora=lora), start), plan.train)
+    return map_tensors(lambda _, d, g: -weight * d + (0.0 if g is None else g), change, kept or AdapterState())
+
+
 # What a term's name stands for: a function of (pairs, weight, value), called when a client's training begins. What it
 # returns is called after each pass, and adds the term's gradient.
 Term = Callable[[Sequence[Pair], float, float], Callable[[], None]]
 TERMS: Mapping[str, Term] = MappingProxyType({"tail": _tail, "prior": _prior})
+DYNAMIC = "dynamic"  # the one term that needs what the client kept of its last round
+_KNOWN = (*TERMS, DYNAMIC, COMPLEMENT)
 
 
 def check_terms(plan: Plan) -> None:
     """Raises ConfigError where the server asks for a term that this client does not know."""
     for term in plan.terms:
-        if term.name not in (*TERMS, COMPLEMENT):
+        if term.name not in _KNOWN:
             raise ConfigError(
-                f"the server asks for the term {term.name!r}, this client knows {', '.join((*TERMS, COMPLEMENT))}; "
+                f"the server asks for the term {term.name!r}, this client knows {', '.join(_KNOWN)}; "
                 "install the same version of fedlora on both sides"
             )
 
 
-def penalty(pairs: Sequence[Pair], plan: Plan) -> Callable[[], None]:
+def penalty(pairs: Sequence[Pair], plan: Plan, kept: AdapterState | None = None) -> Callable[[], None]:
     """What adds the gradients of the plan's terms, after each pass.
 
     Args:
         pairs: the factors of each module, as they are when training begins.
         plan: whose terms `check_terms` has seen.
+        kept: what `kept_after` gave in the client's last round.
     """
     terms = [TERMS[term.name](pairs, term.weight, term.value) for term in plan.terms if term.name in TERMS]
+    terms += [_dynamic(pairs, term.weight, kept) for term in plan.terms if term.name == DYNAMIC]
 
     def add() -> None:
         for term in terms:
