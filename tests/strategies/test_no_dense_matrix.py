@@ -45,6 +45,7 @@ def test_a_dense_matrix_would_show() -> None:
         ("hetlora", {}),
         ("flexlora", {}),
         ("flexlora", {"keep_tail": True}),
+        ("flexlora", {"fold_tail": True}),
         ("fedex", {}),
         ("florist", {}),
     ],
