@@ -6,13 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from fedlora.adapters import LoraFactors, first_ranks
 from fedlora.exchange import ClientUpdate
 
 from ..base import ServerState, Strategy
-from ..tools.averaging import effective_means
+from ..tools.averaging import row_means
 
 
 @dataclass(frozen=True)
@@ -33,14 +30,4 @@ class RbLora(Strategy):
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The row-wise means. A module, row or tensor that no reply contains keeps its value."""
-        means, dense = effective_means(updates, number, zero_pad=False)
-        lora = dict[str, LoraFactors]()
-        for name, factors in means.items():
-            before = state.adapter.lora.get(name, factors)
-            new = first_ranks(factors, factors.rank, before.scaling)
-            lora[name] = LoraFactors(
-                A=torch.cat([new.A, before.A[new.rank :].to(new.A)]),
-                B=torch.cat([new.B, before.B[:, new.rank :].to(new.B)], dim=1),
-                scaling=before.scaling,
-            )
-        return state.updated(lora, dense)
+        return row_means(state, updates, number)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedlora.adapters import LoraFactors, pad, to_fp32
+from fedlora.adapters import LoraFactors, first_ranks, pad, to_fp32
 from fedlora.adapters.means import Means, RankMeans
 from fedlora.exchange import ClientUpdate
 
@@ -45,6 +45,30 @@ def effective_means(
     of_b = means_b.values()
     means = {name: LoraFactors(A=a, B=of_b[name], scaling=scalings[name]) for name, a in means_a.values().items()}
     return means, dense.values
+
+
+def row_means(state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
+    """The state with each row of A and column of B replaced by its mean over the clients that have it.
+
+    A module, row or tensor that no reply contains keeps its value. A_k is multiplied so that all clients have the
+    server's scaling.
+
+    Args:
+        state: the state from which the round started.
+        updates: the replies, which are read as they arrive.
+        number: number of the round, for error messages.
+    """
+    means, dense = effective_means(updates, number, zero_pad=False)
+    lora = dict[str, LoraFactors]()
+    for name, factors in means.items():
+        before = state.adapter.lora.get(name, factors)
+        new = first_ranks(factors, factors.rank, before.scaling)
+        lora[name] = LoraFactors(
+            A=torch.cat([new.A, before.A[new.rank :].to(new.A)]),
+            B=torch.cat([new.B, before.B[:, new.rank :].to(new.B)], dim=1),
+            scaling=before.scaling,
+        )
+    return state.updated(lora, dense)
 
 
 def at_scaling(factors: LoraFactors, scaling: float) -> Tensor:
