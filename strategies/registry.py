@@ -40,6 +40,7 @@ NAMES: dict[str, str] = {
     "abmll": "fedlora.strategies.methods.abmll:Abmll",
     "fedrot": "fedlora.strategies.methods.fedrot:FedRot",
     "raflora": "fedlora.strategies.methods.raflora:RaFlora",
+    "frlora": "fedlora.strategies.methods.frlora:FrLora",
 }
 
 

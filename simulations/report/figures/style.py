@@ -86,6 +86,7 @@ KNOWN: dict[str, Style] = {
     "abmll": Style("#661100", "o", _DASHDOT),
     "fedrot": Style("#6699CC", "^", _DASHED),
     "raflora": Style("#994455", "v", _SOLID),
+    "frlora": Style("#EE8866", "s", _SOLID),
     "base": Style("#555555", "x", _DOTTED),
     "local": Style("#555555", "+", _DASHED),
     "centralised": Style("#555555", "|", _DASHDOT),
