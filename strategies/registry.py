@@ -41,6 +41,7 @@ NAMES: dict[str, str] = {
     "fedrot": "fedlora.strategies.methods.fedrot:FedRot",
     "raflora": "fedlora.strategies.methods.raflora:RaFlora",
     "frlora": "fedlora.strategies.methods.frlora:FrLora",
+    "fed-plora": "fedlora.strategies.methods.fed_plora:FedPLora",
 }
 
 

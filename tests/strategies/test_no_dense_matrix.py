@@ -48,6 +48,8 @@ def test_a_dense_matrix_would_show() -> None:
         ("flexlora", {"fold_tail": True}),
         ("fedex", {}),
         ("florist", {}),
+        ("raflora", {}),
+        ("fed-plora", {}),
     ],
 )
 def test_rounds_stay_factored(name: str, options: dict[str, Any]) -> None:

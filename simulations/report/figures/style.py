@@ -87,6 +87,7 @@ KNOWN: dict[str, Style] = {
     "fedrot": Style("#6699CC", "^", _DASHED),
     "raflora": Style("#994455", "v", _SOLID),
     "frlora": Style("#EE8866", "s", _SOLID),
+    "fed-plora": Style("#225555", "D", _DASHED),
     "base": Style("#555555", "x", _DOTTED),
     "local": Style("#555555", "+", _DASHED),
     "centralised": Style("#555555", "|", _DASHDOT),
