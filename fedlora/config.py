@@ -254,7 +254,7 @@ class TrainConfig:
     warmup: str = option(
         "run",
         "when the learning rate rises: run: once, at the start of the run; link: each time that a new adapter starts "
-        "(after strategy.restart-every rounds; in every round of flora and florist)",
+        "(after strategy.restart-every rounds; in every round of flora, florist and frlora)",
         ("run", "link"),
     )
     clip: float = option(1.0, "largest norm of a client's gradient; longer ones are scaled down; 0: no limit", low=0.0)

@@ -39,6 +39,10 @@ NAMES: dict[str, str] = {
     "fedsb": "fedlora.strategies.methods.fedsb:FedSb",
     "flasc": "fedlora.strategies.methods.flasc:Flasc",
     "abmll": "fedlora.strategies.methods.abmll:Abmll",
+    "fedrot": "fedlora.strategies.methods.fedrot:FedRot",
+    "raflora": "fedlora.strategies.methods.raflora:RaFlora",
+    "frlora": "fedlora.strategies.methods.frlora:FrLora",
+    "fed-plora": "fedlora.strategies.methods.fed_plora:FedPLora",
 }
 
 
@@ -81,10 +85,12 @@ def configured(config: Config) -> Strategy:
     """
     strategy: Strategy = STRATEGIES.make(config.strategy.name, config.strategy.options)
     if strategy.replaces_folds and config.anchor.base_update == "merge":
+        options = config.strategy.options
         raise StrategyError(
-            f"anchor.base-update = merge: strategy.name = {config.strategy.name} with strategy.options = "
-            f"{config.strategy.options!r} takes folds back that it sent a round before, which clients that merge folds "
-            "cannot do; set anchor.base-update = anchor, or leave out strategy.options"
+            f"anchor.base-update = merge: strategy.name = {config.strategy.name}"
+            f"{f' with strategy.options = {options!r}' if options else ''} takes folds back that it sent a round "
+            "before, which clients that merge folds cannot do; set anchor.base-update = anchor"
+            f"{', or leave out strategy.options' if options else ''}"
         )
     kind = _kind(config)
     if kind.kept:

@@ -73,8 +73,7 @@ def bytes_beside(model: adapted.AdaptedModel) -> int:
 def train(requests: Sequence[tuple[RecordDict, Context]]) -> list[RecordDict | Error]:
     """The answers to several clients' training messages, in order. Each is the same as from `single.answer`."""
     answers: dict[int, RecordDict | Error] = {}
-    groups: dict[tuple[object, ...], dict[int, TrainingJob]] = {}
-    beside: dict[tuple[object, ...], Folds] = {}
+    batches: list[tuple[object, Folds, dict[int, TrainingJob]]] = []
     for number, (content, context) in enumerate(requests):
         try:
             work = single.begin(content, context)
@@ -84,11 +83,31 @@ def train(requests: Sequence[tuple[RecordDict, Context]]) -> list[RecordDict | E
             continue
         sent = work.broadcast
         key = (work.config, sent.round, sent.job, sent.plan, sent.base_version)
-        groups.setdefault(key, {})[number] = work
-        beside[key] = folds
-    for key, group in groups.items():
-        answers |= zip(group, _answers(list(group.values()), beside[key]), strict=True)
+        # A strategy may give clients of one version anchors of their own.
+        batch = next((batch for other, beside, batch in batches if other == key and _same(beside, folds)), None)
+        if batch is None:
+            batches.append((key, folds, batch := {}))
+        batch[number] = work
+    for _, beside, batch in batches:
+        answers |= zip(batch, _answers(list(batch.values()), beside), strict=True)
     return [answers[number] for number in range(len(requests))]
+
+
+def _same(left: Folds, right: Folds) -> bool:
+    """Whether both are the same to the bit."""
+    return len(left) == len(right) and all(
+        one is two
+        or (
+            one.lora.keys() == two.lora.keys()
+            and all(
+                f.scaling == two.lora[name].scaling
+                and torch.equal(f.A, two.lora[name].A)
+                and torch.equal(f.B, two.lora[name].B)
+                for name, f in one.lora.items()
+            )
+        )
+        for one, two in zip(left, right, strict=True)
+    )
 
 
 def _answers(works: Sequence[TrainingJob], folds: Folds) -> list[RecordDict | Error]:

@@ -46,7 +46,7 @@ def citation(docstring: str) -> str:
         'Guo et al. 2024, "Selective Aggregation", https://arxiv.org/abs/2410.01463'
     """
     text = " ".join(docstring.split())
-    link = r"https://arxiv\.org/abs/\d+\.\d+"
+    link = r"(?:https://arxiv\.org/abs/\d+\.\d+|https://openreview\.net/forum\?id=\w+)"
     whole = re.search(rf'[A-Z][\w-]+(?: et al\.)? \d{{4}},? "[^"]+",?(?: \(\w+\),?)? {link}', text)
     short = whole or re.search(link, text)
     return short.group(0) if short else ""

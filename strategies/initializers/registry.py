@@ -68,3 +68,8 @@ def initializer(lora: LoraConfig, strategy: Strategy) -> Initializer:
             "lora.kind = lora"
         )
     return made
+
+
+def asks_clients(strategy: Strategy) -> bool:
+    """Whether the strategy needs a start that is made from what clients measure in a round 0."""
+    return bool(strategy.starts_with and INITIALIZERS.resolve(strategy.starts_with).statistic)

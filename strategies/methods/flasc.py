@@ -13,7 +13,7 @@ from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 from fedlora.exchange.codec import largest
 
 from ..base import ServerState, Strategy
-from ..tools.averaging import by_rows
+from ..tools.averaging import row_means
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Flasc(Strategy):
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The means of the replies, to each of which is added what its client was not sent."""
-        return by_rows(state, (_completed(update, state.adapter) for update in updates), number)
+        return row_means(state, (_completed(update, state.adapter) for update in updates), number)
 
     @property
     def _densities(self) -> list[float]:

@@ -1,21 +1,17 @@
-"""FlexLoRA: each client gets the leading part of the mean update's SVD, and optionally the rest as an anchor."""
+"""FlexLoRA: each client gets the leading part of the mean update's SVD, and optionally the rest as anchor or fold."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import torch
-
 from fedlora.adapters import AdapterState, LoraFactors, leading, stack, svd_each
+from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 from ..base import ServerState, Strategy
-from ..tools.averaging import with_rank_restored
+from ..tools.components import balanced, known, strongest
 from ..tools.replies import ModuleReplies, gather
-
-# Singular values below this share of the largest one are only rounding of the fp32 factors.
-_KNOWN = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -32,14 +28,31 @@ class FlexLora(Strategy):
     anchors it sent and adds `sum_k p_k anchor_k` back before the next SVD, so that no round loses anything.
     `anchor.max-rank` then limits the number of components that are kept, but never below the largest rank of the
     clients; 0: min(d_out, d_in), which loses nothing.
+
+    `fold_tail` is what Yan et al. 2026, "FedMomentum: Preserving LoRA Training Momentum in Federated Fine-Tuning",
+    https://arxiv.org/abs/2603.08014, do with the components beyond the largest rank: they become a fold, the same for
+    all clients, which is never taken back. Fold and adapter together are the mean update. Unlike the tail of
+    `keep_tail`, what is folded does not return to the adapter, and may be merged into the base. What a client of a
+    smaller rank is not sent is missing from its next update, as without the option. The paper is known here from its
+    abstract: how it splits S, and after how many rounds it merges, is not confirmed.
+
     Memory: the factors of all replies. Cost: O(d R^2 + R^3), where R is the sum of the r_k, and with `keep_tail` also
     of the number of components that are kept.
 
     Args:
         keep_tail: whether clients get the tail. Off by default, as in the paper, since the tail enlarges the download.
+        fold_tail: whether what is beyond the largest rank becomes a fold. Not together with `keep_tail`.
     """
 
     keep_tail: bool = False
+    fold_tail: bool = False
+
+    def __post_init__(self) -> None:
+        if self.keep_tail and self.fold_tail:
+            raise StrategyError(
+                "strategy.options: flexlora's keep_tail sends what is beyond the ranks anew in each round, and its "
+                "fold_tail folds it for good; set one of them to true"
+            )
 
     @property
     def replaces_folds(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -52,7 +65,7 @@ class FlexLora(Strategy):
             StrategyError: the client's rank is larger than the server's.
         """
         sent = super().broadcast(balanced(state, client), client, number)
-        if not (self.keep_tail and state.folds.version):  # other folds are those of the run's start
+        if not (self.keep_tail and state.folds.version):  # other folds are those of the run's start, or `fold_tail`'s
             return sent
         anchor: dict[str, LoraFactors] = {}
         for name in state.adapter.lora:
@@ -71,37 +84,32 @@ class FlexLora(Strategy):
         stacks = {name: stack(part.factors, part.shares) for name, part in parts.items()}
         if self.keep_tail and state.folds.version:
             stacks = {name: stack([f, anchors(state, name, parts[name])]) for name, f in stacks.items()}
-        lora = dict[str, LoraFactors]()
-        tails = {name: f for name, f in state.folds.total().lora.items() if name not in parts}
-        held, limit = state.adapter.lora, state.folds.max_rank
+        lora, tails = dict[str, LoraFactors](), dict[str, LoraFactors]()
+        held, limit = state.adapter.lora, state.folds.max_rank if self.keep_tail else 0
         befores = {name: held.get(name, max(part.factors, key=lambda f: f.rank)) for name, part in parts.items()}
         largest = max((before.rank for before in befores.values()), default=0)
-        for name, (u, s, vh) in svd_each(stacks, self._kept(largest, limit), whole=self.keep_tail).items():
+        whole = self.keep_tail or self.fold_tail
+        for name, svd in svd_each(stacks, self._kept(largest, limit), whole=whole).items():
             before, dtype = befores[name], stacks[name].A.dtype
-            rank, known = before.rank, int((s > _KNOWN * s[0]).sum())
-            lora[name] = with_rank_restored(leading((u, s, vh), min(rank, known), before.scaling, dtype), before)
-            kept = min(known, self._kept(rank, limit) or known)
+            lora[name] = strongest(svd, before, dtype)
+            rank, count = before.rank, known(svd)
+            kept = min(count, self._kept(rank, limit) or count)
             if kept > rank:
+                u, s, vh = svd
                 tails[name] = leading((u[:, rank:], s[rank:], vh[rank:]), kept - rank, dtype=dtype)
-        folds = state.folds.replaced(AdapterState(lora=tails)) if self.keep_tail else state.folds
+        folds = state.folds
+        if self.keep_tail:
+            others = {name: f for name, f in folds.total().lora.items() if name not in parts}
+            folds = folds.replaced(AdapterState(lora={**others, **tails}))
+        elif tails:
+            folds = folds.push(AdapterState(lora=tails))
         return replace(state.updated(lora, dense), folds=folds)
 
     def _kept(self, rank: int, limit: int) -> int:
         """The largest number of components that are kept of a module whose largest rank is `rank`; 0: all."""
-        if not self.keep_tail:
+        if not (self.keep_tail or self.fold_tail):
             return rank
         return max(limit, rank) if limit else 0
-
-
-def balanced(state: ServerState, client: ClientInfo) -> ServerState:
-    """The state at this client's scaling, with the factor split evenly between A and B; rows with B = 0 are kept."""
-    lora: dict[str, LoraFactors] = {}
-    for name, f in state.adapter.lora.items():
-        scaling = client.scaling_of(name)
-        ratio = f.A.new_ones(f.rank)
-        ratio[f.B.any(dim=0)] = (f.scaling / scaling) ** 0.5
-        lora[name] = LoraFactors(A=ratio[:, None] * f.A, B=f.B * ratio, scaling=scaling)
-    return replace(state, adapter=replace(state.adapter, lora=lora))
 
 
 def components(state: ServerState, module: str) -> LoraFactors:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from fedlora.exchange import ClientUpdate
 
 from ..base import ServerState, Strategy
-from ..tools.averaging import by_rows
+from ..tools.averaging import row_means
 
 
 @dataclass(frozen=True)
@@ -30,4 +30,4 @@ class RbLora(Strategy):
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The row-wise means. A module, row or tensor that no reply contains keeps its value."""
-        return by_rows(state, updates, number)
+        return row_means(state, updates, number)

@@ -145,10 +145,10 @@ class RoundTerms:
         made = terms.add(self.after.adapter.lora[name], *_of(name, self.new))
         replaced = terms.add(*_of(name, self.replaced))
         # A client starts from the first rows of the server's factors. With a core between the factors, what a smaller
-        # client starts from is no part of the server's terms.
-        cored = server.R is not None
-        starts = [terms.add(self.sent[k].adapter.lora[name]) if cored else start for k in clients]
-        ranks = [None if cored else self.whole[k][name].A.shape[0] for k in clients]
+        # client starts from is no part of the server's terms, and beside an anchor of its own it may be other rows.
+        own = server.R is not None or any(self.anchors.values())
+        starts = [terms.add(self.sent[k].adapter.lora[name]) if own else start for k in clients]
+        ranks = [None if own else self.whole[k][name].A.shape[0] for k in clients]
 
         def mean(groups: Sequence[_Group]) -> Tensor:
             return torch.stack([terms.coefficients(g, float(p)) for g, p in zip(groups, shares, strict=True)]).sum(0)

@@ -47,10 +47,11 @@ def effective_means(
     return means, dense.values
 
 
-def by_rows(state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
-    """The state with the mean of each row of s_k A_k and column of B_k over the clients that have it.
+def row_means(state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
+    """The state with each row of A and column of B replaced by its mean over the clients that have it.
 
-    A module, row or tensor that no reply contains keeps its value, and every module its scaling.
+    A module, row or tensor that no reply contains keeps its value. A_k is multiplied so that all clients have the
+    server's scaling.
 
     Args:
         state: the state from which the round started.

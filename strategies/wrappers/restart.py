@@ -47,13 +47,13 @@ class Restart(Wrapper):
             )
         if self.inner.starts_with:
             raise StrategyError(
-                f"strategy.restart-every = {self.every} draws a new A, but {name} needs one made from statistics; "
-                "set strategy.restart-every = 0"
+                f"strategy.restart-every = {self.every} draws a new A, but {name} needs what lora.init = "
+                f"{self.inner.starts_with} makes; set strategy.restart-every = 0"
             )
         if self.every > 1 and self.inner.replaces_folds:
             raise StrategyError(
-                f"strategy.restart-every = {self.every}: {name} takes back folds of the round before, as its options "
-                "ask for, but the folds of restarts cannot be taken back; set strategy.restart-every = 1, or leave out "
+                f"strategy.restart-every = {self.every}: {name} takes back folds of the round before, but the "
+                "folds of restarts cannot be taken back; set strategy.restart-every = 1, or another strategy.name or "
                 "strategy.options"
             )
 

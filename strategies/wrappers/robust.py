@@ -16,6 +16,7 @@ from fedlora.common.errors import StrategyError
 from fedlora.exchange import ClientInfo, ClientUpdate
 
 from ..base import ServerState
+from ..initializers.registry import asks_clients
 from ..tools.replies import arrivals
 from .distances import Move, squared_distances, started_from
 from .wrapper import Wrapper, innermost
@@ -69,7 +70,7 @@ class Robust(Wrapper):
                 f"strategy.robust = {self.rule} compares whole updates, and {name} leaves "
                 f"{' and '.join(sorted(self.inner.personal))} on the clients; set strategy.robust = none"
             )
-        if self._by_entry and self.inner.starts_with:
+        if self._by_entry and asks_clients(self.inner):
             raise self._no_entries(name)
         for option, value, good, expected in (
             ("bound", self.bound, 1 <= self.bound < float("inf"), "a number of at least 1"),

@@ -12,7 +12,8 @@ from fedlora.adapters import AdapterState, LoraFactors, delta, initial
 from fedlora.adapters.folds import Folds, concatenate
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 from fedlora.strategies.base import ServerState, Strategy
-from fedlora.strategies.initializers.registry import INITIALIZERS
+from fedlora.strategies.initializers.from_weights import Bound, FromWeights
+from fedlora.strategies.initializers.registry import INITIALIZERS, asks_clients
 from fedlora.strategies.wrappers.wrapper import Wrapper
 
 # what these methods do in a module depends on the other modules; each has a test of its own against plain loops
@@ -89,15 +90,23 @@ def asked(strategy: Strategy, state: ServerState, client: ClientInfo) -> Broadca
 
 
 def begin(strategy: Strategy, state: ServerState, replies: Sequence[ClientUpdate], **options: float) -> ServerState:
-    """The state before round 1, from the replies of round 0."""
-    return strategy.begin(state, replies, INITIALIZERS.load(strategy.starts_with, **options))
+    """The state before round 1, from the replies of round 0, or from the base model's weights."""
+    made = INITIALIZERS.load(strategy.starts_with, **options)
+    return strategy.begin(state, replies, Bound(made, weight) if isinstance(made, FromWeights) else made)
+
+
+def weight(module: str) -> Tensor:
+    """The base model's weight of one of `SHAPES`."""
+    generator = torch.Generator().manual_seed(list(SHAPES).index(module))
+    return torch.randn(SHAPES[module], generator=generator)
 
 
 def started(strategy: Strategy, state: ServerState, clients: Sequence[ClientInfo], seed: int = 0) -> ServerState:
-    """The state before round 1, after a round 0 where the strategy needs one."""
+    """The state before round 1, after the start that the strategy needs."""
     if not strategy.starts_with:
         return state
-    return begin(strategy, state, [train(asked(strategy, state, client), client, seed) for client in clients])
+    asking = clients if asks_clients(strategy) else ()
+    return begin(strategy, state, [train(asked(strategy, state, client), client, seed) for client in asking])
 
 
 def _gradient(broadcast: Broadcast, client: ClientInfo, generator: torch.Generator) -> ClientUpdate:

@@ -30,7 +30,7 @@ from tests.naive.clients import ACROSS_MODULES, SHAPES, HeldBase, Run, dense_del
 
 MORE_OPTIONS: dict[str, list[dict[str, Any]]] = {
     "lora-fair": [{"lam": 0.0}, {"similarity": "cosine"}],
-    "flexlora": [{"keep_tail": True}],
+    "flexlora": [{"keep_tail": True}, {"fold_tail": True}],
     "florist": [{"tau": 1.0}],
     "fedsvd": [{"period": 2}],
     "abmll": [{"memory": 0.5}],

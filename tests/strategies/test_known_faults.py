@@ -21,9 +21,10 @@ from torch import Tensor
 from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies import load
+from fedlora.strategies.initializers.registry import asks_clients
 from fedlora.strategies.registry import NAMES
 from tests.naive import dense as naive
-from tests.naive.clients import ACROSS_MODULES, SHAPES, asked, begin, dense_deltas, start, train, whole
+from tests.naive.clients import ACROSS_MODULES, SHAPES, asked, begin, dense_deltas, start, started, train, whole
 
 WITH_TWIN = [n for n in NAMES if n not in ACROSS_MODULES and not load(n).personal and not load(n).starts_with]
 UNEQUAL = [name for name in WITH_TWIN if load(name).unequal_ranks]
@@ -89,8 +90,9 @@ def test_fault_4_the_next_start_multiplies_to_what_was_made(name: str) -> None:
 def test_fault_5_every_client_counts(name: str) -> None:
     strategy = load(name)
     clients = [ClientInfo(client_id=i, rank=3) for i in range(4)]
-    state = strategy.init(start(clients))
-    zero = bool(strategy.starts_with)
+    state, zero = strategy.init(start(clients)), asks_clients(strategy)
+    if not zero:
+        state = started(strategy, state, clients)
     sent = asked(strategy, state, clients[0]) if zero else strategy.broadcast(state, clients[0], 1)
     updates = [train(sent, c, seed=3) for c in clients]
 

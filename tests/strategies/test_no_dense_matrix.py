@@ -45,8 +45,11 @@ def test_a_dense_matrix_would_show() -> None:
         ("hetlora", {}),
         ("flexlora", {}),
         ("flexlora", {"keep_tail": True}),
+        ("flexlora", {"fold_tail": True}),
         ("fedex", {}),
         ("florist", {}),
+        ("raflora", {}),
+        ("fed-plora", {}),
     ],
 )
 def test_rounds_stay_factored(name: str, options: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from tests.simulations.engines.test_local import saved_adapter
 
 EQUAL_RANKS = {"lora.ranks": "2"}
 KEYS = {
-    "fedavg": EQUAL_RANKS,
+    **dict.fromkeys(("fedavg", "fedrot", "frlora"), EQUAL_RANKS),
     "fedsa": {"evaluate.clients": True, "data.client-test-fraction": 0.3},
 }
 
@@ -74,7 +74,8 @@ def test_every_strategy_learns_the_same(tmp_path, tiny_llama, name, caplog, size
     configs = [parse({"strategy.name": name, **keys}, config) for config in plain]
     with caplog.at_level(logging.INFO, "fedlora"):
         (one, first), (two, second) = (played(config) for config in configs)
-    assert sizes == [4] * configs[1].federation.rounds
+    # Round 1 has no anchor; then the clients of ranks 4, 2, 2 and 1 have those of their ranks.
+    assert sizes == ([4, 2] if name == "fed-plora" else [4] * configs[1].federation.rounds)
     assert apart(one, two) < run_bound(1e-4)
     for left, right in zip(first["rounds"], second["rounds"], strict=True):
         assert left["clients"].keys() == right["clients"].keys()
@@ -100,6 +101,14 @@ def test_every_strategy_learns_the_same(tmp_path, tiny_llama, name, caplog, size
 def test_whatever_a_round_asks_for(tmp_path, tiny_llama, keys, sizes):
     one, two = (played(parse(keys, config_of(tmp_path, tiny_llama, n)))[0] for n in (1, 3))
     assert max(sizes) == 3
+    assert apart(one, two) < run_bound(1e-4)
+
+
+def test_clients_with_an_anchor_of_their_own_are_trained_beside_it(tmp_path, tiny_llama, sizes):
+    """The tails of ranks 4, 2, 2 and 1: only those of equal ranks may share a batch."""
+    keys = {"strategy.name": "flexlora", "strategy.options": "keep-tail=true", "train.lr": 5e-2}
+    one, two = (played(parse(keys, config_of(tmp_path, tiny_llama, n)))[0] for n in (1, 4))
+    assert sizes == [4, 2]
     assert apart(one, two) < run_bound(1e-4)
 
 

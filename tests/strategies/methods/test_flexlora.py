@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedlora.adapters import relative_error
 from fedlora.common.errors import StrategyError
 from fedlora.config import Scalar, parse
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
@@ -20,9 +21,10 @@ from fedlora.strategies.registry import configured
 from tests.naive import dense as naive
 from tests.naive.clients import SHAPES, HeldBase, Run, dense_deltas, start, train
 from tests.naive.drawn import before, replies, updates_of
+from tests.naive.factored import ideal
 from tests.naive.flexlora import best
 
-FLEXLORA, TAIL = FlexLora(), FlexLora(keep_tail=True)
+FLEXLORA, TAIL, FOLDED = FlexLora(), FlexLora(keep_tail=True), FlexLora(fold_tail=True)
 CLIENTS = [ClientInfo(client_id=i, rank=r, alpha=16, num_examples=3 * i + 2) for i, r in enumerate((4, 2, 1))]
 
 
@@ -290,3 +292,67 @@ def test_a_tail_that_is_gone_is_not_kept() -> None:
     state = TAIL.aggregate(state, updates_of([huge]), 2)
     assert state.folds.version == 2
     assert not state.folds.total().lora
+
+
+@settings(max_examples=40, deadline=None)
+@given(parts=replies(), more=st.integers(0, 2))
+def test_fold_tail_loses_nothing_of_the_ideal(parts: list[naive.Part], more: int) -> None:
+    """The adapter is still the best part at the largest rank, and the fold is what that misses."""
+    state = FOLDED.aggregate(FOLDED.init(before(parts, more)), updates_of(parts), 1)
+    exact, rank = naive.ideal(parts), state.adapter.lora["m"].rank
+    assert relative_error(FOLDED.global_adapter(state).lora, ideal(updates_of(parts))) < 1e-6
+    near(dense_deltas(state.adapter)["m"], best(exact, rank))
+    folded = dense_deltas(state.folds.total())
+    near(folded.get("m", torch.zeros_like(exact)), exact - best(exact, rank))
+
+
+@pytest.mark.parametrize("max_rank", [0, 3])
+def test_fold_tail_adds_up_over_rounds(max_rank: int) -> None:
+    """Each round leaves the folds before it and the new ideal, in fp32; a limit of the folds is kept."""
+    strategy = Run(FOLDED, max_rank=max_rank)
+    state = strategy.init(start(CLIENTS, shapes={"m": (60, 50)}))
+    for round in (1, 2, 3):
+        folded = dense_deltas(state.folds.total())
+        updates = [train(strategy.broadcast(state, c, round), c, seed=round) for c in CLIENTS]
+        state = strategy.aggregate(state, updates, round)
+        got, exact = dense_deltas(strategy.global_adapter(state))["m"], naive.ideal(parts_of(updates, "m"))
+        if max_rank:
+            assert state.folds.total().lora["m"].rank <= max_rank
+        else:
+            near(got, exact + folded.get("m", 0.0), 1e-6)
+            assert state.folds.parts[-1].lora["m"].rank == 7 - 4
+
+
+def test_fold_tail_sends_all_clients_the_same_folds_once() -> None:
+    state = FOLDED.init(start(CLIENTS, shapes={"m": (60, 50)}))
+    for round in (1, 2):
+        state = FOLDED.aggregate(
+            state, [train(FOLDED.broadcast(state, c, round), c, seed=round) for c in CLIENTS], round
+        )
+    first, last = (FOLDED.broadcast(state, replace(c, known_base_version=1), 3) for c in (CLIENTS[0], CLIENTS[2]))
+    assert (first.base_version, first.folds_from, len(first.folds)) == (2, 1, 1)
+    assert first.folds == last.folds
+
+
+def test_a_folded_tail_does_not_return_to_the_adapter_and_a_kept_one_does() -> None:
+    """Both totals are the mean of the clients' whole models; what is trained next differs."""
+    first = [naive.Part(torch.eye(2, 5)[:1], 2.0 * torch.eye(6, 2)[:, :1], 1.0, 1)]
+    first += [naive.Part(torch.eye(2, 5)[1:], torch.eye(6, 2)[:, 1:], 1.0, 1)]
+    states = {}
+    for strategy in (TAIL, FOLDED):
+        state = strategy.aggregate(strategy.init(before(first, scaling=1.0)), updates_of(first), 1)
+        sent = strategy.broadcast(state, ClientInfo(client_id=0, rank=1, alpha="r"), 2).adapter.lora["m"]
+        forgot = [naive.Part(sent.A, 0.1 * sent.B, 1.0, 1)]  # the strongest component all but goes
+        states[strategy] = strategy.aggregate(state, updates_of(forgot), 2)
+    kept, folded = (dense_deltas(s.global_adapter(states[s]))["m"] for s in (TAIL, FOLDED))
+    near(kept, folded)
+    adapters = [dense_deltas(states[s].adapter)["m"] for s in (TAIL, FOLDED)]
+    near(adapters[0], 0.5 * torch.outer(torch.eye(6)[1], torch.eye(5)[1]).double())
+    near(adapters[1], 0.1 * torch.outer(torch.eye(6)[0], torch.eye(5)[0]).double())
+
+
+def test_fold_tail_may_be_merged_and_is_not_combined_with_keep_tail() -> None:
+    keys: dict[str, Scalar] = {"strategy.name": "flexlora", "anchor.base-update": "merge", "model.quantization": "none"}
+    assert configured(parse({**keys, "strategy.options": "fold-tail=true"})) == FOLDED
+    with pytest.raises(StrategyError, match=r"keep_tail sends .* and its fold_tail folds it for good; set one of them"):
+        configured(parse({"strategy.name": "flexlora", "strategy.options": "fold-tail=true, keep-tail=true"}))

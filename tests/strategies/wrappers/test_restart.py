@@ -196,8 +196,10 @@ def test_a_is_never_trained_while_b_is_zero() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(StrategyError, match=r"FedSa leaves B on the clients; set strategy\.restart-every = 0"):
         Restart(load("fedsa"))
-    with pytest.raises(StrategyError, match="FedSb needs one made from statistics"):
+    with pytest.raises(StrategyError, match=r"FedSb needs what lora\.init = lora-sb makes; set"):
         Restart(load("fedsb"))
+    with pytest.raises(StrategyError, match=r"FrLora needs what lora\.init = pissa makes; set"):
+        Restart(load("frlora"))
     with pytest.raises(StrategyError, match="FlexLora takes back folds of the round before"):
         Restart(Robust(load("flexlora", keep_tail=True)), every=2)
     with pytest.raises(StrategyError, match=r"restart-every = 0, expected at least 1"):
