@@ -180,10 +180,10 @@ def slice_adapter_for(adapter: AdapterState, client: ClientInfo) -> AdapterState
 
 
 def whole_adapter(update: ClientUpdate, state: ServerState) -> AdapterState:
-    """A client's whole adapter after training: factors that it did not send are the server's, cut to its rank.
+    """A client's whole adapter after training: factors that it did not send are those that it was sent.
 
     Args:
-        update: a client's reply.
+        update: a client's reply. If it does not say what the client was sent, that is the server's, cut to its rank.
         state: the state from which the round started. Its strategy must not have personal factors, since the server
             does not know these.
     """
@@ -194,7 +194,8 @@ def whole_adapter(update: ClientUpdate, state: ServerState) -> AdapterState:
             continue
         sent = {"A": f.A, "B": f.B.T, "R": f.R}
         rank = next(len(factor) for factor in sent.values() if factor is not None and factor.numel())
-        server = first_ranks(state.adapter.lora[name], rank, f.scaling)
+        begun = update.start
+        server = begun.lora[name] if begun else first_ranks(state.adapter.lora[name], rank, f.scaling)
         lora[name] = LoraFactors(
             A=f.A if f.A.numel() else server.A,
             B=f.B if f.B.numel() else server.B,

@@ -38,6 +38,7 @@ NAMES: dict[str, str] = {
     "fedsa": "fedlora.strategies.methods.fedsa:FedSa",
     "fedsb": "fedlora.strategies.methods.fedsb:FedSb",
     "abmll": "fedlora.strategies.methods.abmll:Abmll",
+    "fslora": "fedlora.strategies.methods.fslora:FsLora",
 }
 
 

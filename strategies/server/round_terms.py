@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlora.adapters import AdapterState, LoraFactors
+from fedlora.adapters import AdapterState, LoraFactors, first_ranks
 from fedlora.exchange import Broadcast, ClientUpdate
 
 from ..base import ServerState, whole_adapter
@@ -144,11 +144,13 @@ class RoundTerms:
         anchors = [terms.add(*_of(name, self.anchors[k])) for k in clients]
         made = terms.add(self.after.adapter.lora[name], *_of(name, self.new))
         replaced = terms.add(*_of(name, self.replaced))
-        # A client starts from the first rows of the server's factors. With a core between the factors, what a smaller
-        # client starts from is no part of the server's terms.
-        cored = server.R is not None
-        starts = [terms.add(self.sent[k].adapter.lora[name]) if cored else start for k in clients]
-        ranks = [None if cored else self.whole[k][name].A.shape[0] for k in clients]
+        # A client starts from the first rows of the server's factors, or from what is no part of the server's terms.
+        own = [_starts_apart(self.sent[k].adapter.lora[name], server) for k in clients]
+        starts = [
+            terms.add(self.sent[k].adapter.lora[name]) if apart else start
+            for k, apart in zip(clients, own, strict=True)
+        ]
+        ranks = [None if apart else self.whole[k][name].rank for k, apart in zip(clients, own, strict=True)]
 
         def mean(groups: Sequence[_Group]) -> Tensor:
             return torch.stack([terms.coefficients(g, float(p)) for g, p in zip(groups, shares, strict=True)]).sum(0)
@@ -168,6 +170,16 @@ class RoundTerms:
             clients=start.first,
             rank=self.after.adapter.lora[name].rank,
         )
+
+
+def _starts_apart(sent: LoraFactors, server: LoraFactors) -> bool:
+    """Whether a client was sent other rows than the server's first ones, or a part of a core."""
+    if server.R is not None:
+        return True
+    if sent.rank == server.rank:
+        return False
+    first = first_ranks(server, sent.rank, sent.scaling)
+    return not (torch.equal(sent.A, first.A.to(sent.A)) and torch.equal(sent.B, first.B.to(sent.B)))
 
 
 def _holds(sent: Broadcast, parts: Sequence[AdapterState]) -> bool:

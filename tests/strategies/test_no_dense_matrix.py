@@ -47,6 +47,7 @@ def test_a_dense_matrix_would_show() -> None:
         ("flexlora", {"keep_tail": True}),
         ("fedex", {}),
         ("florist", {}),
+        ("fslora", {}),
     ],
 )
 def test_rounds_stay_factored(name: str, options: dict[str, Any]) -> None:

@@ -84,6 +84,7 @@ KNOWN: dict[str, Style] = {
     "fedsa": Style("#AA4499", "d", _DOTTED),
     "fedsb": Style("#117733", "8", _DASHDOT),
     "abmll": Style("#661100", "o", _DASHDOT),
+    "fslora": Style("#661100", "s", _DOTTED),
     "base": Style("#555555", "x", _DOTTED),
     "local": Style("#555555", "+", _DASHED),
     "centralised": Style("#555555", "|", _DASHDOT),

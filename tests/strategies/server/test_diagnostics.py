@@ -33,7 +33,7 @@ def play(strategy: Strategy, rounds: int) -> tuple[ServerState, ServerState, lis
     return before, after, updates, sent
 
 
-NAMES = ["fedavg", "flora", "lora-fair", "fedavg-zeropad", "flexlora", "fedex", "florist"]
+NAMES = ["fedavg", "flora", "lora-fair", "fedavg-zeropad", "flexlora", "fedex", "florist", "fslora"]
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 3])
