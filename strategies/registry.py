@@ -39,6 +39,7 @@ NAMES: dict[str, str] = {
     "fedsb": "fedlora.strategies.methods.fedsb:FedSb",
     "abmll": "fedlora.strategies.methods.abmll:Abmll",
     "fslora": "fedlora.strategies.methods.fslora:FsLora",
+    "lora-a2": "fedlora.strategies.methods.lora_a2:LoraA2",
 }
 
 
@@ -80,10 +81,12 @@ def configured(config: Config) -> Strategy:
     """
     strategy: Strategy = STRATEGIES.make(config.strategy.name, config.strategy.options)
     if strategy.replaces_folds and config.anchor.base_update == "merge":
+        options = config.strategy.options
         raise StrategyError(
-            f"anchor.base-update = merge: strategy.name = {config.strategy.name} with strategy.options = "
-            f"{config.strategy.options!r} takes folds back that it sent a round before, which clients that merge folds "
-            "cannot do; set anchor.base-update = anchor, or leave out strategy.options"
+            f"anchor.base-update = merge: strategy.name = {config.strategy.name}"
+            f"{f' with strategy.options = {options!r}' if options else ''} takes folds back that it sent a round "
+            "before, which clients that merge folds cannot do; set anchor.base-update = anchor"
+            f"{', or leave out strategy.options' if options else ''}"
         )
     if kept := _kind(config).kept:
         from .wrappers.personal_parts import PersonalParts

@@ -125,7 +125,7 @@ class RoundTerms:
             whole,
             examples={update.client_id: update.num_examples for update in updates},
             sent=sent,
-            anchors={k: () if shared else sent[k].folds for k in whole},
+            anchors={k: () if shared else _held_by(sent[k], before.folds.parts) for k in whole},
             new=new if shared else after.folds.parts,
             replaced=before.folds.parts if shared and folds_from != before.folds.version else (),
         )
@@ -188,6 +188,11 @@ def _holds(sent: Broadcast, parts: Sequence[AdapterState]) -> bool:
     return len(sent.folds) + missing == len(parts) and all(
         got is part for got, part in zip(sent.folds, parts[missing:], strict=True)
     )
+
+
+def _held_by(sent: Broadcast, parts: tuple[AdapterState, ...]) -> tuple[AdapterState, ...]:
+    """The folds on which a client trains: the server's, or its own, which it got whole."""
+    return parts if _holds(sent, parts) else sent.folds
 
 
 def _of(name: str, parts: Sequence[AdapterState]) -> list[LoraFactors]:

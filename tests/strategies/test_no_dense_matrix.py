@@ -48,6 +48,7 @@ def test_a_dense_matrix_would_show() -> None:
         ("fedex", {}),
         ("florist", {}),
         ("fslora", {}),
+        ("lora-a2", {}),
     ],
 )
 def test_rounds_stay_factored(name: str, options: dict[str, Any]) -> None:

@@ -85,6 +85,7 @@ KNOWN: dict[str, Style] = {
     "fedsb": Style("#117733", "8", _DASHDOT),
     "abmll": Style("#661100", "o", _DASHDOT),
     "fslora": Style("#661100", "s", _DOTTED),
+    "lora-a2": Style("#332288", "^", _DASHED),
     "base": Style("#555555", "x", _DOTTED),
     "local": Style("#555555", "+", _DASHED),
     "centralised": Style("#555555", "|", _DASHDOT),
