@@ -67,6 +67,8 @@ class Strategy(ABC):
         starts_with: name of the initializer that the method needs (see `lora.init`); empty if LoRA's own start will do.
         replaces_folds: True if the method takes back folds that it sent a round before. Clients that merge folds into
             the weights cannot do that, and the folds of restarts cannot be taken back.
+        own_rows: True if a client of a smaller rank gets rows of the server's factors that are chosen for it, so that
+            the adapters of such clients cannot be compared with each other.
         any_statistic: False if the replies of a round 0, before round 1, cannot be used, whatever clients measure.
     """
 
@@ -78,6 +80,7 @@ class Strategy(ABC):
     starts_with: ClassVar[str] = ""
     cores: ClassVar[bool] = False
     replaces_folds: ClassVar[bool] = False
+    own_rows: ClassVar[bool] = False
     any_statistic: ClassVar[bool] = True
 
     def check(self, clients: Sequence[ClientInfo]) -> None:  # noqa: B027 - most serve everyone

@@ -38,6 +38,7 @@ class FsLora(Strategy):
     """
 
     steady: ClassVar[bool] = True
+    own_rows: ClassVar[bool] = True
 
     def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
         """The drawn rows of A and columns of B. They differ from round to round, unless the client has all of them.

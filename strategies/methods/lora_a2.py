@@ -46,6 +46,7 @@ class LoraA2(Strategy):
     """
 
     steady: ClassVar[bool] = True
+    own_rows: ClassVar[bool] = True
     replaces_folds: ClassVar[bool] = True
 
     def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:

@@ -52,9 +52,8 @@ class Restart(Wrapper):
             )
         if self.every > 1 and self.inner.replaces_folds:
             raise StrategyError(
-                f"strategy.restart-every = {self.every}: {name} takes back folds of the round before, as its options "
-                "ask for, but the folds of restarts cannot be taken back; set strategy.restart-every = 1, or leave out "
-                "strategy.options"
+                f"strategy.restart-every = {self.every}: {name} takes back folds of the round before, but the "
+                "folds of restarts cannot be taken back; set strategy.restart-every = 0, or leave out strategy.options"
             )
 
     @property

@@ -16,6 +16,8 @@ from fedlora.strategies import load
 from fedlora.strategies.base import ServerState
 from fedlora.strategies.methods.lora_a2 import chosen
 from fedlora.strategies.registry import configured
+from fedlora.strategies.wrappers.restart import Restart
+from fedlora.strategies.wrappers.robust import Robust
 from tests.naive.clients import SHAPES, HeldBase, dense_deltas, start, train
 from tests.naive.lora_a2 import Server, Trained
 
@@ -154,6 +156,22 @@ def test_rows_that_nobody_trained_keep_their_bits() -> None:
             kept = [row for row in range(4) if row not in rows]
             assert torch.equal(new.adapter.lora[name].A[kept], held.A[kept])
             assert torch.equal(new.adapter.lora[name].B[:, kept], held.B[:, kept])
+
+
+@pytest.mark.parametrize("name", ["fslora", "lora-a2"])
+def test_krum_is_refused_where_clients_hold_other_rows(name: str) -> None:
+    robust = Robust(load(name), rule="krum", byzantine=0)
+    robust.check(clients_of((2, 2, 2)))
+    Robust(load(name)).check(clients_of((4, 2, 1)))
+    with pytest.raises(StrategyError, match=r"krum compares whole updates, .* gives each client other rows"):
+        robust.check(clients_of((4, 2, 1)))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_restarts_are_refused(every: int) -> None:
+    clients = clients_of((4, 2))
+    with pytest.raises(StrategyError, match=r"strategy\.restart-every"):
+        Restart(load("lora-a2"), every=every).check(clients)
 
 
 def test_merged_folds_are_refused() -> None:
