@@ -67,6 +67,8 @@ class Strategy(ABC):
         starts_with: name of the initializer that the method needs (see `lora.init`); empty if LoRA's own start will do.
         replaces_folds: True if the method takes back folds that it sent a round before. Clients that merge folds into
             the weights cannot do that, and the folds of restarts cannot be taken back.
+        own_rows: True if a client of a smaller rank gets rows of the server's factors that are chosen for it, so that
+            the adapters of such clients cannot be compared with each other.
         any_statistic: False if the replies of a round 0, before round 1, cannot be used, whatever clients measure.
     """
 
@@ -78,6 +80,7 @@ class Strategy(ABC):
     starts_with: ClassVar[str] = ""
     cores: ClassVar[bool] = False
     replaces_folds: ClassVar[bool] = False
+    own_rows: ClassVar[bool] = False
     any_statistic: ClassVar[bool] = True
 
     def check(self, clients: Sequence[ClientInfo]) -> None:  # noqa: B027 - most serve everyone
@@ -180,10 +183,10 @@ def slice_adapter_for(adapter: AdapterState, client: ClientInfo) -> AdapterState
 
 
 def whole_adapter(update: ClientUpdate, state: ServerState) -> AdapterState:
-    """A client's whole adapter after training: factors that it did not send are the server's, cut to its rank.
+    """A client's whole adapter after training: factors that it did not send are those that it was sent.
 
     Args:
-        update: a client's reply.
+        update: a client's reply. If it does not say what the client was sent, that is the server's, cut to its rank.
         state: the state from which the round started. Its strategy must not have personal factors, since the server
             does not know these.
     """
@@ -194,7 +197,8 @@ def whole_adapter(update: ClientUpdate, state: ServerState) -> AdapterState:
             continue
         sent = {"A": f.A, "B": f.B.T, "R": f.R}
         rank = next(len(factor) for factor in sent.values() if factor is not None and factor.numel())
-        server = first_ranks(state.adapter.lora[name], rank, f.scaling)
+        begun = update.start
+        server = begun.lora[name] if begun else first_ranks(state.adapter.lora[name], rank, f.scaling)
         lora[name] = LoraFactors(
             A=f.A if f.A.numel() else server.A,
             B=f.B if f.B.numel() else server.B,

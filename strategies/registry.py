@@ -43,6 +43,8 @@ NAMES: dict[str, str] = {
     "raflora": "fedlora.strategies.methods.raflora:RaFlora",
     "frlora": "fedlora.strategies.methods.frlora:FrLora",
     "fed-plora": "fedlora.strategies.methods.fed_plora:FedPLora",
+    "fslora": "fedlora.strategies.methods.fslora:FsLora",
+    "lora-a2": "fedlora.strategies.methods.lora_a2:LoraA2",
 }
 
 

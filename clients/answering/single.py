@@ -15,6 +15,7 @@ from flwr.app import Context, Error, RecordDict
 
 from fedlora import config as configuration
 from fedlora.adapters import AdapterState, count_numbers, keep_factors, not_finite
+from fedlora.adapters.kinds.base import settled
 from fedlora.common.assets import cache_dir
 from fedlora.common.errors import ConfigError, DivergedError
 from fedlora.common.events import emit
@@ -166,6 +167,8 @@ def finish(work: TrainingJob, adapter: AdapterState, result: trainer.TrainResult
     config, context, broadcast, client_id = work.config, work.context, work.broadcast, work.client_id
     emit("client-trained", client_id=client_id, round=broadcast.round, loss=result.loss, seconds=result.seconds)
     _check_finite(adapter, broadcast.round)
+    if broadcast.job == "train":
+        adapter = settled(adapter, work.model.kind, work.model.layers)
     folder = _own_folder(context, broadcast)
     if broadcast.plan.keep:
         personal = _personal_part(adapter, broadcast.plan)

@@ -10,7 +10,7 @@ import psutil
 import torch
 from flwr.app import Context, Error, RecordDict
 
-from fedlora.adapters import AdapterState
+from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.common.errors import FedLoraError
 from fedlora.common.once import say_once
 from fedlora.config import clients_at_once
@@ -73,7 +73,7 @@ def bytes_beside(model: adapted.AdaptedModel) -> int:
 def train(requests: Sequence[tuple[RecordDict, Context]]) -> list[RecordDict | Error]:
     """The answers to several clients' training messages, in order. Each is the same as from `single.answer`."""
     answers: dict[int, RecordDict | Error] = {}
-    batches: list[tuple[object, Folds, dict[int, TrainingJob]]] = []
+    groups: list[tuple[tuple[object, ...], Folds, dict[int, TrainingJob]]] = []
     for number, (content, context) in enumerate(requests):
         try:
             work = single.begin(content, context)
@@ -83,31 +83,27 @@ def train(requests: Sequence[tuple[RecordDict, Context]]) -> list[RecordDict | E
             continue
         sent = work.broadcast
         key = (work.config, sent.round, sent.job, sent.plan, sent.base_version)
-        # A strategy may give clients of one version anchors of their own.
-        batch = next((batch for other, beside, batch in batches if other == key and _same(beside, folds)), None)
-        if batch is None:
-            batches.append((key, folds, batch := {}))
-        batch[number] = work
-    for _, beside, batch in batches:
-        answers |= zip(batch, _answers(list(batch.values()), beside), strict=True)
+        group = next((each for other, theirs, each in groups if other == key and _same(theirs, folds)), None)
+        if group is None:
+            group = {}
+            groups.append((key, folds, group))
+        group[number] = work
+    for _, folds, group in groups:
+        answers |= zip(group, _answers(list(group.values()), folds), strict=True)
     return [answers[number] for number in range(len(requests))]
 
 
 def _same(left: Folds, right: Folds) -> bool:
-    """Whether both are the same to the bit."""
+    """Whether these folds are one anchor. Some strategies send each client an anchor of its own."""
     return len(left) == len(right) and all(
-        one is two
-        or (
-            one.lora.keys() == two.lora.keys()
-            and all(
-                f.scaling == two.lora[name].scaling
-                and torch.equal(f.A, two.lora[name].A)
-                and torch.equal(f.B, two.lora[name].B)
-                for name, f in one.lora.items()
-            )
-        )
-        for one, two in zip(left, right, strict=True)
+        a is b or (a.lora.keys() == b.lora.keys() and all(_equal(f, b.lora[name]) for name, f in a.lora.items()))
+        for a, b in zip(left, right, strict=True)
     )
+
+
+def _equal(left: LoraFactors, right: LoraFactors) -> bool:
+    """Bit for bit; folds have no core."""
+    return left.scaling == right.scaling and torch.equal(left.A, right.A) and torch.equal(left.B, right.B)
 
 
 def _answers(works: Sequence[TrainingJob], folds: Folds) -> list[RecordDict | Error]:

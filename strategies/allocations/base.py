@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedlora.adapters import AdapterState
+from fedlora.common.errors import ConfigError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
 from ..tools.questions import question
@@ -61,3 +62,9 @@ class Allocation(ABC):
     def modules(self, shapes: Shapes, learned: Learned) -> frozenset[str] | None:
         """The modules that are trained at all; None: all. The others keep the update zero, and are never uploaded."""
         return None
+
+
+def check_growth(rule: str, growth: float) -> None:
+    """Raise ConfigError unless the option `growth` is a number of at least 1."""
+    if not 1 <= growth < float("inf"):
+        raise ConfigError(f"lora.allocation-options: {rule}'s growth = {growth}, expected a number of at least 1")

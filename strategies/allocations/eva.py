@@ -11,9 +11,9 @@ from torch import Tensor
 from fedlora.adapters import AdapterState
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
+from ..tools.budget import most_worth
 from ..tools.inputs import STATISTIC, ask_for_inputs, shares, spectra
-from .base import Allocation, Learned, Shapes
-from .budget import check_growth, most_worth
+from .base import Allocation, Learned, Shapes, check_growth
 
 
 @dataclass(frozen=True)

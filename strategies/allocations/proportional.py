@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from fedlora.exchange import ClientInfo
 
-from .base import Allocation, Learned, Shapes
-from .budget import check_growth, most_worth
+from ..tools.budget import most_worth
+from .base import Allocation, Learned, Shapes, check_growth
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlora.adapters import AdapterState, LoraFactors
+from fedlora.adapters import AdapterState, LoraFactors, first_ranks
 from fedlora.exchange import Broadcast, ClientUpdate
 
 from ..base import ServerState, whole_adapter
@@ -125,7 +125,7 @@ class RoundTerms:
             whole,
             examples={update.client_id: update.num_examples for update in updates},
             sent=sent,
-            anchors={k: () if shared else sent[k].folds for k in whole},
+            anchors={k: () if shared else _held_by(sent[k], before.folds.parts) for k in whole},
             new=new if shared else after.folds.parts,
             replaced=before.folds.parts if shared and folds_from != before.folds.version else (),
         )
@@ -144,11 +144,13 @@ class RoundTerms:
         anchors = [terms.add(*_of(name, self.anchors[k])) for k in clients]
         made = terms.add(self.after.adapter.lora[name], *_of(name, self.new))
         replaced = terms.add(*_of(name, self.replaced))
-        # A client starts from the first rows of the server's factors. With a core between the factors, what a smaller
-        # client starts from is no part of the server's terms, and beside an anchor of its own it may be other rows.
-        own = server.R is not None or any(self.anchors.values())
-        starts = [terms.add(self.sent[k].adapter.lora[name]) if own else start for k in clients]
-        ranks = [None if own else self.whole[k][name].A.shape[0] for k in clients]
+        # A client starts from the first rows of the server's factors, or from what is no part of the server's terms.
+        own = [_starts_apart(self.sent[k], name, server) or bool(self.anchors[k]) for k in clients]
+        starts = [
+            terms.add(self.sent[k].adapter.lora[name]) if apart else start
+            for k, apart in zip(clients, own, strict=True)
+        ]
+        ranks = [None if apart else self.whole[k][name].rank for k, apart in zip(clients, own, strict=True)]
 
         def mean(groups: Sequence[_Group]) -> Tensor:
             return torch.stack([terms.coefficients(g, float(p)) for g, p in zip(groups, shares, strict=True)]).sum(0)
@@ -170,12 +172,28 @@ class RoundTerms:
         )
 
 
+def _starts_apart(broadcast: Broadcast, module: str, server: LoraFactors) -> bool:
+    """Whether a client was sent other rows than the server's first ones, some of their entries, or a part of a core."""
+    sent = broadcast.adapter.lora[module]
+    if server.R is not None or broadcast.sparse:
+        return True
+    if sent.rank == server.rank:
+        return False
+    first = first_ranks(server, sent.rank, sent.scaling)
+    return not (torch.equal(sent.A, first.A.to(sent.A)) and torch.equal(sent.B, first.B.to(sent.B)))
+
+
 def _holds(sent: Broadcast, parts: Sequence[AdapterState]) -> bool:
     """Whether the client ends up with these folds: it got them all, or the last of them after those it had."""
     missing = len(parts) - len(sent.folds) if sent.folds_from else 0
     return len(sent.folds) + missing == len(parts) and all(
         got is part for got, part in zip(sent.folds, parts[missing:], strict=True)
     )
+
+
+def _held_by(sent: Broadcast, parts: tuple[AdapterState, ...]) -> tuple[AdapterState, ...]:
+    """The folds on which a client trains: the server's, or its own, which it got whole."""
+    return parts if _holds(sent, parts) else sent.folds
 
 
 def _of(name: str, parts: Sequence[AdapterState]) -> list[LoraFactors]:

@@ -102,6 +102,13 @@ class Robust(Wrapper):
         super().check(clients)
         if self._by_entry and len({client.all_ranks for client in clients}) > 1:
             raise self._unequal("the clients", [client.rank for client in clients])
+        unequal = len({client.all_ranks for client in clients}) > 1
+        if self.inner.own_rows and unequal and self.rule in ("krum", "multi-krum"):
+            raise StrategyError(
+                f"strategy.robust = {self.rule} compares whole updates, and with unequal ranks "
+                f"{type(innermost(self.inner)).__name__} gives each client other rows; set strategy.robust = "
+                "norm-bound, or one rank by lora.ranks = ''"
+            )
         self._enough(len(clients), "the run")
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:

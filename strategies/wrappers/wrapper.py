@@ -66,6 +66,10 @@ class Wrapper(Strategy):
         return self.inner.replaces_folds
 
     @property
+    def own_rows(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.own_rows
+
+    @property
     def any_statistic(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.inner.any_statistic
 

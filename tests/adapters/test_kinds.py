@@ -22,6 +22,7 @@ from tests.device import DEVICE
 
 MATRICES = [name for name in KINDS.names if KINDS.load(name).matrix]  # kinds whose update is a matrix
 PLACES = [Place("m", 12, 20, 4, 2.0), Place("m", 5, 9, 4, 0.5), Place("m", 7, 6, 6, 1.0), Place("m", 3, 8, 1, 3.0)]
+PLACES.append(Place("m", 18, 24, 4, 1.0))
 
 
 def random_parts(kind, place: Place, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -79,8 +80,8 @@ def test_a_kind_adds_what_its_factors_say_and_nothing_at_first(name, place):
 
 @pytest.mark.parametrize("name", MATRICES)
 def test_the_mean_of_the_parts_is_the_mean_of_the_updates_for_linear_kinds_alone(name):
-    kind, place = KINDS.load(name), PLACES[0]
-    sent = [random_parts(kind, place, seed) for seed in range(3)]
+    kind, place = KINDS.load(name), PLACES[-1]
+    sent = [kind.settled(random_parts(kind, place, seed)) for seed in range(3)]
     shares = (0.5, 0.3, 0.2)
     mean = {part: sum(p * own[part] for p, own in zip(shares, sent, strict=True)) for part in sent[0]}
     constants = seen(kind, place, torch.zeros(1, place.d_in))
@@ -339,13 +340,14 @@ def test_signs_are_the_same_everywhere_and_look_random():
     assert not torch.equal(large, signs("y", 1, 64, 1024))
 
 
-@pytest.mark.parametrize("name", ["randlora", "vera"])
+@pytest.mark.parametrize("name", ["randlora", "vera", "ravan"])
 def test_layers_of_equal_shape_share_what_is_fixed(name):
     """Also on a GPU, where each layer would else have a copy of its own."""
     kind = KINDS.load(name)
 
     def layer(module: str, d_out: int) -> Functional:
         place = Place(module, d_out, 12, 2)
+        kind.check_place(place)
         return Functional(
             kind, place, {n: torch.nn.Parameter(t.to(DEVICE)) for n, t in random_parts(kind, place).items()}
         )

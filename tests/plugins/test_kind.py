@@ -61,7 +61,7 @@ def mine(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kind", ["miss", "randlora", "vera", "beamlora", "block-lora", "lora-xs", "loldu", "dora", "glora", "mine"]
+    "kind", ["miss", "randlora", "vera", "beamlora", "block-lora", "lora-xs", "loldu", "dora", "glora", "ravan", "mine"]
 )
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("keys", [{}, {"strategy__server_optimizer": "momentum", "strategy__server_beta1": 0.0}])

@@ -50,6 +50,8 @@ def test_a_dense_matrix_would_show() -> None:
         ("florist", {}),
         ("raflora", {}),
         ("fed-plora", {}),
+        ("fslora", {}),
+        ("lora-a2", {}),
     ],
 )
 def test_rounds_stay_factored(name: str, options: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -151,6 +151,10 @@ class AdapterKind(ABC):
         """The parts of which `factors` and `magnitude` are made, for a kind that has one."""
         raise AdapterError(f"{self.name} has no magnitude")
 
+    def settled(self, parts: Parts) -> Parts:
+        """The same update by the parts that a client sends back after training; by default, they stay as they are."""
+        return parts
+
     def after_round(self, before: Sequence[Parts], after: Sequence[Parts], share: float) -> Sequence[Parts]:
         """The shared parts of all modules after a round, as the server changes them; by default, they stay as they are.
 
@@ -186,6 +190,21 @@ def check_positive(kind: str, **options: float) -> None:
     for option, value in options.items():
         if not 0 < value < float("inf"):
             raise ConfigError(f"lora.kind-options: {kind}'s {option} = {value}, expected a number above 0")
+
+
+def settled(adapter: AdapterState, kind: AdapterKind, modules: Iterable[str]) -> AdapterState:
+    """A client's adapter after training, as its kind sends it back.
+
+    Args:
+        adapter: all of it.
+        kind: the adapter's kind.
+        modules: the adapted modules.
+    """
+    tensors = dict(adapter.tensors)
+    for module in modules:
+        if parts := kind.parts_of(tensors, Place(module, 1, 1, rank=1)):
+            tensors |= {kind.key(module, part): value for part, value in kind.settled(parts).items()}
+    return AdapterState(lora=adapter.lora, tensors=tensors)
 
 
 def after_round(

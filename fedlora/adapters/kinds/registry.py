@@ -22,6 +22,7 @@ KINDS = Registry(
         "dora": "fedlora.adapters.kinds.dora:Dora",
         "glora": "fedlora.adapters.kinds.glora:GLora",
         "mtl-lora": "fedlora.adapters.kinds.mtl_lora:MtlLora",
+        "ravan": "fedlora.adapters.kinds.ravan:Ravan",
         "mixlora": "fedlora.adapters.kinds.mix_lora:MixLora",
     },
 )

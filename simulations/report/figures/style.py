@@ -88,6 +88,8 @@ KNOWN: dict[str, Style] = {
     "raflora": Style("#994455", "v", _SOLID),
     "frlora": Style("#EE8866", "s", _SOLID),
     "fed-plora": Style("#225555", "D", _DASHED),
+    "fslora": Style("#661100", "s", _DOTTED),
+    "lora-a2": Style("#332288", "^", _DASHED),
     "base": Style("#555555", "x", _DOTTED),
     "local": Style("#555555", "+", _DASHED),
     "centralised": Style("#555555", "|", _DASHDOT),

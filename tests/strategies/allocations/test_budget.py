@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from fedlora.adapters import count_numbers
 from fedlora.common.errors import ConfigError
 from fedlora.exchange import ClientInfo
-from fedlora.strategies.allocations.budget import check_growth, most_worth
+from fedlora.strategies.allocations.base import check_growth
+from fedlora.strategies.tools.budget import most_worth
 
 SHAPES = {"a": (8, 8), "b": (8, 8), "c": (24, 8), "d": (8, 8)}
 

@@ -33,7 +33,8 @@ def play(strategy: Strategy, rounds: int) -> tuple[ServerState, ServerState, lis
     return before, after, updates, sent
 
 
-NAMES = ["fedavg", "flora", "lora-fair", "fedavg-zeropad", "flexlora", "fedex", "florist", "raflora", "fed-plora"]
+NAMES = ["fedavg", "flora", "lora-fair", "fedavg-zeropad", "flexlora", "fedex", "florist", "raflora"]
+NAMES += ["rolora", "fslora", "lora-a2", "fed-plora", "flasc"]
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 3])

@@ -196,5 +196,5 @@ def test_a_poor_choice_is_refused() -> None:
 def test_class_constants_are_the_inner_ones() -> None:
     for name in STEADY:
         inner, outer = load(name), ServerOptimizer(load(name))
-        for constant in ("linear", "unequal_ranks", "steady", "personal", "starts_with"):
+        for constant in ("linear", "unequal_ranks", "steady", "personal", "starts_with", "own_rows"):
             assert getattr(outer, constant) == getattr(inner, constant)

@@ -6,14 +6,11 @@ import heapq
 from collections.abc import Callable, Mapping
 
 from fedlora.adapters import count_numbers
-from fedlora.common.errors import ConfigError
 from fedlora.exchange import ClientInfo
-
-from .base import Shapes
 
 
 def most_worth(
-    client: ClientInfo, shapes: Shapes, worth: Callable[[str, int], float], growth: float
+    client: ClientInfo, shapes: Mapping[str, tuple[int, int]], worth: Callable[[str, int], float], growth: float
 ) -> Mapping[str, int]:
     """The ranks that are worth most: each module has rank 1, and the best rank is added as long as the budget allows.
 
@@ -43,9 +40,3 @@ def most_worth(
         if rank + 1 < most[module]:
             heapq.heappush(waiting, (-worth(module, rank + 1), rank + 1, place, module))
     return ranks
-
-
-def check_growth(rule: str, growth: float) -> None:
-    """Raise ConfigError unless the option `growth` is a number of at least 1."""
-    if not 1 <= growth < float("inf"):
-        raise ConfigError(f"lora.allocation-options: {rule}'s growth = {growth}, expected a number of at least 1")

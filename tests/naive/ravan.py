@@ -1,0 +1,22 @@
+"""RAVAN: each head's product as a matrix, in plain loops, and the mean of the clients' whole updates. One module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def update(H: Tensor, s: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """sum_i s_i B_i H_i A_i, with A_i the i-th rows of A [h r, d_in], and B_i the i-th columns of B [d_out, h r]."""
+    heads, rank, _ = H.shape
+    total = torch.zeros(B.shape[0], A.shape[1], dtype=torch.float64)
+    for head in range(heads):
+        own = slice(head * rank, (head + 1) * rank)
+        total += float(s[head]) * B[:, own].double() @ H[head].double() @ A[own].double()
+    return total
+
+
+def mean(updates: Sequence[Tensor], examples: Sequence[int]) -> Tensor:
+    return torch.stack([n / sum(examples) * each for each, n in zip(updates, examples, strict=True)]).sum(dim=0)
