@@ -38,7 +38,7 @@ from fedlora.models import (
     pick_dtype,
     resolve,
 )
-from fedlora.models.base import probe
+from fedlora.models.base import mended, probe
 from fedlora.models.base import quantized as quantized_module
 from fedlora.models.base.fingerprint import remembered_fingerprint
 from fedlora.models.base.read import quiet
@@ -608,3 +608,30 @@ def test_minilm_classifies() -> None:
     with torch.no_grad():
         assert base.model(**inputs).logits.shape == (2, 2)
     assert base.heads == ("classifier",)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (16, 32), (64, 96), (96, 48), (10, 100), (7, 46), (5, 33), (32, 64)])
+@pytest.mark.parametrize("nested", [False, True])
+def test_nf4_weights_of_every_width_are_read_by_the_papers_table(shape: tuple[int, int], nested: bool) -> None:
+    """bitsandbytes' kernel for AVX512 takes scales from other blocks where a row is no multiple of one."""
+    mended.mend()
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+    scales = state.absmax
+    if nested:
+        scales = bnb.functional.dequantize_blockwise(scales, state.state2) + state.offset
+    codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten().long()[: weight.numel()]
+    each = scales.float().repeat_interleave(state.blocksize)[: len(codes)]
+    expected = (bnb.functional.get_4bit_type("nf4", device="cpu")[codes] * each).reshape(shape)
+    torch.testing.assert_close(bnb.functional.dequantize_4bit(packed, state), expected, rtol=1e-5, atol=1e-6)
+    assert float((expected - weight).norm() / weight.norm()) < 0.12
+    layer = bnb.nn.Linear4bit(
+        shape[1], shape[0], bias=False, quant_type="nf4", compute_dtype=torch.float32, compress_statistics=nested
+    )
+    layer.load_state_dict({"weight": weight})
+    layer = layer.to("cpu")
+    layer.support_avx512bf16_for_cpu = False
+    x = torch.randn(3, shape[1], generator=torch.Generator().manual_seed(1)).requires_grad_()
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer(x), x @ expected.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad, expected.sum(dim=0).expand(3, -1), rtol=1e-4, atol=1e-4)

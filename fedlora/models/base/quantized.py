@@ -20,6 +20,7 @@ from fedlora.tasks.registry import task_of
 
 from . import read
 from .devices import DTYPES
+from .mended import mend
 from .read import Recipe
 from .targets import is_within
 
@@ -107,7 +108,8 @@ def _settings(recipe: Recipe) -> BitsAndBytesConfig:
 
 
 def _ready(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, with two features of bitsandbytes switched off that do harm in training."""
+    """The model, with two features of bitsandbytes switched off that do harm in training, and one mended."""
+    mend()
     # bitsandbytes warns in every int8 product that it quantizes fp32 and bf16 inputs, which is what the user wanted.
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_not_about_casts)
     for module in model.modules():
