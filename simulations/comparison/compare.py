@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from fedlora.common.errors import ConfigError, FedLoraError, RunError
 from fedlora.common.files import write_json
 from fedlora.common.processes import end_with, share_cores, share_of_cores, stop
-from fedlora.config import parse
+from fedlora.config import Config, parse
 
 from . import race
 from .grid import SCHEMA, Cell, Grid
@@ -156,7 +156,11 @@ def _read(cell: Cell, path: Path) -> dict[str, Any]:
             raise KeyError(missing.pop())
         flats = [data["config"], *(run["config"] for run in data["runs"][1:])]
         asked = [cell.keys(run) for run in range(len(cell.configs))]
-        pairs = [(key, was.get(key), now[key]) for was, now in zip(flats, asked, strict=False) for key in now]
+        # a key that is younger than the cell had its default, which changes nothing
+        first = Config().to_flat()
+        pairs = [
+            (key, was.get(key, first[key]), now[key]) for was, now in zip(flats, asked, strict=False) for key in now
+        ]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise RunError(
             f"{path}: damaged, {type(error).__name__}: {error}; remove this one file, and its cell is run again"

@@ -50,9 +50,9 @@ def entries(cell: Mapping[str, Any]) -> list[Entry]:
 
 
 def is_personal(cell: Mapping[str, Any]) -> bool:
-    """Whether only clients evaluated the model, and the server never did."""
+    """Whether clients evaluated their own models, and the server never did."""
     rounds = entries(cell)
-    return bool(rounds) and not any("heldout" in entry for entry in rounds)
+    return any("client-test" in entry for entry in rounds) and not any("heldout" in entry for entry in rounds)
 
 
 def score(entry: Entry, metric: str) -> float | None:

@@ -152,6 +152,20 @@ def test_files_that_cannot_be_used_are_named_and_nothing_changes(make, ran, tmp_
     assert len(ran) == 1
 
 
+def test_a_key_that_is_younger_than_a_cell_counts_as_its_default(make, ran, tmp_path) -> None:
+    folder = tmp_path / "out"
+    compare.run(make(["flora"]), folder, [Slot()])
+    path = folder / "cells" / "default" / "flora" / "lr0.005-seed0.json"
+    data = json.loads(path.read_text())
+    for keys in (data["config"], *(run["config"] for run in data["runs"])):
+        del keys["train.prox-of"]
+    path.write_text(json.dumps(data))
+    compare.run(make(["flora"]), folder, [Slot()])
+    assert len(ran) == 1
+    with pytest.raises(RunError, match=r"run with train\.prox-of = 'factors', but the grid now has 'update'"):
+        compare.run(make(["flora"], {"train__prox_of": "update"}), folder, [Slot()])
+
+
 def test_another_rank_of_one_client_is_another_local_baseline(make, ran, tmp_path) -> None:
     folder = tmp_path / "out"
     compare.run(make(["flora"], {"lora__ranks": "4,2"}, baselines=["local"]), folder, [Slot()])
