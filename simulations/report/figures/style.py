@@ -88,7 +88,7 @@ KNOWN: dict[str, Style] = {
     "raflora": Style("#994455", "v", _SOLID),
     "frlora": Style("#EE8866", "s", _SOLID),
     "fed-plora": Style("#225555", "D", _DASHED),
-    "flasc": Style("#999933", "X", _DOTTED),
+    "flasc": Style("#999933", "h", _DASHDOT),
     "fslora": Style("#661100", "s", _DOTTED),
     "lora-a2": Style("#332288", "^", _DASHED),
     "base": Style("#555555", "x", _DOTTED),
