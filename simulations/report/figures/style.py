@@ -90,7 +90,7 @@ KNOWN: dict[str, Style] = {
     "fed-plora": Style("#225555", "D", _DASHED),
     "flasc": Style("#999933", "h", _DASHDOT),
     "fslora": Style("#661100", "s", _DOTTED),
-    "lora-a2": Style("#332288", "^", _DASHED),
+    "lora-a2": Style("#332288", "P", _DASHED),
     "base": Style("#555555", "x", _DOTTED),
     "local": Style("#555555", "+", _DASHED),
     "centralised": Style("#555555", "|", _DASHDOT),
