@@ -67,6 +67,7 @@ def distance(strategy: Strategy, rounds: int, chosen: Any = lambda number: (0, 1
                 pair.B.copy_(torch.linalg.solve(hessians[k] + weight * torch.eye(8), known).reshape(4, 2))
             pair.B.grad = (hessians[k] @ (pair.B.detach().flatten() - centres[k])).reshape(4, 2)
             add()
+            assert pair.B.grad is not None
             assert float(pair.B.grad.norm()) < 1e-8  # the end of a long training
             end = AdapterState(lora={"m": replace(f, B=pair.B.detach())})
             kept[k] = terms.kept_after(kept[k], sent.adapter, end, sent.plan)
