@@ -95,7 +95,7 @@ ERRORS = [
     (["run", "quickstart", "-c", "lora.rank"], "expected key=value"),
     (["run", "quickstart", "-c", "train.lr=fast"], "train.lr = 'fast' is str, expected float"),
     (["run", "quickstart", "-c", "strategy.name=fedvag"], "; did you mean 'fedavg'?"),
-    (["run", "quickstart", "-c", "strategy.name=fedavg"], "flora, florist, hetlora, lora-fair,"),
+    (["run", "quickstart", "-c", "strategy.name=fedavg"], "flora, florist, fslora, hetlora, lora-a2, lora-fair,"),
     (["run", "quickstart", "-c", "strategy.options=lamda=1"], "flora has no option 'lamda'"),
     (["run", "quickstart", "-c", "run.id=../../x"], "run.id = '../../x' is not the name of a single folder"),
     (["run", "quickstart", "-c", "run.name=a/b"], "run.name = 'a/b' is not the name of a single folder"),

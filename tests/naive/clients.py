@@ -16,8 +16,10 @@ from fedlora.strategies.initializers.from_weights import Bound, FromWeights
 from fedlora.strategies.initializers.registry import INITIALIZERS, asks_clients
 from fedlora.strategies.wrappers.wrapper import Wrapper
 
-# what these methods do in a module depends on the other modules; each has a test of its own against plain loops
-ACROSS_MODULES = {"flasc"}
+# finds a client's rows by its number, of which the twins of most methods know nothing
+BY_CLIENT = {"fslora", "lora-a2"}
+# what these do in a module depends on the client or on other modules; each has a test of its own against plain loops
+OWN_TWIN = BY_CLIENT | {"flasc"}
 # d_out != d_in both ways, a square one as small as the ranks, and one that any stack outgrows
 SHAPES = {"layers.0.q": (6, 9), "layers.0.v": (8, 5), "layers.1.q": (4, 4), "layers.1.v": (3, 2)}
 

@@ -26,7 +26,7 @@ from fedlora.strategies.wrappers.restart import Restart
 from fedlora.strategies.wrappers.robust import Robust
 from fedlora.strategies.wrappers.server_optimizer import ServerOptimizer
 from tests.naive import dense as naive
-from tests.naive.clients import ACROSS_MODULES, SHAPES, HeldBase, Run, dense_deltas, start, started, train, whole
+from tests.naive.clients import BY_CLIENT, OWN_TWIN, SHAPES, HeldBase, Run, dense_deltas, start, started, train, whole
 
 MORE_OPTIONS: dict[str, list[dict[str, Any]]] = {
     "lora-fair": [{"lam": 0.0}, {"similarity": "cosine"}],
@@ -38,8 +38,6 @@ MORE_OPTIONS: dict[str, list[dict[str, Any]]] = {
 }
 # weighs clients by the norms of their updates, not by their examples
 BY_NORM = {"hetlora"}
-# finds a client's rows by its id
-BY_CLIENT = {"fslora", "lora-a2"}
 # drops the smallest components of what it gets, also from one client alone
 TRUNCATING = [("florist", {})]
 # keeps a part of what it held before
@@ -415,9 +413,7 @@ def test_bf16_replies_are_summed_in_fp32(strategy: Strategy) -> None:
 ROUNDS_OF = {1: (0, 1, 2), 2: (0, 2), 3: (0, 1), 4: (0, 1, 2, 3), 5: (0, 3), 6: (0, 1, 2, 3)}
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in NAMES if not (n in ACROSS_MODULES | BY_CLIENT or load(n).personal or load(n).starts_with)]
-)
+@pytest.mark.parametrize("name", [n for n in NAMES if not (n in OWN_TWIN or load(n).personal or load(n).starts_with)])
 def test_rounds_match_a_dense_reference(name: str) -> None:
     """Base, anchor and adapter tracked densely; partial participation, a late client; training sees the base.
 

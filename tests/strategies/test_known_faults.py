@@ -24,9 +24,9 @@ from fedlora.strategies import load
 from fedlora.strategies.initializers.registry import asks_clients
 from fedlora.strategies.registry import NAMES
 from tests.naive import dense as naive
-from tests.naive.clients import ACROSS_MODULES, SHAPES, asked, begin, dense_deltas, start, started, train, whole
+from tests.naive.clients import OWN_TWIN, SHAPES, asked, begin, dense_deltas, start, started, train, whole
 
-WITH_TWIN = [n for n in NAMES if n not in ACROSS_MODULES and not load(n).personal and not load(n).starts_with]
+WITH_TWIN = [n for n in NAMES if n not in OWN_TWIN and not load(n).personal and not load(n).starts_with]
 UNEQUAL = [name for name in WITH_TWIN if load(name).unequal_ranks]
 
 
