@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
+from fedlora.exchange import ClientUpdate
 
-from ..base import ServerState, Strategy
-from ..tools.one_rank import check_client, check_clients, checked, factor_means
-
-_NAME = "fedavg"
+from ..base import ServerState
+from ..tools.one_rank import OneRank, checked, factor_means
 
 
 @dataclass(frozen=True)
-class FedAvg(Strategy):
+class FedAvg(OneRank):
     """`A = sum_k p_k A_k`, `B = sum_k p_k B_k`, with p_k = n_k / sum(n).
 
     Zhang et al. 2023, "Towards Building the Federated GPT: Federated Instruction Tuning" (FedIT),
@@ -24,27 +22,10 @@ class FedAvg(Strategy):
     Memory: one reply, since each is added to the means when it arrives.
     """
 
+    method: ClassVar[str] = "fedavg"
     linear: ClassVar[bool] = True
-    unequal_ranks: ClassVar[bool] = False
     steady: ClassVar[bool] = True
     any_kind: ClassVar[bool] = True
-
-    def check(self, clients: Sequence[ClientInfo]) -> None:
-        """Check that all clients have the same ranks and scalings.
-
-        Raises:
-            StrategyError: they differ.
-        """
-        check_clients(clients, _NAME)
-
-    def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
-        """The mean factors, which are the same for all clients.
-
-        Raises:
-            StrategyError: the client's rank differs from the server's.
-        """
-        check_client(state, client, _NAME)
-        return super().broadcast(state, client, number)
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The means of A and of B. A module or tensor that no reply contains keeps its value.
@@ -52,4 +33,4 @@ class FedAvg(Strategy):
         Raises:
             StrategyError: a reply's rank differs from the server's, or its scaling from that of the first reply.
         """
-        return state.updated(*factor_means(checked(updates, number, state.adapter.lora, _NAME)))
+        return state.updated(*factor_means(checked(updates, number, state.adapter.lora, self.method)))

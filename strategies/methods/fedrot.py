@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters import LoraFactors, to_fp32
-from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
+from fedlora.exchange import ClientUpdate
 
-from ..base import ServerState, Strategy
-from ..tools.one_rank import check_client, check_clients, checked, factor_means
+from ..base import ServerState
+from ..tools.one_rank import OneRank, checked, factor_means
 
-_NAME = "fedrot"
 # The weight of the identity where the reference leaves a direction open: above fp64's rounding, below fp32's.
 _OPEN = 1e-10
 
 
 @dataclass(frozen=True)
-class FedRot(Strategy):
+class FedRot(OneRank):
     """`A = sum_k p_k R_k' A_k`, `B = sum_k p_k B_k R_k`, where R_k is the orthogonal matrix that fits the server best.
 
     Experimental: Zhang et al. 2026, "FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA",
@@ -36,25 +35,8 @@ class FedRot(Strategy):
     Memory: one reply. Cost: O(K (d r^2 + r^3)).
     """
 
-    unequal_ranks: ClassVar[bool] = False
+    method: ClassVar[str] = "fedrot"
     steady: ClassVar[bool] = True
-
-    def check(self, clients: Sequence[ClientInfo]) -> None:
-        """Check that all clients have the same ranks and scalings.
-
-        Raises:
-            StrategyError: they differ.
-        """
-        check_clients(clients, _NAME)
-
-    def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
-        """The mean factors, which are the same for all clients.
-
-        Raises:
-            StrategyError: the client's rank differs from the server's.
-        """
-        check_client(state, client, _NAME)
-        return super().broadcast(state, client, number)
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The means of the turned factors. A module or tensor that no reply contains keeps its value.
@@ -63,7 +45,7 @@ class FedRot(Strategy):
             StrategyError: a reply's rank differs from the server's, or its scaling from that of the first reply.
         """
         held = state.adapter.lora
-        replies = checked(updates, number, held, _NAME)
+        replies = checked(updates, number, held, self.method)
         if number > 1:
             replies = (_turned(reply, held, "B" if number % 2 else "A") for reply in replies)
         return state.updated(*factor_means(replies))

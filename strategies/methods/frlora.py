@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from fedlora.adapters import AdapterState, stack
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
-from ..base import ServerState, Strategy
-from ..tools.one_rank import check_client, check_clients, checked, factor_means
-
-_NAME = "frlora"
+from ..base import ServerState
+from ..tools.one_rank import OneRank, checked, factor_means
 
 
 @dataclass(frozen=True)
-class FrLora(Strategy):
+class FrLora(OneRank):
     """Folds `s (B A - B_0 A_0)`, where A and B are the clients' means, and starts again from B_0 and A_0.
 
     Experimental: Yan et al. 2025, "Federated Residual Low-Rank Adaption of Large Language Models" (FRLoRA),
@@ -29,16 +27,8 @@ class FrLora(Strategy):
     Memory: one reply, and a fold of rank 2r for each round until folds are combined.
     """
 
-    unequal_ranks: ClassVar[bool] = False
+    method: ClassVar[str] = "frlora"
     starts_with: ClassVar[str] = "pissa"
-
-    def check(self, clients: Sequence[ClientInfo]) -> None:
-        """Check that all clients have the same ranks and scalings.
-
-        Raises:
-            StrategyError: they differ.
-        """
-        check_clients(clients, _NAME)
 
     def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
         """B_0 and A_0, and the folds that this client lacks.
@@ -46,7 +36,6 @@ class FrLora(Strategy):
         Raises:
             StrategyError: the client's rank differs from the server's.
         """
-        check_client(state, client, _NAME)
         sent = super().broadcast(state, client, number)
         return replace(sent, plan=replace(sent.plan, begun=number, span=1))
 
@@ -57,6 +46,6 @@ class FrLora(Strategy):
             StrategyError: a reply's rank differs from the server's, or its scaling from that of the first reply.
         """
         start = state.adapter.lora
-        means, dense = factor_means(checked(updates, number, start, _NAME))
+        means, dense = factor_means(checked(updates, number, start, self.method))
         change = {name: stack([mean, start[name]], [1.0, -1.0]) for name, mean in means.items()}
         return replace(state.updated({}, dense), folds=state.folds.push(AdapterState(lora=change)))

@@ -5,51 +5,58 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 from torch import Tensor
 
 from fedlora.adapters import LoraFactors
 from fedlora.adapters.means import Means
 from fedlora.common.errors import StrategyError
-from fedlora.exchange import ClientInfo, ClientUpdate
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
-from ..base import ServerState
+from ..base import ServerState, Strategy
 from .replies import arrivals
 
 
-def check_clients(clients: Sequence[ClientInfo], method: str) -> None:
-    """Check that all clients have the same ranks and scalings.
+class OneRank(Strategy):
+    """A method that averages factors as they are, and so serves clients of one rank and one scaling.
 
-    Args:
-        clients: all of the run.
-        method: name of the strategy, for the message.
-
-    Raises:
-        StrategyError: they differ.
+    Attributes:
+        method: the strategy's name, for messages.
     """
-    if len({client.all_ranks for client in clients}) > 1:
-        ranks = [client.rank for client in clients]
-        raise StrategyError(
-            f"{method} averages factors and needs one rank, got ranks {_listed(ranks)}; {_one_rank(ranks)}",
-            needs="unequal_ranks",
-        )
-    scalings = [_scalings(client) for client in clients]
-    if len(set(scalings)) > 1:
-        raise StrategyError(
-            f"{method} averages factors and needs one scaling, got {_listed([s[0] for s in scalings])}; "
-            "set one lora.alpha and lora.rslora for all clients",
-            needs="unequal_ranks",
-        )
 
+    method: ClassVar[str]
+    unequal_ranks: ClassVar[bool] = False
 
-def check_client(state: ServerState, client: ClientInfo, method: str) -> None:
-    """Check that a client's ranks are those of the server.
+    def check(self, clients: Sequence[ClientInfo]) -> None:
+        """Check that all clients have the same ranks and scalings.
 
-    Raises:
-        StrategyError: one differs.
-    """
-    for name, factors in state.adapter.lora.items():
-        _check_rank(name, f"client {client.client_id} has", client.rank_of(name), factors.rank, method)
+        Raises:
+            StrategyError: they differ.
+        """
+        if len({client.all_ranks for client in clients}) > 1:
+            ranks = [client.rank for client in clients]
+            raise StrategyError(
+                f"{self.method} averages factors and needs one rank, got ranks {_listed(ranks)}; {_one_rank(ranks)}",
+                needs="unequal_ranks",
+            )
+        scalings = [_scalings(client) for client in clients]
+        if len(set(scalings)) > 1:
+            raise StrategyError(
+                f"{self.method} averages factors and needs one scaling, got {_listed([s[0] for s in scalings])}; "
+                "set one lora.alpha and lora.rslora for all clients",
+                needs="unequal_ranks",
+            )
+
+    def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
+        """The server's factors, which are the same for all clients.
+
+        Raises:
+            StrategyError: the client's rank differs from the server's.
+        """
+        for name, factors in state.adapter.lora.items():
+            _check_rank(name, f"client {client.client_id} has", client.rank_of(name), factors.rank, self.method)
+        return super().broadcast(state, client, number)
 
 
 def checked(
