@@ -218,7 +218,7 @@ def check(strategy: Strategy, clients: Sequence[ClientInfo], lora: LoraConfig) -
                 needs="any_kind",
             )
         strategy.check(clients)
-    _check_complement(lora, start, strategy, clients)
+    _check_complement(lora, start, strategy)
     ranks = [client.rank for client in clients]
     for rank in {rank for client in clients for rank in client.every_rank}:
         kind.check(rank)
@@ -236,18 +236,16 @@ def check(strategy: Strategy, clients: Sequence[ClientInfo], lora: LoraConfig) -
         )
 
 
-def _check_complement(lora: LoraConfig, start: Initializer, strategy: Strategy, clients: Sequence[ClientInfo]) -> None:
+def _check_complement(lora: LoraConfig, start: Initializer, strategy: Strategy) -> None:
     """Raises StrategyError if an A that a restart draws, and clients do not train, leaves the space they keep to."""
-    from fedlora.adapters import AdapterState
-
+    from .base import trained_in_turn
     from .wrappers.restart import Restart
     from .wrappers.wrapper import layers
 
     if not start.terms or not any(isinstance(layer, Restart) for layer in layers(strategy)):
         return
-    empty = strategy.init(AdapterState())
-    for number in range(1, 5):  # methods that take turns have short periods
-        if "A" not in strategy.broadcast(empty, clients[0], number).plan.train:
+    for number, factors in enumerate(trained_in_turn(strategy), start=1):
+        if "A" not in factors:
             raise StrategyError(
                 f"lora.init = {lora.init} keeps what clients train in a part of the space, strategy.restart-every "
                 f"draws a new A, and clients do not train A in round {number}; set strategy.restart-every = 0, or "

@@ -10,7 +10,7 @@ from fedlora.adapters.state import difference, map_tensors
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Term
 
-from ..base import ServerState
+from ..base import ServerState, trained_in_turn
 from .wrapper import Wrapper, innermost
 
 _KEY = "feddyn.h"
@@ -62,9 +62,8 @@ class FedDyn(Wrapper):
         """
         super().check(clients)
         name = type(innermost(self.inner)).__name__
-        empty = self.inner.init(AdapterState())
-        trained = {self.inner.broadcast(empty, clients[0], number).plan.train for number in range(1, 5)}
-        if len(trained) > 1 or len(next(iter(trained))) != 1 or self.inner.personal or not self.inner.steady:
+        first, *others = trained_in_turn(self.inner)
+        if len(first) != 1 or any(each != first for each in others) or self.inner.personal or not self.inner.steady:
             raise StrategyError(
                 "strategy.correction = feddyn adds up gradients of one factor over rounds, while all else is fixed; "
                 f"{name} trains several factors, or other ones, or changes their basis; use strategy.name = ffa or "
@@ -93,7 +92,7 @@ class FedDyn(Wrapper):
                 yield update
 
         new = self.inner.aggregate(state, counted(), number)
-        factors = {"R"} if self.cores else {"B"}
+        factors = trained_in_turn(self.inner)[0]
         change = keep_factors(difference(_alone(new.adapter), _alone(state.adapter)), factors)
         held = state.memory.get(_KEY, AdapterState())
         share = count / max(self.clients, count)

@@ -100,9 +100,9 @@ class Robust(Wrapper):
     def check(self, clients: Sequence[ClientInfo]) -> None:
         """Raises StrategyError if the inner strategy or the rule cannot serve these clients, or so few."""
         super().check(clients)
-        if self._by_entry and len({client.all_ranks for client in clients}) > 1:
-            raise self._unequal("the clients", [client.rank for client in clients])
         unequal = len({client.all_ranks for client in clients}) > 1
+        if self._by_entry and unequal:
+            raise self._unequal("the clients", [client.rank for client in clients])
         if self.inner.own_rows and unequal and self.rule in ("krum", "multi-krum"):
             raise StrategyError(
                 f"strategy.robust = {self.rule} compares whole updates, and with unequal ranks "

@@ -6,12 +6,11 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fedlora.adapters import AdapterState
 from fedlora.adapters.layers import layer_of
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
-from ..base import ServerState
+from ..base import ServerState, trained_in_turn
 from ..tools.narrowing import narrowed
 from .wrapper import Wrapper, innermost
 
@@ -51,9 +50,8 @@ class SampledLayers(Wrapper):
             StrategyError: the inner strategy refuses the clients, or has rounds without B.
         """
         super().check(clients)
-        empty = self.init(AdapterState())
-        for number in range(1, 5):  # methods that take turns have short periods
-            if "B" not in self.inner.broadcast(empty, clients[0], number).plan.train:
+        for number, factors in enumerate(trained_in_turn(self.inner), start=1):
+            if "B" not in factors:
                 raise StrategyError(
                     f"train.layers-per-round = {self.count}: {type(innermost(self.inner)).__name__} trains A alone in "
                     f"round {number}, where a layer that was never drawn has B = 0 and A no gradient; set "
