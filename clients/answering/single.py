@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -94,6 +95,7 @@ class TrainingJob:
         own = own_state.with_personal_factors(self.broadcast, _own_folder(self.context, self.broadcast))
         return adapted.filled(self.model, own)
 
+    @cached_property
     def kept(self) -> AdapterState | None:
         """What this client kept of its last round for a term of the plan; see `terms.kept_after`."""
         if not any(term.name == terms.DYNAMIC for term in self.broadcast.plan.terms):
@@ -154,7 +156,7 @@ def train_alone(work: TrainingJob) -> RecordDict:
             seed=work.seed,
             plan=broadcast.plan,
             on_step=work.tell,
-            penalty=terms.penalty(trained.pairs, broadcast.plan, work.kept()),
+            penalty=terms.penalty(trained.pairs, broadcast.plan, work.kept),
             project=projections.projection(model, trained.pairs, broadcast.plan),
             stages=stages(config.privacy),
         )
@@ -173,7 +175,7 @@ def finish(work: TrainingJob, adapter: AdapterState, result: trainer.TrainResult
     if broadcast.plan.keep:
         personal = _personal_part(adapter, broadcast.plan)
         own_state.save(folder, "personal", personal, broadcast.round, keep=config.run.keep + 1)
-    kept = terms.kept_after(work.kept(), broadcast.adapter, adapter, broadcast.plan)
+    kept = terms.kept_after(work.kept, broadcast.adapter, adapter, broadcast.plan)
     if kept is not None:
         own_state.save(folder, terms.DYNAMIC, kept, broadcast.round, keep=config.run.keep + 1)
     for stage in stages(config.privacy):

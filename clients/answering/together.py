@@ -130,7 +130,7 @@ def _as_one(works: Sequence[TrainingJob], folds: Folds) -> list[RecordDict | Err
     one = works[0]
     ends = cohort.train(
         one.model,
-        [cohort.Member(work.start(), work.examples, work.seed, work.kept()) for work in works],
+        [cohort.Member(work.start(), work.examples, work.seed, work.kept) for work in works],
         one.config.train,
         plan=one.broadcast.plan,
         folds=folds,

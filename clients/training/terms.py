@@ -34,9 +34,12 @@ def proximal(trained: Trainable, mu: float, of: str) -> Callable[[], None]:
     """
     if not mu:
         return lambda: None
-    alone = trained.parameters if of == "factors" else [p for p in trained.others if not _is_core(p, trained)]
+    alone, pairs = trained.parameters, []
+    if of == "update":
+        cores = {id(pair.core) for pair in trained.pairs}
+        alone = [parameter for parameter in trained.others if id(parameter) not in cores]
+        pairs = [(pair, pair.B.detach().clone(), _down(pair).clone()) for pair in trained.pairs]
     start = [parameter.detach().clone() for parameter in alone]
-    pairs = [] if of == "factors" else [(pair, *_held(pair)) for pair in trained.pairs]
 
     def add() -> None:
         add_proximal(alone, start, mu)
@@ -57,27 +60,21 @@ def add_proximal_update(pair: Pair, B: Tensor, down: Tensor, mu: float) -> None:
         B, down: B_0 and D_0, where training began.
         mu: weight of the term.
     """
-    weight, b = mu * pair.scaling**2, pair.B.detach()
-    core = None if pair.core is None else pair.core.detach()
-    d = pair.A.detach() if core is None else core @ pair.A.detach()
+    weight, b, d = mu * pair.scaling**2, pair.B.detach(), _down(pair)
     if pair.B.grad is not None:
         pair.B.grad.add_(b @ (d @ d.T) - B @ (down @ d.T), alpha=weight)
     if pair.A.grad is None and (pair.core is None or pair.core.grad is None):
         return
     of_down = (b.T @ b) @ d - (b.T @ B) @ down
     if pair.A.grad is not None:
-        pair.A.grad.add_(of_down if core is None else core.T @ of_down, alpha=weight)
+        pair.A.grad.add_(of_down if pair.core is None else pair.core.detach().T @ of_down, alpha=weight)
     if pair.core is not None and pair.core.grad is not None:
         pair.core.grad.add_(of_down @ pair.A.detach().T, alpha=weight)
 
 
-def _held(pair: Pair) -> tuple[Tensor, Tensor]:
-    down = pair.A.detach() if pair.core is None else pair.core.detach() @ pair.A.detach()
-    return pair.B.detach().clone(), down.clone()
-
-
-def _is_core(parameter: nn.Parameter, trained: Trainable) -> bool:
-    return any(parameter is pair.core for pair in trained.pairs)
+def _down(pair: Pair) -> Tensor:
+    """R A, or A where there is no core."""
+    return pair.A.detach() if pair.core is None else pair.core.detach() @ pair.A.detach()
 
 
 def add_tail_penalty(pairs: Sequence[Pair], weight: float, gamma: float) -> None:
