@@ -124,9 +124,9 @@ def run(
         standing = Standing(grid, slots, done=finished(grid, folder))
         if retry:
             standing.done = {path: data for path, data in standing.done.items() if data["status"] != "failed"}
-        _look_ahead(standing)
+        waiting = _look_ahead(standing)
         _keep_grid(standing, folder)
-        _run_rest(standing, folder, show)
+        _run_rest(standing, waiting, folder, show)
         _keep_grid(standing, folder)
         shutil.rmtree(folder / "work", ignore_errors=True)
         return standing
@@ -186,10 +186,9 @@ def _look_ahead(standing: Standing) -> list[list[Cell]]:
     return _shared(ahead.due)
 
 
-def _run_rest(standing: Standing, folder: Path, show: Callable[[Standing], None]) -> None:
+def _run_rest(standing: Standing, waiting: list[list[Cell]], folder: Path, show: Callable[[Standing], None]) -> None:
     workers: list[ProcessPoolExecutor | None] = [None] * len(standing.slots)
     running: dict[Future[dict[str, Any]], tuple[int, list[Cell]]] = {}
-    waiting = _look_ahead(standing)
     try:
         while waiting or running:
             for number, slot in enumerate(standing.slots):

@@ -109,11 +109,12 @@ def _settings(recipe: Recipe) -> BitsAndBytesConfig:
 
 def _ready(model: PreTrainedModel) -> PreTrainedModel:
     """The model, with two features of bitsandbytes switched off that do harm in training, and one mended."""
-    mend()
     # bitsandbytes warns in every int8 product that it quantizes fp32 and bf16 inputs, which is what the user wanted.
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_not_about_casts)
     for module in model.modules():
         if isinstance(module, Linear4bit):
+            if module.weight.device.type == "cpu":
+                mend()
             # On CPUs with AVX512-BF16, the first evaluation would repack the weights into a layout without gradients.
             module.support_avx512bf16_for_cpu = False
     return model
