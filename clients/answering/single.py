@@ -127,8 +127,9 @@ def begin(content: RecordDict, context: Context) -> TrainingJob:
     examples = training_examples(config, context)
     seed = schedule.hash_seed(config.run.seed, client_id)
     if broadcast.job == "train":  # a row that cannot be one fails its client alone, before others share its batches
-        asked = schedule.examples_of(config.train, len(examples), broadcast.round, seed)
-        first = [examples[place] for place in asked][:1]
+        asked = [*schedule.examples_of(config.train, len(examples), broadcast.round, seed)]
+        examples.ahead(asked)
+        first = [examples[place] for place in asked[:1]]
         check_batch(model.task, model.task.collate(first, model.base.pad_id), 1)
     emit("client-start", client_id=client_id, rank=info.rank, round=broadcast.round)
     return TrainingJob(config, client_id, model, broadcast, context, examples, began)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, overload
 
 from fedlora.config import DataConfig
@@ -56,7 +56,16 @@ class LazyExamples(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         at = range(len(self))[index]
-        if at not in self._done:
-            row = self._rows.select([at])
-            self._done[at] = encode_usable(row, self._tokenizer, self._data, self._task)[0]
+        self.ahead([at])
         return self._done[at]
+
+    def ahead(self, places: Iterable[int]) -> None:
+        """Encode those of these examples that are not encoded yet, together, which is faster than one by one.
+
+        Raises:
+            DataError: a row cannot be encoded.
+        """
+        new = sorted({at for at in places if at not in self._done})
+        if new:
+            rows = self._rows.select(new)
+            self._done |= zip(new, encode_usable(rows, self._tokenizer, self._data, self._task), strict=True)

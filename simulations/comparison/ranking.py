@@ -14,7 +14,7 @@ from scipy.stats import ttest_rel
 
 from .power import LEVEL, POWER, detectable, seeds_needed
 
-_LOWER = frozenset({"loss", "perplexity", "calibration-error"})
+_LOWER = frozenset({"loss", "perplexity", "calibration-error", "distance"})
 # Differences that agree up to this share of the values differ only by rounding.
 _ROUNDING = 1e-12
 
@@ -125,7 +125,7 @@ class Ranking:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether a metric is better when it is lower, as losses, perplexities and calibration errors are."""
+    """Whether a metric is better when it is lower, as losses, perplexities, calibration errors and distances are."""
     return metric in _LOWER
 
 
