@@ -49,6 +49,8 @@ class Record:
     seeds: int
     difference: float | None
     pairs: int
+    interval_low: float | None
+    interval_high: float | None
     p: float | None
     p_holm: float | None
     worst_client: float | None
@@ -77,6 +79,7 @@ def final(ranking: Ranking, rows: Sequence[Record], title: str) -> Table:
         (f"{ranking.metric} {arrow}" + (" (mean ± sd)" if several else ""), _mean),
         ("seeds", lambda r: str(r.seeds)),
         (f"−\u00a0{ranking.reference}", lambda r: "" if r.difference is None else f"{r.difference:+.4f}"),
+        ("95 %", lambda r: "" if r.interval_low is None else f"{r.interval_low:+.4f} … {r.interval_high:+.4f}"),
         ("p (Holm)", lambda r: p_text(r.p_holm)),
         (f"worst client's {worst}", lambda r: "" if r.worst_client is None else f"{r.worst_client:.4f}"),
         ("MB up", lambda r: _megabytes(r.megabytes_up)),
@@ -161,6 +164,8 @@ def _record(ranking: Ranking, row: Row, metric: str | None) -> Record:
         seeds=row.n,
         difference=row.difference,
         pairs=row.pairs,
+        interval_low=row.interval[0] if row.interval else None,
+        interval_high=row.interval[1] if row.interval else None,
         p=row.p,
         p_holm=row.p_holm,
         worst_client=fmean(worst) if worst else None,

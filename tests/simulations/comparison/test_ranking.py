@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from statistics import fmean, stdev
 
+import numpy as np
 import pytest
+from scipy.stats import sem
 from scipy.stats import t as student
 
-from fedlora.simulations.comparison.ranking import choose, holm, lower_is_better, paired_p, rank
+from fedlora.simulations.comparison.ranking import bootstrap_interval, choose, holm, lower_is_better, paired_p, rank
 
 
 def _cell(label, lr, seed, validation=0.5, test=0.5, role="strategy", metric="accuracy", scenario="one", **more):
@@ -149,3 +151,20 @@ def test_without_the_reference_there_are_ranks_and_a_sentence():
     rankings = rank([_cell("a", 0.1, s) for s in range(2)], "accuracy", "fedavg")
     assert _row(rankings, "a").rank == 1
     assert "reference fedavg has no result" in rankings[0].notes[0]
+
+
+def test_the_bootstrap_interval_holds_the_mean_and_is_near_students_for_many_seeds():
+    drawn = np.random.default_rng(3).normal(0.02, 0.05, size=60)
+    low, high = bootstrap_interval(drawn, 1.0)
+    students = student.interval(0.95, len(drawn) - 1, loc=drawn.mean(), scale=sem(drawn))
+    assert (low, high) == pytest.approx(students, abs=0.1 * (students[1] - students[0]))
+    assert bootstrap_interval(drawn, 1.0) == (low, high)
+    few = bootstrap_interval(drawn[:5], 1.0)
+    assert few[0] < drawn[:5].mean() < few[1]
+    assert few[0] >= drawn[:5].min()
+    assert few[1] <= drawn[:5].max()
+
+
+def test_there_is_no_bootstrap_interval_of_few_seeds_or_without_variance():
+    assert bootstrap_interval([0.1, 0.2, 0.3, 0.4], 1.0) is None
+    assert bootstrap_interval([0.1] * 6, 1.0) is None
