@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fedlora.common.errors import ConfigError
-from fedlora.config import Config, client_parts
+from fedlora.config import Config, DataConfig, client_parts
 
 from .base import Batch
 from .classification import Classification
 from .losses import inputs_of
 from .probed import Probed, original
 from .scores import Predictions
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SOURCE, LAYER = "planted", "probe"
 _SEED = 0  # of the planted matrices, which are the same in every run
@@ -83,6 +86,9 @@ class Planted(Classification):
         ):
             if got != expected:
                 raise ConfigError(f"model.task = 'planted': {key} = {got!r}, expected {expected!r}, since {why}")
+
+    def check_rows(self, rows: Dataset, data: DataConfig) -> None:
+        """Nothing: groups beyond the clients' are nobody's."""
 
     def auto_class(self) -> Any:
         return Probed

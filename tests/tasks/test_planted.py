@@ -95,6 +95,13 @@ def test_features_are_the_encoders_and_a_text_is_read_once(tiny_bert, tmp_path):
     assert torch.equal(again, found)
 
 
+def test_groups_of_no_client_are_not_looked_at(tmp_path):
+    config = preset(tmp_path / "none", tmp_path)
+    rows = load_rows(config.data)
+    assert len(set(rows["group"])) > config.federation.clients
+    task_of(config.model).check_rows(rows, config.data)
+
+
 def test_a_run_comes_nearer_to_the_planted_change(tiny_bert, tmp_path):
     keys = {"train.steps": 20, "federation.rounds": 3, "train.lr": 0.02}
     _, result = run_locally(preset(tiny_bert, tmp_path, **keys))
