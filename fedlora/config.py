@@ -296,8 +296,9 @@ class StrategyConfig:
     )
     correction: str = option(
         "none",
-        "what keeps many local steps from biasing the result; feddyn: dynamic regularisation, over ffa or fedsb",
-        ("none", "feddyn"),
+        "what keeps many local steps from biasing the result, over ffa or fedsb; feddyn: dynamic regularisation; "
+        "scaffold: control variates",
+        ("none", "feddyn", "scaffold"),
     )
     correction_weight: float = option(0.01, "feddyn: weight alpha of the terms that clients add", low=1e-9)
     robust: str = option(

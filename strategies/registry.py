@@ -82,8 +82,8 @@ def configured(config: Config) -> Strategy:
     From the outside in: `Private` has the privacy stages' places on the server, `Robust` filters the replies, `Restart`
     folds what the optimizer made and drops its moments, `ServerOptimizer` takes the strategy's change of the adapter
     for a gradient, `SampledLayers` narrows the round to some layers, `Routed` averages an adapter kind's experts by
-    their tokens, and `PersonalParts` leaves the kind's personal parts on the clients. `FedDyn` takes the place of
-    `ServerOptimizer` and `Restart`.
+    their tokens, and `PersonalParts` leaves the kind's personal parts on the clients. `FedDyn` or `Scaffold` takes the
+    place of `ServerOptimizer` and `Restart`.
     """
     strategy: Strategy = STRATEGIES.make(config.strategy.name, config.strategy.options)
     if strategy.replaces_folds and config.anchor.base_update == "merge":
@@ -114,6 +114,12 @@ def configured(config: Config) -> Strategy:
 
         _check_correction(config)
         strategy = FedDyn(strategy, alpha=chosen.correction_weight, clients=config.federation.clients)
+    if chosen.correction == "scaffold":
+        from .wrappers.scaffold import Scaffold
+
+        _check_correction(config)
+        _check_scaffold(config)
+        strategy = Scaffold(strategy, clients=config.federation.clients)
     if chosen.server_optimizer != "none":
         from .wrappers.server_optimizer import ServerOptimizer
 
@@ -167,6 +173,26 @@ def _check_correction(config: Config) -> None:
                 f"strategy.correction = {chosen.correction} adds up changes over rounds, which {key} changes again; "
                 "leave out one of them"
             )
+
+
+def _check_scaffold(config: Config) -> None:
+    """Raises StrategyError if the server could not tell from the replies what clients remember of their gradients."""
+    if config.train.optimizer != "sgd":
+        raise StrategyError(
+            "strategy.correction = scaffold takes what a client's steps add up to, over their rates, for its mean "
+            f"gradient, which is so for plain SGD alone, and train.optimizer = {config.train.optimizer}; set "
+            "train.optimizer = sgd, or strategy.correction = feddyn"
+        )
+    if config.strategy.robust != "none":
+        raise StrategyError(
+            f"strategy.correction = scaffold adds up what each client sends, and strategy.robust = "
+            f"{config.strategy.robust} takes some of it away; leave out one of them"
+        )
+    if config.wire.dtype != "fp32":
+        raise StrategyError(
+            "strategy.correction = scaffold needs the same c on the server and on clients, and wire.dtype = "
+            f"{config.wire.dtype} rounds it on the way; set wire.dtype = fp32"
+        )
 
 
 def _check_warmup(strategy: Strategy, config: Config) -> None:

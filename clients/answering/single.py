@@ -97,10 +97,14 @@ class TrainingJob:
 
     @cached_property
     def kept(self) -> AdapterState | None:
-        """What this client kept of its last round for a term of the plan; see `terms.kept_after`."""
-        if not any(term.name == terms.DYNAMIC for term in self.broadcast.plan.terms):
+        """The g of a term of the plan, by what this client kept of earlier rounds; see `terms.kept_before`."""
+        sent = self.broadcast
+        if not (name := terms.keeps(sent.plan)):
             return None
-        return own_state.load(_own_folder(self.context, self.broadcast), terms.DYNAMIC, self.broadcast.round)
+        # c has only what the server counted, and not the reply of a round that was lost
+        before = sent.counted + 1 if name == terms.CONTROL else sent.round
+        own = own_state.load(_own_folder(self.context, sent), name, before)
+        return terms.kept_before(own, sent.control, sent.plan)
 
     def tell(self, step: int, steps: int, loss: float) -> None:
         """One step's progress."""
@@ -176,9 +180,10 @@ def finish(work: TrainingJob, adapter: AdapterState, result: trainer.TrainResult
     if broadcast.plan.keep:
         personal = _personal_part(adapter, broadcast.plan)
         own_state.save(folder, "personal", personal, broadcast.round, keep=config.run.keep + 1)
-    kept = terms.kept_after(work.kept, broadcast.adapter, adapter, broadcast.plan)
+    kept = terms.kept_after(work.kept, broadcast.adapter, adapter, broadcast.plan, result.rate)
     if kept is not None:
-        own_state.save(folder, terms.DYNAMIC, kept, broadcast.round, keep=config.run.keep + 1)
+        name, keep = terms.keeps(broadcast.plan), config.run.keep + 1
+        own_state.save(folder, name, kept, broadcast.round, keep=keep, since=broadcast.counted)
     for stage in stages(config.privacy):
         adapter = stage.leaving(adapter, broadcast, schedule.hash_seed(work.seed, broadcast.round))
     # A statistic is sent once, and has sums beside each other that would drown in one scale.
@@ -200,6 +205,7 @@ def finish(work: TrainingJob, adapter: AdapterState, result: trainer.TrainResult
             "client-seconds": time.perf_counter() - work.began,
             "peak-memory-bytes": peak_memory_bytes()["process"],
             "train-cut": work.examples.cut,
+            "train-rate": result.rate,
         },
     )
     # A process that lives from message to message still holds these folds next time.

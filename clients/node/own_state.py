@@ -1,4 +1,6 @@
-"""What a client stores on its disk from round to round: personal factors, what coarse formats left out, FedDyn's g.
+"""What a client stores on its disk from round to round.
+
+These are personal factors, what coarse formats left out, FedDyn's g and SCAFFOLD's c_k.
 
 There is one safetensors file per run, client, kind and round, which is read when it is needed. Clients that do not
 work therefore cost no memory, and a client that was restarted continues where it was. The files of earlier rounds are
@@ -28,7 +30,7 @@ def load(folder: Path, kind: str, number: int) -> AdapterState | None:
 
     Args:
         folder: the folder of this run and client; see `folder_of`.
-        kind: "personal", "left-out" or "dynamic".
+        kind: "personal", "left-out", "dynamic" or "control".
         number: number of the round that starts.
 
     Raises:
@@ -47,16 +49,17 @@ def load(folder: Path, kind: str, number: int) -> AdapterState | None:
     return OWN.get(tensors, scalings)
 
 
-def save(folder: Path, kind: str, state: AdapterState, number: int, keep: int = 2) -> None:
+def save(folder: Path, kind: str, state: AdapterState, number: int, keep: int = 2, *, since: int = 0) -> None:
     """Store the result of a round beside those of earlier rounds. The file is complete or absent, whatever happens.
 
     Args:
         folder: the folder of this run and client; see `folder_of`.
-        kind: "personal", "left-out" or "dynamic", which is part of the file's name.
+        kind: "personal", "left-out", "dynamic" or "control", which is part of the file's name.
         state: any factors and tensors; empty factors are left out.
         number: number of the round. Files of later rounds are removed, since the server has undone these rounds.
         keep: number of files that stay. It should be one more than the server's saved states, since the server may
             have a next round under way.
+        since: number of a round whose file stays too, with those after it; 0: none.
     """
     tensors = {name: tensor.contiguous() for name, tensor in OWN.put(state).items()}
     scalings = {name: factors.scaling for name, factors in state.lora.items()}
@@ -64,7 +67,8 @@ def save(folder: Path, kind: str, state: AdapterState, number: int, keep: int = 
     with replacing(folder / f"{kind}-{number}.safetensors") as part:
         save_file(tensors, part, metadata={"scalings": json.dumps(scalings)})
     files = _files(folder, kind)
-    kept = sorted((each for each in files if each <= number), reverse=True)[:keep]
+    earlier = sorted((each for each in files if each <= number), reverse=True)
+    kept = {*earlier[:keep], *(each for each in earlier if since and each >= since)}
     for each, path in files.items():
         if each not in kept:
             path.unlink()

@@ -40,7 +40,7 @@ class Member:
         adapter: the adapter from which this client starts training.
         examples: the client's own examples.
         seed: seed of its order of examples and of its dropout.
-        kept: what the client kept of its last round for a term of the plan; see `terms.kept_after`.
+        kept: the g of a term of the plan; see `terms.kept_before`.
     """
 
     adapter: AdapterState

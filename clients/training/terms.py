@@ -112,7 +112,10 @@ def _prior(pairs: Sequence[Pair], weight: float, _: float) -> Callable[[], None]
 
 
 def _dynamic(pairs: Sequence[Pair], weight: float, kept: AdapterState | None) -> Callable[[], None]:
-    """Of `-<g, x> + weight/2 |x - x_start|^2`, for all factors and cores x that are trained (FedDyn)."""
+    """Of `-<g, x> + weight/2 |x - x_start|^2`, for all factors and cores x that are trained (FedDyn).
+
+    SCAFFOLD's is that with `g = c_k - c` and the weight 0.
+    """
     trained: list[tuple[nn.Parameter, Tensor]] = []
     for pair in pairs:
         own = None if kept is None else kept.lora.get(pair.module)
@@ -130,17 +133,36 @@ def _dynamic(pairs: Sequence[Pair], weight: float, kept: AdapterState | None) ->
     return add
 
 
-def kept_after(kept: AdapterState | None, start: AdapterState, end: AdapterState, plan: Plan) -> AdapterState | None:
-    """What a client keeps for its next round: FedDyn's `g - weight (x_end - x_start)` of the trained factors, or None.
+def kept_before(own: AdapterState | None, control: AdapterState | None, plan: Plan) -> AdapterState | None:
+    """The g of the plan's term: FedDyn's is what the client kept, and SCAFFOLD's is `c_k - c`; None: zeros.
 
     Args:
-        kept: g; None in the first round.
-        start, end: the client's adapter before and after training.
+        own: what `kept_after` gave in an earlier round.
+        control: SCAFFOLD's c, which the server sent.
         plan: of the round.
     """
-    weight = next((term.weight for term in plan.terms if term.name == DYNAMIC), None)
-    if weight is None:
+    if keeps(plan) != CONTROL or control is None:
+        return own
+    return map_tensors(lambda _, c, mine: -c if mine is None else mine - c, control, own or AdapterState())
+
+
+def kept_after(
+    kept: AdapterState | None, start: AdapterState, end: AdapterState, plan: Plan, rate: float = 0.0
+) -> AdapterState | None:
+    """What a client keeps for its next round: `g - w (x_end - x_start)` of the trained factors; None if nothing.
+
+    For FedDyn, w is the term's weight. For SCAFFOLD it is one over the sum of the learning rates: the result is c_k of
+    Karimireddy et al. 2020, https://arxiv.org/abs/1910.06378, eq. 4, option II.
+
+    Args:
+        kept: g, from `kept_before`.
+        start, end: the client's adapter before and after training.
+        plan: of the round.
+        rate: sum of the steps' learning rates.
+    """
+    if not (name := keeps(plan)):
         return None
+    weight = 1 / rate if name == CONTROL else next(term.weight for term in plan.terms if term.name == DYNAMIC)
     lora = {name: factors for name, factors in end.lora.items() if plan.modules is None or name in plan.modules}
     change = keep_factors(difference(AdapterState(lora=lora), start), plan.train)
     return map_tensors(lambda _, d, g: -weight * d + (0.0 if g is None else g), change, kept or AdapterState())
@@ -150,8 +172,14 @@ def kept_after(kept: AdapterState | None, start: AdapterState, end: AdapterState
 # returns is called after each pass, and adds the term's gradient.
 Term = Callable[[Sequence[Pair], float, float], Callable[[], None]]
 TERMS: Mapping[str, Term] = MappingProxyType({"tail": _tail, "prior": _prior})
-DYNAMIC = "dynamic"  # the one term that needs what the client kept of its last round
-_KNOWN = (*TERMS, DYNAMIC, COMPLEMENT)
+DYNAMIC, CONTROL = "dynamic", "control"  # FedDyn's and SCAFFOLD's, which need what the client kept of earlier rounds
+_KEEPING = (DYNAMIC, CONTROL)
+_KNOWN = (*TERMS, *_KEEPING, COMPLEMENT)
+
+
+def keeps(plan: Plan) -> str:
+    """The plan's term for which a client keeps something from round to round; empty if there is none."""
+    return next((term.name for term in plan.terms if term.name in _KEEPING), "")
 
 
 def check_terms(plan: Plan) -> None:
@@ -170,10 +198,10 @@ def penalty(pairs: Sequence[Pair], plan: Plan, kept: AdapterState | None = None)
     Args:
         pairs: the factors of each module, as they are when training begins.
         plan: whose terms `check_terms` has seen.
-        kept: what `kept_after` gave in the client's last round.
+        kept: g, from `kept_before`.
     """
     terms = [TERMS[term.name](pairs, term.weight, term.value) for term in plan.terms if term.name in TERMS]
-    terms += [_dynamic(pairs, term.weight, kept) for term in plan.terms if term.name == DYNAMIC]
+    terms += [_dynamic(pairs, term.weight, kept) for term in plan.terms if term.name in _KEEPING]
 
     def add() -> None:
         for term in terms:

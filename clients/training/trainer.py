@@ -39,6 +39,7 @@ class TrainResult:
         steps: number of optimizer steps.
         tokens: number of tokens that went through the model, without padding.
         seconds: wall time in seconds.
+        rate: sum of the steps' learning rates; 0 where nothing is trained.
     """
 
     loss: float
@@ -46,6 +47,7 @@ class TrainResult:
     steps: int
     tokens: int
     seconds: float
+    rate: float = 0.0
 
 
 def train(
@@ -150,6 +152,7 @@ class LocalSteps:
         passes: number of gradients that each step needs.
         losses: losses of the steps so far.
         tokens: number of tokens that went through the model so far, without padding; the caller counts them.
+        rate: sum of the learning rates of the steps so far.
         draws: random generator of this client's dropout in this round.
     """
 
@@ -170,7 +173,7 @@ class LocalSteps:
         """The arguments are those of `train`."""
         self.steps = steps_per_round(config, len(examples))
         self.losses: list[float] = []
-        self.tokens = 0
+        self.tokens, self.rate = 0, 0.0
         parameters = trained.parameters
         self.draws = torch.Generator(parameters[0].device).manual_seed(hash_seed(seed, number))
         self._parameters, self._examples, self._config, self._penalty = parameters, examples, config, penalty
@@ -204,9 +207,9 @@ class LocalSteps:
         if not math.isfinite(loss):
             raise DivergedError(diverged(loss, step, self._round))
         self._complete()
-        share = lr_factor(config, self._position(step), self._rounds * self.steps, self._warmup)
+        rate = config.lr * lr_factor(config, self._position(step), self._rounds * self.steps, self._warmup)
         try:
-            self._optimizer.step(config.lr * share)
+            self._optimizer.step(rate)
         except torch.linalg.LinAlgError as error:
             raise DivergedError(
                 f"training diverged: {config.optimizer} cannot decompose the factors or their gradients at step "
@@ -215,6 +218,7 @@ class LocalSteps:
         self._project()
         self._let_go()
         self.losses.append(loss)
+        self.rate += rate
 
     def after_pass(self, number: int) -> None:
         """Called between two passes of one step; clears the gradients."""
@@ -240,6 +244,7 @@ class LocalSteps:
             steps=self.steps,
             tokens=self.tokens,
             seconds=seconds,
+            rate=self.rate,
         )
 
     def _position(self, step: int) -> int:

@@ -153,6 +153,8 @@ class Broadcast:
         sparse: True if most entries of the adapter are zero, so that it is sent in the format sparse, in fp32.
         probe: a number for each adapted module, in the order of their names, by which the client sees that it makes
             the same fixed tensors of the base's weights as the server; empty for adapter kinds that make none.
+        control: SCAFFOLD's c, with the shapes of what is trained, for the plan's term "control"; None: zeros.
+        counted: number of the last round in which the server used this client's reply for `control`; 0: none.
     """
 
     round: int
@@ -166,6 +168,8 @@ class Broadcast:
     run: str = ""
     sparse: bool = False
     probe: tuple[float, ...] = ()
+    control: AdapterState | None = None
+    counted: int = 0
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 from flwr.app import ConfigRecord, RecordDict
 from torch.profiler import record_function
 
-from fedlora.adapters import keep_factors, map_tensors
+from fedlora.adapters import AdapterState, keep_factors, map_tensors
 from fedlora.adapters.flat import OWN
 from fedlora.common.errors import ConfigError, WireError
 from fedlora.config import MOST_RANK, alpha_of
@@ -30,7 +30,7 @@ from .codec import FORMATS, SPARSE, round_trip
 from .fields import METRICS_RECORD, Fields, metrics_record, read_metrics, require, short
 from .messages import Broadcast, ClientInfo, ClientUpdate, Plan, Term
 
-PROTOCOL = 3
+PROTOCOL = 4
 # Codes of a client's error: it refuses the message; it no longer has the folds; its loss is not finite.
 REFUSED, STALE, DIVERGED = 1001, 1002, 1003
 TRAIN_METRICS = frozenset(
@@ -44,12 +44,13 @@ TRAIN_METRICS = frozenset(
         "client-seconds",
         "peak-memory-bytes",
         "train-cut",
+        "train-rate",
     }
 )
 # The largest number of examples that a client may claim, since this number is its weight in every mean.
 MOST_EXAMPLES = 10**9
 _ROOM, _NAME = 1 << 20, 1024  # allowed bytes of a reply besides its tensors, and of a tensor besides its values
-_HEAD, _ADAPTER = "head", "adapter"
+_HEAD, _ADAPTER, _CONTROL = "head", "adapter", "control"
 _COMMON = ("protocol", "base", "dtype")
 _TERMS = ("terms", "term-weights", "term-values")
 _KEYS = MappingProxyType(
@@ -59,7 +60,7 @@ _KEYS = MappingProxyType(
                 *_COMMON,
                 *("round", "base-version", "folds-from", "folds"),
                 *("train", "send", "keep", "modules", "all-modules", *_TERMS, "begun", "span", "steady", "job", "run"),
-                "probe",
+                *("probe", "control", "counted"),
             }
         ),
         "update": frozenset(
@@ -130,11 +131,15 @@ def encode_broadcast(broadcast: Broadcast, fingerprint: str, dtype: str = "fp32"
         "job": broadcast.job,
         "run": broadcast.run,
         "probe": [float(number) for number in broadcast.probe],
+        "control": broadcast.control is not None,
+        "counted": broadcast.counted,
     }
     record = RecordDict()
     put(record, head, _ADAPTER, broadcast.adapter)
     for index, fold in enumerate(broadcast.folds):
         put(record, head, f"fold-{index}", fold)
+    if broadcast.control is not None:
+        put(record, head, _CONTROL, broadcast.control)
     record[_HEAD] = ConfigRecord(head)
     return record
 
@@ -150,15 +155,18 @@ def decode_broadcast(record: RecordDict, fingerprint: str) -> Broadcast:
     fields = _checked_head(record, fingerprint, who)
     count = fields.integer("folds", most=len(record))
     keys = (_ADAPTER, *(f"fold-{i}" for i in range(count)))
-    _only(record, fields, "broadcast", keys)
+    controlled = fields.flag("control")
+    _only(record, fields, "broadcast", (*keys, _CONTROL) if controlled else keys)
+    adapter, train = get(record, fields, _ADAPTER, "ABR"), fields.letters("train", "ABR")
+    trained = AdapterState(lora=keep_factors(adapter, train).lora)
     return Broadcast(
         round=fields.integer("round"),
-        adapter=get(record, fields, _ADAPTER, "ABR"),
+        adapter=adapter,
         base_version=fields.integer("base-version"),
         folds=tuple(get(record, fields, key, "ABR") for key in keys[1:]),
         folds_from=fields.integer("folds-from"),
         plan=Plan(
-            train=fields.letters("train", "ABR"),
+            train=train,
             send=fields.letters("send", "ABR"),
             keep=frozenset(fields.items("keep", str)),
             modules=None if fields.flag("all-modules") else frozenset(fields.items("modules", str)),
@@ -170,6 +178,8 @@ def decode_broadcast(record: RecordDict, fingerprint: str) -> Broadcast:
         job=fields.name("job"),
         run=fields.run_key(),
         probe=tuple(fields.numbers("probe")),
+        control=get(record, fields, _CONTROL, train, like=trained) if controlled else None,
+        counted=fields.integer("counted"),
     )
 
 

@@ -212,7 +212,8 @@ def evaluate_on_clients(
     asked = roster.by_node(chosen)
 
     def encoded(client: int) -> RecordDict:
-        broadcast = make_broadcast(replace(roster.infos[client], known_base_version=0))
+        # SCAFFOLD's c is for training alone
+        broadcast = replace(make_broadcast(replace(roster.infos[client], known_base_version=0)), control=None)
         return wire.encode_broadcast(broadcast, fingerprint, config.wire.dtype)
 
     for node, clients in asked.items():

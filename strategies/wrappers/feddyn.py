@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from fedlora.adapters import AdapterState, keep_factors
 from fedlora.adapters.state import difference, map_tensors
@@ -11,13 +12,13 @@ from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Term
 
 from ..base import ServerState, trained_in_turn
-from .wrapper import Wrapper, innermost
+from .correction import Correction, alone
 
 _KEY = "feddyn.h"
 
 
 @dataclass(frozen=True)
-class FedDyn(Wrapper):
+class FedDyn(Correction):
     """Dynamic regularisation of the one factor that is trained, over a strategy in which all else is fixed.
 
     Acar et al. 2021, "Federated Learning Based on Dynamic Regularization", https://arxiv.org/abs/2111.04263,
@@ -32,8 +33,7 @@ class FedDyn(Wrapper):
     its h. Memory: one more copy of the factor, and one on each client's disk.
 
     Args:
-        inner: a steady strategy that trains the same one factor of A, B and R in every round: ffa or fedsb. In a
-            product of two trained factors, the sums of gradients of different rounds would mean nothing.
+        inner: a steady strategy that trains the same one factor of A, B and R in every round: ffa or fedsb.
         alpha: weight of both terms, above 0; the paper has 0.001 to 0.1.
         clients: m, the number of the federation's clients.
     """
@@ -41,39 +41,12 @@ class FedDyn(Wrapper):
     alpha: float = 0.01
     clients: int = 1
 
+    correction: ClassVar[str] = "feddyn"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.alpha < float("inf"):
             raise StrategyError(f"strategy.correction-weight = {self.alpha}, expected a number above 0")
-
-    @property
-    def linear(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return False
-
-    @property
-    def any_kind(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return False
-
-    def check(self, clients: Sequence[ClientInfo]) -> None:
-        """Check that one factor is trained, in all rounds, at one rank.
-
-        Raises:
-            StrategyError: the inner strategy refuses the clients, or trains another factor or several, or ranks differ.
-        """
-        super().check(clients)
-        name = type(innermost(self.inner)).__name__
-        first, *others = trained_in_turn(self.inner)
-        if len(first) != 1 or any(each != first for each in others) or self.inner.personal or not self.inner.steady:
-            raise StrategyError(
-                "strategy.correction = feddyn adds up gradients of one factor over rounds, while all else is fixed; "
-                f"{name} trains several factors, or other ones, or changes their basis; use strategy.name = ffa or "
-                "fedsb"
-            )
-        if len({client.all_ranks for client in clients}) > 1:
-            raise StrategyError(
-                "strategy.correction = feddyn needs one rank for all clients; set lora.ranks = '' and lora.rank = "
-                f"{max(client.rank for client in clients)}"
-            )
 
     def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
         """The inner strategy's message, with the term that clients add."""
@@ -93,13 +66,9 @@ class FedDyn(Wrapper):
 
         new = self.inner.aggregate(state, counted(), number)
         factors = trained_in_turn(self.inner)[0]
-        change = keep_factors(difference(_alone(new.adapter), _alone(state.adapter)), factors)
+        change = keep_factors(difference(alone(new.adapter), alone(state.adapter)), factors)
         held = state.memory.get(_KEY, AdapterState())
         share = count / max(self.clients, count)
         h = map_tensors(lambda _, d, before: -share * d if before is None else before - share * d, change, held)
-        lora = map_tensors(lambda _, x, mine: x if mine is None else x - mine, _alone(new.adapter), h).lora
+        lora = map_tensors(lambda _, x, mine: x if mine is None else x - mine, alone(new.adapter), h).lora
         return replace(new.updated(lora, {}), memory={**new.memory, _KEY: h})
-
-
-def _alone(adapter: AdapterState) -> AdapterState:
-    return AdapterState(lora=adapter.lora)

@@ -7,6 +7,7 @@ import random
 import time
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,12 +37,14 @@ def _state(seed: int, tensors: bool = True) -> AdapterState:
 
 
 SENT = Broadcast(round=1, adapter=_state(0), base_version=2, folds=(_state(2, tensors=False),), folds_from=1)
+STEERED = replace(SENT, control=_state(3, tensors=False), counted=1)
 UPDATE = ClientUpdate(client_id=7, adapter=_state(1), num_examples=10, base_version=2, metrics=METRICS)
 INFO = ClientInfo(client_id=3, rank=8, alpha="2r", num_examples=40, rank_pattern={"k_proj": 2})
 
 DECODERS: dict[str, tuple[list[RecordDict], Callable[[RecordDict], object]]] = {
     "broadcast": (
-        [wire.encode_broadcast(SENT, BASE, dtype) for dtype in ("fp32", "bf16")],
+        [wire.encode_broadcast(SENT, BASE, dtype) for dtype in ("fp32", "bf16")]
+        + [wire.encode_broadcast(STEERED, BASE)],
         lambda record: wire.decode_broadcast(record, BASE),
     ),
     "update": (

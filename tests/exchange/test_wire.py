@@ -265,7 +265,7 @@ def test_other_bases_protocols_and_formats_are_refused_by_name():
     with pytest.raises(WireError, match="the server has base model 'abc123', but this side 'def'"):
         wire.decode_broadcast(record, "def")
     record["head"]["protocol"] = 99
-    with pytest.raises(WireError, match="uses protocol 99, but this side 3"):
+    with pytest.raises(WireError, match="uses protocol 99, but this side 4"):
         wire.decode_broadcast(record, BASE)
     record["head"]["protocol"] = wire.PROTOCOL
     record["head"]["dtype"] = "fp8"

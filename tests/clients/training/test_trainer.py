@@ -327,9 +327,8 @@ def test_the_prior_is_the_gradient_of_a_divergence_of_gaussians_and_zero_where_t
 
 def test_an_unknown_term_is_refused():
     terms.check_terms(Plan(terms=(Term("tail", 0.1, 0.5),)))
-    with pytest.raises(
-        ConfigError, match="asks for the term 'twist', this client knows tail, prior, dynamic, complement; install"
-    ):
+    known = "tail, prior, dynamic, control, complement"
+    with pytest.raises(ConfigError, match=f"asks for the term 'twist', this client knows {known}; install"):
         terms.check_terms(Plan(terms=(Term("twist", 0.1),)))
 
 

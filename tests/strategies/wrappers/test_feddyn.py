@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.clients.training import terms
@@ -21,28 +20,10 @@ from fedlora.strategies.methods.ffa import Ffa
 from fedlora.strategies.registry import check_ranks, configured
 from fedlora.strategies.wrappers.feddyn import FedDyn
 from tests.federation import run_locally, tiny
+from tests.naive.quadratics import optimum, quadratics
 
 ALPHA = 1.0
 CLIENTS = [ClientInfo(client_id=i, rank=2, num_examples=5) for i in range(3)]
-
-
-def quadratics() -> tuple[AdapterState, list[Tensor], list[Tensor]]:
-    """A start with a core; for each client, the H and c of `1/2 |H^(1/2) (x - c)|^2` for a factor x of 8 entries."""
-    g = torch.Generator().manual_seed(3)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    factors = LoraFactors(random(2, 5), torch.zeros(4, 2).double(), 1.0)
-    halves = [random(8, 8) for _ in CLIENTS]
-    hessians = [half @ half.T / 8 + 0.1 * torch.eye(8) for half in halves]
-    return AdapterState(lora={"m": factors}), hessians, [2 * random(8) for _ in CLIENTS]
-
-
-def optimum(hessians: list[Tensor], centres: list[Tensor]) -> Tensor:
-    total = sum(hessians)
-    assert isinstance(total, Tensor)
-    return torch.linalg.solve(total, sum(H @ c for H, c in zip(hessians, centres, strict=True)))  # type: ignore[arg-type]
 
 
 def distance(strategy: Strategy, rounds: int, chosen: Any = lambda number: (0, 1, 2)) -> float:
