@@ -74,7 +74,7 @@ class LoraConfig:
     kind: str = option(
         "lora",
         "what is trained beside a layer: lora, miss, randlora, vera, beamlora, lora-xs, loldu, dora, glora, "
-        "mtl-lora, ravan, mixlora or block-lora, or your own as package.module:Class",
+        "mtl-lora, ravan, mixlora, fedalt or block-lora, or your own as package.module:Class",
     )
     kind_options: str = option("", "its options, as 'name=value, name=value'")
     init: str = option(

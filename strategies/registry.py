@@ -82,8 +82,8 @@ def configured(config: Config) -> Strategy:
     From the outside in: `Private` has the privacy stages' places on the server, `Robust` filters the replies, `Restart`
     folds what the optimizer made and drops its moments, `ServerOptimizer` takes the strategy's change of the adapter
     for a gradient, `SampledLayers` narrows the round to some layers, `Routed` averages an adapter kind's experts by
-    their tokens, and `PersonalParts` leaves the kind's personal parts on the clients. `FedDyn` or `Scaffold` takes the
-    place of `ServerOptimizer` and `Restart`.
+    their tokens, `RestOfWorld` sends each client the mean of the others' parts, and `PersonalParts` leaves the kind's
+    personal parts on the clients. `FedDyn` or `Scaffold` takes the place of `ServerOptimizer` and `Restart`.
     """
     strategy: Strategy = STRATEGIES.make(config.strategy.name, config.strategy.options)
     if strategy.replaces_folds and config.anchor.base_update == "merge":
@@ -99,6 +99,10 @@ def configured(config: Config) -> Strategy:
         from .wrappers.personal_parts import PersonalParts
 
         strategy = PersonalParts(strategy, parts=kind.kept)
+    if kind.others:
+        from .wrappers.rest_of_world import RestOfWorld, names_of
+
+        strategy = RestOfWorld(strategy, others=names_of(kind.others, kind.name))
     if kind.counted and strategy.linear:
         from .wrappers.routed import Routed
 

@@ -180,6 +180,11 @@ def _one(
     strategy = registry.STRATEGIES.resolve(source.config.strategy.name)
     facts: dict[str, Any] = {"rank": rank} if rank else {}
     personal = kept_by_clients(source.config)
+    if personal and peft_files.is_own(source.adapter):
+        raise AdapterError(
+            f"{source.adapter}: what lora.kind = {source.config.lora.kind} adds to a layer is no fixed matrix, so that "
+            "a client's own model has no LoRA factors and cannot be exported; train with another lora.kind"
+        )
     if client is None and personal:
         raise ConfigError(
             f"{source.adapter}: with {source.config.strategy.name}, {personal} stays on the clients and there is no "

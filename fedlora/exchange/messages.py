@@ -103,6 +103,7 @@ class Plan:
             personal factors, or from those in the broadcast if it has none yet. Besides "A", "B" and "R", these are
             parts of an adapter kind, by the ends of their tensors' names, such as "mtllora_L". They are never sent
             back.
+        frozen: parts of an adapter kind, by the ends of their tensors' names, that are neither trained nor sent back.
         modules: the modules whose factors are trained and sent back; None: all modules. The factors of other modules
             are not changed. Tensors trained in full are trained and sent back unless `train` is empty.
         terms: the terms that are added to the loss, and projections of the factors.
@@ -113,6 +114,7 @@ class Plan:
     train: frozenset[str] = frozenset({"A", "B"})
     send: frozenset[str] = frozenset({"A", "B"})
     keep: frozenset[str] = frozenset()
+    frozen: frozenset[str] = frozenset()
     modules: frozenset[str] | None = None
     terms: tuple[Term, ...] = ()
     begun: int = 1
@@ -121,7 +123,10 @@ class Plan:
     def sent_back(self, adapter: AdapterState) -> AdapterState:
         """The part of the adapter that is sent back: the factors of the plan's modules, and all shared tensors."""
         lora = {n: f for n, f in adapter.lora.items() if self.modules is None or n in self.modules}
-        return AdapterState(lora=lora, tensors={n: t for n, t in adapter.tensors.items() if not self.keeps(n)})
+        here = self.keep - _FACTORS | self.frozen
+        return AdapterState(
+            lora=lora, tensors={n: t for n, t in adapter.tensors.items() if n.rpartition(".")[2] not in here}
+        )
 
     def keeps(self, tensor: str) -> bool:
         """Whether the tensor of this name is a personal part of an adapter kind."""

@@ -46,7 +46,7 @@ from .injection import (
     ties_may_be_adapted,
 )
 from .injection import shapes as base_shapes
-from .parts import constants_of, factored, fp32_copy, place_of, placed, read_parts, trained_parts
+from .parts import constants_of, factored, fp32_copy, has_gradient, place_of, placed, read_parts, trained_parts
 from .trainable import Pair, Trainable
 
 
@@ -347,7 +347,10 @@ def _set_parts(
     device = layer.get_base_layer().weight.device
     place, parts = placed(model.kind, name, layer, adapter)
     own = {
-        part: nn.Parameter(value.to(device, torch.float32, copy=True), requires_grad=trained)  # pyright: ignore
+        part: nn.Parameter(
+            value.to(device, torch.float32, copy=True),  # pyright: ignore
+            requires_grad=has_gradient(model.kind, part, trained),
+        )
         for part, value in parts.items()
     }
     made = Functional(model.kind, place, own, constants_of(model, place), model.sights.get(name) or model.mask)

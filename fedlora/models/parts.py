@@ -51,6 +51,11 @@ def placed(kind: AdapterKind, name: str, layer: LoraLayer, adapter: AdapterState
     return place, parts
 
 
+def has_gradient(kind: AdapterKind, part: str, trained: bool) -> bool:
+    """Whether a part gets a gradient in a module that is trained, or not: what holds the others' mean is frozen."""
+    return trained and part not in kind.others
+
+
 def trained_parts(kind: AdapterKind, parts: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
     """The parts that an optimizer changes: those with a gradient, but not the one that counts."""
     return [value for part, value in parts.items() if part != kind.counted and value.requires_grad]

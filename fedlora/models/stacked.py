@@ -25,7 +25,7 @@ from fedlora.common.errors import AdapterError
 from .adapted import AdaptedModel, install, install_anchor
 from .functional import Functional, FunctionalStack, Nothing
 from .injection import ADAPTER
-from .parts import fp32_copy, placed, read_parts, trained_parts
+from .parts import fp32_copy, has_gradient, placed, read_parts, trained_parts
 from .trainable import Pair, Trainable
 
 
@@ -155,8 +155,8 @@ class Stack:
             raise NotStackable(f"{self._kind.name} adapters of unequal ranks cannot share a batch")
         parts = [{part: _own(value, one.weight.device) for part, value in own.items()} for _, own in found]
         for own in parts:
-            for parameter in own.values():
-                parameter.requires_grad_(trained)
+            for part, parameter in own.items():
+                parameter.requires_grad_(has_gradient(self._kind, part, trained))
         self._functional[name] = FunctionalStack(one, parts, self)
         self._parts[name] = parts
         return parts

@@ -48,6 +48,7 @@ PLAN = Plan(
     train=frozenset("B"),
     send=frozenset("B"),
     keep=frozenset({"A", "mtllora_L"}),
+    frozen=frozenset({"fedalt_C"}),
     modules=frozenset(["q"]),
     begun=2,
     span=4,
@@ -89,7 +90,8 @@ def test_a_probe_is_a_list_of_finite_numbers(probe):
 
 def test_personal_parts_of_a_kind_are_not_sent_back():
     tensors = {"q.mtllora_L": torch.eye(2), "q.mtllora_A": torch.ones(2, 3), "mtllora_L.weight": torch.ones(1)}
-    plan = Plan(keep=frozenset({"B", "mtllora_L"}))
+    tensors["q.fedalt_C"] = torch.ones(1)
+    plan = Plan(keep=frozenset({"B", "mtllora_L"}), frozen=frozenset({"fedalt_C"}))
     assert set(plan.sent_back(AdapterState(tensors=tensors)).tensors) == {"q.mtllora_A", "mtllora_L.weight"}
     assert plan.kept_factors == {"B"}
 

@@ -177,4 +177,4 @@ def test_coarse_uploads_and_a_head_beside_the_parts(tmp_path, tiny_llama, comman
 
 
 def test_kinds_with_a_matrix_are_all_others():
-    assert [name for name in KINDS.names if not KINDS.load(name).matrix] == ["mixlora"]
+    assert [name for name in KINDS.names if not KINDS.load(name).matrix] == ["mixlora", "fedalt"]

@@ -67,6 +67,13 @@ RUNS: dict[str, dict[str, Scalar]] = {
         **EQUAL,
     },
     "dora": {"lora.kind": "dora", "strategy.name": "fedavg", **EQUAL},
+    "fedalt-int8": {
+        "lora.kind": "fedalt",
+        "strategy.name": "fedavg",
+        "wire.upload-dtype": "int8",
+        **PERSONAL,
+        **EQUAL,
+    },
     "mixlora-int8": {
         "lora.kind": "mixlora",
         "lora.kind-options": "experts=3",
@@ -75,7 +82,7 @@ RUNS: dict[str, dict[str, Scalar]] = {
         **EQUAL,
     },
 }
-QUICK = ("flora", "lora-fair-int8", "fedsa", "flora-eva-ranks", "flora-flexora", "mtl-lora-int8")
+QUICK = ("flora", "lora-fair-int8", "fedsa", "flora-eva-ranks", "flora-flexora", "mtl-lora-int8", "fedalt-int8")
 
 
 class Killed(BaseException):

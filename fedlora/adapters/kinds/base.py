@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -70,6 +71,8 @@ class AdapterKind(ABC):
         matrix: False if what is added to the output is no fixed matrix times x. Such an adapter has no `factors`: it is
             saved as its parts, and cannot be a LoRA checkpoint, or merged.
         personal: parts that stay on the client from round to round, and are never sent to the server.
+        others: a part -> the part whose mean over the other clients it holds. The server sends such means, and clients
+            neither train them nor send them back. Each client goes on from its own parts, which the server keeps.
         counted: a part [E, 1] that no optimizer trains, for a kind with E experts; "": none. `forward` counts in the
             gradient of this part how many tokens each expert had. What a client sends are shares, whose sum is 1.
         routed: the parts [E, ...] whose slices are averaged over clients by these shares too; see `counted`.
@@ -85,6 +88,7 @@ class AdapterKind(ABC):
     factored: ClassVar[bool] = True
     matrix: ClassVar[bool] = True
     personal: ClassVar[frozenset[str]] = frozenset()
+    others: ClassVar[Mapping[str, str]] = MappingProxyType({})
     counted: ClassVar[str] = ""
     routed: ClassVar[frozenset[str]] = frozenset()
 

@@ -24,5 +24,6 @@ KINDS = Registry(
         "mtl-lora": "fedlora.adapters.kinds.mtl_lora:MtlLora",
         "ravan": "fedlora.adapters.kinds.ravan:Ravan",
         "mixlora": "fedlora.adapters.kinds.mix_lora:MixLora",
+        "fedalt": "fedlora.adapters.kinds.fed_alt:FedAlt",
     },
 )
