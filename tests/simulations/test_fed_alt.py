@@ -17,6 +17,7 @@ from fedlora.exchange import ClientInfo
 from fedlora.models import adapted
 from fedlora.results.run_folder import folder_of
 from fedlora.simulations import personal
+from fedlora.simulations.comparison import cell as cells
 from fedlora.simulations.engines import flower
 from fedlora.strategies.base import ServerState
 from fedlora.strategies.registry import configured
@@ -25,6 +26,7 @@ from fedlora.tasks.predict import evaluate
 from tests.device import bound
 from tests.federation import run_locally, tiny, write_labels
 from tests.naive.fedalt import mean_of_others
+from tests.simulations.comparison.test_cell import classes, grid_of
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +138,23 @@ def test_what_needs_one_matrix_is_refused_in_a_sentence(tmp_path, tiny_llama, co
     assert code == 1
     assert "fedalt_G stays on the clients" in refused
     assert command("report", folder)[0] == 0
+
+
+def test_a_comparison_scores_each_clients_own_model(tmp_path, tiny_bert, monkeypatch):
+    keys = {"lora.kind": "fedalt", "lora.ranks": "", "lora.rank": 2, "federation.rounds": 2}
+    (cell,) = grid_of(tmp_path, classes(tmp_path, tiny_bert, **keys), ["fedavg"]).cells
+    learned: list[AdapterState] = []
+    seen = cells._scores
+    monkeypatch.setattr(cells, "_scores", lambda config, states: learned.extend(states) or seen(config, states))
+    found = cells.run(cell, tmp_path / "work")
+    one, other = (state.tensors for state in learned)
+    for name, value in one.items():
+        if name.endswith(("_C", "_D")):  # of two clients, the others' mean is the other
+            part = name[:-1] + {"C": "A", "D": "B"}[name[-1]]
+            torch.testing.assert_close(value, other[part])
+            torch.testing.assert_close(other[name], one[part])
+            assert value.any()
+    assert set(found["scores"]["test"]["clients"]) == {"0", "1"}
 
 
 @pytest.mark.slow
