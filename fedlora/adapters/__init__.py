@@ -1,6 +1,7 @@
 """LoRA adapters as values, and their algebra."""
 
 from .algebra import (
+    Sum,
     compress,
     concatenate,
     count_numbers,
@@ -16,6 +17,7 @@ from .algebra import (
     relative_error,
     stack,
     svd_each,
+    svd_of_sums,
     truncate,
 )
 from .state import AdapterState, LoraFactors, fill_missing, keep_factors, map_tensors, not_finite, to_fp32
@@ -23,6 +25,7 @@ from .state import AdapterState, LoraFactors, fill_missing, keep_factors, map_te
 __all__ = [
     "AdapterState",
     "LoraFactors",
+    "Sum",
     "compress",
     "concatenate",
     "count_numbers",
@@ -42,6 +45,7 @@ __all__ = [
     "relative_error",
     "stack",
     "svd_each",
+    "svd_of_sums",
     "to_fp32",
     "truncate",
 ]

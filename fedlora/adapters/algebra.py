@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +21,7 @@ from . import lowrank
 from .state import AdapterState, LoraFactors, to_fp32
 
 # Numbers of a batch of equal modules: large enough that Python's loop does not show, small beside a model.
-_AT_ONCE = 1 << 23
+_AT_ONCE = 1 << 20
 _ROUNDING = torch.finfo(torch.float32).eps / 2
 
 
@@ -80,6 +83,25 @@ def count_numbers(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]
     return sum(rank * sum(shapes[module]) for module, rank in ranks.items())
 
 
+@dataclass(frozen=True)
+class Sum:
+    """`sum_k w_k dW_k` of one module, not yet computed.
+
+    Args:
+        parts: at least one, of any ranks.
+        weights: w_k of each.
+    """
+
+    parts: Sequence[LoraFactors]
+    weights: Sequence[float]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of the result: fp64 if a factor is fp64, else fp32."""
+        wide = any(factor.dtype == torch.float64 for p in self.parts for factor in (p.A, p.B))
+        return torch.float64 if wide else torch.float32
+
+
 def stack(parts: Sequence[LoraFactors], weights: Sequence[float] | None = None) -> LoraFactors:
     """Factors whose product is exactly `sum_k w_k dW_k`: B = [B_1|...], A = [w_1 s_1 A_1; ...], scaling 1.
 
@@ -87,11 +109,24 @@ def stack(parts: Sequence[LoraFactors], weights: Sequence[float] | None = None) 
     as they are, so that differences are stacks too: `stack([x, y], [1.0, -1.0])`.
     """
     w = [1.0] * len(parts) if weights is None else weights
-    return LoraFactors(
-        A=torch.cat([(wk * p.scaling) * to_fp32(p.down) for wk, p in zip(w, parts, strict=True)]),
-        B=torch.cat([to_fp32(p.B) for p in parts], dim=1),
-        scaling=1.0,
-    )
+    B = torch.cat([to_fp32(p.B) for p in parts], dim=1)
+    return LoraFactors(A=_scaled_rows(parts, w), B=B, scaling=1.0)
+
+
+def _scaled_rows(parts: Sequence[LoraFactors], weights: Sequence[float], out: Tensor | None = None) -> Tensor:
+    """A = [w_1 s_1 A_1; ...], written to `out` if it is given."""
+    A = torch.cat([to_fp32(p.down) for p in parts], out=out)
+    scales = tuple(weight * p.scaling for weight, p in zip(weights, parts, strict=True))
+    if any(scale != 1 for scale in scales):
+        A.mul_(_row_scales(scales, tuple(p.rank for p in parts), A.dtype, A.device))
+    return A
+
+
+@lru_cache(maxsize=64)
+def _row_scales(scales: tuple[float, ...], ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A column with the k-th scale in as many rows as the k-th rank, [sum(ranks), 1]; most modules have the same."""
+    rows = [scale for scale, rank in zip(scales, ranks, strict=True) for _ in range(rank)]
+    return torch.tensor(rows, dtype=dtype, device=device)[:, None]
 
 
 def concatenate(parts: Sequence[AdapterState]) -> AdapterState:
@@ -127,27 +162,65 @@ def _core_norm(factors: LoraFactors) -> float:
     return abs(factors.scaling) * float(torch.linalg.norm(r_b @ r_a.T))
 
 
-def svd_each(lora: Mapping[str, LoraFactors], rank: int = 0, whole: bool = False) -> dict[str, lowrank.Svd]:
-    """The thin SVD of every module's dW: `U [d_out, k], S [k], Vh [k, d_in]` in fp64, k = min(R, d_out, d_in).
-
-    Modules of equal shapes go through `lowrank.product_svd` together.
+def svd_each(lora: Mapping[str, LoraFactors], rank: lowrank.Rank = 0, whole: bool = False) -> dict[str, lowrank.Svd]:
+    """The thin SVD of every module's dW; see `svd_of_sums`.
 
     Args:
         lora: module name -> factors, of any ranks.
-        rank: the number of leading components to return; 0: all.
-        whole: as for `lowrank.product_svd`; slower, and no component is lost for being small.
+        rank: as for `svd_of_sums`.
+        whole: as for `svd_of_sums`.
     """
-    alike: dict[tuple[int, int, int], list[str]] = {}
-    for name, f in lora.items():
-        alike.setdefault((f.B.shape[0], f.rank, f.A.shape[1]), []).append(name)
+    return svd_of_sums({name: Sum([f], [1.0]) for name, f in lora.items()}, rank, whole)
+
+
+def svd_of_sums(sums: Mapping[str, Sum], rank: lowrank.Rank = 0, whole: bool = False) -> dict[str, lowrank.Svd]:
+    """The thin SVD of every module's sum: `U [d_out, k], S [k], Vh [k, d_in]`, k = min(R, d_out, d_in).
+
+    R is the sum of the parts' ranks. Modules of equal shapes go through `lowrank.product_svd` together, and only their
+    parts are stacked at that time.
+
+    Args:
+        sums: module name -> sum of updates of any ranks.
+        rank: the number of leading components to return, at most; 0: all. A function is given all singular values of
+            one module, [k], and returns this module's number.
+        whole: as for `lowrank.product_svd`; slower, and no component is lost for being small.
+
+    Returns:
+        S in fp64; U and Vh in fp32 or fp64, as `lowrank` says.
+    """
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for name, total in sums.items():
+        first = total.parts[0]
+        key = first.B.shape[0], sum(p.rank for p in total.parts), first.A.shape[1], total.dtype, first.A.device
+        alike.setdefault(key, []).append(name)
     found: dict[str, lowrank.Svd] = {}
-    for (d_out, r, d_in), group in alike.items():
-        for names in in_chunks(group, (d_out + d_in) * r):
-            B = torch.stack([lora[name].B for name in names])
-            A = torch.stack([lora[name].scaling * to_fp32(lora[name].down) for name in names])
-            u, s, vh = lowrank.product_svd(B, A, rank, whole)
-            found |= {name: (u[i], s[i], vh[i]) for i, name in enumerate(names)}
-    return {name: found[name] for name in lora}
+    for shape, group in alike.items():
+        d_out, R, d_in, dtype, device = shape
+        for names in in_chunks(group, (d_out + d_in) * R):
+            B = torch.empty(len(names), d_out, R, dtype=dtype, device=device)
+            A = torch.empty(len(names), R, d_in, dtype=dtype, device=device)
+            for i, name in enumerate(names):
+                torch.cat([to_fp32(p.B) for p in sums[name].parts], dim=1, out=B[i])
+                _scaled_rows(sums[name].parts, sums[name].weights, out=A[i])
+            found |= _svd_of_batch(names, B, A, rank, whole)
+    return {name: found[name] for name in sums}
+
+
+def _svd_of_batch(
+    names: Sequence[str], B: Tensor, A: Tensor, rank: lowrank.Rank, whole: bool
+) -> dict[str, lowrank.Svd]:
+    """The SVD of every B @ A of a batch, by its name, each with its own number of components."""
+    if isinstance(rank, int):
+        u, s, vh = lowrank.product_svd(B, A, rank, whole)
+        return {name: (u[i], s[i], vh[i]) for i, name in enumerate(names)}
+    numbers: list[int] = []
+
+    def most(s: Tensor) -> int:
+        numbers[:] = [rank(row) for row in s]
+        return max(numbers)
+
+    u, s, vh = lowrank.product_svd(B, A, most, whole)
+    return {name: (u[i, :, :k], s[i, :k], vh[i, :k]) for i, (name, k) in enumerate(zip(names, numbers, strict=True))}
 
 
 def in_chunks(names: Sequence[str], numbers: int) -> Iterator[Sequence[str]]:
@@ -167,7 +240,7 @@ def leading(svd: lowrank.Svd, rank: int, scaling: float = 1.0, dtype: torch.dtyp
         dtype: of the factors.
     """
     u, s, vh = svd
-    root = (s[:rank] / scaling).sqrt()
+    root = (s[:rank] / scaling).sqrt().to(u.dtype)
     return LoraFactors(A=(root[:, None] * vh[:rank]).to(dtype), B=(u[:, :rank] * root).to(dtype), scaling=scaling)
 
 
@@ -185,19 +258,37 @@ def truncate(factors: LoraFactors, rank: int, scaling: float = 1.0) -> LoraFacto
 def compress(lora: Mapping[str, LoraFactors], max_rank: int = 0) -> dict[str, LoraFactors]:
     """The same updates at the smallest rank (at least 1) that keeps them to fp32's rounding, or at `max_rank`.
 
-    What is dropped has a Frobenius norm of at most 2^-24 of the whole update's, the rounding of one fp32 number.
+    What is dropped has a Frobenius norm of at most 2^-24 of the whole update's, the rounding of one fp32 number. An
+    update of full rank is kept as the matrix itself, beside an identity: no factors of it are smaller, and it needs no
+    SVD.
 
     Args:
         lora: module name -> factors, of any ranks.
         max_rank: the largest rank that is kept, whatever is lost by it; 0: no such limit.
     """
-    small: dict[str, LoraFactors] = {}
-    for name, svd in svd_each(lora, whole=True).items():
+    small = {name: full for name, f in lora.items() if (full := _of_full_rank(f, max_rank)) is not None}
+    rest = {name: f for name, f in lora.items() if name not in small}
+    for name, svd in svd_each(rest, whole=True).items():
         _, s, _ = svd
         tails = s.square().flip(0).cumsum(0).flip(0).sqrt()  # of what is lost without component i and those after it
         rank = max(1, int((tails > _ROUNDING * tails[0]).sum()))
         small[name] = leading(svd, min(rank, max_rank) if max_rank else rank, dtype=to_fp32(lora[name].A).dtype)
-    return small
+    return {name: small[name] for name in lora}
+
+
+def _of_full_rank(factors: LoraFactors, max_rank: int) -> LoraFactors | None:
+    """dW and an identity as factors of the smallest rank that can hold it; None if a smaller rank may do, or must."""
+    d_out, d_in = factors.B.shape[0], factors.A.shape[1]
+    size = min(d_out, d_in)
+    if factors.rank < size or 0 < max_rank < size:
+        return None
+    product = factors.scaling * (factors.B.double() @ factors.down.double())
+    if not lowrank.surely_full_rank(product):
+        return None
+    whole = product.to(to_fp32(factors.A).dtype)
+    one = torch.eye(size, dtype=whole.dtype, device=whole.device)
+    A, B = (whole, one) if d_out <= d_in else (one, whole)
+    return LoraFactors(A=A, B=B, scaling=1.0)
 
 
 def pruned_rank(rank: int, gamma: float) -> int:

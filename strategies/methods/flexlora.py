@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from fedlora.adapters import AdapterState, LoraFactors, leading, stack, svd_each
+from fedlora.adapters import AdapterState, LoraFactors, Sum, leading, stack, svd_of_sums
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
@@ -81,16 +81,17 @@ class FlexLora(Strategy):
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The components of the mean update, strongest first. A module or tensor in no reply keeps its value."""
         parts, dense = gather(updates, number)
-        stacks = {name: stack(part.factors, part.shares) for name, part in parts.items()}
+        sums = {name: Sum(part.factors, part.shares) for name, part in parts.items()}
         if self.keep_tail and state.folds.version:
-            stacks = {name: stack([f, anchors(state, name, parts[name])]) for name, f in stacks.items()}
+            tails_sent = {name: anchors(state, name, part) for name, part in parts.items()}
+            sums = {n: Sum([*s.parts, tails_sent[n]], [*s.weights, 1.0]) for n, s in sums.items()}
         lora, tails = dict[str, LoraFactors](), dict[str, LoraFactors]()
         held, limit = state.adapter.lora, state.folds.max_rank if self.keep_tail else 0
         befores = {name: held.get(name, max(part.factors, key=lambda f: f.rank)) for name, part in parts.items()}
         largest = max((before.rank for before in befores.values()), default=0)
         whole = self.keep_tail or self.fold_tail
-        for name, svd in svd_each(stacks, self._kept(largest, limit), whole=whole).items():
-            before, dtype = befores[name], stacks[name].A.dtype
+        for name, svd in svd_of_sums(sums, self._kept(largest, limit), whole=whole).items():
+            before, dtype = befores[name], sums[name].dtype
             lora[name] = strongest(svd, before, dtype)
             rank, count = before.rank, known(svd)
             kept = min(count, self._kept(rank, limit) or count)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from fedlora.adapters import AdapterState, leading, stack, svd_each, to_fp32
+from fedlora.adapters import AdapterState, Sum, leading, svd_of_sums
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
@@ -50,11 +50,9 @@ class Florist(Strategy):
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The truncated mean update as one more fold, and a new adapter for the next round."""
         parts, dense = gather(updates, number)
-        stacks = {name: stack(part.factors, part.shares) for name, part in parts.items()}
-        fold = {
-            name: leading(svd, energy_rank(svd[1], self.tau), dtype=to_fp32(stacks[name].A).dtype)
-            for name, svd in svd_each(stacks, whole=self.tau == 1).items()
-        }
+        sums = {name: Sum(part.factors, part.shares) for name, part in parts.items()}
+        kept = svd_of_sums(sums, lambda s: energy_rank(s, self.tau), whole=self.tau == 1)
+        fold = {name: leading(svd, len(svd[1]), dtype=sums[name].dtype) for name, svd in kept.items()}
         fresh = restart(state.adapter, state.seed, number + 1)
         return replace(state.updated(fresh.lora, dense), folds=state.folds.push(AdapterState(lora=fold)))
 
