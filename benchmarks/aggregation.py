@@ -1,6 +1,7 @@
 """Every strategy's aggregation against the naive dense form, PEFT's own, and the time to read what was uploaded.
 
     python -m benchmarks.aggregation [--quick] [--only fedavg,flexlora]
+    python -m benchmarks.aggregation --plain [--threads 1]
 
 Three tables, and benchmarks/results/aggregation.json:
 
@@ -11,6 +12,10 @@ Three tables, and benchmarks/results/aggregation.json:
    floor, for equal ranks), `products` what the strategy's own matrix products and small decompositions cost when
    they are called on bare tensors of these shapes, without the rest.
 3. Peak memory of fedavg over 10 and over 1,000 streamed clients, each in a process of its own.
+
+`--plain` measures instead, by turns in one process, the plain forms of three strategies and ours: the stack of the
+factors, its QR-SVD (as NVFlare computes it), and the bare concatenation of the scaled factors. It writes
+benchmarks/results/aggregation-plain-<threads>.json. With one thread, these are seconds of the processor.
 
 Seconds are the best of several. Replies are random; rank 16 stands for every client where a method wants one rank.
 """
@@ -23,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -90,15 +95,15 @@ def prepare(name: str, shapes: Shapes, ranks: Sequence[int], options: Mapping[st
         asked = [first.ask(state.adapter, client) for client in clients[:2]]
         state = strategy.begin(state, replies(asked, clients[:2]), first)
     state = strategy.aggregate(state, list(replies(sent(strategy, state, clients[:2], 1), clients[:2])), 1)
-    return Round(strategy, state, list(replies(sent(strategy, state, clients, 2), clients)), 2)
+    return Round(strategy, state, list(replies(sent(strategy, state, clients, 2), clients, 2)), 2)
 
 
 def sent(strategy: Strategy, state: ServerState, clients: Sequence[ClientInfo], number: int) -> Iterator[Broadcast]:
     return (strategy.broadcast(state, client, number) for client in clients)
 
 
-def replies(broadcasts: Iterable[Broadcast], clients: Sequence[ClientInfo]) -> Iterator[ClientUpdate]:
-    generator = torch.Generator().manual_seed(1)
+def replies(broadcasts: Iterable[Broadcast], clients: Sequence[ClientInfo], seed: int = 1) -> Iterator[ClientUpdate]:
+    generator = torch.Generator().manual_seed(seed)
     for sent, client in zip(broadcasts, clients, strict=True):
 
         def trained(tensor: Tensor, part: str, upload: frozenset[str] = sent.plan.send) -> Tensor:
@@ -317,6 +322,83 @@ def streamed(clients: int) -> int:
     return most - before
 
 
+def concatenated(updates: Sequence[ClientUpdate], module: str) -> tuple[Tensor, Tensor]:
+    """`[B_1|...|B_K]` and `[p_1 s_1 A_1; ...]` of one module: what `flora` folds."""
+    ups, downs, _ = parts_of(updates, module)
+    return torch.cat(ups, dim=1), torch.cat(downs)
+
+
+def qr_svd(updates: Sequence[ClientUpdate], rank: int, tau: float = 0.0) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each module's mean update by the QRs of its stacked factors and the SVD of their core, all in fp32.
+
+    Args:
+        updates: of all clients.
+        rank: the number of components that are kept.
+        tau: if above 0, the share of the energy that is kept instead.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for module in updates[0].adapter.lora:
+        B, A = concatenated(updates, module)
+        q_b, r_b = torch.linalg.qr(B)
+        q_a, r_a = torch.linalg.qr(A.T)
+        u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        energy = s.square().cumsum(0)
+        kept = int((energy < tau * energy[-1]).sum()) + 1 if tau else rank
+        root = s[:kept].sqrt()
+        found[module] = q_b @ (u[:, :kept] * root), (root[:, None] * vh[:kept]) @ q_a.T
+    return found
+
+
+def by_turns(functions: Sequence[Callable[[], object]], most_seconds: float = 45.0, most: int = 9) -> list[float]:
+    """The shortest time of each function, each called at most so often, one after the other, after a first round."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    times: list[list[float]] = [[] for _ in functions]
+    began = time.perf_counter()
+    for turn in range(most + 1):
+        for function, its in zip(functions, times, strict=True):
+            start = clock()
+            function()
+            its.append(clock() - start)
+        if turn and time.perf_counter() - began > most_seconds:
+            break
+    return [min(its[1:]) for its in times]
+
+
+def plain_forms() -> list[dict[str, Any]]:
+    """The table of `--plain`."""
+    attention = {n: s for n, s in SMOLLM2.items() if n.split(".")[1] in _ATTENTION}
+    cases: list[tuple[str, Shapes, Sequence[int]]] = [
+        ("one 4096 x 4096, 10 unequal", ONE, TEN),
+        ("one 4096 x 4096, 10 of rank 8", ONE, [8] * 10),
+        ("one 4096 x 4096, 10 of rank 16", ONE, [16] * 10),
+        ("one 4096 x 4096, 10 of rank 64", ONE, [64] * 10),
+        ("SmolLM2-135M q, k, v, o, 10 of rank 8", attention, [8] * 10),
+        ("SmolLM2-135M q, k, v, o, 10 unequal", attention, TEN),
+        ("SmolLM2-135M all linear, 10 of rank 16", SMOLLM2, [16] * 10),
+        ("SmolLM2-135M q, k, v, o, 10 of rank 64", attention, [64] * 10),
+    ]
+    rows: list[dict[str, Any]] = []
+    for case, shapes, ranks in cases:
+        flex, florist, flora = (prepare(name, shapes, ranks) for name in ("flexlora", "florist", "flora"))
+        top = max(ranks)
+        loose = replace(flora, state=replace(flora.state, folds=replace(flora.state.folds, compact=False)))
+        seconds = by_turns(
+            [
+                lambda r=flex, top=top: qr_svd(r.updates, top),
+                flex.aggregate,
+                lambda r=florist, top=top: qr_svd(r.updates, top, 0.99),
+                florist.aggregate,
+                lambda r=flora: [concatenated(r.updates, module) for module in r.updates[0].adapter.lora],
+                loose.aggregate,
+                flora.aggregate,
+            ]
+        )
+        names = ("qr-svd", "flexlora", "qr-svd-tau", "florist", "concatenation", "flora-stack", "flora")
+        rows.append({"case": case, "threads": torch.get_num_threads(), **dict(zip(names, seconds, strict=True))})
+        print(f"  {case}: {rows[-1]}", file=sys.stderr, flush=True)
+    return rows
+
+
 def memory() -> list[dict[str, int]]:
     """Table 3."""
     rows = []
@@ -332,7 +414,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="ten clients only")
     parser.add_argument("--only", default=",".join(NAMES), help="strategies of the second table")
     parser.add_argument("--streamed", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--plain", action="store_true", help="the plain forms of flexlora, florist and flora alone")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.plain:
+        write(f"aggregation-plain-{options.threads}", {"cases": plain_forms()})
+        return
     if options.streamed:
         print(streamed(options.streamed))
         return

@@ -277,3 +277,23 @@ def test_relative_error_of_missing_modules_and_of_nothing() -> None:
     assert relative_error({}, {"m": f}) == pytest.approx(1.0)
     assert relative_error({"m": zero}, {"m": zero}) == 0.0
     assert relative_error({"m": f}, {"m": zero}) == math.inf
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(12, 20), (20, 12), (12, 12)])
+@pytest.mark.parametrize("limit", [0, 12, 30])
+def test_compress_keeps_an_update_of_full_rank_as_a_matrix_beside_an_identity(d_out, d_in, limit):
+    g = torch.Generator().manual_seed(3)
+    wide = LoraFactors(torch.randn(25, d_in, generator=g), torch.randn(d_out, 25, generator=g), scaling=0.5)
+    small = compress({"m": wide}, limit)["m"]
+    assert small.rank == 12
+    exact = 0.5 * wide.B.double() @ wide.A.double()
+    assert float((small.B.double() @ small.A.double() - exact).norm()) <= 2**-24 * float(exact.norm())
+    assert any(torch.equal(factor, torch.eye(12)) for factor in (small.A, small.B))
+
+
+def test_compress_finds_the_rank_of_many_dependent_factors():
+    g = torch.Generator().manual_seed(3)
+    one = LoraFactors(torch.randn(5, 20, generator=g), torch.randn(12, 5, generator=g), scaling=1.0)
+    small = compress({"m": stack([one] * 4, [1.0, 2.0, 3.0, 4.0])})["m"]
+    assert small.rank == 5
+    torch.testing.assert_close(small.B @ small.A, 10 * one.B @ one.A, rtol=0, atol=1e-4)

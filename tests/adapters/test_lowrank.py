@@ -105,3 +105,78 @@ def test_svd_each_groups_modules_of_unlike_shapes() -> None:
     assert list(found) == list(shapes)
     for name, f in lora.items():
         torch.testing.assert_close(rebuilt(found[name]), 2.0 * f.B @ f.A)
+
+
+def hard_sum(case: str, n: int = 3) -> tuple[Tensor, Tensor]:
+    """fp32 factors B [n, 60, 24], A [n, 24, 50] of a sum that is hard to decompose."""
+    B, A = normal(n, 60, 24), normal(n, 24, 50, seed=1)
+    if case == "ill-conditioned":
+        B, A = torch.linalg.qr(B).Q, torch.linalg.qr(A.mT).Q.mT
+        B = B * torch.logspace(0, -6, 24, dtype=torch.float64)
+        mix = torch.linalg.qr(normal(n, 24, 24, seed=2)).Q
+        B, A = B @ mix, mix.mT @ A
+    elif case == "rank-deficient":
+        B, A = B[..., :8] @ normal(n, 8, 24, seed=2), normal(n, 24, 8, seed=3) @ A[..., :8, :]
+    elif case == "duplicated":
+        B, A = torch.cat([B[..., :6]] * 4, dim=-1), torch.cat([A[..., :6, :]] * 4, dim=-2)
+    elif case == "near-parallel":
+        B, A = B + 30 * B[..., :1], A + 30 * A[..., :1, :]
+    elif case == "denormal":
+        B = B * 1e-40
+    elif case == "zero":
+        B = B * 0
+    return B.float(), A.float()
+
+
+@pytest.mark.parametrize("rank", [0, 5, 16])
+@pytest.mark.parametrize(
+    "case", ["random", "ill-conditioned", "rank-deficient", "duplicated", "near-parallel", "denormal", "zero"]
+)
+def test_fp32_factors_keep_the_digits_of_fp32(case: str, rank: int) -> None:
+    """Beside the fp64 SVD of the dense product. What U and Vh lose is the rounding of fp32, whatever was squared."""
+    B, A = hard_sum(case)
+    exact = torch.linalg.svd(B.double() @ A.double(), full_matrices=False)
+    u, s, vh = lowrank.product_svd(B, A, rank)
+    k = rank or 24
+    assert (s.dtype, u.dtype, vh.dtype) == (torch.float64, torch.float32, torch.float32)
+    top = exact.S[:, :1]
+    assert ((s - exact.S[:, :k]).abs() <= 3e-7 * top).all()
+    best = (exact.U[..., :k] * exact.S[:, None, :k]) @ exact.Vh[..., :k, :]
+    missed = torch.linalg.matrix_norm((u.double() * s[:, None, :]) @ vh.double() - best)
+    assert (missed <= 2e-6 * top[:, 0]).all()
+    for i in range(len(s)):
+        kept = s[i] > 1e-3 * top[i]
+        one = torch.eye(int(kept.sum())).double()
+        torch.testing.assert_close(u[i, :, kept].double().T @ u[i, :, kept].double(), one, rtol=0, atol=3e-6)
+        torch.testing.assert_close(vh[i, kept].double() @ vh[i, kept].double().T, one, rtol=0, atol=3e-6)
+
+
+def test_a_function_chooses_how_many_components_each_module_keeps() -> None:
+    lora = {
+        name: LoraFactors(
+            normal(r, 30, seed=r).float(), normal(40, r, seed=r + 1).float() * 0.5 ** torch.arange(r), 1.0
+        )
+        for name, r in {"a": 6, "b": 6, "c": 9}.items()
+    }
+    lora["b"] = LoraFactors(lora["b"].A * 0, lora["b"].B, 1.0)
+    every = svd_each(lora)
+    found = svd_each(lora, lambda s: max(1, int((s > 0.2 * s[0]).sum())))
+    for name, (u, s, vh) in found.items():
+        known = every[name][1]
+        assert len(s) == max(1, int((known > 0.2 * known[0]).sum()))
+        assert (u.shape[1], len(vh)) == (len(s), len(s))
+        torch.testing.assert_close(s, known[: len(s)])
+        torch.testing.assert_close(u, every[name][0][:, : len(s)])
+    assert len({len(s) for _, s, _ in found.values()}) > 1
+
+
+def test_whether_a_matrix_has_full_rank() -> None:
+    full = normal(20, 30)
+    assert lowrank.surely_full_rank(full)
+    assert lowrank.surely_full_rank(full.T)
+    assert lowrank.surely_full_rank(1e-20 * full)
+    assert not lowrank.surely_full_rank(normal(20, 19) @ normal(19, 30, seed=1))
+    assert not lowrank.surely_full_rank(torch.zeros(20, 30))
+    u, s, vh = torch.linalg.svd(full, full_matrices=False)
+    s[-1] = 1e-7 * s.norm()
+    assert not lowrank.surely_full_rank((u * s) @ vh)
