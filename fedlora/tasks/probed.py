@@ -75,18 +75,15 @@ class Probed(PreTrainedModel):
             return torch.empty(len(input_ids), self.config.hidden_size, device="meta")
         tokens, lengths = input_ids.cpu().numpy(), attention_mask.sum(dim=1).tolist()
         keys = [row[:length].tobytes() for row, length in zip(tokens, lengths, strict=True)]
-        new = {key: at for at, key in enumerate(keys) if key not in self._known}
-        if new:
-            at = torch.tensor([*new.values()], device=input_ids.device)
-            self._known |= dict(zip(new, self._read(input_ids[at], attention_mask[at]), strict=True))
+        for at, (key, length) in enumerate(zip(keys, lengths, strict=True)):
+            if key not in self._known:  # read alone, so that its digits do not depend on the texts beside it
+                self._known[key] = self._read(input_ids[at, :length])
         return torch.stack([self._known[key] for key in keys])
 
     @torch.no_grad()
-    def _read(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
-        return nn.functional.normalize(mean, dim=1) * mean.shape[1] ** 0.5
+    def _read(self, tokens: Tensor) -> Tensor:
+        mean = self.encoder(input_ids=tokens[None]).last_hidden_state[0].mean(dim=0)
+        return nn.functional.normalize(mean, dim=0) * len(mean) ** 0.5
 
 
 def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -93,6 +93,9 @@ def test_features_are_the_encoders_and_a_text_is_read_once(tiny_bert, tmp_path):
         handle.remove()
     assert not calls
     assert torch.equal(again, found)
+    probed._known.clear()
+    (last,) = model.model(**{name: each[-1:] for name, each in batch.items()}).hidden_states
+    assert torch.equal(last[0], found[-1])  # whatever texts are beside it
 
 
 def test_groups_of_no_client_are_not_looked_at(tmp_path):
