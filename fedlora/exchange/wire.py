@@ -59,21 +59,8 @@ _KEYS = MappingProxyType(
             {
                 *_COMMON,
                 *("round", "base-version", "folds-from", "folds"),
-                *(
-                    "train",
-                    "send",
-                    "keep",
-                    "frozen",
-                    "modules",
-                    "all-modules",
-                    *_TERMS,
-                    "begun",
-                    "span",
-                    "steady",
-                    "job",
-                    "run",
-                ),
-                *("probe", "control", "counted"),
+                *("train", "send", "keep", "frozen", "modules", "all-modules", *_TERMS, "begun", "span", "steady"),
+                *("job", "run", "probe", "control", "counted"),
             }
         ),
         "update": frozenset(
