@@ -30,7 +30,8 @@ def summary(comparison: Comparison) -> list[str]:
         f"each strategy is the one with the best mean {metric} over seeds on validation rows. The tables rank by the "
         f"{metric} of the final model on test rows. No client trained on validation or test rows.",
         f"Differences are from {grid['reference']}, paired by seed, with a paired t-test and Holm's correction over "
-        "all strategies of a scenario. Baselines are only for orientation, and have neither rank nor test.",
+        "all strategies of a scenario; their intervals at 95 % are by the bootstrap over seeds. Baselines are only for "
+        "orientation, and have neither rank nor test.",
     ]
     if grid.get("race", "none") != "none":
         arms = " Strategies that were worse beyond doubt dropped out from the third seed on." * (grid["race"] == "arms")

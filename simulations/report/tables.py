@@ -79,7 +79,7 @@ def final(ranking: Ranking, rows: Sequence[Record], title: str) -> Table:
         (f"{ranking.metric} {arrow}" + (" (mean ± sd)" if several else ""), _mean),
         ("seeds", lambda r: str(r.seeds)),
         (f"−\u00a0{ranking.reference}", lambda r: "" if r.difference is None else f"{r.difference:+.4f}"),
-        ("95 %", lambda r: "" if r.interval_low is None else f"{r.interval_low:+.4f} … {r.interval_high:+.4f}"),
+        ("95 %", lambda r: "" if r.interval_low is None else f"{r.interval_low:+.3f} … {r.interval_high:+.3f}"),
         ("p (Holm)", lambda r: p_text(r.p_holm)),
         (f"worst client's {worst}", lambda r: "" if r.worst_client is None else f"{r.worst_client:.4f}"),
         ("MB up", lambda r: _megabytes(r.megabytes_up)),
