@@ -113,15 +113,15 @@ def configured(config: Config) -> Strategy:
 
         strategy = SampledLayers(strategy, count=config.train.layers_per_round)
     chosen: Any = config.strategy  # its choices are the wrappers' Literals
+    if chosen.correction != "none":
+        _check_correction(config)
     if chosen.correction == "feddyn":
         from .wrappers.feddyn import FedDyn
 
-        _check_correction(config)
         strategy = FedDyn(strategy, alpha=chosen.correction_weight, clients=config.federation.clients)
     if chosen.correction == "scaffold":
         from .wrappers.scaffold import Scaffold
 
-        _check_correction(config)
         _check_scaffold(config)
         strategy = Scaffold(strategy, clients=config.federation.clients)
     if chosen.server_optimizer != "none":

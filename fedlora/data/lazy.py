@@ -56,7 +56,8 @@ class LazyExamples(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         at = range(len(self))[index]
-        self.ahead([at])
+        if at not in self._done:
+            self.ahead([at])
         return self._done[at]
 
     def ahead(self, places: Iterable[int]) -> None:

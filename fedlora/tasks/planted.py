@@ -128,7 +128,8 @@ class Planted(Classification):
         changes, groups = self.changes(x.shape[1]).to(x), batch["labels"].to(x.device)
         wanted = torch.empty_like(added)
         for group in groups.unique():
-            wanted[groups == group] = x[groups == group] @ changes[group].T
+            own = groups == group
+            wanted[own] = x[own] @ changes[group].T
         return 0.5 * (added - wanted).square().mean(dim=1)
 
 

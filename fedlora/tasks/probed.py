@@ -71,8 +71,6 @@ class Probed(PreTrainedModel):
         return SequenceClassifierOutput(logits=self.probe(x), hidden_states=(x,))  # pyright: ignore[reportArgumentType]
 
     def _features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        if input_ids.is_meta:
-            return torch.empty(len(input_ids), self.config.hidden_size, device="meta")
         tokens, lengths = input_ids.cpu().numpy(), attention_mask.sum(dim=1).tolist()
         keys = [row[:length].tobytes() for row, length in zip(tokens, lengths, strict=True)]
         for at, (key, length) in enumerate(zip(keys, lengths, strict=True)):

@@ -52,7 +52,8 @@ class Scaffold(Correction):
     def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
         """The inner strategy's message, with c, and the term by which clients add `c - c_k` to their gradients."""
         sent = self.inner.broadcast(state, client, number)
-        control, seen = self._control(state), _Seen.of(state)
+        seen = _Seen.of(state)
+        control = self._control(state, seen)
         if control is not None:
             control = AdapterState(
                 lora={name: replace(f, scaling=sent.adapter.lora[name].scaling) for name, f in control.lora.items()}
@@ -67,7 +68,8 @@ class Scaffold(Correction):
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The inner strategy's mean; the sum of all `n_k c_k` takes in the replies as they pass."""
         factors = trained_in_turn(self.inner)[0]
-        control, seen = self._control(state) or AdapterState(), _Seen.of(state)
+        seen = _Seen.of(state)
+        control = self._control(state, seen) or AdapterState()
         total = state.memory.get(_SUM, AdapterState())
 
         def passing() -> Iterator[ClientUpdate]:
@@ -83,11 +85,11 @@ class Scaffold(Correction):
         new = self.inner.aggregate(state, passing(), number)
         return replace(new, memory={**new.memory, _SUM: total, _SEEN: seen.kept()})
 
-    def _control(self, state: ServerState) -> AdapterState | None:
+    def _control(self, state: ServerState, seen: _Seen) -> AdapterState | None:
         """c; None before the first replies."""
         if not state.memory.get(_SUM, AdapterState()).lora:
             return None
-        rows = _Seen.of(state).all_rows(self.clients)
+        rows = seen.all_rows(self.clients)
         return map_tensors(lambda _, total: total / rows, state.memory[_SUM])
 
 

@@ -19,8 +19,9 @@ from fedlora.strategies.methods.fedsb import FedSb
 from fedlora.strategies.methods.ffa import Ffa
 from fedlora.strategies.registry import check_ranks, configured
 from fedlora.strategies.wrappers.feddyn import FedDyn
-from tests.federation import run_locally, tiny
 from tests.naive.quadratics import optimum, quadratics
+
+from .corrected import check_runs
 
 ALPHA = 1.0
 CLIENTS = [ClientInfo(client_id=i, rank=2, num_examples=5) for i in range(3)]
@@ -94,26 +95,8 @@ def test_a_core_has_its_term_too() -> None:
 @pytest.mark.parametrize("name", ["ffa", "fedsb"])
 def test_a_run_and_its_resumed_twin_and_cohorts_agree(tmp_path, tiny_llama, name) -> None:
     keys = {"strategy__name": name, "lora__ranks": "", "lora__rank": 2, "strategy__correction": "feddyn"}
-    common = {**keys, "federation__rounds": 3, "strategy__correction_weight": 0.5, "train__steps": 4, "train__lr": 0.05}
-    ends: dict[str, dict[str, Any]] = {}
-    for at_once in ("1", "auto"):
-        _, ends[at_once] = run_locally(
-            tiny(tmp_path, tiny_llama, run__id=f"r{at_once}", train__clients_at_once=at_once, **common)
-        )
-    _, ends["plain"] = run_locally(
-        tiny(tmp_path, tiny_llama, run__id="p", **{**common, "strategy__correction": "none"})
-    )
-    losses = {
-        key: [entry["heldout"]["loss"] for entry in result["rounds"] if entry["round"]] for key, result in ends.items()
-    }
-    assert losses["1"] == pytest.approx(losses["auto"], rel=1e-4)
-    assert losses["1"][-1] != pytest.approx(losses["plain"][-1], rel=1e-4)
-    short = {**common, "federation__rounds": 2, "train__schedule": "constant"}
-    run_locally(tiny(tmp_path, tiny_llama, run__id="two", **short))
-    longer = {**short, "federation__rounds": 3}
-    _, resumed = run_locally(tiny(tmp_path, tiny_llama, run__id="two", run__resume=True, **longer))
-    _, whole = run_locally(tiny(tmp_path, tiny_llama, run__id="three", **longer))
-    assert resumed["rounds"][-1]["heldout"]["loss"] == whole["rounds"][-1]["heldout"]["loss"]
+    training = {"strategy__correction_weight": 0.5, "train__steps": 4, "train__lr": 0.05}
+    check_runs(tmp_path, tiny_llama, 3, **keys, **training)
 
 
 @pytest.mark.parametrize(
