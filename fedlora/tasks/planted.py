@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedlora.common.errors import ConfigError
+from fedlora.common.errors import ConfigError, ModelError
 from fedlora.config import Config, DataConfig, client_parts
 
 from .base import Batch
@@ -21,6 +21,7 @@ from .scores import Predictions
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedConfig
 
 SOURCE, LAYER = "planted", "probe"
 _SEED = 0  # of the planted matrices, which are the same in every run
@@ -95,6 +96,13 @@ class Planted(Classification):
 
     def model_options(self) -> dict[str, Any]:
         return {"num_labels": self.width}
+
+    def check_architecture(self, name: str, settings: PreTrainedConfig) -> None:
+        if self.rank > settings.hidden_size:
+            raise ModelError(
+                f"{name}: its encoder has {settings.hidden_size} features, too few for a change of rank {self.rank}; "
+                "lower the rank in model.task-options, or choose a larger encoder"
+            )
 
     def added(self, model: nn.Module, batch: Batch, adapters: Sequence[str] | None) -> tuple[Tensor, Tensor]:
         """What the adapter adds to the outputs, [rows, width], and the features x [rows, d]."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedlora.adapters import AdapterState, LoraFactors
-from fedlora.common.errors import ConfigError
+from fedlora.common.errors import ConfigError, ModelError
 from fedlora.config import Config, parse, read_toml
 from fedlora.data import encode, load_rows, prepare
 from fedlora.models import adapted
@@ -111,6 +111,12 @@ def test_a_run_comes_nearer_to_the_planted_change(tiny_bert, tmp_path):
     distances = [entry["heldout"]["distance"] for entry in result["rounds"]]
     assert distances == sorted(distances, reverse=True)
     assert distances[-1] < 0.9
+
+
+def test_a_rank_beyond_the_encoders_features_is_one_sentence(tiny_bert, tmp_path):
+    config = preset(tiny_bert, tmp_path, "rank=400, width=500")
+    with pytest.raises(ModelError, match=r"features, too few for a change of rank 400; lower the rank"):
+        adapted.adapted_model(config.model, config.lora)
 
 
 @pytest.mark.parametrize(
