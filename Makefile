@@ -51,7 +51,11 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.clients
 	$(BIN)/python -m benchmarks.mixed
 	$(BIN)/python -m benchmarks.optimizers
+	$(BIN)/python -m benchmarks.privacy
+	$(BIN)/python -m benchmarks.sketched
+	$(BIN)/python -m benchmarks.secure
 	$(BIN)/python -m benchmarks.contention
+	$(BIN)/python -m benchmarks.scale
 
 clean:
 	rm -rf $(VENV) build site *.egg-info

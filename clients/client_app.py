@@ -35,6 +35,30 @@ def train(message: Message, context: Context) -> Message:
     return _answer("train", message, context)
 
 
+@app.train("project")
+def project(message: Message, context: Context) -> Message:
+    """Answer the second question of a round: what was trained, on the server's bases."""
+    return _answer("project", message, context)
+
+
+@app.query("keys")
+def keys(message: Message, context: Context) -> Message:
+    """Answer with this client's public keys for a secure sum."""
+    return _answer("keys", message, context)
+
+
+@app.query("shares")
+def shares(message: Message, context: Context) -> Message:
+    """Answer with shares of this client's secrets, encrypted for its neighbours."""
+    return _answer("shares", message, context)
+
+
+@app.query("open")
+def opened(message: Message, context: Context) -> Message:
+    """Answer with this client's shares of others' secrets, by which a secure sum is unmasked."""
+    return _answer("open", message, context)
+
+
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the server's adapter on this client's own test rows."""

@@ -6,6 +6,8 @@ others; lists are comma strings ("16,8,8,4"). This module imports nothing heavy,
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -47,10 +49,12 @@ class ModelConfig:
     )
     revision: str = option("", "hub revision of the model (branch, tag or commit); empty: the default branch")
     task: str = option(
-        "causal-lm", "what the model learns to do: causal-lm, classification, or your own as package.module:Class"
+        "causal-lm",
+        "what the model learns to do: causal-lm, classification (of texts), image-classification, image-text "
+        "(of images, by a prompt for each class), or your own as package.module:Class",
     )
     task_options: str = option("", "options of the task, as 'name=value, name=value', such as 'smoothing=0.1'")
-    labels: int = option(2, "classification: number of classes", low=2)
+    labels: int = option(2, "classification, of texts or images: number of classes", low=2)
     head: str = option(
         "keep",
         "classification: the output layer that training starts from; keep: the model's own, if it has model.labels "
@@ -79,9 +83,9 @@ class LoraConfig:
     kind_options: str = option("", "its options, as 'name=value, name=value'")
     init: str = option(
         "auto",
-        "how the adapter starts: auto (as the strategy wants it, else uniform), uniform, lora-sb, lora-ga, eva, pissa, "
-        "olora, loldu, orthogonal, comp-lora, given (from a trained adapter: lora.init-options = adapter=RUN), or your "
-        "own as package.module:Class",
+        "how the adapter starts: auto (as the strategy wants it, else uniform), uniform, lora-sb, lora-xs, lora-ga, "
+        "eva, pissa, olora, loldu, orthogonal, comp-lora, given (from a trained adapter: lora.init-options = "
+        "adapter=RUN), or your own as package.module:Class",
     )
     init_options: str = option("", "its options, as 'name=value, name=value'")
     rank: int = option(8, "rank of every client, unless lora.ranks is set", low=1)
@@ -90,7 +94,9 @@ class LoraConfig:
     rslora: bool = option(False, "scale by alpha/sqrt(rank) instead of alpha/rank")
     dropout: float = option(0.0, "dropout before A", low=0.0, high=0.99)
     target_modules: str = option(
-        "auto", "comma list of module name endings, all-linear, or auto (attention projections)"
+        "auto",
+        "comma list of module name endings or regular expressions for them (vision_model.*q_proj), all-linear, or auto "
+        "(attention projections)",
     )
     allocation: str = option(
         "pattern",
@@ -106,26 +112,27 @@ class LoraConfig:
 class DataConfig:
     source: str = option(
         "chitchat",
-        "training rows: a packaged set (fedlora fetch lists them), a file (.jsonl, .json, .csv, .tsv or .parquet), or "
-        "a hub dataset id",
+        "training rows: a packaged set (fedlora fetch lists them), a file (.jsonl, .json, .csv, .tsv or .parquet; of "
+        "images: .npz or IDX), a folder of images with a subfolder for each class, or a hub dataset id",
     )
     subset: str = option("", "name of a hub dataset's configuration")
-    split: str = option("train", "name of a hub dataset's split")
+    split: str = option("train", "name of a hub dataset's split, or of the part of an .npz file")
     revision: str = option("", "hub revision of the dataset (branch, tag or commit); empty: the default branch")
     form: str = option(
         "auto",
         "what a row holds; auto: read from the names of its columns",
-        ("auto", "prompt", "chat", "alpaca", "sharegpt", "text", "label"),
+        ("auto", "prompt", "chat", "alpaca", "sharegpt", "text", "label", "image"),
     )
     prompt_column: str = option("prompt", "form prompt: the column of the prompt")
     response_column: str = option("response", "form prompt: the column of the response")
     messages_column: str = option("messages", "form chat: the column of the messages, [{role, content}, …]")
     text_column: str = option("text", "forms text and label: the column of the text")
-    label_column: str = option("label", "form label: the column of the class, 0-based integers or names")
+    image_column: str = option("image", "form image: the column of the image")
+    label_column: str = option("label", "forms label and image: the column of the class, 0-based integers or names")
     label_names: str = option(
         "",
-        "form label: names of the classes in the order of their numbers, such as 'benign, malignant'; empty: the names "
-        "in the rows, in alphabetical order",
+        "forms label and image: names of the classes in the order of their numbers, such as 'benign, malignant'; "
+        "empty: the names in the rows, in alphabetical order",
     )
     chat_template: str = option(
         "", "name of one of the tokenizer's chat templates, if it has several; empty: its default template"
@@ -213,10 +220,16 @@ class FederationConfig:
     )
     schedule: str = option(
         "synchronous",
-        "rule for which clients are asked when, and when replies are combined: synchronous, or your own as "
-        "package.module:Class",
+        "rule for which clients are asked when, and when replies are combined: synchronous, buffered, fedasync, "
+        "deadline, or your own as package.module:Class",
     )
     schedule_options: str = option("", "options of the schedule, as 'name=value, name=value'")
+    traces: str = option(
+        "equal",
+        "in a simulation, how long each client's training takes, on a virtual clock: equal: the same for all; "
+        "lognormal; diurnal: and only at some hours of the day; a CSV file; or your own as package.module:Class",
+    )
+    traces_options: str = option("", "options of the traces, as 'name=value, name=value'")
     lost_clients: str = option(
         "fail",
         "if a client was refused in every round: fail ends the run with an error after its last round; accept does not",
@@ -261,6 +274,11 @@ class TrainConfig:
     clients_at_once: str = option(
         "auto",
         "number of clients that one process trains together as one batch; auto: by free memory and computing power",
+    )
+    augment: str = option(
+        "",
+        "model.task on images: how training images are changed at random, each time anew: some of flip, crop, rotate, "
+        "color and erase, such as 'crop, flip'; empty: not at all",
     )
     prox_mu: float = option(
         0.0, "FedProx: weight of the penalty |theta - theta_start|^2 / 2 in a client's loss; 0: none", low=0.0
@@ -341,6 +359,11 @@ class EvaluateConfig:
     server: bool = option(True, "evaluate the global adapter on the server's held-out rows")
     clients: bool = option(False, "let each client of a round evaluate the global adapter on its own test rows")
     every: int = option(1, "evaluate after every so many rounds; the last round is always evaluated", low=1)
+    by: str = option(
+        "",
+        "name of a column of the rows, such as domain or label: metrics on held-out rows are also given for each of "
+        "its values; empty: for all rows together alone",
+    )
     batch_size: int = option(16, "examples per forward pass of an evaluation", low=1)
     intruders: bool = option(
         False,
@@ -364,10 +387,90 @@ class WireConfig:
         low=1e-4,
         high=1.0,
     )
+    edges: str = option(
+        "forward",
+        "what an edge sends of its clients' updates: forward: each one as it came; sum: their weighted mean alone, one "
+        "update whatever their number, for strategies that need no more",
+        ("forward", "sum"),
+    )
+    sum: str = option(
+        "none",
+        "what clients send; sketch: sketches of their updates, of one size whatever the rank, of which the server "
+        "needs only the sum (flora, flexlora, florist, fedex and lora-fair; linear strategies need no sketch)",
+        ("none", "sketch"),
+    )
+    sketch_width: int = option(
+        0,
+        "with wire.sum = sketch: width of a sketch; nothing is lost if it is at least the sum of the ranks of a "
+        "round's clients; 0: 64; with privacy.level = client, width of the sum that gets noise, for strategies of the "
+        "ideal; 0: the largest rank",
+        low=0,
+        high=65536,
+    )
+    sketch_passes: int = option(
+        1,
+        "with wire.sum = sketch: 2 asks clients a second time in each round, and loses less below that width",
+        low=1,
+        high=2,
+    )
 
 
 @dataclass(frozen=True)
 class PrivacyConfig:
+    level: str = option(
+        "none",
+        "whom differential privacy protects; client: all of a client's rows together, by noise that the server adds to "
+        "the sum of the clipped changes; example: each row, by noise that the client adds to its clipped gradients",
+        ("none", "client", "example"),
+    )
+    epsilon: float = option(
+        0.0,
+        "with privacy.level: the privacy that all rounds may spend; the noise is computed from it; 0: set "
+        "privacy.noise-multiplier instead",
+        low=0.0,
+    )
+    delta: float = option(
+        1e-5,
+        "the delta for which epsilon holds; it should be far below 1 over the number of those protected",
+        low=1e-12,
+        high=0.5,
+    )
+    noise_multiplier: float = option(
+        0.0,
+        "with privacy.level: standard deviation of the noise over privacy.clip; 0: computed from privacy.epsilon",
+        low=0.0,
+    )
+    clip: float = option(
+        1.0,
+        "with privacy.level: largest norm of a client's change, or of one row's gradient; longer ones are scaled down; "
+        "with privacy.clip-quantile, that of the first round",
+        low=1e-9,
+    )
+    clip_quantile: float = option(
+        0.0,
+        "privacy.level = client: privacy.clip moves towards this quantile of the clients' norms, which is itself found "
+        "with noise; 0: it stays",
+        low=0.0,
+        high=0.99,
+    )
+    clip_rate: float = option(0.2, "with privacy.clip-quantile: how fast privacy.clip moves", low=1e-3, high=2.0)
+    start: str = option(
+        "refuse",
+        "privacy.level = example: what to do with a start that clients measure on their rows before round 1; noise: "
+        "they clip and noise it, at the cost of one more round (lora-ga, lora-sb, and so fedsb)",
+        ("refuse", "noise"),
+    )
+    weight_cap: int = option(
+        0,
+        "privacy.level = client: a client with n rows weighs min(1, n / weight-cap), so that those with fewer rows "
+        "count less; 0: all weigh alike",
+        low=0,
+    )
+    secure_sum: bool = option(
+        False,
+        "whether clients mask what they send, so that the server learns the sum of all replies and no client's own; "
+        "at least 3 clients a round, and a strategy that needs only sums",
+    )
     stages: str = option(
         "", "comma list of privacy stages, on clients and server: unchanged, or your own as package.module:Class"
     )
@@ -497,6 +600,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Scalar]:
     return flat
 
 
+@functools.lru_cache(maxsize=64)  # read for each of many clients
 def ints(key: str, text: str) -> tuple[int, ...]:
     """A comma string of positive integers."""
     try:
@@ -591,6 +695,12 @@ def clients_per_round(clients: int, fraction: float) -> int:
     return max(1, min(clients, int(fraction * clients + 0.5)))
 
 
+def steps_per_round(config: TrainConfig, num_examples: int) -> int:
+    """The number of optimizer steps in one round: `train.steps`, or as many as `train.epochs` needs."""
+    per_step = config.batch_size * config.accumulate
+    return config.steps or max(1, math.ceil(config.epochs * num_examples / per_step))
+
+
 def clients_at_once(config: TrainConfig) -> int:
     """`train.clients-at-once` as a number; 0 for auto."""
     text = config.clients_at_once.strip()
@@ -642,6 +752,7 @@ def _check_together(config: Config, where: str) -> Config:
             f"{where}: anchor.base-update = 'merge' needs model.quantization = 'none', got "
             f"{config.model.quantization!r}: a quantized base loses small updates; leave anchor.base-update at 'anchor'"
         )
+    _check_privacy(config, where)
     _, dealt = client_parts(config.data, config.federation.clients)
     if config.data.partition == "sizes" and len(ints("data.sizes", config.data.sizes)) != dealt:
         raise ConfigError(
@@ -661,6 +772,35 @@ def _check_together(config: Config, where: str) -> Config:
     return config
 
 
+def _check_privacy(config: Config, where: str) -> None:
+    """Raises ConfigError where the keys of the section privacy do not go together."""
+    privacy = config.privacy
+    if privacy.level == "none":
+        return
+    if not privacy.epsilon and not privacy.noise_multiplier:
+        raise ConfigError(
+            f"{where}: privacy.level = {privacy.level!r} needs privacy.epsilon, from which the noise is computed, or "
+            "privacy.noise-multiplier; set one of them"
+        )
+    if privacy.epsilon and privacy.noise_multiplier:
+        raise ConfigError(
+            f"{where}: privacy.epsilon = {privacy.epsilon:g} and privacy.noise-multiplier = "
+            f"{privacy.noise_multiplier:g} both say how much noise there is; leave one of them at 0"
+        )
+    if privacy.clip_quantile and privacy.level == "example":
+        raise ConfigError(
+            f"{where}: privacy.clip-quantile = {privacy.clip_quantile:g} moves the norm at which clients' changes are "
+            "clipped, and privacy.level = 'example' clips each row's gradient at a fixed one; set "
+            "privacy.clip-quantile = 0, or privacy.level = 'client'"
+        )
+    if privacy.level == "example" and config.model.quantization == "int8":
+        raise ConfigError(
+            f"{where}: privacy.level = 'example' bounds what one row changes, and model.quantization = 'int8' treats "
+            "columns by the largest values of all rows of a batch, so that a row changes the others' gradients; set "
+            "model.quantization = 'nf4' or 'none'"
+        )
+
+
 def matches(pattern: str, module: str) -> bool:
-    """Whether a rank pattern's regular expression fits the end of the module's name: all of it, or from a dot on."""
+    """Whether a regular expression fits the end of the module's name: all of it, or from a dot on."""
     return re.search(rf"(^|\.)({pattern})$", module) is not None

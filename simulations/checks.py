@@ -11,15 +11,18 @@ from fedlora.common.errors import ConfigError, DataError, ModelError
 from fedlora.config import Config, LoraConfig, ModelConfig, client_rank
 from fedlora.data import encode, form_of, prepare, usable_rows
 from fedlora.data.checked import warn_of_lengths
-from fedlora.models import base_fingerprint, injection, pick_device, tokenizer_of
+from fedlora.data.values import rows_by_value
+from fedlora.models import base_fingerprint, injection, pad_id, pick_device, tokenizer_of
 from fedlora.results.run_folder import check_changes, folder_of, stored
 from fedlora.tasks.checked import check_batch
 from fedlora.tasks.registry import check_task
 
 from ..clients.optimizers.registry import check as check_optimizer
+from ..clients.training.private import check_optimizer as check_passes
 from ..strategies.initializers.registry import initializer
-from ..strategies.registry import check_evaluation, check_places, configured, naming_others, simulated
+from ..strategies.registry import check_evaluation, check_places, check_private, configured, naming_others, simulated
 from ..strategies.schedules.registry import SCHEDULES
+from ..strategies.server import overlapping
 
 _ASKED = 8  # number of clients whose first row is tried
 
@@ -39,17 +42,24 @@ def check(config: Config) -> None:
     if config.run.resume:
         check_changes(stored(folder_of(config)), config)
     task = check_task(config)
-    check_evaluation(config, configured(config))
-    SCHEDULES.make(config.federation.schedule, config.federation.schedule_options)
+    strategy = configured(config)
+    check_evaluation(config, strategy)
+    check_private(strategy, config)
+    if SCHEDULES.make(config.federation.schedule, config.federation.schedule_options).overlaps:
+        overlapping.check(strategy, config)
     check_optimizer(config.train, pick_device(config.model.device))
+    if config.privacy.level == "example":
+        check_passes(config.train)
     tokenizer, base = _looked_at(config.model, config.lora)
     _check_widths(config, base)
     if not config.run.resume:
         with naming_others():
-            start = initializer(config.lora, configured(config))
+            start = initializer(config.lora, strategy)
         start.check(base, base_fingerprint(config.model))
     split = prepare(config)
     form_of(split.rows.column_names, config.data, task)
+    if config.evaluate.by:
+        rows_by_value(split.heldout, config.evaluate.by, config.data)
     warn_of_lengths(split.rows, tokenizer, config.data, task)
     faults: list[DataError] = []
     asked = split.parts[:_ASKED]
@@ -58,7 +68,7 @@ def check(config: Config) -> None:
         try:
             if usable_rows(rows, tokenizer, config.data, task):
                 examples = encode(rows, tokenizer, config.data, task)
-                check_batch(task, task.collate(examples, int(tokenizer.pad_token_id)), len(examples))  # pyright: ignore[reportArgumentType]
+                check_batch(task, task.collate(examples, pad_id(tokenizer)), len(examples))
         except DataError as error:
             faults.append(error)
     if len(faults) == len(asked):

@@ -22,12 +22,14 @@ from fedlora.common.errors import ConfigError
 from fedlora.config import Config, Scalar, find_preset, flatten, parse, read_toml
 from fedlora.data.given import table
 from fedlora.models import adapted
-from fedlora.models.peft_files import is_own, read_adapter, read_parts
+from fedlora.models.peft_files import read_any
 from fedlora.results.run_folder import folder_of, nothing_left, resumed, stamp, stored
 from fedlora.trained.evaluate import score
 
 from .checks import check
-from .engines.local import SERVER, LocalGrid
+from .engines.clock import TimedGrid
+from .engines.local import SERVER, LocalGrid, NodeConfigs
+from .engines.traces import traces_of
 from .objects import given_in, keys_of
 
 if TYPE_CHECKING:
@@ -56,8 +58,7 @@ class Result:
 
         Of a kind that adds no fixed matrix, such as mixlora, it has parts by name instead of factors.
         """
-        folder = self.folder / "adapter"
-        return read_parts(folder) if is_own(folder) else read_adapter(folder)
+        return read_any(self.folder / "adapter")
 
     def evaluate(self, rows: Any) -> dict[str, float]:
         """The metrics of the trained adapter on other rows.
@@ -233,6 +234,18 @@ def _listening(listener: events.Listener | None, progress: bool) -> Iterator[Non
         yield
 
 
+def _local(config: Config, *given: Any) -> LocalGrid:
+    """A local grid, with a virtual clock if the schedule or the record needs one."""
+    from ..strategies.schedules.registry import SCHEDULES
+
+    federation = config.federation
+    if federation.traces == "equal" and not SCHEDULES.resolve(federation.schedule).overlaps:
+        return LocalGrid(*given)
+    traces = traces_of(federation.traces, federation.traces_options)
+    traces.check(federation.clients)
+    return TimedGrid(*given, traces=traces)
+
+
 def _ignore(kind: str, facts: Mapping[str, Any]) -> None:
     """The listener that ignores all events."""
 
@@ -270,19 +283,17 @@ def in_process(
     run_config = config.to_flat()
     run_id = secrets.randbits(62)
     count = config.federation.clients
-    nodes: list[dict[str, Scalar]] = [
-        {"partition-id": i, "num-partitions": count, "resident": True, "state": str(folder_of(config) / "clients")}
-        for i in range(count)
-    ]
+    own = {"num-partitions": count, "resident": True, "state": str(folder_of(config) / "clients")}
+    nodes = NodeConfigs(count, lambda i: {"partition-id": i, **own})
     grid: AbstractContextManager[LocalGrid]
     if len(devices) > 1:
         from .engines.devices import DevicesGrid
 
         logs = folder_of(config) / "logs"
-        grid = DevicesGrid(client_app, nodes, run_config, run_id, devices=devices, logs=logs)
+        grid = DevicesGrid(client_app, nodes, run_config, run_id, cohorts, devices=devices, logs=logs)
     else:
         if cohorts is not None:  # load and try the base model before the run, so that its faults are reported once
             adapted.adapted_model(config.model, config.lora)
-        grid = nullcontext(LocalGrid(client_app, nodes, run_config, run_id, cohorts))
+        grid = nullcontext(_local(config, client_app, nodes, run_config, run_id, cohorts))
     with nothing_left(config), grid as opened:
         server_app(opened, Context(run_id, SERVER, {}, RecordDict(), run_config))

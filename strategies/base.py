@@ -57,6 +57,8 @@ class Strategy(ABC):
     Attributes:
         linear: True if the result is a weighted mean of the clients' uploads. Secure aggregation and differential
             privacy need this.
+        of_mean: True if the result depends on the uploads by their weighted mean alone, in which an upload of a smaller
+            rank has zeros in the rows that it lacks. A secure sum then serves at any ranks.
         unequal_ranks: True if clients may have different ranks.
         steady: True if row j of A and column j of B mean the same from one round to the next, so that nothing restarts
             or changes its basis. Server optimizers need this, and so does the error feedback of coarse number formats.
@@ -67,12 +69,17 @@ class Strategy(ABC):
         starts_with: name of the initializer that the method needs (see `lora.init`); empty if LoRA's own start will do.
         replaces_folds: True if the method takes back folds that it sent a round before. Clients that merge folds into
             the weights cannot do that, and the folds of restarts cannot be taken back.
-        own_rows: True if a client of a smaller rank gets rows of the server's factors that are chosen for it, so that
-            the adapters of such clients cannot be compared with each other.
+        own_rows: True if a client of a smaller rank trains rows of the server's factors, or groups of a kind's parts,
+            that are chosen for it, so that the adapters of such clients cannot be compared with each other.
+        anew: True if each round begins with an update of zero beside the folds, so that what a client made is its
+            product `B A` alone.
         any_statistic: False if the replies of a round 0, before round 1, cannot be used, whatever clients measure.
     """
 
     linear: ClassVar[bool] = False
+    of_mean: ClassVar[bool] = False
+    of_ideal: ClassVar[bool] = False
+    needs_means: ClassVar[bool] = False
     unequal_ranks: ClassVar[bool] = True
     steady: ClassVar[bool] = False
     any_kind: ClassVar[bool] = False
@@ -81,6 +88,7 @@ class Strategy(ABC):
     cores: ClassVar[bool] = False
     replaces_folds: ClassVar[bool] = False
     own_rows: ClassVar[bool] = False
+    anew: ClassVar[bool] = False
     any_statistic: ClassVar[bool] = True
 
     def check(self, clients: Sequence[ClientInfo]) -> None:  # noqa: B027 - most serve everyone

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora.common.errors import StrategyError
 from fedlora.common.registry import Option, Registry
-from fedlora.config import client_rank, rank_pattern
+from fedlora.config import client_rank, clients_per_round, rank_pattern
 
 if TYPE_CHECKING:
     from fedlora.adapters.kinds.base import AdapterKind
@@ -79,11 +79,13 @@ def load(name: str, **options: Option) -> Strategy:
 def configured(config: Config) -> Strategy:
     """The strategy that a run's config names, inside the wrappers that it asks for.
 
-    From the outside in: `Private` has the privacy stages' places on the server, `Robust` filters the replies, `Restart`
+    From the outside in: `Private` has the privacy stages' places on the server, `ClientNoise` or `ProductNoise` makes
+    one reply of all with noise (`privacy.level = client`), `Robust` filters the replies, `Restart`
     folds what the optimizer made and drops its moments, `ServerOptimizer` takes the strategy's change of the adapter
     for a gradient, `SampledLayers` narrows the round to some layers, `Routed` averages an adapter kind's experts by
-    their tokens, `RestOfWorld` sends each client the mean of the others' parts, and `PersonalParts` leaves the kind's
-    personal parts on the clients. `FedDyn` or `Scaffold` takes the place of `ServerOptimizer` and `Restart`.
+    their tokens, `SomeGroups` has clients of smaller ranks train some of the kind's groups of parts, `RestOfWorld`
+    sends each client the mean of the others' parts, and `PersonalParts` leaves the kind's personal parts on the
+    clients. `FedDyn` or `Scaffold` takes the place of `ServerOptimizer` and `Restart`.
     """
     strategy: Strategy = STRATEGIES.make(config.strategy.name, config.strategy.options)
     if strategy.replaces_folds and config.anchor.base_update == "merge":
@@ -108,6 +110,10 @@ def configured(config: Config) -> Strategy:
 
         experts = frozenset(f"{kind.name}_{part}" for part in kind.routed)
         strategy = Routed(strategy, counted=f"{kind.name}_{kind.counted}", experts=experts)
+    if kind.groups:
+        from .wrappers.some_groups import SomeGroups
+
+        strategy = SomeGroups(strategy, kind=kind)
     if config.train.layers_per_round:
         from .wrappers.sampled_layers import SampledLayers
 
@@ -151,6 +157,40 @@ def configured(config: Config) -> Strategy:
             byzantine=chosen.robust_byzantine,
             keep=chosen.robust_keep,
         )
+    strategy = _with_privacy(strategy, config)
+    _check_warmup(strategy, config)
+    _check_sum(strategy, config)
+    _check_secure(strategy, config)
+    _check_edges(strategy, config)
+    return strategy
+
+
+def _with_privacy(strategy: Strategy, config: Config) -> Strategy:
+    """The strategy inside the wrappers for `privacy.level = client` and for privacy stages."""
+    if config.privacy.level == "client":
+        from fedlora.exchange.privacy import mechanism
+
+        from .wrappers.client_noise import ClientNoise
+        from .wrappers.product_noise import ProductNoise
+
+        _check_client_level(config)
+        in_products = ProductNoise.serves(strategy)
+        made = mechanism(config, 1, ProductNoise.releases if in_products else ClientNoise.releases)
+        assert made is not None
+        about: dict[str, Any] = {
+            "clip": config.privacy.clip,
+            "noise_multiplier": made.noise_multiplier,
+            "clients": clients_per_round(config.federation.clients, config.federation.fraction),
+            "quantile": config.privacy.clip_quantile,
+            "rate": config.privacy.clip_rate,
+            "cap": config.privacy.weight_cap,
+        }
+        with naming_others():
+            strategy = (
+                ProductNoise(strategy, **about, width=config.wire.sketch_width)
+                if in_products
+                else ClientNoise(strategy, **about)
+            )
     if config.privacy.stages:
         from fedlora.exchange.stages import stages
 
@@ -158,8 +198,255 @@ def configured(config: Config) -> Strategy:
 
         with naming_others():
             strategy = Private(strategy, stages=stages(config.privacy))
-    _check_warmup(strategy, config)
     return strategy
+
+
+def _check_sum(strategy: Strategy, config: Config) -> None:
+    """Raises StrategyError if sketches of the clients' updates, or their sum, are not enough for this run."""
+    from .wrappers.wrapper import innermost
+
+    inside, asked = innermost(strategy), "wire.sum = sketch"
+    if config.wire.sum == "none" or inside.linear:
+        return
+    if not inside.of_ideal or strategy.personal:
+        known = [STRATEGIES.resolve(name) for name in NAMES]
+        *names, last = sorted(n for n, c in zip(NAMES, known, strict=True) if c.of_ideal)
+        raise StrategyError(
+            f"{asked}: strategy.name = {config.strategy.name} needs the clients' own factors, and the server would "
+            f"see only the mean of their updates; use strategy.name = {', '.join(names)} or {last}, or a linear one "
+            "such as fedavg, which needs no sketch"
+        )
+    if config.strategy.robust != "none":
+        raise StrategyError(
+            f"{asked}: strategy.robust = {config.strategy.robust} judges each client's update, and the server would "
+            "see only their sum; leave out one of them"
+        )
+    if config.wire.upload_dtype != "fp32":
+        raise StrategyError(
+            f"{asked}: wire.upload-dtype = {config.wire.upload_dtype} rounds the change of factors, which sketches do "
+            "not hold; set wire.upload-dtype = fp32, and wire.sketch-width for smaller uploads"
+        )
+    _check_stages(config, asked)
+
+
+def _check_of_sums(strategy: Strategy, config: Config, asked: str) -> None:
+    """Raises StrategyError if the mean of the clients' replies is not enough for this run.
+
+    Args:
+        strategy: the innermost one.
+        config: the run's.
+        asked: the setting for which the server sees no more than that, for the message.
+    """
+    if strategy.of_ideal and config.wire.sum == "none":
+        raise StrategyError(
+            f"{asked}: strategy.name = {config.strategy.name} needs the clients' own factors, unless they are "
+            "sketched; set wire.sum = sketch"
+        )
+    if not (strategy.of_ideal or strategy.of_mean or strategy.linear):
+        known = {name: STRATEGIES.resolve(name) for name in NAMES}
+        sums = sorted(name for name, cls in known.items() if cls.of_mean or cls.linear)
+        sketched = sorted(name for name, cls in known.items() if cls.of_ideal)
+        raise StrategyError(
+            f"{asked}: strategy.name = {config.strategy.name} needs the clients' own factors, and the server would see "
+            f"only their mean; use {', '.join(sums)}, or with wire.sum = sketch {', '.join(sketched)}"
+        )
+    kind = _kind(config)
+    for wrong, why in (
+        (
+            config.privacy.level == "client",
+            "privacy.level = client clips each client's change on the server, which sees none; set example or none",
+        ),
+        (
+            config.strategy.robust != "none",
+            f"strategy.robust = {config.strategy.robust} judges each client's update, and the server sees none",
+        ),
+        (
+            config.strategy.correction != "none",
+            f"strategy.correction = {config.strategy.correction} keeps sums of each client, and the server sees none",
+        ),
+        (
+            bool(kind.others or kind.counted),
+            f"lora.kind = {config.lora.kind} needs parts of each client by itself, and the server sees none",
+        ),
+    ):
+        if wrong:
+            raise StrategyError(f"{asked}: {why}")
+    _check_stages(config, asked)
+
+
+def _check_edges(strategy: Strategy, config: Config) -> None:
+    """Raises StrategyError if edges may not add up what their clients send in this run."""
+    from .wrappers.wrapper import innermost
+
+    if config.wire.edges == "forward":
+        return
+    asked = "wire.edges = sum"
+    for wrong, why in (
+        (
+            config.privacy.secure_sum,
+            "privacy.secure-sum = true sums masked numbers, which edges carry as they are; set wire.edges = forward",
+        ),
+        (
+            config.wire.sum == "sketch" and config.wire.sketch_passes == 2,
+            "wire.sketch-passes = 2 asks each client a second question; set 1",
+        ),
+        (
+            config.federation.schedule != "synchronous",
+            f"federation.schedule = {config.federation.schedule} counts each update by its own age; set synchronous",
+        ),
+    ):
+        if wrong:
+            raise StrategyError(f"{asked}: {why}")
+    _check_of_sums(innermost(strategy), config, asked)
+
+
+def _check_secure(strategy: Strategy, config: Config) -> None:
+    """Raises StrategyError if the mean of the clients' replies is not enough for this run."""
+    from .wrappers.wrapper import innermost
+
+    if not config.privacy.secure_sum:
+        return
+    inside, asked = innermost(strategy), "privacy.secure-sum = true"
+    _check_of_sums(inside, config, asked)
+    most = clients_per_round(config.federation.clients, config.federation.fraction)
+    asks = next(filter(None, _statistics(strategy, config.lora)), "")
+    for wrong, why in (
+        (most < 3, f"{most} clients take part in a round, expected at least 3, since each knows its own numbers"),
+        (
+            inside.of_ideal and config.wire.sketch_passes == 2,
+            "set wire.sketch-passes = 1: from the sums of two passes the server could compute what a client sketched "
+            "that is lost between them",
+        ),
+        (
+            config.wire.upload_dtype != "fp32",
+            f"wire.upload-dtype = {config.wire.upload_dtype} has scales of each client, and sums are of whole numbers; "
+            "set fp32",
+        ),
+        (bool(asks), f"in round 0 clients would send {asks} in the clear; choose another lora.init or lora.allocation"),
+    ):
+        if wrong:
+            raise StrategyError(f"{asked}: {why}")
+
+
+def check_summed_ranks(strategy: Strategy, clients: Sequence[ClientInfo], config: Config) -> None:
+    """Raises StrategyError if the mean of the replies does not say what these clients' unequal ranks would."""
+    from .wrappers.wrapper import innermost
+
+    inside = innermost(strategy)
+    unequal = len({client.all_ranks for client in clients}) > 1
+    if not ((config.privacy.secure_sum or config.wire.edges == "sum") and unequal):
+        return
+    asked = "privacy.secure-sum = true" if config.privacy.secure_sum else "wire.edges = sum"
+    ranks = sorted({client.rank for client in clients}, reverse=True)
+    if _kind(config).groups:
+        raise StrategyError(
+            f"{asked}: clients of lora.kind = {config.lora.kind} with ranks "
+            f"{', '.join(map(str, ranks))} train different parts, and a sum does not say who sent which; give all "
+            "clients one rank"
+        )
+    if not (inside.of_mean or inside.of_ideal):
+        raise StrategyError(
+            f"{asked}: strategy.name = {config.strategy.name} averages a row over the clients that "
+            f"have it, and a sum over ranks {', '.join(map(str, ranks))} does not say who has; give all clients one "
+            "rank, or use fedavg-zeropad, or flexlora with wire.sum = sketch"
+        )
+
+
+def _check_stages(config: Config, asked: str) -> None:
+    """Raises StrategyError if a privacy stage changes single replies on the server, which it would not see."""
+    from fedlora.exchange.stages import Stage, stages
+
+    for stage in stages(config.privacy):
+        if type(stage).arriving is not Stage.arriving:
+            raise StrategyError(
+                f"{asked}: {type(stage).__name__} of privacy.stages changes each reply on the server, which would see "
+                "only their sum; leave out one of them"
+            )
+
+
+def _check_client_level(config: Config) -> None:
+    """Raises StrategyError if a rule needs single replies, of which there is one for all."""
+    if config.strategy.robust != "none":
+        raise StrategyError(
+            f"strategy.robust = {config.strategy.robust} compares the clients' replies, and with privacy.level = "
+            "client no client may decide whether another one counts; each is clipped to privacy.clip instead: set "
+            "strategy.robust = none"
+        )
+    if config.wire.sum != "none" and STRATEGIES.resolve(config.strategy.name).of_ideal:
+        raise StrategyError(
+            f"wire.sum = {config.wire.sum}: privacy.level = client clips what each client changed, which sketches do "
+            "not tell exactly; set wire.sum = none: the server makes the sketches"
+        )
+
+
+def check_private(strategy: Strategy, config: Config) -> None:
+    """Check that nothing leaves the clients outside the mechanism of `privacy.level`.
+
+    Args:
+        strategy: inside its wrappers.
+        config: of the run.
+
+    Raises:
+        StrategyError: a round 0 would send statistics without noise, or the adapter kind's parts are not clipped.
+    """
+    from fedlora.exchange.privacy import WITH_NOISE, starts_with_noise
+
+    level, lora = f"privacy.level = {config.privacy.level}", config.lora
+    if config.privacy.level == "none":
+        return
+    of_start, of_ranks = _statistics(strategy, lora)
+    if of_start and not (starts_with_noise(config) and of_start in WITH_NOISE):
+        fix = f"set lora.init = {'lora-xs' if strategy.cores else 'uniform'}"
+        if of_start in WITH_NOISE and config.privacy.level == "example":
+            fix += ", or privacy.start = noise"
+        raise StrategyError(
+            f"lora.init starts from statistics of the clients' rows ({of_start}), which they would send before "
+            f"round 1 without noise, and {level} allows nothing without noise; {fix}"
+        )
+    if of_ranks:
+        raise StrategyError(
+            f"lora.allocation = {lora.allocation} spreads ranks by statistics of the clients' rows "
+            f"({of_ranks}), which they would send before round 1 without noise, and {level} allows nothing "
+            "without noise; set lora.allocation = pattern"
+        )
+    if not _kind(config).pairs:
+        raise StrategyError(
+            f"lora.kind = {lora.kind}: {level} clips LoRA's factors A and B, which this kind does not have; set "
+            "lora.kind = lora"
+        )
+
+
+def _statistics(strategy: Strategy, lora: LoraConfig) -> tuple[str, str]:
+    """Names of what clients measure in round 0 for the initializer and for the allocation; empty for nothing."""
+    from .allocations.registry import ALLOCATIONS
+    from .initializers.registry import initializer
+
+    with naming_others():
+        start = initializer(lora, strategy)
+    allocation: Allocation = ALLOCATIONS.make(lora.allocation, lora.allocation_options)
+    return start.statistic, allocation.statistic
+
+
+def releases(strategy: Strategy) -> int:
+    """The number of sums with noise in each round at the level of clients."""
+    from .wrappers.client_noise import ClientNoise
+    from .wrappers.wrapper import layers
+
+    return next((layer.releases for layer in layers(strategy) if isinstance(layer, ClientNoise)), 1)
+
+
+def multiplies_noise(strategy: Strategy) -> bool:
+    """Whether there are rounds that train both A and B, so that noise on one is multiplied with noise on the other.
+
+    Noise on products is not.
+    """
+    from .base import trained_in_turn
+    from .wrappers.product_noise import ProductNoise
+    from .wrappers.wrapper import layers
+
+    if any(isinstance(layer, ProductNoise) for layer in layers(strategy)):
+        return False
+    return any(each >= {"A", "B"} for each in trained_in_turn(strategy))
 
 
 def _check_correction(config: Config) -> None:
@@ -170,6 +457,7 @@ def _check_correction(config: Config) -> None:
         "strategy.restart-every": chosen.restart_every > 0,
         "train.layers-per-round": config.train.layers_per_round > 0,
         "privacy.stages": bool(config.privacy.stages),
+        "privacy.level = client": config.privacy.level == "client",
     }
     for key, is_set in others.items():
         if is_set:
@@ -259,7 +547,7 @@ def check(strategy: Strategy, clients: Sequence[ClientInfo], lora: LoraConfig) -
             f"lora.init = {lora.init} needs one rank, got ranks {', '.join(map(str, ranks[:10]))}; set lora.ranks = '' "
             f"and lora.rank = {max(ranks)}, or lora.init = uniform"
         )
-    if not (kind.pairs or one_rank):
+    if not (kind.pairs or kind.groups or one_rank):
         raise StrategyError(
             f"lora.kind = {lora.kind} needs one rank, got ranks {', '.join(map(str, ranks[:10]))}; "
             f"set lora.ranks = '' and lora.rank = {max(ranks)}, or lora.kind = lora"
@@ -376,14 +664,9 @@ def simulated(config: Config) -> list[ClientInfo]:
     """The clients of a simulation, with the ranks that `lora.ranks` gives them."""
     from fedlora.exchange import ClientInfo
 
+    lora, pattern = config.lora, rank_pattern(config.lora)
     return [
-        ClientInfo(
-            client_id=client,
-            rank=client_rank(config.lora, client),
-            alpha=config.lora.alpha,
-            rslora=config.lora.rslora,
-            rank_pattern=rank_pattern(config.lora),
-        )
+        ClientInfo(client, client_rank(lora, client), lora.alpha, rslora=lora.rslora, rank_pattern=pattern)
         for client in range(config.federation.clients)
     ]
 
@@ -396,6 +679,7 @@ def naming_others() -> Iterator[None]:
     except StrategyError as error:
         if not error.needs:
             raise
-        *names, last = sorted(name for name in NAMES if getattr(STRATEGIES.resolve(name), error.needs))
+        known, needs = {name: STRATEGIES.resolve(name) for name in NAMES}, error.needs.split(" or ")
+        *names, last = sorted(name for name, cls in known.items() if any(getattr(cls, need) for need in needs))
         listed = f"{', '.join(names)} or {last}" if names else last
         raise StrategyError(f"{error}, or use strategy.name = {listed}") from None

@@ -52,7 +52,7 @@ def main(grid: Grid, context: Context) -> None:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     link.bound(grid)
-    record = RunRecord(config)
+    record = RunRecord(config, simulated=getattr(grid, "simulated", False))
     with audit.audited(config, context.run_id, record):
         _run(grid, config, context.run_id, record)
 

@@ -15,7 +15,7 @@ def answer(task: str, content: RecordDict, context: Context) -> RecordDict | Err
     Errors about a node's own rows may quote them. They stay in the node's log and are not sent.
 
     Args:
-        task: "describe", "train" or "evaluate".
+        task: a name in `single._TASKS`, such as "train".
         content: the message's content.
         context: Flower's context of this run on this node.
 

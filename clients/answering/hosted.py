@@ -21,8 +21,8 @@ def answer(task: str, content: RecordDict, context: Context) -> RecordDict | Err
     """The answers of all clients to which a message is addressed.
 
     Args:
-        task: "describe", which every hosted client answers, or "train" or "evaluate", which the clients answer for
-            which the message has a part.
+        task: "describe", which every hosted client answers, or another one, such as "train", which the clients answer
+            for which the message has a part.
         content: the message's content.
         context: Flower's context of this run on this node.
 

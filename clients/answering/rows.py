@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import TYPE_CHECKING
 
 from flwr.app import Context
 
@@ -17,6 +18,9 @@ from fedlora.tasks.registry import task_of
 from ..node import rules
 from ..node.rules import client_id_of
 from ..training import schedule
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _log = logging.getLogger("fedlora")
 
@@ -43,16 +47,18 @@ def _test_fraction(config: Config) -> float:
     return config.data.client_test_fraction if config.evaluate.clients else 0.0
 
 
+def divided(rows: Dataset, config: Config, client_id: int) -> tuple[Dataset, Dataset]:
+    """A client's rows as (training rows, test rows)."""
+    return client_split(rows, _test_fraction(config), schedule.hash_seed(config.run.seed, client_id))
+
+
 @functools.lru_cache(maxsize=64)
 def train_and_test(config: Config, client_id: int, own_data: str) -> tuple[LazyExamples, LazyExamples]:
     """This client's training and test examples."""
     tokenizer = shared_tokenizer(config.model)
     rows = prepare(config).client(0 if own_data else client_id)
-    seed = schedule.hash_seed(config.run.seed, client_id)
     task = task_of(config.model)
-    found = [
-        LazyExamples(part, tokenizer, config.data, task) for part in client_split(rows, _test_fraction(config), seed)
-    ]
+    found = [LazyExamples(part, tokenizer, config.data, task) for part in divided(rows, config, client_id)]
     if own_data:  # rows that only this node has seen
         warn_of_lengths(rows, tokenizer, config.data, task)
     for examples in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from fedlora.common.errors import FedLoraError
 from fedlora.common.once import say_once
 from fedlora.config import clients_at_once
 from fedlora.exchange.stages import stages
-from fedlora.models import adapted
+from fedlora.models import adapted, base_fingerprint
 from fedlora.models.injection import shape_of
 from fedlora.models.stacked import NotStackable
 
@@ -93,6 +94,21 @@ def train(requests: Sequence[tuple[RecordDict, Context]]) -> list[RecordDict | E
     return [answers[number] for number in range(len(requests))]
 
 
+def describe(requests: Sequence[tuple[RecordDict, Context]]) -> list[RecordDict | Error]:
+    """The answers to the question who these clients are, in order. Each is the same as from `single.answer`.
+
+    The base model's files are looked at once for all of them.
+    """
+    fingerprint_of = functools.cache(base_fingerprint)
+    answers: list[RecordDict | Error] = []
+    for content, context in requests:
+        try:
+            answers.append(single.describe(content, context, fingerprint_of))
+        except Exception as error:
+            answers.append(refusals.refusal(error, context.node_config))
+    return answers
+
+
 def _same(left: Folds, right: Folds) -> bool:
     """Whether these folds are one anchor. Some strategies send each client an anchor of its own."""
     return len(left) == len(right) and all(
@@ -130,7 +146,7 @@ def _as_one(works: Sequence[TrainingJob], folds: Folds) -> list[RecordDict | Err
     one = works[0]
     ends = cohort.train(
         one.model,
-        [cohort.Member(work.start(), work.examples, work.seed, work.kept) for work in works],
+        [cohort.Member(work.start(), work.examples, work.seed, work.kept, work.privacy) for work in works],
         one.config.train,
         plan=one.broadcast.plan,
         folds=folds,

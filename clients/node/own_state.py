@@ -1,6 +1,7 @@
 """What a client stores on its disk from round to round.
 
-These are personal factors, what coarse formats left out, FedDyn's g and SCAFFOLD's c_k.
+These are personal factors, what coarse formats left out, FedDyn's g, SCAFFOLD's c_k, and what a round trained, for the
+second question of that round.
 
 There is one safetensors file per run, client, kind and round, which is read when it is needed. Clients that do not
 work therefore cost no memory, and a client that was restarted continues where it was. The files of earlier rounds are
@@ -14,15 +15,19 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from flwr.app import Context
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fedlora.adapters import AdapterState
 from fedlora.adapters.flat import OWN
+from fedlora.common.assets import cache_dir
 from fedlora.common.errors import ConfigError, DataError
 from fedlora.common.files import replacing
 from fedlora.exchange import Broadcast
+
+from . import rules
 
 
 def load(folder: Path, kind: str, number: int) -> AdapterState | None:
@@ -37,9 +42,25 @@ def load(folder: Path, kind: str, number: int) -> AdapterState | None:
         DataError: the file cannot be read.
     """
     earlier = {each: path for each, path in _files(folder, kind).items() if each < number}
-    if not earlier:
-        return None
-    path = earlier[max(earlier)]
+    return _read(earlier[max(earlier)]) if earlier else None
+
+
+def load_of(folder: Path, kind: str, number: int) -> AdapterState | None:
+    """What `save` stored in this very round, or None.
+
+    Args:
+        folder: the folder of this run and client; see `folder_of`.
+        kind: "trained".
+        number: number of the round.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    path = _files(folder, kind).get(number)
+    return _read(path) if path else None
+
+
+def _read(path: Path) -> AdapterState:
     try:
         with safe_open(path, framework="pt") as file:
             scalings: dict[str, float] = json.loads(file.metadata()["scalings"])
@@ -54,7 +75,7 @@ def save(folder: Path, kind: str, state: AdapterState, number: int, keep: int = 
 
     Args:
         folder: the folder of this run and client; see `folder_of`.
-        kind: "personal", "left-out", "dynamic" or "control", which is part of the file's name.
+        kind: "personal", "left-out", "dynamic", "control" or "trained", which is part of the file's name.
         state: any factors and tensors; empty factors are left out.
         number: number of the round. Files of later rounds are removed, since the server has undone these rounds.
         keep: number of files that stay. It should be one more than the server's saved states, since the server may
@@ -106,6 +127,21 @@ def with_personal_factors(broadcast: Broadcast, folder: Path) -> AdapterState:
     for name in [name for name in tensors if plan.keeps(name) and name in kept.tensors]:
         tensors[name] = own(f"this client's personal {name}", tensors[name], kept.tensors[name])
     return AdapterState(lora=lora, tensors=tensors)
+
+
+def own_folder(context: Context, run: str) -> Path:
+    """Where this client keeps its own state in a run: below the node's `state` folder, or the cache.
+
+    Args:
+        context: Flower's, of this run and client.
+        run: the run's key; empty: Flower's run id.
+    """
+    return folder_of(root_of(context), run or str(context.run_id), rules.client_id_of(context))
+
+
+def root_of(context: Context) -> Path:
+    """The node's `state` folder; without this key, one in the cache."""
+    return Path(str(context.node_config.get("state") or cache_dir() / "clients"))
 
 
 def folder_of(root: str | Path, run: int | str, client_id: int) -> Path:

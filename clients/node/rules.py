@@ -12,15 +12,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from difflib import get_close_matches
+from math import inf
 from pathlib import Path
 
 from flwr.app import Context
 
 from fedlora import config as configuration
-from fedlora.common import assets
+from fedlora.common import accountant, assets
 from fedlora.common.errors import ConfigError
-from fedlora.config import MOST_RANK, Config, DataConfig, Scalar, TrainConfig
+from fedlora.config import MOST_RANK, Config, DataConfig, PrivacyConfig, Scalar, TrainConfig
 from fedlora.data import PACKAGED
+
+from . import peers
 
 # Environment variables, set when a simulation is started, where server and clients belong to one user. A run's config
 # cannot set them.
@@ -34,10 +37,13 @@ _OF_DATA = {
     "response-column": "data.response-column",
     "messages-column": "data.messages-column",
     "text-column": "data.text-column",
+    "image-column": "data.image-column",
     "label-column": "data.label-column",
 }
 _LIMITS = ("max-rank", "max-steps", "max-length", "max-batch", "max-memory-mb")
 _OTHERS = (
+    "max-epsilon",
+    "delta",
     "partition-id",
     "partition-ids",
     "num-partitions",
@@ -47,9 +53,11 @@ _OTHERS = (
     "resident",
     "allow-files",
     "plugins",
+    "peers",
 )
 _OF_WORKER = ("worker", "worker-idle", "worker-stall", "node-pid", "server", "ca", "key")
-_KNOWN = (*_OF_MODEL, *_OF_DATA, *_LIMITS, *_OTHERS, *_OF_WORKER)
+_OF_EDGE = ("region", "region-ca")
+_KNOWN = (*_OF_MODEL, *_OF_DATA, *_LIMITS, *_OTHERS, *_OF_WORKER, *_OF_EDGE)
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _IDS = re.compile(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", re.ASCII)
 _MOST_HOSTED = 4096
@@ -78,6 +86,7 @@ def ruled(config: Config, node: Mapping[str, Scalar]) -> Config:
     config = configuration.parse(own, config, where="node config") if own else config
     if "model" not in node and not _allows_files(node):
         _check_public("model.name", config.model.name, _packaged_models(), "model")
+    _check_privacy(config, node)
     limit(node, "max-memory-mb")  # only checked here; memory.limit enforces it
     most_tokens, most_examples = limit(node, "max-length"), limit(node, "max-batch")
     if most_tokens and config.data.max_length > most_tokens:
@@ -100,11 +109,15 @@ def check(node: Mapping[str, Scalar]) -> None:
     hosted(node)
     for key in _LIMITS:
         limit(node, key)
+    most, delta = most_epsilon(node)
+    if most:
+        accountant.epsilon(1.0, 1.0, 1, delta)  # is the library there?
     rank(Config(), {key: value for key, value in node.items() if key in ("rank", "max-rank")}, 0)
     client = node.get("partition-id", 0)
     if type(client) is not int or client < 0:
         raise ConfigError(f"node config: partition-id = {client!r}, expected a number from 0")
     _allows_files(node)
+    peers.public(node)
     check_plugins(Config(), node)
     if own_data(node) or any(key in node for key in _OF_DATA):
         _with_own_data(Config(), node)
@@ -192,6 +205,40 @@ def limit(node: Mapping[str, Scalar], key: str) -> int:
     return value
 
 
+def most_epsilon(node: Mapping[str, Scalar]) -> tuple[float, float]:
+    """What all runs together may cost the rows of this node: `max-epsilon` at `delta`; (0, delta) without a limit.
+
+    Raises:
+        ConfigError: one of the keys is no number in its range, or `delta` stands alone.
+    """
+    most, delta = node.get("max-epsilon", 0.0), node.get("delta", PrivacyConfig().delta)
+    if isinstance(most, bool) or not isinstance(most, int | float) or ("max-epsilon" in node and not 0 < most < inf):
+        raise ConfigError(f"node config: max-epsilon = {most!r}, expected a number above 0")
+    if isinstance(delta, bool) or not isinstance(delta, int | float) or not 0 < delta < 1:
+        raise ConfigError(f"node config: delta = {delta!r}, expected a number above 0 and below 1")
+    if "delta" in node and not most:
+        raise ConfigError("node config: delta is that of max-epsilon, which is not set; set both")
+    return float(most), float(delta)
+
+
+def _check_privacy(config: Config, node: Mapping[str, Scalar]) -> None:
+    """Raise ConfigError if this node has a limit of epsilon, and the run has something that no account covers."""
+    most, _ = most_epsilon(node)
+    if not most:
+        return
+    asked, level = "", config.privacy.level
+    if level != "example":
+        asked = f"privacy.level = {level}, by which this node adds no noise; the run needs example"
+    elif config.privacy.epsilon > most:
+        asked = f"privacy.epsilon = {config.privacy.epsilon:g}, which is more than {most:g}"
+    elif config.evaluate.clients:
+        asked = "evaluate.clients = true, whose metrics have no noise; the run needs false"
+    if asked:
+        raise ConfigError(
+            f"this node limits what its rows may cost (node config: max-epsilon), and the run has {asked}"
+        )
+
+
 def _check_names(node: Mapping[str, Scalar]) -> None:
     """Raise ConfigError for keys that resemble a known one, since a mistyped limit would not limit anything.
 
@@ -213,8 +260,8 @@ def _with_own_data(config: Config, node: Mapping[str, Scalar]) -> Config:
         if not _allows_files(node):
             _check_public("data.source", config.data.source, PACKAGED, "data")
         return config
-    if not Path(path).is_file():
-        raise ConfigError("node config: data does not name a file on this node")
+    if not Path(path).exists():
+        raise ConfigError("node config: data does not name a file or folder on this node")
     default = DataConfig()
     data = replace(
         config.data,
@@ -225,6 +272,7 @@ def _with_own_data(config: Config, node: Mapping[str, Scalar]) -> Config:
         response_column=default.response_column,
         messages_column=default.messages_column,
         text_column=default.text_column,
+        image_column=default.image_column,
         label_column=default.label_column,
     )
     config = replace(config, data=data, federation=replace(config.federation, clients=1, min_clients=1))
@@ -280,7 +328,7 @@ def _check_public(key: str, name: str, packaged: Mapping[str, object] | frozense
     )
 
 
-_FILES = frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".gguf"})
+_FILES = frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet", ".npz", ".gz", ".gguf"})
 
 
 def _exists(name: str) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from fedlora.adapters import AdapterState
+from fedlora.common.errors import ConfigError
 from fedlora.config import TrainConfig
 from fedlora.data import LazyExamples
 from fedlora.models.adapted import AdaptedModel
 
+from ..training.private import RowPrivacy
 from ..training.trainer import TrainResult
 
 
@@ -30,3 +32,28 @@ class Statistic(ABC):
                 optimizer step has.
             seed: seed of this client's order of examples and of dropout.
         """
+
+    def measure_with_noise(
+        self,
+        model: AdaptedModel,
+        asked: AdapterState,
+        examples: LazyExamples,
+        config: TrainConfig,
+        *,
+        privacy: RowPrivacy,
+        releases: int,
+    ) -> tuple[AdapterState, TrainResult]:
+        """As `measure`, but computed from noised sums over rows; only the statistics of `WITH_NOISE` can.
+
+        Args:
+            model, asked, examples, config: as in `measure`.
+            privacy: how rows are drawn, clipped and noised.
+            releases: number of noised sums that may be released: as many as in a round of training.
+
+        Raises:
+            ConfigError: this statistic has no noise.
+        """
+        raise ConfigError(
+            f"{type(self).__name__}: this statistic of a client's rows has no noise; set lora.init = uniform and "
+            "lora.allocation = pattern"
+        )

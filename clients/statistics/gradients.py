@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,9 +16,12 @@ from fedlora.adapters import AdapterState, LoraFactors, first_ranks, leading, lo
 from fedlora.config import TrainConfig
 from fedlora.data import Example, LazyExamples, batch_at
 from fedlora.models.adapted import AdaptedModel
+from fedlora.models.per_example import RowGradients
 from fedlora.tasks.base import Task
-from fedlora.tasks.checked import mean_loss
+from fedlora.tasks.checked import mean_loss, row_losses
+from fedlora.tasks.groups import grouped
 
+from ..training.private import RowPrivacy
 from ..training.schedule import hash_seed
 from ..training.trainer import TrainResult
 from .base import Statistic
@@ -46,6 +50,27 @@ class LeadingDirections(Statistic):
             pad_id=model.base.pad_id,
             seed=seed,
         )
+        return AdapterState(lora=lora, tensors=asked.tensors), result
+
+    def measure_with_noise(
+        self,
+        model: AdaptedModel,
+        asked: AdapterState,
+        examples: LazyExamples,
+        config: TrainConfig,
+        *,
+        privacy: RowPrivacy,
+        releases: int,
+    ) -> tuple[AdapterState, TrainResult]:
+        """The best approximation of each module's noised gradient; see `noised_gradients`."""
+        began = time.perf_counter()
+        found = noised_gradients(model, examples, config.batch_size, privacy, releases)
+        lora: dict[str, LoraFactors] = {}
+        for name, factors in asked.lora.items():
+            some = leading(lowrank.of_matrix(found[name], factors.rank), factors.rank)
+            whole = pad(first_ranks(some, min(some.rank, factors.rank), 1.0), factors.rank)
+            lora[name] = LoraFactors(A=whole.A.float().cpu(), B=whole.B.float().cpu(), scaling=1.0)
+        result = TrainResult(0.0, 0.0, steps=0, tokens=0, seconds=time.perf_counter() - began)
         return AdapterState(lora=lora, tensors=asked.tensors), result
 
 
@@ -83,7 +108,8 @@ def leading_directions(
     began = time.perf_counter()
     found: dict[str, LoraFactors] = {}
 
-    def add(name: str, D: Tensor, X: Tensor) -> None:
+    def add(name: str, gradient: Tensor, given: Tensor) -> None:
+        D, X = gradient.flatten(0, -2), given.flatten(0, -2)
         alive = D.any(dim=1)  # padding has no gradient
         parts = [LoraFactors(A=X[alive].float(), B=D[alive].float().T, scaling=1.0)]
         summed = stack([found[name], *parts] if name in found else parts)
@@ -97,15 +123,11 @@ def leading_directions(
     batches = [task.collate([examples[i] for i in batch], pad_id) for batch in chosen]
     labelled = [int(task.counts(batch).sum()) for batch in batches]
     total = 0.0
-    handles = [cast("nn.Module", layer).register_forward_hook(_watch(name, add)) for name, layer in layers.items()]
-    try:
+    with _watched(layers, add):
         for batch, count in zip(batches, labelled, strict=True):
             loss = mean_loss(task, model, batch) * (count / sum(labelled))
             loss.backward()
             total += float(loss.detach())
-    finally:
-        for handle in handles:
-            handle.remove()
     factors: dict[str, LoraFactors] = {}
     for name, layer in layers.items():
         d_out, d_in = cast("tuple[int, int]", (layer.out_features, layer.in_features))
@@ -116,14 +138,78 @@ def leading_directions(
     return factors, TrainResult(total, total, steps=0, tokens=tokens, seconds=time.perf_counter() - began)
 
 
+def noised_gradients(
+    model: AdaptedModel, examples: Sequence[Example], most: int, privacy: RowPrivacy, releases: int
+) -> dict[str, Tensor]:
+    """The mean gradient by each adapted weight, with noise, fp32 [d_out, d_in] by module.
+
+    Each release is that of a step of DP-SGD (see `RowPrivacy`), with the whole weights in the place of A and B: a row's
+    gradient is clipped over all modules together, and all entries have noise. The mean is over all releases, and
+    whatever is computed from it costs nothing more. The norm of a row's gradient `G = D' X`, D [T, d_out] and
+    X [T, d_in], is found without G: `|G|^2 = sum_{t,u} (D D')_tu (X X')_tu`.
+    Memory: one fp32 matrix as large as each adapted weight, and the inputs and gradients of one batch.
+
+    Args:
+        model: the model, with an adapter that adds nothing.
+        examples: the client's own examples.
+        most: largest number of rows of a forward pass.
+        privacy: how rows are drawn, clipped and noised.
+        releases: number of sums.
+    """
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in model.layers.items()}
+    device = next(model.model.parameters()).device
+    sums = {name: torch.zeros(cast("tuple[int, int]", shape), device=device) for name, shape in shapes.items()}
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    rows = RowGradients()
+
+    def add(name: str, gradient: Tensor, given: Tensor) -> None:
+        count = rows.count
+        seen.setdefault(name, []).append((rows.by_row(gradient, count).float(), rows.by_row(given, count).float()))
+
+    model.model.train()
+    with _watched(model.layers, add):
+        for part in (part for _ in range(releases) for part in privacy.drawn(examples, most)):
+            seen.clear()
+            batch = model.task.collate(part, model.base.pad_id)
+            with grouped(rows.begin(len(part), int(model.task.tokens(batch).max()))):
+                each = row_losses(model.task, model.model, batch, len(part))
+            each.sum().backward()
+            whole = {
+                name: tuple(torch.cat(side, 1) for side in zip(*calls, strict=True)) for name, calls in seen.items()
+            }
+            squares = [(torch.bmm(D, D.mT) * torch.bmm(X, X.mT)).double().sum((1, 2)) for D, X in whole.values()]
+            norms = torch.stack(squares).sum(0).clamp(min=0).sqrt()
+            finite = torch.isfinite(norms)
+            factors = torch.where(finite, (privacy.clip / norms.clamp(min=1e-300)).clamp(max=1.0), 0.0).float()
+            for name, (D, X) in whole.items():
+                clipped = torch.where(finite[:, None, None], D, 0.0) * factors[:, None, None]
+                sums[name] += clipped.flatten(0, 1).T @ torch.where(finite[:, None, None], X, 0.0).flatten(0, 1)
+    deviation = privacy.noise_multiplier * privacy.clip * releases**0.5
+    if deviation:
+        for total in sums.values():
+            total.add_(torch.from_numpy(privacy.noise.normal(tuple(total.shape), deviation)).to(total))
+    return {name: total / (privacy.expected * releases) for name, total in sums.items()}
+
+
+@contextmanager
+def _watched(layers: Mapping[str, LoraLayer], add: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Within the block, each backward pass calls `add` with a layer's name, gradient at its output, and input."""
+    handles = [cast("nn.Module", layer).register_forward_hook(_watch(name, add)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _watch(name: str, add: Callable[[str, Tensor, Tensor], None]) -> Callable[..., Tensor]:
-    """A forward hook that passes a layer's inputs and output gradients to `add`, with one row per token."""
+    """A forward hook that passes the gradient at a layer's output, and its input, to `add`."""
 
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if not output.requires_grad:  # all layers below are frozen; a copy, since a leaf must not be changed in place
             output = output.detach().requires_grad_().clone()
-        x = inputs[0].detach().flatten(0, -2)
-        output.register_hook(lambda gradient: add(name, gradient.flatten(0, -2), x))
+        x = inputs[0].detach()
+        output.register_hook(lambda gradient: add(name, gradient, x))
         return output
 
     return hook

@@ -61,7 +61,7 @@ class Selection(Statistic):
             return found
 
         training, other = _Part(examples, 0), _Part(examples, 1)
-        local = LocalSteps(trained, training, config, number=1, rounds=1, seed=seed)
+        local = LocalSteps(trained, training, config, number=1, rounds=1, seed=seed, vary=model.task.augmented)
         for step in range(steps_per_round(config, len(training))):
             gates()
             model.model.train()

@@ -23,13 +23,16 @@ from fedlora.exchange import Plan
 from fedlora.exchange.stages import Stage
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.dropout import Draws, draws_per_client
+from fedlora.models.per_example import RowGradients, row_gradients
 from fedlora.models.stacked import Stack, stacked
 from fedlora.tasks.base import Batch, Task
-from fedlora.tasks.checked import each_loss
+from fedlora.tasks.checked import each_loss, row_losses
+from fedlora.tasks.groups import grouped
 
+from .private import RowPrivacy
 from .projections import projection
 from .terms import penalty
-from .trainer import LocalSteps, TrainResult
+from .trainer import LocalSteps, TrainResult, finite_mean
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,14 @@ class Member:
         examples: the client's own examples.
         seed: seed of its order of examples and of its dropout.
         kept: the g of a term of the plan; see `terms.kept_before`.
+        privacy: what protects single rows; all members have one, or none has.
     """
 
     adapter: AdapterState
     examples: Sequence[Example]
     seed: int
     kept: AdapterState | None = None
+    privacy: RowPrivacy | None = None
 
 
 def train(
@@ -90,7 +95,11 @@ def train(
     model.model.train()
     own_dropout = draws_per_client(model.model)
     adapters = [members[m].adapter for m in order]
-    with stacked(model, adapters, plan.train, plan.modules, folds) as stack:
+    private = members[0].privacy is not None
+    with (
+        stacked(model, adapters, plan.train, plan.modules, folds, frozen=plan.frozen) as stack,
+        row_gradients(model, stack) if private else nullcontext() as rows,
+    ):
         everyone = [
             LocalSteps(
                 slot,
@@ -103,13 +112,19 @@ def train(
                 penalty=penalty(slot.pairs, plan, members[m].kept),
                 project=projection(model, slot.pairs, plan),
                 stages=stages,
+                privacy=members[m].privacy,
+                heads=[*model.tensors],
+                vary=model.task.augmented,
             )
             for m, slot in zip(order, stack.slots, strict=True)
         ]
         for step in range(everyone[0].steps):
             stack.active = sum(local.steps > step for local in everyone)
-            losses = _gradients(model, stack, everyone[: stack.active], step, own_dropout)
-            stack.share_gradients()
+            if rows is None:
+                losses = _gradients(model, stack, everyone[: stack.active], step, own_dropout)
+                stack.share_gradients()
+            else:
+                losses = _private_gradients(model, stack, rows, everyone[: stack.active], own_dropout)
             for passed in range(everyone[0].passes - 1):
                 for local in everyone[: stack.active]:
                     local.after_pass(passed)
@@ -150,15 +165,50 @@ def _gradients(
         own_tokens = tokens.chunk(len(everyone))
         for local, own in zip(everyone, own_tokens, strict=True):
             local.tokens += int(own.sum())
-        stack.rows = len(tokens), int(tokens.max())
+        groups = stack.begin(len(tokens), int(tokens.max()))
         lengths = [int(own.max()) for own in own_tokens]
         draws = Draws([local.draws for local in everyone], lengths) if own_dropout else nullcontext()
-        with record_function("fedlora/forward"), draws:
+        with record_function("fedlora/forward"), draws, grouped(groups):
             each = _losses(model.task, model.model, batch, len(tokens), totals)
         with record_function("fedlora/backward"):
             each.sum().backward()
             losses = [loss + float(more) for loss, more in zip(losses, each.detach(), strict=True)]
     return losses
+
+
+def _private_gradients(
+    model: AdaptedModel, stack: Stack, rows: RowGradients, everyone: Sequence[LocalSteps], own_dropout: bool
+) -> list[float]:
+    """Each client's loss in a step; sets each client's gradients to its noised mean.
+
+    Clients draw different numbers of rows. A client with fewer than another one in a pass repeats a row of its own, or
+    its first one, with the weight 0.
+    """
+    drawn = [local.drawn() for local in everyone]
+    losses: list[list[Tensor]] = [[] for _ in everyone]
+    for passed in range(max(map(len, drawn))):
+        parts = [own[passed] if passed < len(own) else [] for own in drawn]
+        size = max(map(len, parts))
+        full = [[*part, *[local.filler] * (size - len(part))] for local, part in zip(everyone, parts, strict=True)]
+        batch = model.task.collate([example for part in full for example in part], model.base.pad_id)
+        tokens = model.task.tokens(batch)
+        lengths = [int(own.max()) for own in tokens.chunk(len(everyone))]
+        groups = rows.begin(len(tokens), int(tokens.max()))
+        draws = Draws([local.draws for local in everyone], lengths) if own_dropout else nullcontext()
+        with record_function("fedlora/forward"), draws, grouped(groups):
+            each = row_losses(model.task, model.model, batch, len(tokens))
+        counted = torch.tensor([place < len(part) for part in parts for place in range(size)], device=each.device)
+        with record_function("fedlora/backward"):
+            each[counted].sum().backward()
+        for place, (local, part) in enumerate(zip(everyone, parts, strict=True)):
+            local.tokens += int(tokens[place * size : place * size + len(part)].sum())
+            local.add_rows(rows.found, place * size, len(part))
+            losses[place].append(each.detach()[place * size : place * size + len(part)])
+        stack.drop_gradients()
+    rows.begin(0, 0)
+    for local in everyone:
+        local.finish_rows()
+    return [finite_mean(own) for own in losses]
 
 
 def _losses(task: Task, model: nn.Module, batch: Batch, rows: int, totals: Sequence[int]) -> Tensor:

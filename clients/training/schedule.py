@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import math
 
-from fedlora.config import TrainConfig
+from fedlora.config import TrainConfig, steps_per_round
 from fedlora.data import batch_at
 from fedlora.exchange import Plan
-
-
-def steps_per_round(config: TrainConfig, num_examples: int) -> int:
-    """The number of optimizer steps in one round: `train.steps`, or as many as `train.epochs` needs."""
-    per_step = config.batch_size * config.accumulate
-    return config.steps or max(1, math.ceil(config.epochs * num_examples / per_step))
 
 
 def examples_of(config: TrainConfig, num_examples: int, number: int, seed: int) -> list[int]:

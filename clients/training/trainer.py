@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import record_function
 
 from fedlora.common.errors import DivergedError
-from fedlora.config import TrainConfig
+from fedlora.config import TrainConfig, steps_per_round
 from fedlora.data import Example, batch_at
 from fedlora.exchange import Plan
 from fedlora.exchange.stages import Stage
 from fedlora.models.dropout import Draws, draws_per_client
+from fedlora.models.per_example import RowGradients
 from fedlora.models.trainable import Trainable
 from fedlora.tasks.base import Task
-from fedlora.tasks.checked import mean_loss
+from fedlora.tasks.checked import mean_loss, row_losses
+from fedlora.tasks.groups import grouped
 
 from ..optimizers.registry import optimizer
-from .schedule import hash_seed, lr_factor, steps_per_round, warmup_of
+from .private import ClippedSum, RowPrivacy
+from .schedule import hash_seed, lr_factor, warmup_of
 from .terms import proximal
 
 _WHOLE = Plan()
@@ -66,6 +69,9 @@ def train(
     penalty: Callable[[], None] = lambda: None,
     project: Callable[[], None] = lambda: None,
     stages: Sequence[Stage] = (),
+    privacy: RowPrivacy | None = None,
+    rows: RowGradients | None = None,
+    heads: Sequence[str] = (),
 ) -> TrainResult:
     """Train a client's parameters in place for one round.
 
@@ -89,6 +95,10 @@ def train(
         penalty: called after each pass; may add a term's gradient to the parameters' gradients.
         project: called before the first step and after each; may change the parameters (see `projections`).
         stages: privacy stages, which may change the gradients before `penalty` is called.
+        privacy: what protects single rows. The rows of a step are then drawn at random, its gradient has noise, and a
+            loss that is not finite is no error, which would tell of a row.
+        rows: with `privacy`, where the gradients of single rows are recorded.
+        heads: with `privacy`, names of the tensors trained in full.
 
     Raises:
         DivergedError: the loss is not finite.
@@ -105,12 +115,21 @@ def train(
         penalty=penalty,
         project=project,
         stages=stages,
+        privacy=privacy,
+        heads=heads,
+        vary=task.augmented,
     )
     torch.manual_seed(hash_seed(seed, number))  # for everything that draws from torch's own generator
     model.train()
     own_dropout = draws_per_client(model)
     try:
         for step in range(local.steps):
+            if rows is not None:
+                total = private_gradients(task, model, local, rows, pad_id, own_dropout=own_dropout)
+                with record_function("fedlora/optimizer"):
+                    local.take(step, total)
+                on_step(step + 1, local.steps, total)
+                continue
             total = step_gradients(task, model, local, step, pad_id, own_dropout=own_dropout)
             for passed in range(local.passes - 1):
                 local.after_pass(passed)
@@ -144,6 +163,36 @@ def step_gradients(
     return total
 
 
+def private_gradients(
+    task: Task, model: nn.Module, local: LocalSteps, rows: RowGradients, pad_id: int, *, own_dropout: bool = False
+) -> float:
+    """The mean loss of a step's rows, 0 if none was drawn; sets the parameters' gradients to the noised mean."""
+    losses: list[Tensor] = []
+    for part in local.drawn():
+        with record_function("fedlora/data"):
+            batch = task.collate(part, pad_id)
+        tokens = task.tokens(batch)
+        local.tokens += int(tokens.sum())
+        draws = Draws([local.draws], [int(tokens.max())]) if own_dropout else nullcontext()
+        groups = rows.begin(len(part), int(tokens.max()))
+        with record_function("fedlora/forward"), draws, grouped(groups):
+            each = row_losses(task, model, batch, len(part))
+        with record_function("fedlora/backward"):
+            each.sum().backward()
+            local.add_rows(rows.found, 0, len(part))
+        losses.append(each.detach())
+    rows.begin(0, 0)
+    local.finish_rows()
+    return finite_mean(losses)
+
+
+def finite_mean(losses: Sequence[Tensor]) -> float:
+    """The mean of the losses that are finite; 0 if there are none."""
+    every = torch.cat([*losses]) if losses else torch.zeros(0)
+    finite = every[torch.isfinite(every)]
+    return float(finite.mean()) if len(finite) else 0.0
+
+
 class LocalSteps:
     """One client's steps in a round: batches, optimizer, schedule and losses. The caller computes the gradients.
 
@@ -169,8 +218,11 @@ class LocalSteps:
         penalty: Callable[[], None] = lambda: None,
         project: Callable[[], None] = lambda: None,
         stages: Sequence[Stage] = (),
+        privacy: RowPrivacy | None = None,
+        heads: Sequence[str] = (),
+        vary: Callable[[Sequence[Example], str, int], Sequence[Example]] = lambda examples, names, seed: examples,
     ) -> None:
-        """The arguments are those of `train`."""
+        """The arguments are those of `train`, and `vary` is `Task.augmented`."""
         self.steps = steps_per_round(config, len(examples))
         self.losses: list[float] = []
         self.tokens, self.rate = 0, 0.0
@@ -185,13 +237,38 @@ class LocalSteps:
         self._project = project
         project()
         self._proximal = proximal(trained, config.prox_mu, config.prox_of)
+        self._privacy = privacy
+        self._sum = ClippedSum(privacy, trained, heads) if privacy else None
+        self._vary, self._drawn = vary, 0
 
-    def batches(self, step: int) -> list[list[Example]]:
-        """The examples of each forward pass of a step."""
+    def drawn(self) -> list[Sequence[Example]]:
+        """With privacy of rows: the examples of each forward pass of the next step, drawn at random."""
+        assert self._privacy is not None
+        self._drawn += 1
+        parts = self._privacy.drawn(self._examples, self._config.batch_size)
+        return [self._varied(part, self._drawn - 1, number) for number, part in enumerate(parts)]
+
+    @property
+    def filler(self) -> Example:
+        """One of the client's examples, to fill up a batch with, where it does not count."""
+        return self._examples[0]
+
+    def add_rows(self, found: Mapping[str, Tensor], first: int, count: int) -> None:
+        """With privacy of rows: the gradients of this client's rows of a batch; see `ClippedSum.add`."""
+        assert self._sum is not None
+        self._sum.add(found, first, count)
+
+    def finish_rows(self) -> None:
+        """With privacy of rows: set the gradients of a step whose rows were all added."""
+        assert self._sum is not None
+        self._sum.finish()
+
+    def batches(self, step: int) -> list[Sequence[Example]]:
+        """The examples of each forward pass of a step; they are the same each time."""
         size, parts = self._config.batch_size, self._config.accumulate
         first = self._position(step) * parts
         walk = [batch_at(len(self._examples), size, first + part, self._seed) for part in range(parts)]
-        return [[self._examples[i] for i in chosen] for chosen in walk]
+        return [self._varied([self._examples[i] for i in chosen], step, number) for number, chosen in enumerate(walk)]
 
     def take(self, step: int, loss: float) -> None:
         """Make one optimizer step with the gradients that the parameters have, then clear the gradients.
@@ -246,6 +323,10 @@ class LocalSteps:
             seconds=seconds,
             rate=self.rate,
         )
+
+    def _varied(self, examples: Sequence[Example], step: int, number: int) -> Sequence[Example]:
+        """The examples of a forward pass as `train.augment` changes them."""
+        return self._vary(examples, self._config.augment, hash_seed(self._seed, self._round, step, number))
 
     def _position(self, step: int) -> int:
         """The step's number in the whole run."""

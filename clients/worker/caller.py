@@ -15,17 +15,18 @@ import grpc
 from filelock import FileLock
 from flwr.app import Context, Error, RecordDict
 from flwr.common.constant import ErrorCode
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedlora.common import processes
+from fedlora.common.errors import FedLoraError
 from fedlora.common.events import emit
 from fedlora.common.rotation import rotate
+from fedlora.deployment import envelope, resident
+from fedlora.deployment.resident import is_healthy
 
 from ..answering.vigil import Vigil
-from . import envelope
+from . import region
 
 _START_SECONDS = 60.0
-_HEALTH_SECONDS = 20.0  # a worker that computes releases Python's lock many times a second, and so answers in time
 # A working worker is asked for a sign of life every 5 s; it is replaced after two questions without an answer.
 _LOOK_SECONDS, _MISSED = 5.0, 2
 _QUEUE_SECONDS = 120.0  # until the worker must begin with a message; its work before that is dropped by then
@@ -40,7 +41,7 @@ def ask(socket: str, task: str, content: RecordDict, context: Context, vigil: Vi
 
     Args:
         socket: path of the worker's Unix socket, from the node's config.
-        task: "describe", "train" or "evaluate".
+        task: a name in `single._TASKS`, such as "train".
         content: the message's content.
         context: Flower's context of this run on this node.
         vigil: the vigil over this message.
@@ -55,13 +56,19 @@ def ask(socket: str, task: str, content: RecordDict, context: Context, vigil: Vi
     for _ in range(_ATTEMPTS):
         try:
             vigil.check()
-            _make_sure(path, context.node_config)
+            if region.is_edge(context):
+                region.make_sure(path, context)
+            else:
+                _make_sure(path, context.node_config)
             return _call(path, request, vigil, stall)
         except grpc.RpcError as error:
             reasons.append(str(error.details() if isinstance(error, grpc.Call) else error))
-        except (_NotStarted, _PastHope) as error:
+        except (_NotStarted, _PastHope, FedLoraError) as error:
             reasons.append(str(error))
         _log.warning("worker: ended during %s: %s", task, reasons[-1])
+    if region.is_edge(context):
+        # as a node that is not there, and so to be asked again
+        return Error(ErrorCode.NODE_UNAVAILABLE, f"the edge has no run in its region: {reasons[-1]}")
     return Error(
         ErrorCode.CLIENT_APP_RAISED_EXCEPTION,
         f"the node's worker ended {_ATTEMPTS} times during {task} ({reasons[-1]}); its worker.log says more; if the "
@@ -78,7 +85,7 @@ class _PastHope(Exception):
 
 
 def _call(socket: Path, request: bytes, vigil: Vigil, stall_seconds: float) -> RecordDict | Error:
-    with _channel(socket) as channel:
+    with resident.channel(socket) as channel:
         call = channel.unary_stream(f"/{envelope.SERVICE}/{envelope.METHOD}")(request)
         watch = _Watch(socket, call, vigil, stall_seconds)
         try:
@@ -138,7 +145,7 @@ class _Watch:
                 self._call.cancel()
                 return
             if now - looked > _LOOK_SECONDS:
-                missed = 0 if _is_healthy(self._socket) else missed + 1
+                missed = 0 if is_healthy(self._socket) else missed + 1
                 looked = time.monotonic()
             seconds, what = self._limit
             if missed == _MISSED:
@@ -153,10 +160,10 @@ class _Watch:
 
 def _make_sure(socket: Path, settings: Mapping[str, object]) -> None:
     """Start a worker unless a healthy one listens on the socket; ClientApps that call this together start only one."""
-    if _is_healthy(socket):
+    if is_healthy(socket):
         return
     with FileLock(socket.with_name("start.lock")):
-        if _is_healthy(socket):
+        if is_healthy(socket):
             return
         processes.stop_recorded(socket.with_name("worker.pid"), "worker")
         _start(socket, settings)
@@ -185,24 +192,8 @@ def _start(socket: Path, settings: Mapping[str, object]) -> None:
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise _NotStarted(f"it ended at once with exit code {process.returncode}")
-        if _is_healthy(socket):
+        if is_healthy(socket):
             return
         time.sleep(0.05)
     process.kill()
     raise _NotStarted(f"it did not answer within {_START_SECONDS:.0f} s")
-
-
-def _is_healthy(socket: Path) -> bool:
-    if not socket.exists():
-        return False
-    with _channel(socket) as channel:
-        check = health_pb2_grpc.HealthStub(channel).Check  # pyright: ignore[reportAttributeAccessIssue] - made in __init__
-        try:
-            answer = check(health_pb2.HealthCheckRequest(service=envelope.SERVICE), timeout=_HEALTH_SECONDS)
-        except grpc.RpcError:
-            return False
-    return answer.status == health_pb2.HealthCheckResponse.SERVING
-
-
-def _channel(socket: Path) -> grpc.Channel:
-    return grpc.insecure_channel(f"unix:{socket}", options=envelope.GRPC_OPTIONS)

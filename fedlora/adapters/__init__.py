@@ -20,7 +20,16 @@ from .algebra import (
     svd_of_sums,
     truncate,
 )
-from .state import AdapterState, LoraFactors, fill_missing, keep_factors, map_tensors, not_finite, to_fp32
+from .state import (
+    AdapterState,
+    LoraFactors,
+    fill_missing,
+    keep_factors,
+    map_tensors,
+    not_finite,
+    to_fp32,
+    without_values,
+)
 
 __all__ = [
     "AdapterState",
@@ -48,4 +57,5 @@ __all__ = [
     "svd_of_sums",
     "to_fp32",
     "truncate",
+    "without_values",
 ]

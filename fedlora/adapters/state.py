@@ -135,3 +135,8 @@ def map_tensors(function: Callable[..., Tensor], *states: AdapterState) -> Adapt
         for name, tensor in first.tensors.items()
     }
     return AdapterState(lora=lora, tensors=tensors)
+
+
+def without_values(adapter: AdapterState) -> AdapterState:
+    """The names, ranks and shapes of an adapter, in tensors without memory."""
+    return map_tensors(lambda name, tensor: tensor.to("meta"), adapter)

@@ -42,6 +42,13 @@ def evaluate(
     ] = None,
     overrides: Overrides = None,
     *,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Use all rows of this data.source, which nobody trained on, instead of held-out rows.",
+        ),
+    ] = None,
     as_json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the scores to this file.")
     ] = None,
@@ -56,7 +63,7 @@ def evaluate(
         int | None, typer.Option(min=1, metavar="N", help="With --lm-eval: use only the first N rows of each task.")
     ] = None,
 ) -> None:
-    """Evaluate adapters on held-out rows, and compare them with the base model without an adapter.
+    """Evaluate adapters on held-out rows or other ones, and compare them with the base model without an adapter.
 
     All adapters are scored on the same rows and must belong to the same base model.
 
@@ -65,12 +72,19 @@ def evaluate(
       fedlora evaluate --adapter quickstart
 
       fedlora evaluate --adapter a/adapter --adapter b/adapter --json scores.json
+
+      fedlora evaluate --adapter sentiment -c evaluate.by=domain
+
+      fedlora evaluate --adapter clothes --data fashion-mnist-test -c data.label-names="tee, trousers, …"
     """
+    if lm_eval is not None and data is not None:
+        raise ConfigError("evaluate: --data and --lm-eval both say what to score; give one of them")
     if lm_eval is None and (lm_eval_path or lm_eval_limit):
         raise ConfigError("evaluate: --lm-eval-path and --lm-eval-limit go with --lm-eval TASK; name a task")
     adapter = [adapter_folder(each) for each in adapter]
     settings = _settings(adapter, config, overrides)
     quiet()
+    by_value: dict[str, Mapping[str, Any]] = {}
     if lm_eval is not None:
         from fedlora.trained import harness
 
@@ -81,17 +95,31 @@ def evaluate(
     else:
         from fedlora.trained.evaluate import compare_with_base
 
-        rows = compare_with_base(adapter, settings)
-        title = f"{settings.model.name} on {settings.data.source}, held-out rows"
+        if data is not None:
+            keys: dict[str, configuration.Scalar] = {"data.source": data}
+            if "evaluate.by" not in configuration.parse_overrides(overrides or []):
+                keys["evaluate.by"] = ""  # a column of the run's rows, which others need not have
+            settings = configuration.parse(keys, settings, where="--data")
+        found = compare_with_base(adapter, settings, whole=data is not None)
+        rows = {label: each.metrics for label, each in found.items()}
+        by_value = {label: each.by for label, each in found.items() if each.by}
+        which = "held-out rows" if data is None else "all rows"
+        title = f"{settings.model.name} on {settings.data.source}, {which}"
         measured = next(iter(rows.values()))
         names = sorted(
             measured, key=lambda name: (*_METRICS, name).index(name)
         )  # metrics that only this task has: last
     out.print(_table(title, rows, names))
+    for label, by in by_value.items():
+        from fedlora.results.display import values_table
+
+        out.print(values_table(f"{label}, by {by['column']}", by))
     if as_json is not None:
         from fedlora.common.files import write_json
 
         about = {"config": settings.to_flat(), "adapters": [str(path) for path in adapter], "scores": rows}
+        if by_value:
+            about["by"] = by_value
         try:
             write_json(as_json, about)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""The commands on experiments: compare, report."""
+"""The commands on experiments: compare, report, audit."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from fedlora.common import processes
 from fedlora.config import find_preset
 
+from .adapters import check_shared
 from .shared import app, err, out, quiet
 
 
@@ -133,10 +134,15 @@ def report(
     to: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder for the page; default: DIR/report.")
     ] = None,
+    samples: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="Of a simulation on images, show the first N images of each client."),
+    ] = 8,
 ) -> None:
     """Make an HTML page about a comparison or a run.
 
-    The page opens without a network. Its figures and tables are also written as files of their own.
+    The page opens without a network. Its figures and tables are also written as files of their own. Of a simulation on
+    images, it shows some images of each client, which are read again from data.source; --samples 0 leaves them out.
 
     Examples:
 
@@ -146,5 +152,73 @@ def report(
     """
     from fedlora.simulations.report import write  # pyright: ignore[reportMissingImports]
 
-    path = write(folder, to, say=lambda line: err.print(line, style="dim", soft_wrap=True, markup=False))
+    path = write(
+        folder, to, say=lambda line: err.print(line, style="dim", soft_wrap=True, markup=False), samples=samples
+    )
     out.print(f"open {path}", soft_wrap=True)
+
+
+@app.command()
+def audit(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Runs, by name or folder; the first one's report has all."),
+    ],
+    *,
+    rows: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Compare at most N training rows with as many other rows.")
+    ] = 500,
+    shadows: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Also repeat each run N times, each time on half of the compared rows, for a stronger attack; an even "
+            "number.",
+        ),
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the compared rows.")] = 0,
+) -> None:
+    """Measure how well an attacker tells a run's training rows from other rows (membership inference).
+
+    The attacker sees the adapter and the losses of single rows. AUC is the probability that a training row looks more
+    like one than another row does: 0.5 is guessing. Name a run with privacy.level and the same run without it to see
+    what the noise does. audit.json in each run's folder has the results, and the report draws them.
+
+    An audit finds leaks and proves nothing about their absence: other attacks may find more.
+
+    Examples:
+
+      fedlora audit quickstart
+
+      fedlora audit plain private --rows 200 --shadows 4
+
+      fedlora report plain
+    """
+    quiet()
+    from rich.table import Table
+
+    from fedlora.results.display import ScoringDisplay
+    from fedlora.simulations import membership  # pyright: ignore[reportMissingImports]
+    from fedlora.trained import export as exporting
+
+    sources = [exporting.find(run) for run in runs]
+    for source in sources:
+        check_shared(source.adapter)
+    found: list[membership.Audit] = []
+    with ScoringDisplay(err) as display:
+        for source in sources:
+            found.append(membership.audit(source, rows, shadows, seed, display))
+    membership.write(found)
+    table = Table(title=f"membership inference on {len(found[0].members)} training rows and as many others")
+    for heading in ("run", "epsilon", "score", "AUC (95 %)", "found at 1 % false alarms", "advantage"):
+        table.add_column(heading, justify="left" if heading in ("run", "score") else "right", overflow="fold")
+    for one in found:
+        epsilon = f"{one.privacy['epsilon']:.2f}" if one.privacy else "no limit"
+        for name, attack in one.attacks.items():
+            low, high = attack.interval
+            area = f"{attack.auc:.3f} ({low:.3f} to {high:.3f})"
+            table.add_row(one.name, epsilon, name, area, f"{attack.caught:.1%}", f"{attack.advantage:.3f}")
+    out.print(table)
+    out.print(f"written: {', '.join(str(one.folder / membership.NAME) for one in found)}", soft_wrap=True)
+    out.print(f"report:  fedlora report {found[0].folder}", soft_wrap=True)

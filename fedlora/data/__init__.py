@@ -50,9 +50,10 @@ def prepare(config: Config) -> Split:
         DataError: the source cannot be read, or cannot be divided among so many clients.
         AssetError: a packaged set cannot be fetched.
     """
+    if not config.data.parts:
+        return _prepare(config.data, config.federation.clients, config.run.seed)
     groups, dealt = client_parts(config.data, config.federation.clients)
-    split = _prepare(replace(config.data, parts=""), dealt, config.run.seed)
-    return joined(split, groups) if config.data.parts else split
+    return joined(_prepare(replace(config.data, parts=""), dealt, config.run.seed), groups)
 
 
 @lru_cache(maxsize=2)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _MANY = 0.05  # share of the rows; if more rows are cut, there is a warning
 _MEASURED = 2000
 _ENOUGH = 256  # number of rows whose tokens are counted before a run
+_AT_ONCE = 256  # number of rows that are encoded at a time, since all examples of images may not fit in memory
+_TOKENS = "tokens"
 _log = logging.getLogger("fedlora")
 _CUTS = {
     "turns": "lose earlier turns",
@@ -48,6 +50,7 @@ class Checked:
         median, most, longest: number of tokens of the median row, of the longest of the shortest 95 %, and of the
             longest row.
         cut: kind of cut (`Example.cut`) -> number of measured rows that are cut in this way.
+        unit: what the numbers of tokens count; pixels for images.
     """
 
     rows: int
@@ -61,6 +64,7 @@ class Checked:
     most: int = 0
     longest: int = 0
     cut: Mapping[str, int] | None = None
+    unit: str = _TOKENS
 
     @property
     def cut_share(self) -> float:
@@ -97,14 +101,17 @@ def check_rows(
         classes = _classes(rows.select(usable), names, data, task.classes) if task.classes else {}
     except DataError as error:
         faults.append(str(error).removeprefix(f"{data.source}: "))
-    lengths = np.zeros(0, dtype=np.int64)
+    sizes: list[int] = []
     cut: Counter[str] = Counter()
     if tokenizer is not None and not faults:
         chosen = [usable[at] for at in np.linspace(0, len(usable) - 1, min(measured, len(usable))).astype(int)]
-        examples, unread = task.encode(rows.select(chosen), tokenizer, data)
-        wrong |= {chosen[at]: why for at, why in unread.items()}
-        lengths = np.array([example.whole for example in examples if example is not None], dtype=np.int64)
-        cut = Counter(example.cut for example in examples if example is not None and example.cut)
+        for start in range(0, len(chosen), _AT_ONCE):
+            some = chosen[start : start + _AT_ONCE]
+            examples, unread = task.encode(rows.select(some), tokenizer, data)
+            wrong |= {some[at]: why for at, why in unread.items()}
+            sizes += [example.whole for example in examples if example is not None]
+            cut.update(example.cut for example in examples if example is not None and example.cut)
+    lengths = np.array(sizes, dtype=np.int64)
     found = Checked(
         rows=len(rows),
         faults=(*_grouped(rows, wrong, data), *faults),
@@ -116,7 +123,10 @@ def check_rows(
     if not len(lengths):
         return found
     middle, most = (int(value) for value in np.quantile(lengths, (0.5, 0.95), method="higher"))
-    return replace(found, measured=len(lengths), median=middle, most=most, longest=int(lengths.max()), cut=dict(cut))
+    longest = int(lengths.max())
+    return replace(
+        found, measured=len(lengths), median=middle, most=most, longest=longest, cut=dict(cut), unit=task.unit
+    )
 
 
 def too_long(found: Checked, data: DataConfig) -> str:
@@ -131,6 +141,8 @@ def too_long(found: Checked, data: DataConfig) -> str:
 
 def warn_of_lengths(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, task: RowReader) -> None:
     """Log the warning of `too_long`, judged by some evenly spaced rows."""
+    if task.unit != _TOKENS:
+        return
     some = rows.select(range(0, len(rows), max(1, len(rows) // _ENOUGH)))
     if said := too_long(check_rows(some, tokenizer, data, task), data):
         _log.warning("%s", said)
@@ -141,7 +153,7 @@ def lines(found: Checked, data: DataConfig) -> list[str]:
     said = [f"rows: {found.left_out}"] if found.left_out else []
     if found.classes:
         said.append("classes: " + ", ".join(f"{name} ({count})" for name, count in found.classes.items()))
-    if found.names and not data.label_names:
+    if found.names and not data.label_names and list(found.names) == sorted(found.names):
         said.append(
             f"classes are numbered in alphabetical order; data.label-names = {', '.join(found.names)!r} gives them the "
             "same numbers in every file"
@@ -149,6 +161,8 @@ def lines(found: Checked, data: DataConfig) -> list[str]:
     if not found.measured:
         return said
     of = "" if found.measured == found.usable else f" of {found.measured} rows that were measured"
+    if found.unit != _TOKENS:
+        return [*said, f"{found.unit}{of}: {found.median} in each image, as the model sees it"]
     said.append(
         f"tokens{of}: median {found.median}, 95 % within {found.most}, longest {found.longest}; "
         f"data.max-length = {data.max_length}"
@@ -168,7 +182,7 @@ def report(
     found = check_rows(rows, tokenizer, data, task)
     said = lines(found, data)
     if tokenizer is None:
-        said.append(f"tokens: not counted, since model.name = {model} is not on this machine yet")
+        said.append(f"{task.unit}: not counted, since model.name = {model} is not on this machine yet")
     return said, f"{data.source}: {'; '.join(found.faults)}" if found.faults else ""
 
 

@@ -34,7 +34,7 @@ def numbered(rows: Dataset, data: DataConfig, names: tuple[str, ...] = ()) -> Da
     feature = rows.features.get(data.label_column)
     listed = ", ".join(names) or data.label_names
     names = names or label_names(data)
-    if feature is None or data.form not in ("auto", "label"):
+    if feature is None or data.form not in ("auto", "label", "image"):
         return rows
     cells: list[Any] = rows.with_format("arrow")[:][data.label_column].to_pylist()
     if isinstance(feature, ClassLabel):

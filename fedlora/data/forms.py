@@ -14,6 +14,7 @@ from .examples import Example
 from .places import places
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +27,8 @@ class RowReader(Protocol):
     """The methods of `fedlora.tasks.base.Task` that read rows, explained there; data/ does not import tasks/."""
 
     forms: ClassVar[tuple[str, ...]]
+    unit: ClassVar[str]
+    keeps_examples: ClassVar[bool]
 
     @property
     def classes(self) -> int: ...
@@ -46,9 +49,11 @@ class RowReader(Protocol):
 
     def answer(self, example: Example, names: Sequence[str]) -> str: ...
 
+    def picture(self, example: Example) -> np.ndarray | None: ...
+
 
 def form_of(columns: Sequence[str], data: DataConfig, task: RowReader) -> str:
-    """The form of the rows: "prompt", "chat", "alpaca", "sharegpt", "text" or "label".
+    """The form of the rows: "prompt", "chat", "alpaca", "sharegpt", "text", "label" or "image".
 
     Args:
         columns: names of the rows' columns.
@@ -98,6 +103,7 @@ def columns_by_form(data: DataConfig) -> dict[str, tuple[str, ...]]:
         "sharegpt": ("conversations",),
         "text": (data.text_column,),
         "label": (data.text_column, data.label_column),
+        "image": (data.image_column, data.label_column),
     }
 
 

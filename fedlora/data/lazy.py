@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
 
 class LazyExamples(Sequence[Example]):
-    """The same examples as `encode(rows, …)`, each encoded once, when it is first used.
+    """The same examples as `encode(rows, …)`, each encoded when it is first used.
+
+    An example is encoded once if the task keeps its examples. Otherwise only those of the last `ahead` are kept.
 
     Attributes:
+        rows: the rows of the examples, in their order.
         left_out: a sentence about the rows that have nothing to predict, which do not count; empty if there are none.
     """
 
@@ -30,8 +33,8 @@ class LazyExamples(Sequence[Example]):
         """
         idle = nothing_to_predict(rows, tokenizer, data, task)
         self.left_out = left_out(rows, idle, data) if idle else ""
-        self._rows = rows.select(usable_of(rows, idle)) if idle else rows
-        task.check_rows(self._rows, data)
+        self.rows = rows.select(usable_of(rows, idle)) if idle else rows
+        task.check_rows(self.rows, data)
         self._tokenizer, self._data, self._task = tokenizer, data, task
         self._done: dict[int, Example] = {}
 
@@ -41,7 +44,7 @@ class LazyExamples(Sequence[Example]):
         return sum(bool(example.cut) for example in self._done.values()) / len(self._done) if self._done else 0.0
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -66,7 +69,10 @@ class LazyExamples(Sequence[Example]):
         Raises:
             DataError: a row cannot be encoded.
         """
-        new = sorted({at for at in places if at not in self._done})
+        wanted = set(places)
+        new = sorted(at for at in wanted if at not in self._done)
+        if new and not self._task.keeps_examples:
+            self._done = {at: example for at, example in self._done.items() if at in wanted}
         if new:
-            rows = self._rows.select(new)
+            rows = self.rows.select(new)
             self._done |= zip(new, encode_usable(rows, self._tokenizer, self._data, self._task), strict=True)

@@ -183,6 +183,12 @@ def key_column(columns: Sequence[str], data: DataConfig) -> str:
         DataError: the rows do not have this column.
     """
     own = PACKAGED[data.source].key if data.source in PACKAGED else data.label_column
+    if not own and data.partition == "natural" and data.partition_by == "auto":
+        raise DataError(
+            f"{data.source}: its rows belong to nobody, so that data.partition = 'natural' has no key; set "
+            "data.partition = 'dirichlet' or 'iid'"
+        )
+    own = own or data.label_column
     if data.partition == "numbered":
         own = "client"
     column = own if data.partition_by == "auto" else data.partition_by

@@ -29,7 +29,7 @@ def with_places(rows: Dataset) -> Dataset:
 
 
 def places(rows: Dataset, at: Sequence[int], data: DataConfig) -> str:
-    """The places of some rows in their source, for messages: "line 4"; "rows 2, 3, 5, 7, 11 and 40 more".
+    """The places of some rows in their source, for messages: "line 4"; "rows 2, 3, 5, 7, 11 and 40 more"; "file a/3".
 
     Args:
         rows: rows of `data.source`, selected in any way.
@@ -43,7 +43,12 @@ def places(rows: Dataset, at: Sequence[int], data: DataConfig) -> str:
     if files.kind_of(path) and path.is_file():
         lines = files.line_numbers(path, path.stat().st_mtime_ns)
     by_line = len(lines) == len(rows.data)
+    word = "line" if by_line else "row"
     shown = [str(lines[i] if by_line else i + 1) for i in origins[:_MOST]]
+    if path.is_dir() and data.image_column in rows.column_names:
+        images = rows.data.column(data.image_column)
+        named = [images[i].as_py()["path"] for i in origins[:_MOST]]
+        if all(named):  # not if a packaged set has the folder's name
+            word, shown = "file", [str(Path(name).relative_to(path)) for name in named]
     more = f"{len(origins) - _MOST} more" if len(origins) > _MOST else shown.pop() if len(shown) > 1 else ""
-    word = f"{'line' if by_line else 'row'}{'s' if len(origins) > 1 else ''}"
-    return f"{word} {', '.join(shown)}{f' and {more}' if more else ''}"
+    return f"{word}{'s' if len(origins) > 1 else ''} {', '.join(shown)}{f' and {more}' if more else ''}"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from fedlora.config import DataConfig
 
 from .forms import RowReader, encode_usable, usable_rows
+from .partition import Split
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,6 +29,7 @@ class Shown:
         whole: number of tokens before the row was cut to `data.max-length`.
         parts: pieces of the text, with special tokens, each with whether it is in the loss.
         label: for classification, name or number of the class; else empty.
+        picture: of an image, its pixels in RGB, uint8 [height, width, 3]; `tokens` is their number.
     """
 
     row: int
@@ -33,6 +37,7 @@ class Shown:
     whole: int = 0
     parts: tuple[tuple[str, bool], ...] = ()
     label: str = ""
+    picture: np.ndarray | None = None
 
     @property
     def text(self) -> str:
@@ -61,10 +66,32 @@ def first_examples(
     task.check_rows(chosen, data)
     names = task.class_names(chosen, data)
     for row, example in zip(usable, encode_usable(chosen, tokenizer, data, task), strict=True):
+        label, picture = task.answer(example, names), task.picture(example)
+        if picture is not None:
+            found[row + 1] = Shown(row + 1, example.whole, example.whole, label=label, picture=picture)
+            continue
         ids: list[int] = example["input_ids"]
         parts = _parts(ids, task.learned(example), tokenizer)
-        found[row + 1] = Shown(row + 1, len(ids), example.whole, parts, task.answer(example, names))
+        found[row + 1] = Shown(row + 1, len(ids), example.whole, parts, label)
     return list(found.values())
+
+
+def client_examples(
+    split: Split, client: int, count: int, *, tokenizer: PreTrainedTokenizerBase, data: DataConfig, task: RowReader
+) -> list[Shown]:
+    """The first rows of a client, as the model sees them, each with its number in the source.
+
+    Args:
+        split: the run's split.
+        client: number of the client.
+        count, tokenizer, data, task: as in `first_examples`.
+
+    Raises:
+        DataError: as in `encode`.
+    """
+    part = split.parts[client]
+    found = first_examples(split.client(client), count, tokenizer, data, task)
+    return [replace(one, row=int(part[one.row - 1]) + 1) for one in found]
 
 
 def _parts(ids: list[int], learned: Sequence[bool], tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, bool], ...]:

@@ -10,17 +10,20 @@ from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fedlora.common import given
 from fedlora.common.assets import fetch
 from fedlora.common.errors import DataError, suggest
 from fedlora.config import DataConfig
 
-from . import files
+from . import files, image_files
 from .classes import numbered
 from .conversations import TEXT_COLUMNS
 from .places import with_places
+from .styles import STYLES
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,13 +38,15 @@ class PackagedSet:
 
     Args:
         read: function from the asset's folder to the set's columns.
-        key: the column with the owner of each row, for the natural partition.
+        key: the column with the owner of each row, for the natural partition; empty if the rows have no owners.
         asset: the asset with the set's files; empty: the one of the set's own name.
+        names: names of the classes, if the label column has their numbers.
     """
 
-    read: Callable[[Path], Mapping[str, list[str]]]
+    read: Callable[[Path], Mapping[str, Any]]
     key: str
     asset: str = ""
+    names: tuple[str, ...] = ()
 
 
 def load_rows(config: DataConfig) -> Dataset:
@@ -56,21 +61,35 @@ def load_rows(config: DataConfig) -> Dataset:
     """
     from datasets import Dataset
 
+    names: tuple[str, ...] = ()
     if config.source in PACKAGED:
         import pyarrow as pa
 
         packaged = PACKAGED[config.source]
+        names = () if config.label_names else packaged.names
         rows = Dataset(pa.table(dict(packaged.read(fetch(packaged.asset or config.source)))))
     elif given.is_given(config.source):
         rows = given.find(config.source, "data.source", DataError)
-    elif (path := Path(config.source).expanduser()).exists() or files.kind_of(path):
+    elif image_files.is_images(path := Path(config.source).expanduser()):
+        rows = Dataset(image_files.read(path, config))
+    elif path.exists() or files.kind_of(path):
         texts = [config.prompt_column, config.response_column, config.text_column, *TEXT_COLUMNS]
         rows = Dataset(files.read(path, texts))
     else:
         rows = _read_hub(config)
     if not len(rows):
         raise DataError(f"{config.source}: holds no rows; one example per row is expected")
-    return with_places(numbered(rows, config))
+    return with_places(numbered(_undecoded(rows), config, names))
+
+
+def _undecoded(rows: Dataset) -> Dataset:
+    """The rows with images as they are stored, since each is decoded only when it is used."""
+    from datasets import Image
+
+    for name, feature in rows.features.items():
+        if isinstance(feature, Image) and feature.decode:
+            rows = rows.cast_column(name, Image(decode=False))
+    return rows
 
 
 def chitchat(folder: Path) -> dict[str, list[str]]:
@@ -115,6 +134,43 @@ def planted(folder: Path) -> dict[str, list[str]]:
     return _columns(("text", "group"), [(text, f"{group:02}") for group in range(_GROUPS) for text in first])
 
 
+def fashion_mnist(folder: Path) -> dict[str, Any]:
+    """The 60,000 training images of Fashion-MNIST (https://arxiv.org/abs/1708.07747), grey, 28 x 28, in 10 classes.
+
+    The 10,000 test images are `fashion_mnist_test`.
+    """
+    return _images(folder / "train-images-idx3-ubyte.gz")
+
+
+def fashion_mnist_test(folder: Path) -> dict[str, Any]:
+    """The 10,000 test images of Fashion-MNIST."""
+    return _images(folder / "t10k-images-idx3-ubyte.gz")
+
+
+def _images(path: Path) -> dict[str, Any]:
+    """The images of a file and their classes."""
+    table = image_files.read(path, DataConfig())
+    return {name: table[name] for name in table.column_names}
+
+
+def fashion_domains(folder: Path) -> dict[str, Any]:
+    """The last 30,000 training images of Fashion-MNIST as six domains of 5,000; each domain has a style of its own.
+
+    The first 30,000 are those on which the packaged models of images were trained. The styles are in `styles.py`.
+    """
+    path = folder / "train-images-idx3-ubyte.gz"
+    images, labels = image_files.read_idx(path)
+    first = len(images) // 2
+    shares = np.array_split(images[first:], len(STYLES))
+    styled = [style(share) for style, share in zip(STYLES.values(), shares, strict=True)]
+    contents = image_files.encoded(np.concatenate(styled), path)
+    return {
+        "image": image_files.cells(contents, [None] * len(contents)),
+        "label": labels[first:],
+        "domain": [name for name, share in zip(STYLES, shares, strict=True) for _ in share],
+    }
+
+
 def chatterbot(folder: Path) -> dict[str, list[str]]:
     """English dialogues as pairs of a line and the next line; the key is the topic."""
     import yaml
@@ -136,6 +192,18 @@ _DOMAINS = MappingProxyType(
         "tweets": "tweets",
     }
 )
+_CLOTHES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 _NEUTRAL = 0.5
 _FIRST, _GROUPS = 250, 20
 
@@ -144,6 +212,9 @@ PACKAGED: Mapping[str, PackagedSet] = MappingProxyType(
         "chitchat": PackagedSet(chitchat, key="sender"),
         "sentiment": PackagedSet(sentiment, key="domain"),
         "chatterbot": PackagedSet(chatterbot, key="topic"),
+        "fashion-mnist": PackagedSet(fashion_mnist, key="", names=_CLOTHES),
+        "fashion-domains": PackagedSet(fashion_domains, key="domain", asset="fashion-mnist", names=_CLOTHES),
+        "fashion-mnist-test": PackagedSet(fashion_mnist_test, key="", asset="fashion-mnist", names=_CLOTHES),
         "planted": PackagedSet(planted, key="group", asset="sentiment"),
     }
 )

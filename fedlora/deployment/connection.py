@@ -52,7 +52,7 @@ def run(config: Config, server: str, ca: Path | None, insecure: bool = False) ->
     """
     config = flower_programs.absolute(stamp(config))
     config = config if config.run.by else replace(config, run=replace(config.run, by=_who()))
-    with _connection(server, ca, insecure) as connection:
+    with connected(server, ca, insecure) as connection:
         bundle = flower_programs.write_bundle(config, connection.folder / "app")
         flower_programs.carry_out(config, bundle, connection, log=None)
 
@@ -212,7 +212,7 @@ def trusting(ca: Path) -> ssl.SSLContext:
 
 
 @contextmanager
-def _connection(server: str, ca: Path | None, insecure: bool) -> Iterator[Connection]:
+def connected(server: str, ca: Path | None, insecure: bool) -> Iterator[Connection]:
     """A connection of `flwr` to a server, after a check that the server is there."""
     authority = None if insecure else given(ca, "--ca", "ca.crt")
     if authority:

@@ -126,12 +126,18 @@ def wait_until_healthy(
     raise RunError(f"Flower's SuperLink did not start: {reason_of(log.read_text(errors='replace'))}{reason}")
 
 
-def write_bundle(config: Config, folder: Path) -> Path:
-    """Write a small Flower app with this run's whole config, which imports the installed FedLoRA; return its folder."""
+def write_bundle(config: Config, folder: Path, server_app: str = "server_app") -> Path:
+    """Write a small Flower app with this run's whole config, which imports the installed FedLoRA; return its folder.
+
+    Args:
+        config: the run's configuration.
+        folder: where the app is written.
+        server_app: the module of `fedlora.strategies` that has the ServerApp.
+    """
     package = folder / "fedlora_run"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
-    (package / "server_app.py").write_text(_APP.format(side="strategies", module="server_app"))
+    (package / "server_app.py").write_text(_APP.format(side="strategies", module=server_app))
     (package / "client_app.py").write_text(_APP.format(side="clients", module="client_app"))
     (folder / "pyproject.toml").write_text(
         f"""[project]
@@ -191,15 +197,8 @@ def carry_out(config: Config, bundle: Path, connection: Connection, log: Path | 
     Raises:
         RunError: the run did not start, or did not complete.
     """
-    options = ["--federation-config", resources] if resources else []
     before = _result(config) if config.run.resume else {}
-    answer = connection.ask("run", str(bundle), connection.name, "--format", "json", *options)
-    try:
-        run_id = int(answer["run-id"])
-    except (KeyError, TypeError, ValueError):
-        said = reason_of(str(answer.get("error-message") or answer))
-        hint = "; its server.log says why: a full disk, for instance" if "500" in said else ""
-        raise RunError(f"the server at {connection.address} did not accept the run: {said}{hint}") from None
+    run_id = submit(bundle, connection, resources)
     try:
         status = _follow(run_id, config, connection, before)
     except KeyboardInterrupt:
@@ -211,6 +210,27 @@ def carry_out(config: Config, bundle: Path, connection: Connection, log: Path | 
         reason = _reason(config, run_id, connection, log, before)
         _close_record(config, "failed", reason)
         raise RunError(f"Flower run {run_id} ended as {status}: {reason}")
+
+
+def submit(bundle: Path, connection: Connection, resources: str = "") -> int:
+    """Submit a run; return Flower's number of it.
+
+    Args:
+        bundle: folder that `write_bundle` wrote.
+        connection: connection to the SuperLink.
+        resources: the federation config for `flwr run`.
+
+    Raises:
+        RunError: the run was not accepted.
+    """
+    options = ["--federation-config", resources] if resources else []
+    answer = connection.ask("run", str(bundle), connection.name, "--format", "json", *options)
+    try:
+        return int(answer["run-id"])
+    except (KeyError, TypeError, ValueError):
+        said = reason_of(str(answer.get("error-message") or answer))
+        hint = "; its server.log says why: a full disk, for instance" if "500" in said else ""
+        raise RunError(f"the server at {connection.address} did not accept the run: {said}{hint}") from None
 
 
 def _follow(run_id: int, config: Config, connection: Connection, before: dict[str, Any]) -> str:

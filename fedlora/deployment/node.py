@@ -9,7 +9,6 @@ import logging
 import os
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,12 +21,11 @@ from fedlora.config import Scalar
 
 from . import certificates, flower_programs, metrics
 from .connection import NotThere, check_clock, check_dates, check_server, exactly_ahead, given, host_and_port
-from .watched import Programs, fresh_secret, own_folder, superexec_options
+from .watched import Programs, fresh_secret, own_folder, socket_folder, superexec_options
 
 _REFUSED = "[code: 2004]"  # Flower's answer to a key that is unknown, or whose node is still online
 _SIGNED_IN_VAIN = "Finished server process"  # the only output of Flower's node if the server answers with 401
 _RETRY_SECONDS = 5.0
-_LONGEST_FOLDER = 70  # largest number of characters of a folder for sockets
 _log = logging.getLogger("fedlora")
 
 
@@ -127,14 +125,14 @@ def join(
 
 
 def data_file(path: Path) -> str:
-    """The absolute path of a node's data file, for its config.
+    """The absolute path of a node's data file, or of its folder of images, for its config.
 
     Raises:
-        DataError: there is no such file.
+        DataError: there is no such file or folder.
     """
     whole = path.expanduser().resolve()
-    if not whole.is_file():
-        raise DataError(f"--data {path}: no such file")
+    if not whole.exists():
+        raise DataError(f"--data {path}: no such file or folder")
     return str(whole)
 
 
@@ -167,10 +165,8 @@ def _worker(wanted: bool) -> Iterator[dict[str, Scalar]]:
     if not wanted or os.name != "posix":
         yield {}
         return
-    # A socket's path may have at most about 100 characters, so that it cannot be in a folder that the user chose.
-    short = None if len(tempfile.gettempdir()) <= _LONGEST_FOLDER else "/tmp"
-    with tempfile.TemporaryDirectory(prefix="fedlora-", dir=short, ignore_cleanup_errors=True) as folder:
+    with socket_folder() as folder:
         try:
-            yield {"worker": str(Path(folder) / "worker.sock"), "node-pid": os.getpid()}
+            yield {"worker": str(folder / "worker.sock"), "node-pid": os.getpid()}
         finally:
-            processes.stop_recorded(Path(folder) / "worker.pid", "worker")
+            processes.stop_recorded(folder / "worker.pid", "worker")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from fedlora.common.rotation import Log
 from . import flower_programs
 
 _LOOK_SECONDS = 30.0  # pause between two calls of `meanwhile`
+_LONGEST_FOLDER = 70  # largest number of characters of a folder for sockets
 
 
 class Programs:
@@ -44,13 +46,22 @@ class Programs:
         for reader in self._readers.values():
             reader.join(timeout=5)
 
-    def start(self, command: Sequence[str], more: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def start(
+        self, command: Sequence[str], more: Mapping[str, str] | None = None, name: str = ""
+    ) -> subprocess.Popen[bytes]:
+        """Start a program of this Python's folder.
+
+        Args:
+            command: the program and its arguments.
+            more: further environment variables.
+            name: by which `wait` says that it ended; that of the program when left out.
+        """
         # Apps can import from the working folder, which therefore has only files that are made here.
         words = [flower_programs.program(command[0]), *command[1:]]
         process = processes.start(words, self._home, {**self._environment, **(more or {})}, subprocess.PIPE)
         reader = threading.Thread(target=self._copy, args=(process,), daemon=True)
         reader.start()
-        self._running[command[0]], self._readers[command[0]] = process, reader
+        self._running[name or command[0]], self._readers[name or command[0]] = process, reader
         return process
 
     def _copy(self, process: subprocess.Popen[bytes]) -> None:
@@ -89,6 +100,14 @@ def own_folder(state: Path) -> Iterator[Path]:
         yield home
     finally:
         lock.release()
+
+
+@contextmanager
+def socket_folder() -> Iterator[Path]:
+    """A folder for sockets, whose paths may have at most about 100 characters: not one that the user chose."""
+    short = None if len(tempfile.gettempdir()) <= _LONGEST_FOLDER else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="fedlora-", dir=short, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def superexec_options(secret: Path) -> list[str]:

@@ -2,6 +2,6 @@
 
 from fedlora.config import matches
 
-from .messages import Broadcast, ClientInfo, ClientUpdate, Plan, Term
+from .messages import Broadcast, ClientInfo, ClientUpdate, Masking, Plan, SecondQuestion, Term
 
-__all__ = ["Broadcast", "ClientInfo", "ClientUpdate", "Plan", "Term", "matches"]
+__all__ = ["Broadcast", "ClientInfo", "ClientUpdate", "Masking", "Plan", "SecondQuestion", "Term", "matches"]

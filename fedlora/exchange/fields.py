@@ -14,6 +14,8 @@ from fedlora.config import LONGEST_CLASS
 
 METRICS_RECORD = "metrics"
 MOST_CLASSES = 4096
+MOST_EDGES = 16  # between a client and the server
+EDGE = r"[\w.-]{1,64}"  # the name of an edge
 _Item = TypeVar("_Item")
 _LARGEST_METRIC = 1e305  # a mean of such numbers is finite
 _LARGEST_INT = 2**64 - 1  # Flower's node ids
@@ -102,12 +104,47 @@ class Fields:
             raise self._refused("class-names", names, expected)
         return tuple(names)
 
+    def edges(self) -> tuple[str, ...]:
+        """The names of the edges through which a client is reached."""
+        names = self.items("edges", str)
+        if len(names) > MOST_EDGES or not all(re.fullmatch(EDGE, name) for name in names):
+            raise self._refused("edges", names, f"at most {MOST_EDGES} names of at most 64 letters")
+        return tuple(names)
+
     def run_key(self) -> str:
         """The run's key, letters and digits only, since it names a folder on the client."""
         key = self.text("run")
         if not re.fullmatch(r"[0-9a-z]{0,32}", key):
             raise WireError(f"{self.who} sent the run key {short(key)}, expected at most 32 letters and digits")
         return key
+
+    def number(self, key: str) -> float:
+        """A finite number."""
+        value = self.head.get(key)
+        if type(value) is not float or not math.isfinite(value):
+            raise self._refused(key, value, "a finite number")
+        return value
+
+    def session(self, key: str = "session") -> str:
+        """The name of one try of a round with a secure sum: 32 hexadecimal digits."""
+        value = self.text(key)
+        if not re.fullmatch(r"[0-9a-f]{32}", value):
+            raise self._refused(key, value, "32 hexadecimal digits")
+        return value
+
+    def octets(self, key: str, count: int) -> bytes:
+        """So many bytes."""
+        value = self.head.get(key)
+        if not isinstance(value, bytes) or len(value) != count:
+            raise self._refused(key, value, f"{count} bytes")
+        return value
+
+    def octets_up_to(self, key: str, most: int) -> bytes:
+        """At most so many bytes."""
+        value = self.head.get(key)
+        if not isinstance(value, bytes) or len(value) > most:
+            raise self._refused(key, value, f"at most {most} bytes")
+        return value
 
     def expect(self, what: str, got: object, expected: object) -> None:
         """Raise WireError unless `got` equals `expected`."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from fedlora.adapters import AdapterState
+from fedlora.adapters.sketched_sum import Sketch
 from fedlora.config import alpha_of, matches
 
 _FACTORS = frozenset("ABR")
@@ -29,6 +30,7 @@ class ClientInfo:
             only numbers.
         ranks: module -> rank, as the server has spread what the client's hardware allows; see `lora.allocation`. They
             are not sent. Empty: `rank` and `rank_pattern` hold.
+        edges: names of the edges through which the server reaches the client, that nearest to the server first.
     """
 
     client_id: int
@@ -40,6 +42,7 @@ class ClientInfo:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     class_names: tuple[str, ...] = ()
     ranks: Mapping[str, int] = field(default_factory=dict)
+    edges: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
         """The rank of one module's factors on this client."""
@@ -109,6 +112,8 @@ class Plan:
         terms: the terms that are added to the loss, and projections of the factors.
         begun: number of the round in which the present adapter began, from 1.
         span: number of rounds from then until the adapter becomes a fold and a new one begins; 0: the run's end.
+        sketch: how the client's update is sketched, so that the server needs only the sum of all replies; None: the
+            factors are sent.
     """
 
     train: frozenset[str] = frozenset({"A", "B"})
@@ -119,14 +124,18 @@ class Plan:
     terms: tuple[Term, ...] = ()
     begun: int = 1
     span: int = 0
+    sketch: Sketch | None = None
 
     def sent_back(self, adapter: AdapterState) -> AdapterState:
         """The part of the adapter that is sent back: the factors of the plan's modules, and all shared tensors."""
         lora = {n: f for n, f in adapter.lora.items() if self.modules is None or n in self.modules}
-        here = self.keep - _FACTORS | self.frozen
-        return AdapterState(
-            lora=lora, tensors={n: t for n, t in adapter.tensors.items() if n.rpartition(".")[2] not in here}
-        )
+        tensors = {n: t for n, t in self.unfrozen(adapter).tensors.items() if not self.keeps(n)}
+        return AdapterState(lora=lora, tensors=tensors)
+
+    def unfrozen(self, adapter: AdapterState) -> AdapterState:
+        """The adapter without the parts that are frozen."""
+        tensors = {n: t for n, t in adapter.tensors.items() if n.rpartition(".")[2] not in self.frozen}
+        return AdapterState(lora=adapter.lora, tensors=tensors)
 
     def keeps(self, tensor: str) -> bool:
         """Whether the tensor of this name is a personal part of an adapter kind."""
@@ -136,6 +145,25 @@ class Plan:
     def kept_factors(self) -> frozenset[str]:
         """The personal ones of "A", "B" and "R"."""
         return self.keep & _FACTORS
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How a client masks its reply, so that the server reads only the sum of all; see `fedlora.exchange.secure`.
+
+    Args:
+        session: names this try of the round; masks are of use in no other.
+        weight: of this client in the sum, in (0, 1].
+        clients: the largest number of clients in the sum.
+        neighbours: the clients with which this one masks.
+        ranks: module -> the rank to which factors are filled up with zeros; of the modules whose factors are sent.
+    """
+
+    session: str
+    weight: float
+    clients: int
+    neighbours: tuple[int, ...]
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -160,6 +188,7 @@ class Broadcast:
             the same fixed tensors of the base's weights as the server; empty for adapter kinds that make none.
         control: SCAFFOLD's c, with the shapes of what is trained, for the plan's term "control"; None: zeros.
         counted: number of the last round in which the server used this client's reply for `control`; 0: none.
+        masking: how the reply is masked; None: it is not.
     """
 
     round: int
@@ -175,6 +204,24 @@ class Broadcast:
     probe: tuple[float, ...] = ()
     control: AdapterState | None = None
     counted: int = 0
+    masking: Masking | None = None
+
+
+@dataclass(frozen=True)
+class SecondQuestion:
+    """The second question of a round in which updates are sketched in two passes: what is the update on these bases?
+
+    Args:
+        round: number of the round, from 1.
+        bases: Q of each module, [d_out, width], as tensors "module|Q".
+        plan: the plan of the round's broadcasts.
+        run: key of the run, as in the broadcast.
+    """
+
+    round: int
+    bases: AdapterState
+    plan: Plan
+    run: str = ""
 
 
 @dataclass(frozen=True)
@@ -183,7 +230,8 @@ class ClientUpdate:
 
     Args:
         client_id: number of the client, as in its `ClientInfo`.
-        adapter: the factors after training (not differences). A factor that was not uploaded is empty.
+        adapter: the factors after training (not differences). A factor that was not uploaded is empty. If the plan has
+            a sketch, it has no factors but tensors of sketches; see `sketches`.
         num_examples: number of the client's training examples, above 0, which is its weight in every mean.
         base_version: the number of folds in the base model on which the client trained.
         metrics: numbers by name, such as train-loss, tokens, seconds.

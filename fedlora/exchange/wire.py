@@ -22,15 +22,18 @@ from torch.profiler import record_function
 
 from fedlora.adapters import AdapterState, keep_factors, map_tensors
 from fedlora.adapters.flat import OWN
+from fedlora.adapters.sketched_sum import Sketch
 from fedlora.common.errors import ConfigError, WireError
 from fedlora.config import MOST_RANK, alpha_of
 
+from . import sketches
 from .arrays import finite_sum, get, put, value_bytes
-from .codec import FORMATS, SPARSE, round_trip
+from .codec import SPARSE, round_trip
 from .fields import METRICS_RECORD, Fields, metrics_record, read_metrics, require, short
-from .messages import Broadcast, ClientInfo, ClientUpdate, Plan, Term
+from .heads import COMMON, HEAD, checked_head, head_of, only
+from .messages import Broadcast, ClientInfo, ClientUpdate, Masking, Plan, SecondQuestion, Term
+from .secure import payload
 
-PROTOCOL = 4
 # Codes of a client's error: it refuses the message; it no longer has the folds; its loss is not finite.
 REFUSED, STALE, DIVERGED = 1001, 1002, 1003
 TRAIN_METRICS = frozenset(
@@ -47,34 +50,43 @@ TRAIN_METRICS = frozenset(
         "train-rate",
     }
 )
+# Those that depend on single rows; with privacy.level = example they are not sent.
+OF_ROWS = frozenset({"train-loss", "train-last-loss", "train-tokens", "train-cut"})
 # The largest number of examples that a client may claim, since this number is its weight in every mean.
 MOST_EXAMPLES = 10**9
 _ROOM, _NAME = 1 << 20, 1024  # allowed bytes of a reply besides its tensors, and of a tensor besides its values
-_HEAD, _ADAPTER, _CONTROL = "head", "adapter", "control"
-_COMMON = ("protocol", "base", "dtype")
+_ADAPTER, _CONTROL = "adapter", "control"
 _TERMS = ("terms", "term-weights", "term-values")
+_MASK = ("mask-session", "mask-weight", "mask-clients", "mask-neighbours", "mask-modules", "mask-ranks")
+_SKETCH = ("sketch-width", "sketch-passes", "sketch-seed", "sketch-rank")
+_MOST_SUMMED = 1 << 24  # clients in a secure sum
+_MOST_WIDTH, _MOST_SEED = 1 << 16, (1 << 53) - 1
 _KEYS = MappingProxyType(
     {
         "broadcast": frozenset(
             {
-                *_COMMON,
+                *COMMON,
                 *("round", "base-version", "folds-from", "folds"),
                 *("train", "send", "keep", "frozen", "modules", "all-modules", *_TERMS, "begun", "span", "steady"),
                 *("job", "run", "probe", "control", "counted"),
+                *_SKETCH,
+                *_MASK,
             }
         ),
+        "second": frozenset({*COMMON, "round", "run", "modules", "all-modules", *_SKETCH}),
+        "answer": frozenset({*COMMON, "client-id", "round"}),
         "update": frozenset(
-            {*_COMMON, "client-id", "num-examples", "base-version", "known-base-version", "round", "job"}
+            {*COMMON, "client-id", "num-examples", "base-version", "known-base-version", "round", "job"}
         ),
-        "hello": frozenset(_COMMON),
+        "hello": COMMON,
         "info": frozenset(
             {
-                *_COMMON,
+                *COMMON,
                 *("client-id", "rank", "alpha", "num-examples"),
-                *("rslora", "rank-pattern", "rank-pattern-ranks", "class-names"),
+                *("rslora", "rank-pattern", "rank-pattern-ranks", "class-names", "edges"),
             }
         ),
-        "evaluation": frozenset({*_COMMON, "num-examples"}),
+        "evaluation": frozenset({*COMMON, "num-examples"}),
     }
 )
 _Given = ParamSpec("_Given")
@@ -112,7 +124,7 @@ def encode_broadcast(broadcast: Broadcast, fingerprint: str, dtype: str = "fp32"
     Raises:
         WireError: a value is not finite in this number format.
     """
-    head = _head(fingerprint, SPARSE if broadcast.sparse else dtype) | {
+    head = head_of(fingerprint, SPARSE if broadcast.sparse else dtype) | {
         "round": broadcast.round,
         "base-version": broadcast.base_version,
         "folds-from": broadcast.folds_from,
@@ -134,6 +146,8 @@ def encode_broadcast(broadcast: Broadcast, fingerprint: str, dtype: str = "fp32"
         "probe": [float(number) for number in broadcast.probe],
         "control": broadcast.control is not None,
         "counted": broadcast.counted,
+        **_sketch_fields(broadcast.plan.sketch),
+        **_mask_fields(broadcast.masking),
     }
     record = RecordDict()
     put(record, head, _ADAPTER, broadcast.adapter)
@@ -141,7 +155,7 @@ def encode_broadcast(broadcast: Broadcast, fingerprint: str, dtype: str = "fp32"
         put(record, head, f"fold-{index}", fold)
     if broadcast.control is not None:
         put(record, head, _CONTROL, broadcast.control)
-    record[_HEAD] = ConfigRecord(head)
+    record[HEAD] = ConfigRecord(head)
     return record
 
 
@@ -153,11 +167,11 @@ def decode_broadcast(record: RecordDict, fingerprint: str) -> Broadcast:
         WireError: the message is malformed, of another protocol version, or made for another base model.
     """
     who = "the server"
-    fields = _checked_head(record, fingerprint, who)
+    fields = checked_head(record, fingerprint, who)
     count = fields.integer("folds", most=len(record))
     keys = (_ADAPTER, *(f"fold-{i}" for i in range(count)))
     controlled = fields.flag("control")
-    _only(record, fields, "broadcast", (*keys, _CONTROL) if controlled else keys)
+    only(record, fields, _KEYS["broadcast"], (*keys, _CONTROL) if controlled else keys)
     adapter, train = get(record, fields, _ADAPTER, "ABR"), fields.letters("train", "ABR")
     trained = AdapterState(lora=keep_factors(adapter, train).lora)
     return Broadcast(
@@ -175,6 +189,7 @@ def decode_broadcast(record: RecordDict, fingerprint: str) -> Broadcast:
             terms=_terms(fields),
             begun=fields.positive("begun", max(1, fields.integer("round"))),
             span=fields.integer("span"),
+            sketch=_sketch(fields),
         ),
         steady=fields.flag("steady"),
         job=fields.name("job"),
@@ -182,6 +197,7 @@ def decode_broadcast(record: RecordDict, fingerprint: str) -> Broadcast:
         probe=tuple(fields.numbers("probe")),
         control=get(record, fields, _CONTROL, train, like=trained) if controlled else None,
         counted=fields.integer("counted"),
+        masking=_masking(fields),
     )
 
 
@@ -190,6 +206,53 @@ def _terms(fields: Fields) -> tuple[Term, ...]:
     if any(len(each) != len(names) for each in numbers):
         raise WireError(f"{fields.who}: malformed terms of the loss {short(names)}: {short(numbers)}")
     return tuple(itertools.starmap(Term, zip(names, *numbers, strict=True)))
+
+
+def _sketch_fields(sketch: Sketch | None) -> dict[str, Any]:
+    sizes = (0, 0, 0, 0) if sketch is None else (sketch.width, sketch.passes, sketch.seed, sketch.rank)
+    return dict(zip(_SKETCH, sizes, strict=True))
+
+
+def _sketch(fields: Fields) -> Sketch | None:
+    most = (_MOST_WIDTH, 2, _MOST_SEED, MOST_RANK)
+    width, passes, seed, rank = (fields.integer(key, limit) for key, limit in zip(_SKETCH, most, strict=True))
+    if bool(width) != bool(passes):
+        raise WireError(f"{fields.who} sent sketch-width {width} and sketch-passes {passes}, expected both or neither")
+    return Sketch(width, passes, seed, rank) if width else None
+
+
+def _mask_fields(masking: Masking | None) -> dict[str, Any]:
+    if masking is None:
+        return dict(zip(_MASK, ("", 0.0, 0, [], [], []), strict=True))
+    ranks = masking.ranks
+    values = (
+        masking.session,
+        masking.weight,
+        masking.clients,
+        list(masking.neighbours),
+        list(ranks),
+        [*ranks.values()],
+    )
+    return dict(zip(_MASK, values, strict=True))
+
+
+def _masking(fields: Fields) -> Masking | None:
+    session, weight, clients, neighbours, modules, ranks = _MASK
+    if not fields.text(session):
+        return None
+    share = fields.number(weight)
+    if not 0 < share <= 1:
+        raise WireError(f"{fields.who} sent {weight} {share}, expected a number above 0 and at most 1")
+    names, widths = fields.items(modules, str), fields.items(ranks, int)
+    if len(names) != len(widths) or not all(1 <= width <= MOST_RANK for width in widths):
+        raise WireError(f"{fields.who} sent malformed ranks of a secure sum {short(names)}: {short(widths)}")
+    return Masking(
+        session=fields.session(session),
+        weight=share,
+        clients=fields.positive(clients, _MOST_SUMMED),
+        neighbours=tuple(fields.items(neighbours, int)),
+        ranks=dict(zip(names, widths, strict=True)),
+    )
 
 
 @_timed
@@ -218,7 +281,7 @@ def encode_update(
     Raises:
         WireError: a value is not finite in this number format, or a metric is none of `TRAIN_METRICS`.
     """
-    head = _head(fingerprint, dtype) | {
+    head = head_of(fingerprint, dtype) | {
         "client-id": update.client_id,
         "num-examples": update.num_examples,
         "base-version": update.base_version,
@@ -228,14 +291,20 @@ def encode_update(
     }
     record = RecordDict()
     put(record, head, _ADAPTER, keep_factors(update.adapter, send))
-    record[_HEAD] = ConfigRecord(head)
+    record[HEAD] = ConfigRecord(head)
     record[METRICS_RECORD] = metrics_record(update.metrics, TRAIN_METRICS)
     return record
 
 
 @_timed
 def decode_update(
-    record: RecordDict, client_id: int, sent: Broadcast, fingerprint: str, most_examples: int = MOST_EXAMPLES
+    record: RecordDict,
+    client_id: int,
+    sent: Broadcast,
+    fingerprint: str,
+    most_examples: int = MOST_EXAMPLES,
+    *,
+    private: bool = False,
 ) -> Reply:
     """The update in a client's answer, after a comparison with the broadcast to this client.
 
@@ -245,6 +314,7 @@ def decode_update(
         sent: the broadcast as this client received it; see `as_received`.
         fingerprint: the base model's fingerprint.
         most_examples: the largest number of examples that the client may claim.
+        private: True if the run protects single rows, so that no metric of `OF_ROWS` may be sent.
 
     Raises:
         WireError: the answer is malformed, or is from another client or for another round, job or base version; a
@@ -252,8 +322,8 @@ def decode_update(
             positive or too large; or a metric is unknown or missing.
     """
     who = f"client {client_id}"
-    fields = _checked_head(record, fingerprint, who)
-    _only(record, fields, "update", (_ADAPTER,), METRICS_RECORD)
+    fields = checked_head(record, fingerprint, who)
+    only(record, fields, _KEYS["update"], (_ADAPTER,), (METRICS_RECORD,))
     fields.expect("client id", fields.integer("client-id"), client_id)
     fields.expect("job", fields.text("job"), sent.job)
     fields.expect("round", fields.integer("round"), sent.round)
@@ -262,11 +332,14 @@ def decode_update(
     if known not in (0, sent.base_version):
         raise WireError(f"{who} sent known-base-version {known}, expected 0 or {sent.base_version}")
     examples = fields.positive("num-examples", most_examples)
-    metrics = read_metrics(record, who, TRAIN_METRICS)
-    adapter = get(record, fields, _ADAPTER, sent.plan.send, like=sent.plan.sent_back(sent.adapter))
+    expected = TRAIN_METRICS - OF_ROWS if private else TRAIN_METRICS
+    metrics = read_metrics(record, who, expected)
+    if sent.plan.sketch is not None:
+        fields.expect("number format", fields.head["dtype"], "fp32")
+    adapter = get(record, fields, _ADAPTER, sent.plan.send, like=sketches.asked(sent.plan, sent.adapter))
     if fields.head["dtype"] != "fp32":
         adapter = map_tensors(finite_sum(fields.who), adapter, sent.adapter)
-    require(metrics, TRAIN_METRICS, who)
+    require(metrics, expected, who)
     update = ClientUpdate(
         client_id=client_id,
         adapter=adapter,
@@ -280,7 +353,87 @@ def decode_update(
 
 def most_bytes(sent: Broadcast) -> int:
     """An upper bound for the bytes of an answer to this broadcast."""
-    return _ROOM + value_bytes(sent.adapter) + _NAME * len(OWN.put(sent.adapter))
+    if sent.masking:
+        return _ROOM + 8 * payload.count(payload.asked(sent, sent.masking.ranks))
+    return bytes_for(sent.adapter if sent.plan.sketch is None else sketches.asked(sent.plan, sent.adapter))
+
+
+def bytes_for(adapter: AdapterState) -> int:
+    """An upper bound for the bytes of an answer with these tensors."""
+    return _ROOM + value_bytes(adapter) + _NAME * len(OWN.put(adapter))
+
+
+@_timed
+def encode_second(question: SecondQuestion, fingerprint: str) -> RecordDict:
+    """The second question of a round, in fp32: a basis that is rounded further would span another space."""
+    head = head_of(fingerprint, "fp32") | {
+        "round": question.round,
+        "run": question.run,
+        "modules": sorted(question.plan.modules or ()),
+        "all-modules": question.plan.modules is None,
+        **_sketch_fields(question.plan.sketch),
+    }
+    record = RecordDict()
+    put(record, head, _ADAPTER, question.bases)
+    record[HEAD] = ConfigRecord(head)
+    return record
+
+
+@_timed
+def decode_second(record: RecordDict, fingerprint: str) -> SecondQuestion:
+    """The second question, as a client reads it. Its plan says which modules it is about, and how they are sketched.
+
+    Raises:
+        WireError: the message is malformed, of another protocol version, made for another base model, or about a sketch
+            of one pass.
+    """
+    fields = checked_head(record, fingerprint, "the server")
+    only(record, fields, _KEYS["second"], (_ADAPTER,))
+    sketch = _sketch(fields)
+    if sketch is None or sketch.passes != 2:
+        raise WireError("the server asked a second question about what is not sketched in two passes")
+    modules = None if fields.flag("all-modules") else frozenset(fields.items("modules", str))
+    return SecondQuestion(
+        round=fields.integer("round"),
+        bases=get(record, fields, _ADAPTER, ()),
+        plan=Plan(modules=modules, sketch=sketch),
+        run=fields.run_key(),
+    )
+
+
+@_timed
+def encode_answer(client_id: int, number: int, adapter: AdapterState, fingerprint: str) -> RecordDict:
+    """A client's answer to the second question of a round."""
+    head = head_of(fingerprint, "fp32") | {"client-id": client_id, "round": number}
+    record = RecordDict()
+    put(record, head, _ADAPTER, adapter)
+    record[HEAD] = ConfigRecord(cast("Any", head))
+    return record
+
+
+@_timed
+def decode_answer(
+    record: RecordDict, client_id: int, number: int, like: AdapterState, fingerprint: str
+) -> AdapterState:
+    """The tensors in a client's answer to the second question.
+
+    Args:
+        record: the answer.
+        client_id: the client that should have sent it.
+        number: number of the round.
+        like: the names and shapes that are expected; see `sketches.asked`.
+        fingerprint: the base model's fingerprint.
+
+    Raises:
+        WireError: the answer is malformed, or is from another client or for another round; a name or shape differs from
+            what was asked; or a value is not finite.
+    """
+    fields = checked_head(record, fingerprint, f"client {client_id}")
+    only(record, fields, _KEYS["answer"], (_ADAPTER,))
+    fields.expect("client id", fields.integer("client-id"), client_id)
+    fields.expect("round", fields.integer("round"), number)
+    fields.expect("number format", fields.head["dtype"], "fp32")
+    return get(record, fields, _ADAPTER, (), like=like)
 
 
 @_timed
@@ -293,17 +446,17 @@ def as_received(broadcast: Broadcast, dtype: str) -> Broadcast:
 
 def encode_hello(fingerprint: str) -> RecordDict:
     """The server's first question to a client, naming its base model."""
-    return RecordDict({_HEAD: ConfigRecord(_head(fingerprint, "fp32"))})
+    return RecordDict({HEAD: ConfigRecord(head_of(fingerprint, "fp32"))})
 
 
 def check_hello(record: RecordDict, fingerprint: str) -> None:
     """Raise WireError if the server has another protocol version or another base model."""
-    _only(record, _checked_head(record, fingerprint, "the server"), "hello")
+    only(record, checked_head(record, fingerprint, "the server"), _KEYS["hello"])
 
 
 def encode_info(info: ClientInfo, fingerprint: str) -> RecordDict:
     """A client's answer to the server's first question: its description."""
-    head = _head(fingerprint, "fp32") | {
+    head = head_of(fingerprint, "fp32") | {
         "client-id": info.client_id,
         "rank": info.rank,
         "alpha": str(info.alpha),
@@ -312,8 +465,9 @@ def encode_info(info: ClientInfo, fingerprint: str) -> RecordDict:
         "rank-pattern": list(info.rank_pattern),
         "rank-pattern-ranks": list(info.rank_pattern.values()),
         "class-names": list(info.class_names),
+        "edges": list(info.edges),
     }
-    return RecordDict({_HEAD: ConfigRecord(cast("Any", head))})
+    return RecordDict({HEAD: ConfigRecord(cast("Any", head))})
 
 
 def decode_info(record: RecordDict, fingerprint: str, who: str) -> ClientInfo:
@@ -322,8 +476,8 @@ def decode_info(record: RecordDict, fingerprint: str, who: str) -> ClientInfo:
     Raises:
         WireError: the answer is malformed, or its rank, alpha or number of examples is out of bounds.
     """
-    fields = _checked_head(record, fingerprint, who)
-    _only(record, fields, "info")
+    fields = checked_head(record, fingerprint, who)
+    only(record, fields, _KEYS["info"])
     patterns, ranks = fields.items("rank-pattern", str), fields.items("rank-pattern-ranks", int)
     if len(patterns) != len(ranks) or not all(1 <= rank <= MOST_RANK for rank in ranks):
         raise WireError(f"{who}: malformed rank pattern {short(patterns)}: {short(ranks)}")
@@ -342,6 +496,7 @@ def decode_info(record: RecordDict, fingerprint: str, who: str) -> ClientInfo:
         rslora=fields.flag("rslora"),
         rank_pattern=dict(zip(patterns, ranks, strict=True)),
         class_names=fields.class_names(),
+        edges=fields.edges(),
     )
 
 
@@ -356,8 +511,8 @@ def encode_evaluation(
         fingerprint: the base model's fingerprint.
         names: the names that may be sent.
     """
-    head = _head(fingerprint, "fp32") | {"num-examples": num_examples}
-    return RecordDict({_HEAD: ConfigRecord(cast("Any", head)), METRICS_RECORD: metrics_record(metrics, names)})
+    head = head_of(fingerprint, "fp32") | {"num-examples": num_examples}
+    return RecordDict({HEAD: ConfigRecord(cast("Any", head)), METRICS_RECORD: metrics_record(metrics, names)})
 
 
 def decode_evaluation(
@@ -371,50 +526,26 @@ def decode_evaluation(
         who: the client, for error messages.
         names: the names of the task's metrics.
         most_examples: the largest number of examples that the client may claim.
+        private: True if the run protects single rows, so that no metric of `OF_ROWS` may be sent.
 
     Raises:
         WireError: the answer is malformed, or a value is out of bounds.
     """
-    fields = _checked_head(record, fingerprint, who)
-    _only(record, fields, "evaluation", (), METRICS_RECORD)
+    fields = checked_head(record, fingerprint, who)
+    only(record, fields, _KEYS["evaluation"], (), (METRICS_RECORD,))
     metrics = read_metrics(record, who, names)
     require(metrics, names & {"loss", "accuracy"}, who)
     return fields.positive("num-examples", most_examples), metrics
 
 
+def tokens_of(record: RecordDict) -> int:
+    """The number of tokens on which a client says that it trained; 0 where it does not say it."""
+    if METRICS_RECORD not in record.metric_records:
+        return 0
+    said = record.metric_records[METRICS_RECORD].get("train-tokens", 0)
+    return int(said) if isinstance(said, int | float) else 0
+
+
 def payload_bytes(record: RecordDict) -> int:
     """The number of bytes of all tensors in a message, with their headers."""
     return sum(len(array.data) for arrays in record.array_records.values() for array in arrays.values())
-
-
-def _head(fingerprint: str, dtype: str) -> dict[str, Any]:
-    return {"protocol": PROTOCOL, "base": fingerprint, "dtype": dtype}
-
-
-def _checked_head(record: RecordDict, fingerprint: str, who: str) -> Fields:
-    head = record.config_records.get(_HEAD)
-    if head is None:
-        raise WireError(f"{who}: the message has no head record; is the other side FedLoRA?")
-    if head.get("protocol") != PROTOCOL:
-        raise WireError(
-            f"{who} uses protocol {short(head.get('protocol'))}, but this side {PROTOCOL}; install the same version of "
-            "fedlora on both"
-        )
-    if head.get("base") != fingerprint:
-        raise WireError(
-            f"{who} has base model {short(head.get('base'))}, but this side {fingerprint!r}; use the same model.name "
-            "and model.revision on both sides"
-        )
-    if head.get("dtype") not in FORMATS:
-        raise WireError(
-            f"{who}: unknown number format {short(head.get('dtype'))}; expected one of {', '.join(FORMATS)}"
-        )
-    return Fields(head, who)
-
-
-def _only(record: RecordDict, fields: Fields, kind: str, adapters: tuple[str, ...] = (), *others: str) -> None:
-    """Raise WireError unless the message has exactly these records, and exactly the keys of its kind."""
-    keys = _KEYS[kind] | {f"{key}.{what}" for key in adapters for what in ("modules", "scalings", "tensors")}
-    odd = sorted(({_HEAD, *adapters, *others} ^ set(record)) | (keys ^ set(fields.head)))
-    if odd:
-        raise WireError(f"{fields.who}: the message lacks, or should not have, {short(odd)}")

@@ -13,6 +13,7 @@ from fedlora.models.base.load import (
     head_shapes,
     load_base,
     meta_model,
+    pad_id,
     shared_tokenizer,
     tokenizer_of,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "load_base",
     "longest",
     "meta_model",
+    "pad_id",
     "pick_device",
     "pick_dtype",
     "resolve",

@@ -156,6 +156,8 @@ def install(
     train: Iterable[str] = (),
     modules: Collection[str] | None = None,
     folds: tuple[AdapterState, ...] = (),
+    *,
+    frozen: Collection[str] = (),
 ) -> Trainable:
     """Set the trainable adapter, the head, and the frozen anchor beside them.
 
@@ -165,6 +167,7 @@ def install(
         train: the factors that are trained, of "A", "B" and "R"; the head is trained whenever anything is.
         modules: those whose factors are trained; None: all.
         folds: frozen updates, added as one adapter; () leaves the base alone.
+        frozen: parts of the model's kind that are not trained, by the ends of their names; see `Plan.frozen`.
 
     Returns:
         What is to be trained.
@@ -184,7 +187,7 @@ def install(
     for name, layer in model.layers.items():
         own = wanted if modules is None or name in modules else frozenset[str]()
         if not model.kind.pairs:
-            parameters += _set_parts(model, name, layer, adapter, bool(own))
+            parameters += _set_parts(model, name, layer, adapter, bool(own), frozen=frozen)
             continue
         factors = adapter.lora[name]
         a, b = _set_factors(name, layer, ADAPTER, factors, own)
@@ -341,7 +344,7 @@ def _places(model: AdaptedModel) -> list[tuple[str, Place]]:
 
 
 def _set_parts(
-    model: AdaptedModel, name: str, layer: LoraLayer, adapter: AdapterState, trained: bool
+    model: AdaptedModel, name: str, layer: LoraLayer, adapter: AdapterState, trained: bool, *, frozen: Collection[str]
 ) -> list[nn.Parameter]:
     """Put a module's parts of the model's kind into its layer; those that are trained."""
     device = layer.get_base_layer().weight.device
@@ -349,7 +352,7 @@ def _set_parts(
     own = {
         part: nn.Parameter(
             value.to(device, torch.float32, copy=True),  # pyright: ignore
-            requires_grad=has_gradient(model.kind, part, trained),
+            requires_grad=has_gradient(model.kind, part, trained, frozen),
         )
         for part, value in parts.items()
     }

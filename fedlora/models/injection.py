@@ -37,8 +37,12 @@ class Down(nn.Linear):
         self.register_parameter("core", None)
 
     def forward(self, input: Tensor) -> Tensor:
-        down = super().forward(input)
+        down = self.before_core(input)
         return down if self.core is None else F.linear(down, self.core)
+
+    def before_core(self, x: Tensor) -> Tensor:
+        """A x."""
+        return super().forward(x)
 
 
 def inject(model: nn.Module, targets: Sequence[str], dropout: float) -> PeftModel:

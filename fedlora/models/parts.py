@@ -6,7 +6,7 @@ clients have to make the same ones: the server sends a number for each module, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -51,9 +51,9 @@ def placed(kind: AdapterKind, name: str, layer: LoraLayer, adapter: AdapterState
     return place, parts
 
 
-def has_gradient(kind: AdapterKind, part: str, trained: bool) -> bool:
-    """Whether a part gets a gradient in a module that is trained, or not: what holds the others' mean is frozen."""
-    return trained and part not in kind.others
+def has_gradient(kind: AdapterKind, part: str, trained: bool, frozen: Collection[str]) -> bool:
+    """Whether a part gets a gradient in a module that is trained, or not; see `Plan.frozen`."""
+    return trained and f"{kind.name}_{part}" not in frozen
 
 
 def trained_parts(kind: AdapterKind, parts: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:

@@ -162,6 +162,15 @@ def read_parts(folder: Path) -> AdapterState:
         raise AdapterError(f"{folder}: the adapter cannot be read: {str(error).splitlines()[0]}") from None
 
 
+def read_any(folder: Path) -> AdapterState:
+    """The adapter in a checkpoint of either sort: pairs of factors, or parts that no factors stand for.
+
+    Raises:
+        AdapterError: the checkpoint cannot be read.
+    """
+    return read_parts(folder) if is_own(folder) else read_adapter(folder)
+
+
 def described(adapter: Path) -> dict[str, Any]:
     """The content of the adapter's fedlora.json; empty if there is no such file.
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.common.errors import AdapterError
+from fedlora.tasks.groups import Groups
 
 from .adapted import AdaptedModel, install, install_anchor
 from .functional import Functional, FunctionalStack, Nothing
@@ -59,12 +60,24 @@ class _Down(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         seats = self._stack.check(x)
-        down = x.reshape(seats, -1, x.shape[-1]) @ _first(self.weight, seats).mT
+        down = self._by_seat(x, seats)
         if self._layer.cores is not None:
             top = self.weight.shape[1]
             padded = [F.pad(core, (0, top - len(core), 0, top - len(core))) for core in self._layer.cores[:seats]]
             down = down @ torch.stack(padded).mT
         return (down * self._layer.scaling[:seats]).reshape(*x.shape[:-1], -1)
+
+    @property
+    def core(self) -> Tensor | None:
+        """The first client's, which says whether there are any and whether they are trained."""
+        return None if self._layer.cores is None else self._layer.cores[0]
+
+    def before_core(self, x: Tensor) -> Tensor:
+        """A x, without the scaling."""
+        return self._by_seat(x, self._stack.active).reshape(*x.shape[:-1], -1)
+
+    def _by_seat(self, x: Tensor, seats: int) -> Tensor:
+        return x.reshape(seats, -1, x.shape[-1]) @ _first(self.weight, seats).mT
 
 
 class _Up(nn.Module):
@@ -79,16 +92,24 @@ class _Up(nn.Module):
         return (z.reshape(seats, -1, z.shape[-1]) @ _first(self.weight, seats)).reshape(*z.shape[:-1], -1)
 
 
-class _Heads(nn.Module):
+class Heads(nn.Module):
     """A module that is trained in full, with a copy for each client."""
 
     def __init__(self, module: nn.Module, values: Sequence[Mapping[str, nn.Parameter]], stack: Stack) -> None:
         super().__init__()
         self._module, self._values, self._stack = [module], values, stack  # a list: not a submodule of its own
 
+    @property
+    def one(self) -> nn.Module:
+        """The module in whose place this one is."""
+        return self._module[0]
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        own = zip(self._values, x.chunk(self._stack.check(x)), strict=False)
-        return torch.cat([functional_call(self._module[0], dict(v), (part, *args), kwargs) for v, part in own])
+        parts: list[Tensor] = []
+        for seat, (own, part) in enumerate(zip(self._values, x.chunk(self._stack.check(x)), strict=False)):
+            self._stack.seat = seat
+            parts.append(functional_call(self._module[0], dict(own), (part, *args), kwargs))
+        return torch.cat(parts)
 
 
 class Stack:
@@ -97,7 +118,8 @@ class Stack:
     Attributes:
         slots: the trained parameters of each client, in the order of the adapters.
         active: number of clients in the present batch; these are the first ones.
-        rows: number of rows of the present batch, and its length.
+        groups: the groups of the present batch's rows, which belong to the clients in equal parts.
+        seat: number of the client whose head is computed now.
     """
 
     def __init__(
@@ -106,9 +128,11 @@ class Stack:
         adapters: Sequence[AdapterState],
         train: frozenset[str],
         modules: Collection[str] | None = None,
+        frozen: Collection[str] = (),
     ) -> None:
         self.active = len(adapters)
-        self.rows: tuple[int, ...] = (0, 0)
+        self.groups = Groups(self.active, 0, 0)
+        self.seat = 0
         self._layers: dict[str, _Layer] = {}
         pairs: list[list[Pair]] = [[] for _ in adapters]
         parameters: list[list[nn.Parameter]] = [[] for _ in adapters]
@@ -117,7 +141,8 @@ class Stack:
         for name, layer in model.layers.items():
             device = cast("Tensor", layer.lora_A[ADAPTER].weight).device
             if not model.kind.pairs:
-                parts = self._add_parts(name, layer, adapters, bool(train) and (modules is None or name in modules))
+                trained = bool(train) and (modules is None or name in modules)
+                parts = self._add_parts(name, layer, adapters, trained, frozen)
                 for number, own in enumerate(parts):
                     parameters[number] += trained_parts(self._kind, own)
                 continue
@@ -145,7 +170,7 @@ class Stack:
         self.slots = [Trainable(*each) for each in zip(pairs, parameters, strict=True)]
 
     def _add_parts(
-        self, name: str, layer: LoraLayer, adapters: Sequence[AdapterState], trained: bool
+        self, name: str, layer: LoraLayer, adapters: Sequence[AdapterState], trained: bool, frozen: Collection[str]
     ) -> list[dict[str, nn.Parameter]]:
         """Each client's own parts, for a kind other than LoRA."""
         one = layer.lora_A[ADAPTER]  # the module that `install` made for the last of the adapters
@@ -156,17 +181,31 @@ class Stack:
         parts = [{part: _own(value, one.weight.device) for part, value in own.items()} for _, own in found]
         for own in parts:
             for part, parameter in own.items():
-                parameter.requires_grad_(has_gradient(self._kind, part, trained))
+                parameter.requires_grad_(has_gradient(self._kind, part, trained, frozen))
         self._functional[name] = FunctionalStack(one, parts, self)
         self._parts[name] = parts
         return parts
 
+    def begin(self, rows: int, length: int) -> Groups:
+        """Before a forward pass: the groups of the batch's rows, one for each active client.
+
+        Args:
+            rows: number of rows of the batch.
+            length: number of tokens of its longest row.
+        """
+        self.groups = Groups(self.active, rows, length)
+        return self.groups
+
     def check(self, x: Tensor) -> int:
         """The number of clients to which these rows belong."""
-        rows, length = self.rows
-        if x.shape[0] not in (rows, rows * length):
+        if x.shape[0] not in self.groups.sizes:
+            rows = self.groups.rows
             raise NotStackable(f"a layer got {x.shape[0]} rows of a batch of {rows}, which belong to no client")
         return self.active
+
+    def scalings_of(self, module: str) -> Tensor:
+        """Each client's scaling of a module, [clients, 1, 1]."""
+        return self._layers[module].scaling
 
     def share_gradients(self) -> None:
         """Set the gradient of each active client's views to its part of the stacks' gradients."""
@@ -212,7 +251,7 @@ class Stack:
         values = [
             {n.removeprefix(start): p for n, p in dense.items() if n.startswith(start)} for dense in self._tensors
         ]
-        return _Heads(module, values, self)
+        return Heads(module, values, self)
 
 
 @contextmanager
@@ -222,13 +261,15 @@ def stacked(
     train: frozenset[str],
     modules: Collection[str] | None = None,
     folds: tuple[AdapterState, ...] = (),
+    *,
+    frozen: Collection[str] = (),
 ) -> Iterator[Stack]:
     """Within the block, put several clients' adapters into the model's LoRA layers.
 
     Args:
         model: the model.
         adapters: the clients' adapters, of any ranks, for the same modules, all with cores or all without.
-        train, modules: as in `adapted.install`.
+        train, modules, frozen: as in `adapted.install`.
         folds: the folds, which are one anchor for all clients.
 
     Raises:
@@ -241,7 +282,7 @@ def stacked(
         install(model, adapter, train, modules)
     install_anchor(model, folds)
     active = {name: layer.active_adapters for name, layer in model.layers.items()}
-    stack = Stack(model, adapters, train, modules)
+    stack = Stack(model, adapters, train, modules, frozen)
     kept = {name: (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]) for name, layer in model.layers.items()}
     inner = model.model.get_base_model()
     heads = {head: inner.get_submodule(head) for head in model.base.heads}

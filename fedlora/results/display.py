@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -108,12 +109,17 @@ class RunDisplay:
             self._progress.update(self._clients[client_id], total=steps, completed=step, note=f"loss {loss:.3f}")
         self._stand(f"round {round}  client {client_id}  step {step} of {steps}  loss {loss:.4f}")
 
-    def _on_client_done(self, client_id: int, node: int, round: int, metrics: dict[str, float]) -> None:
+    def _on_client_done(
+        self, client_id: int, node: int, round: int, metrics: dict[str, float], unit: str = "tokens"
+    ) -> None:
         self._drop(self._clients.pop(client_id, None))
         if not self._console.is_terminal:
+            learned, seen = "train loss not sent", ""  # with privacy of rows, or masked
+            if "train-loss" in metrics:
+                learned = f"train loss {metrics['train-loss']:.4f}"
+                seen = f"{metrics['train-tokens']:.0f} {unit}, "
             self._line(
-                f"round {round}  client {client_id}  train loss {metrics['train-loss']:.4f}  "
-                f"{metrics['train-steps']:.0f} steps, {metrics['train-tokens']:.0f} tokens, "
+                f"round {round}  client {client_id}  {learned}  {metrics['train-steps']:.0f} steps, {seen}"
                 f"{metrics['train-seconds']:.1f} s"
             )
 
@@ -145,20 +151,26 @@ class RunDisplay:
                 self._drop(self._evaluation)
                 self._evaluation = None
 
-    def _on_baseline(self, metrics: dict[str, float], head: str = "") -> None:
+    def _on_baseline(
+        self, metrics: dict[str, float], head: str = "", by: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         words = f" with {head.partition(':')[0]}" if head else ""
-        self._line(f"round 0  held-out {_metrics(metrics)}  (untouched base{words})")
+        self._line(f"round 0  held-out {_metrics(metrics)}{_ends(by)}  (untouched base{words})")
 
     def _on_round_end(self, entry: dict[str, Any]) -> None:
         self._rest_alike()
         if self._rounds is not None:
             self._progress.advance(self._rounds)
         failed = f"  {len(entry['failures'])} failed" if entry["failures"] else ""
-        heldout = f"held-out {_metrics(entry['heldout'])}  " if "heldout" in entry else ""
+        ends = _ends(entry.get("heldout-by", {}))
+        heldout = f"held-out {_metrics(entry['heldout'])}{ends}  " if "heldout" in entry else ""
+        lost = f"sketch loses {share(loss)}  " if (loss := entry.get("sketch-loss")) is not None else ""
+        spent = entry.get("privacy")
+        private = f"epsilon {spent['epsilon']:.2f} at delta {spent['delta']:g}  " if spent else ""
         self._line(
-            f"round {entry['round']}  {heldout}{len(entry['clients'])} clients{failed}  "
+            f"round {entry['round']}  {heldout}{private}{len(entry['clients'])} clients{failed}  "
             f"up {_megabytes(entry['upload-bytes'])}  down {_megabytes(entry['download-bytes'])}  "
-            f"{entry['seconds']['round']:.0f} s"
+            f"{lost}{entry['seconds']['round']:.0f} s"
         )
 
     def _drop(self, task: TaskID | None) -> None:
@@ -182,15 +194,18 @@ def result_table(folder: Path) -> Table:
                 "down MB": f"{entry['download-bytes'] / 1e6:.1f}",
                 "codec": share(entry["codec-error"]),
                 "error": share(entry["aggregation-error"]),
+                "sketch": share(entry.get("sketch-loss")),
                 "drift": "" if entry["drift"] is None else f"{entry['drift']:.2f}",
                 "rank": "" if entry["effective-rank"] is None else f"{entry['effective-rank']:.1f}",
+                "epsilon": _number(entry.get("privacy", {}).get("epsilon"))[:-2],
             }
         )
     table = Table(
         title=f"{data['config']['strategy.name']} on {data['config']['model.name']}: {data['status']}",
         caption="loss, accuracy: on held-out rows. train: mean training loss of the clients. error: distance of the "
-        "aggregate from the exact mean of the updates. drift: 0 if all clients' updates are equal, 1 if they have "
-        "nothing in common. rank: effective rank of the mean update.",
+        "aggregate from the exact mean of the updates. sketch: what their sketched sum lost of it, estimated. drift: "
+        "0 if all clients' updates are equal, 1 if they have nothing in common. rank: effective rank of the mean "
+        "update.",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,  # ten columns fit a terminal of 80
         pad_edge=False,
@@ -201,6 +216,35 @@ def result_table(folder: Path) -> Table:
     for row in rows:
         table.add_row(*[row.get(title, "") for title in titles])
     return table
+
+
+def values_table(title: str, by: Mapping[str, Any]) -> Table:
+    """A table of the metrics by value of a column: a line for each value, and their means and worst values.
+
+    Args:
+        title: title of the table.
+        by: the metrics, as `fedlora.tasks.by_value.Scored.by`.
+    """
+    names = list(by["mean"])
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for heading in (by["column"], "rows", *names):
+        table.add_column(heading, justify="left" if heading == by["column"] else "right", overflow="fold")
+    for value, metrics in by["values"].items():
+        table.add_row(escape(value), str(metrics["rows"]), *[_number(metrics[name]) for name in names])
+    table.add_section()
+    for word in ("mean", "worst"):
+        table.add_row(word, "", *[_number(by[word][name]) for name in names])
+    return table
+
+
+def last_values_table(folder: Path) -> Table | None:
+    """The table by value of the last evaluated round of a run; None for a run without `evaluate.by`."""
+    data = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    evaluated = [entry for entry in data["rounds"] if "heldout-by" in entry]
+    if not evaluated:
+        return None
+    by = evaluated[-1]["heldout-by"]
+    return values_table(f"held-out rows by {by['column']}, after round {evaluated[-1]['round']}", by)
 
 
 def cut_line(folder: Path) -> str:
@@ -245,21 +289,21 @@ def status_table(run: RunStatus) -> Table:
 def data_table(clients: Sequence[ClientStatistics], config: Config, heldout: int, *, every: bool = False) -> Table:
     """A table of the clients' rows: a line for each client; if there are very many and not `every`, for each rank."""
     table = Table(title=f"{config.data.source}, {config.data.partition}; {heldout} held-out rows")
+    words = ["mean characters"] if any(one.mean_characters for one in clients) else []  # images have none
     if every or len(clients) <= _MOST_CLIENTS:
-        for title in ("client", "rank", "rows", "mean characters", "labels"):
+        for title in ("client", "rank", "rows", *words, "labels"):
             table.add_column(title, justify="left" if title == "labels" else "right")
         for one in clients:
             name = f" ({one.name})" if one.name else ""
             rank = client_rank(config.lora, one.client_id)
-            table.add_row(
-                f"{one.client_id}{name}", str(rank), str(one.rows), f"{one.mean_characters:.0f}", _counts(one.labels)
-            )
+            mean = [f"{one.mean_characters:.0f}"] if words else []
+            table.add_row(f"{one.client_id}{name}", str(rank), str(one.rows), *mean, _counts(one.labels))
         return table
     by_rank: dict[int, list[ClientStatistics]] = {}
     for one in clients:
         by_rank.setdefault(client_rank(config.lora, one.client_id), []).append(one)
     table.caption = f"{len(clients)} clients; --every-client lists each"
-    for title in ("rank", "clients", "rows", "of one, least", "median", "most", "mean characters", "labels"):
+    for title in ("rank", "clients", "rows", "of one, least", "median", "most", *words, "labels"):
         table.add_column(title, justify="left" if title == "labels" else "right")
     for rank, group in sorted(by_rank.items(), reverse=True):
         rows = [one.rows for one in group]
@@ -274,7 +318,7 @@ def data_table(clients: Sequence[ClientStatistics], config: Config, heldout: int
             min(rows),
             f"{median(rows):g}",
             max(rows),
-            f"{characters:.0f}",
+            *([f"{characters:.0f}"] if words else []),
             _counts(labels),
         )
         table.add_row(*map(str, told))
@@ -285,10 +329,22 @@ def _counts(labels: Mapping[str, int]) -> str:
     return escape("  ".join(f"{name}: {count}" for name, count in labels.items()))
 
 
-def example_text(example: Shown) -> Text:
-    """A row as the model sees it. The learned text is green, and between brackets for terminals without colours."""
+def example_text(example: Shown, *, colours: bool = False) -> Text:
+    """A row as the model sees it. The learned text is green, and between brackets for terminals without colours.
+
+    Args:
+        example: the row.
+        colours: whether the terminal shows colours, as a picture's pixels need; without, a picture is in shades.
+    """
     if not example.tokens:
         return Text(f"row {example.row}: nothing to predict, left out", style="yellow")
+    if example.picture is not None:
+        from .pictures import picture_text
+
+        height, width = example.picture.shape[:2]
+        text = Text(f"row {example.row}: {width} x {height} pixels", style="dim")
+        text.append(f" → ⟦{example.label}⟧\n", style="not dim bold green")
+        return text.append(picture_text(example.picture, colours=colours))
     cut = f" of {example.whole}" if example.whole > example.tokens else ""
     text = Text(f"row {example.row}: {example.tokens}{cut} tokens\n", style="dim")
     for piece, learned in example.parts:
@@ -312,6 +368,16 @@ def _metrics(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {metrics[name]:.4f}" for name in ("loss", "accuracy") if name in metrics)
 
 
+def _ends(by: Mapping[str, Any]) -> str:
+    """The values with the worst and the best accuracy, or loss for a task without accuracy; empty without two."""
+    if len(by.get("values", {})) < 2:
+        return ""
+    name = "accuracy" if "accuracy" in by["mean"] else "loss"
+    found = sorted((metrics[name], value) for value, metrics in by["values"].items())
+    (worst, first), (best, last) = (found[0], found[-1]) if name == "accuracy" else (found[-1], found[0])
+    return escape(f"  {name} by {by['column']}: worst {worst:.4f} ({first}), best {best:.4f} ({last})")
+
+
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
@@ -323,3 +389,31 @@ def share(value: float | None) -> str:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
+
+
+class ScoringDisplay:
+    """Progress of rows that are scored: a bar on a terminal, elsewhere a line for each pass that has ended."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: dict[str, TaskID] = {}
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        )
+
+    def __enter__(self) -> ScoringDisplay:
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show that `done` of `total` rows of a pass are scored."""
+        if self._console.is_terminal:
+            if what not in self._bars:
+                self._bars[what] = self._progress.add_task(what, total=total)
+            self._progress.update(self._bars[what], completed=done)
+        elif done == total:
+            self._console.print(f"{what}: {total} rows scored", style="dim", soft_wrap=True, markup=False)

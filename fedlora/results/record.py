@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 
@@ -21,8 +22,12 @@ from fedlora.config import Config
 from fedlora.exchange import ClientInfo
 
 from .environment import code_version, device_facts, peak_memory_bytes, versions
-from .run_folder import _HOLDER, SCHEMA, check_changes, folder_of, stored, taken
+from .run_folder import _HOLDER, CLIENTS, SCHEMA, check_changes, folder_of, stored, taken
 
+if TYPE_CHECKING:
+    from fedlora.tasks.by_value import Scored
+
+MOST_LISTED = 1000  # with more clients, they are listed beside result.json
 _log = logging.getLogger("fedlora")
 
 
@@ -35,8 +40,12 @@ class RunRecord:
         data: the content of result.json.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, simulated: bool = False) -> None:
         """Begin a record, or open that of `run.id` again if `run.resume` is set.
+
+        Args:
+            config: the run's configuration.
+            simulated: whether the clients are simulated in this process, so that their rows are those of its user.
 
         Raises:
             RunError: the folder exists already, cannot be made, has no run to resume, or is in use by another process.
@@ -51,6 +60,8 @@ class RunRecord:
         if self._resumes:
             found = stored(self.folder)
             check_changes(found, config)
+            if "clients-in" in found:
+                del found["clients"]
         else:
             found = {}
             self._make_folder()
@@ -66,6 +77,7 @@ class RunRecord:
         self.data: dict[str, Any] = found or self._fresh(config)
         whole = config.to_flat() | {"run.resume": False, "run.from-round": -1}
         self.data |= {"status": "running", "config": whole}
+        self.data["simulated"] = simulated and found.get("simulated", not self._resumes)
         self.data.pop("error", None)
         self.key: str = self.data["key"]
         self._write()
@@ -153,15 +165,31 @@ class RunRecord:
             _log.info("%s: %s", what, words)
         if classes:
             self.data["classes"] = list(classes)
-        self.data["clients"] = [_about(client) for client in clients]
+        if len(clients) <= MOST_LISTED:
+            self.data["clients"] = [_about(client) for client in clients]
+        else:
+            self.data["clients-in"] = CLIENTS
+            self._list(CLIENTS, "w", map(_about, clients))
         self._write()
 
     def joined(self, client: ClientInfo, number: int) -> None:
         """Record a client that came, or came back on another node, after the run had begun."""
-        others = [about for about in self.data["clients"] if about["client-id"] != client.client_id]
-        others.append(_about(client) | {"joined-in-round": number})
+        about = _about(client) | {"joined-in-round": number}
+        if "clients-in" in self.data:
+            return self._list(CLIENTS, "a", [about])
+        others = [other for other in self.data["clients"] if other["client-id"] != client.client_id]
+        others.append(about)
         self.data["clients"] = sorted(others, key=lambda about: about["client-id"])
         self._write()
+
+    def _list(self, name: str, mode: Literal["w", "a"], clients: Iterable[Mapping[str, Any]]) -> None:
+        """Write clients to a file of their own, one in a line: result.json is written anew several times a round."""
+        path = self.folder / name
+        try:
+            with path.open(mode, encoding="utf-8") as file:
+                file.writelines(json.dumps(about) + "\n" for about in clients)
+        except OSError as error:
+            raise RunError(f"{path}: cannot be written: {error}") from error
 
     def _tell(self) -> None:
         """Log the folder of the results, once there are some."""
@@ -169,10 +197,13 @@ class RunRecord:
             self._told = True
             _log.info("results: %s", self.folder)
 
-    def baseline(self, metrics: Mapping[str, float]) -> None:
+    def baseline(self, found: Scored) -> None:
         """Record the held-out metrics before round 1."""
-        self.data["baseline"] = dict(metrics)
-        self._scalars("heldout", metrics, 0)
+        self.data["baseline"] = found.metrics
+        if found.by:
+            self.data["baseline-by"] = found.by
+        self._scalars("heldout", found.metrics, 0)
+        self._by_value(found.by, 0)
         self._write()
         self._tell()
 
@@ -181,8 +212,11 @@ class RunRecord:
         self.data["rounds"].append(dict(entry))
         number = entry["round"]
         self._scalars("heldout", entry.get("heldout", {}), number)
+        self._by_value(entry.get("heldout-by", {}), number)
         self._scalars("client-test", entry.get("client-test", {}).get("mean", {}), number)
         self._scalars("seconds", entry["seconds"], number)
+        spent = entry.get("privacy") or {}
+        self._scalars("privacy", {name: value for name, value in spent.items() if isinstance(value, float)}, number)
         single = {name: value for name, value in entry.items() if isinstance(value, int | float) and name != "round"}
         self._scalars("round", single, number)
         self._write()
@@ -199,6 +233,25 @@ class RunRecord:
         for entry in self.data["rounds"]:
             if entry["round"] == undone:
                 entry["taken-back"] = reason
+        self._write()
+
+    def promises(self, facts: Mapping[str, Any]) -> None:
+        """Record the mechanism of the run's privacy; a resumed run goes on counting."""
+        so_far = {"releases": 0, "participations": {}, "rows": {}} | self.data.get("privacy", {})
+        self.data["privacy"] = so_far | dict(facts)
+        self._write()
+
+    def spends(self, clients: Mapping[int, int]) -> None:
+        """Record, before a round is played, that it asks these clients: what is spent stays spent if it is undone.
+
+        Args:
+            clients: client id -> number of its examples.
+        """
+        privacy = self.data["privacy"]
+        privacy["releases"] += 1
+        for client, examples in clients.items():
+            privacy["participations"][str(client)] = privacy["participations"].get(str(client), 0) + 1
+            privacy["rows"][str(client)] = examples
         self._write()
 
     def save_adapter(self, adapter: AdapterState) -> None:
@@ -236,6 +289,10 @@ class RunRecord:
         finally:
             self._lock.release()
 
+    def _by_value(self, by: Mapping[str, Any], step: int) -> None:
+        for value, metrics in by.get("values", {}).items():
+            self._scalars(f"heldout-by/{value}", {name: one for name, one in metrics.items() if name != "rows"}, step)
+
     def _scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         if self._events is None:
             from torch.utils.tensorboard import SummaryWriter
@@ -261,6 +318,7 @@ def _about(client: ClientInfo) -> dict[str, Any]:
         "rank": client.rank,
         "alpha": client.alpha,
         "num-examples": client.num_examples,
+        **({"edges": list(client.edges)} if client.edges else {}),
     }
 
 

@@ -20,6 +20,7 @@ from fedlora.config import Config, Scalar, parse, parse_overrides
 from . import journal
 from .runs import run_folder
 
+CLIENTS = "clients.jsonl"  # beside result.json, in a run of many clients
 SCHEMA = 1
 
 
@@ -37,6 +38,7 @@ _MAY_CHANGE = frozenset(
         "model.device",
         "model.gradient-checkpointing",
         "evaluate.every",
+        "evaluate.by",
         "evaluate.intruders",
         "evaluate.batch-size",
     }
@@ -90,7 +92,7 @@ def resumed(folder: Path, overrides: Sequence[str] = (), from_round: int = -1) -
 
 
 def stored(folder: Path) -> dict[str, Any]:
-    """The result.json of a run.
+    """The result.json of a run; with its clients, where they are listed in a file beside it.
 
     Raises:
         RunError: there is no such file, or it is not the record of a run.
@@ -104,7 +106,18 @@ def stored(folder: Path) -> dict[str, Any]:
         raise RunError(f"{path}: cannot be read: {error}") from None
     if not _is_record(data):
         raise RunError(f"{path}: not the record of a run that this version can read; start a new run")
+    if "clients-in" in data:
+        data["clients"] = _listed(folder / CLIENTS)
     return data
+
+
+def _listed(path: Path) -> list[dict[str, Any]]:
+    """The clients in a file with one in a line, in the order of their ids; a later line about a client counts."""
+    try:
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [about for _, about in sorted({int(about["client-id"]): about for about in found}.items())]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: the clients of this run cannot be read: {error}") from None
 
 
 def _is_record(data: Any) -> bool:
@@ -134,6 +147,12 @@ def check_changes(data: Mapping[str, Any], config: Config) -> None:
         raise ConfigError(
             f"federation.rounds = {config.federation.rounds}: a run that is resumed may have more rounds than its "
             f"{rounds}, but not fewer"
+        )
+    if config.federation.rounds > rounds and config.privacy.level != "none" and config.privacy.epsilon:
+        raise ConfigError(
+            f"federation.rounds = {config.federation.rounds}: the noise of this run's first {rounds} rounds was "
+            f"computed so that {rounds} rounds spend privacy.epsilon = {config.privacy.epsilon:g}, and more rounds "
+            "would spend more; leave it unchanged, or start a new run"
         )
     goes_back = 0 <= config.run.from_round < rounds
     if data["status"] == "completed" and config.federation.rounds == rounds and not goes_back:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from fedlora.data import Example
 from .scores import Predictions
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -35,17 +37,23 @@ class Task(ABC):
             whose columns the rows have is taken.
         metrics: all names that `scores` returns; "loss" must be one of them.
         lower: the metrics that are better when they are lower.
-        peft_type: the `task_type` in PEFT checkpoints.
+        peft_type: the `task_type` in PEFT checkpoints; None for a task that PEFT has no class for.
         pipeline: the hub's name for the use of a trained model, for model cards.
         kind: name for a model of this task, such as "causal language model", for messages.
+        processor: name for what `read_processor` reads, for messages. Other methods call it the tokenizer.
+        unit: what `tokens` counts, for messages.
+        keeps_examples: whether a client's examples are kept from round to round; if they are large, only a round's are.
     """
 
     forms: ClassVar[tuple[str, ...]]
     metrics: ClassVar[frozenset[str]]
     lower: ClassVar[frozenset[str]] = frozenset({"loss", "perplexity", "calibration-error"})
-    peft_type: ClassVar[str]
+    peft_type: ClassVar[str | None]
     pipeline: ClassVar[str]
     kind: ClassVar[str]
+    processor: ClassVar[str] = "tokenizer"
+    unit: ClassVar[str] = "tokens"
+    keeps_examples: ClassVar[bool] = True
 
     # Methods on the configuration.
 
@@ -116,7 +124,17 @@ class Task(ABC):
         """
         return ""
 
+    def picture(self, example: Example) -> np.ndarray | None:
+        """An example's image as the model sees it, in RGB, uint8 [height, width, 3]; None for other examples."""
+        return None
+
     # Methods on the base model.
+
+    def read_processor(self, folder: Path) -> Any:
+        """The tokenizer in a model's folder, or what else turns rows into the model's inputs."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
     @abstractmethod
     def auto_class(self) -> Any:
@@ -137,17 +155,33 @@ class Task(ABC):
             ModelError: the model does not fit.
         """
 
+    def unquantized(self) -> tuple[str, ...]:
+        """The names of modules that stay in full precision on a quantized base, where the model has them."""
+        return ()
+
     @abstractmethod
-    def first_tokens(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tensor:
-        """A few tokens [rows, T] on which every base model is tried when it is loaded.
+    def first_inputs(self, tokenizer: Any, vocabulary: int) -> Batch:
+        """A few inputs with which every base model is called when it is loaded.
 
         Args:
             tokenizer: the model's tokenizer.
-            vocabulary: number of the model's tokens.
+            vocabulary: number of the model's tokens; 0 for a model that has none.
         """
 
+    def first_logits(self, model: nn.Module, inputs: Batch) -> Tensor:
+        """The model's logits for `first_inputs`.
+
+        Args:
+            model: the base model.
+            inputs: the inputs, on the model's device.
+
+        Raises:
+            ModelError: the model does not fit the task.
+        """
+        return model(**inputs).logits
+
     def check_first(self, logits: Tensor, name: str, kind: str) -> None:  # noqa: B027 - most tasks need none
-        """Check the model's logits for `first_tokens`.
+        """Check the model's logits for `first_inputs`.
 
         Args:
             logits: the model's logits, in fp32.
@@ -179,6 +213,16 @@ class Task(ABC):
             examples: the examples, one for each row of the batch.
             pad_id: token that fills up shorter rows on the right.
         """
+
+    def augmented(self, examples: Sequence[Example], names: str, seed: int) -> Sequence[Example]:
+        """The examples of a training step, changed at random as `train.augment` says; unchanged by default.
+
+        Args:
+            examples: one client's examples.
+            names: `train.augment`; it is empty unless the task reads images.
+            seed: the same seed gives the same changes.
+        """
+        return examples
 
     @abstractmethod
     def tokens(self, batch: Batch) -> Tensor:

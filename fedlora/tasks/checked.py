@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fedlora.common.errors import TaskError
@@ -36,6 +37,13 @@ def each_loss(task: Task, model: nn.Module, batch: Batch) -> tuple[Tensor, Tenso
     if not fits:
         raise _wrong(task, "losses", found, "all losses [n], and the number of each one's row in the batch, int64 [n]")
     return found
+
+
+def row_losses(task: Task, model: nn.Module, batch: Batch, rows: int) -> Tensor:
+    """For each row of a batch, the mean of its own losses; 0 for a row that has none."""
+    each, row = each_loss(task, model, batch)
+    counts = torch.bincount(row, minlength=rows).clamp(min=1)
+    return torch.zeros(rows, device=each.device, dtype=each.dtype).index_add(0, row, each) / counts
 
 
 def check_batch(task: Task, batch: Batch, rows: int) -> Batch:

@@ -16,14 +16,14 @@ from fedlora.config import Config, DataConfig, client_parts
 from .base import Batch
 from .classification import Classification
 from .losses import inputs_of
-from .probed import Probed, original
+from .probed import LAYER, Probed, original
 from .scores import Predictions
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedConfig
 
-SOURCE, LAYER = "planted", "probe"
+SOURCE = "planted"
 _SEED = 0  # of the planted matrices, which are the same in every run
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 NAMES: dict[str, str] = {
     "causal-lm": "fedlora.tasks.causal_lm:CausalLM",
     "classification": "fedlora.tasks.classification:Classification",
+    "image-classification": "fedlora.tasks.image_classification:ImageClassification",
+    "image-text": "fedlora.tasks.image_text:ImageText",
+    "frozen-encoder": "fedlora.tasks.frozen_encoder:FrozenEncoder",
     "planted": "fedlora.tasks.planted:Planted",
 }
 
@@ -69,5 +72,10 @@ def check_task(config: Config) -> Task:
         ConfigError: as in `task_of`, or another key does not fit the task.
     """
     task = task_of(config.model)
+    if config.train.augment and "image" not in task.forms:
+        raise ConfigError(
+            f"train.augment = {config.train.augment!r} changes images, but model.task = {config.model.task!r} reads "
+            "none; remove it"
+        )
     task.check_config(config)
     return task

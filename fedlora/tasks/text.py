@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from fedlora.data import Example, collate
 from .base import Batch, Task
 from .losses import IGNORED
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class TextTask(Task):
@@ -21,6 +26,14 @@ class TextTask(Task):
     A batch has `input_ids` and `attention_mask` [rows, T], and `labels`, which are [rows, T] with -100 at positions
     without a label, or [rows]; all int64. The pad token may be the end token, since the mask is made from positions.
     """
+
+    @abstractmethod
+    def first_tokens(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tensor:
+        """A few tokens [rows, T] for `first_inputs`; arguments as there."""
+
+    def first_inputs(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Batch:
+        ids = self.first_tokens(tokenizer, vocabulary)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
         batch = collate(examples, {"input_ids": pad_id, "labels": IGNORED})

@@ -14,39 +14,49 @@ from torch import nn
 
 from fedlora.adapters import AdapterState
 from fedlora.common.errors import AdapterError, ModelError
-from fedlora.config import Config, parse
-from fedlora.data import Example, encode, form_of, prepare
+from fedlora.config import Config, label_names, parse
+from fedlora.data import Example, encode, form_of, load_rows, prepare, usable_rows
 from fedlora.data.classes import numbered
 from fedlora.data.places import with_places
+from fedlora.data.values import rows_by_value
 from fedlora.models import BaseModel, adapted, check_length, load_base, longest
 from fedlora.models.injection import ties_may_be_adapted
 from fedlora.models.parts import with_parts
 from fedlora.models.peft_files import described, has_magnitudes, is_own, read_parts
+from fedlora.tasks.by_value import Scored, scored
 from fedlora.tasks.predict import evaluate, predict
 from fedlora.tasks.registry import task_of
-from fedlora.tasks.scores import Predictions, scores
+from fedlora.tasks.scores import Predictions
 
 from .mixed import BASE, predict_many
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
 
 
 def compare_with_base(
-    adapters: Sequence[Path], config: Config, on_batch: Callable[[int, int], None] = lambda done, total: None
-) -> dict[str, dict[str, float]]:
-    """The metrics of the base model alone and with each adapter, on held-out rows, in one pass.
+    adapters: Sequence[Path],
+    config: Config,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    whole: bool = False,
+) -> dict[str, Scored]:
+    """The metrics of the base model alone and with each adapter, on held-out rows or on a whole source, in one pass.
 
     Args:
         adapters: folders of checkpoints, at least one; all are PEFT's, or all have parts that no factors stand for.
         config: the configuration of model and data.
         on_batch: called after each batch with (number of rows done, number of all rows), where a row counts once for
             each adapter and once for the base model.
+        whole: whether all rows of `data.source` are used, and not the held-out rows alone. Unless `data.label-names`
+            names the classes, they are then numbered as in the run of the first adapter.
 
     Returns:
-        Label of the base model or an adapter -> its metrics by name.
+        Label of the base model or an adapter -> its metrics by name, and by value of `evaluate.by`.
 
     Raises:
+        DataError: the held-out rows have no such column.
         ModelError: an adapter was trained on another base model.
         AdapterError: a checkpoint does not fit the model.
     """
@@ -60,7 +70,12 @@ def compare_with_base(
     base = load_base(config.model, seed=config.run.seed)
     check_length(longest(base.model), config)
     task = task_of(config.model)
-    examples = encode(prepare(config).heldout, base.tokenizer, config.data, task)
+    rows, column = _all_rows(adapters[0], config) if whole else prepare(config).heldout, config.evaluate.by
+    examples = encode(rows, base.tokenizer, config.data, task)
+    groups: dict[str, np.ndarray] = {}
+    if column:
+        usable = usable_rows(rows, base.tokenizer, config.data, task)
+        groups = rows_by_value(rows.select(usable), column, config.data)
     size = config.evaluate.batch_size
     if own:
         found = _one_by_one(base, own, config, examples, on_batch)
@@ -68,7 +83,15 @@ def compare_with_base(
         model, names = load(base, adapters, config), [BASE, *map(_name, range(len(adapters)))]
         found = predict_many(task, model, names, examples, batch_size=size, pad_id=base.pad_id, on_batch=on_batch)
     labels = ["untouched base" + (f" with {base.head.partition(':')[0]}" if base.head else ""), *titles(adapters)]
-    return {label: scores(task, predictions) for label, predictions in zip(labels, found.values(), strict=True)}
+    return {
+        label: scored(task, predictions, column, groups)
+        for label, predictions in zip(labels, found.values(), strict=True)
+    }
+
+
+def _all_rows(adapter: Path, config: Config) -> Dataset:
+    names = label_names(config.data) or tuple(described(adapter).get("classes") or ())
+    return numbered(load_rows(config.data), config.data, names)
 
 
 def _one_by_one(
@@ -189,13 +212,19 @@ def score(adapter: AdapterState, rows: Dataset, config: Config, classes: tuple[s
     Raises:
         DataError: rows cannot be used.
     """
+    model = placed(adapter, config)
+    form_of(rows.column_names, config.data, model.task)
+    examples = encode(with_places(numbered(rows, config.data, classes)), model.base.tokenizer, config.data, model.task)
+    return evaluate(model.task, model.model, examples, config.evaluate.batch_size, model.base.pad_id)
+
+
+def placed(adapter: AdapterState, config: Config) -> adapted.AdaptedModel:
+    """The process's one model with this adapter on its unchanged base; arguments as in `score`."""
     dora = has_magnitudes(adapter)
     own = dora or not adapter.lora  # which only its own kind can install
     model = adapted.adapted_model(
         config.model, config.lora if own else replace(config.lora, kind="lora", kind_options="")
     )
-    form_of(rows.column_names, config.data, model.task)
-    examples = encode(with_places(numbered(rows, config.data, classes)), model.base.tokenizer, config.data, model.task)
     adapted.merge_folds(model, None, ())  # a run may have left its folds in the weights
     adapted.install(model, with_parts(model, adapter) if dora else adapter)
-    return evaluate(model.task, model.model, examples, config.evaluate.batch_size, model.base.pad_id)
+    return model

@@ -156,7 +156,9 @@ def _training(card: Card) -> list[tuple[str, str]]:
     names = class_names(card.about, card.result)
     classes = [("Classes", ", ".join(f"{number} {name}" for number, name in enumerate(names)))] if names else []
     cut = cut_share(card.result)
-    shorter = f"{cut:.1%} of the rows that were trained on are longer and were cut"
+    texts = task_of(config.model).unit == "tokens"
+    shorter = f"; {cut:.1%} of the rows that were trained on are longer and were cut" if cut else ""
+    longest = [("Largest number of tokens", f"{config.data.max_length}{shorter}")] if texts else []
     return [
         ("Base", f"{_weights(config.model.name)}, fingerprint {card.about.get('base', 'unknown')}"),
         ("Quantization of the base in training", config.model.quantization),
@@ -168,7 +170,7 @@ def _training(card: Card) -> list[tuple[str, str]]:
         ("Rounds", f"{rounds or config.federation.rounds}"),
         ("Data", source + (f", {rows} training rows" if rows else "")),
         *classes,
-        ("Largest number of tokens", f"{config.data.max_length}" + (f"; {shorter}" if cut else "")),
+        *longest,
         ("Partition", partition),
         ("Optimizer", f"{config.train.optimizer}, lr {config.train.lr:g}, batch {config.train.batch_size}"),
         ("Seed", str(config.run.seed)),
@@ -228,8 +230,24 @@ def _limits(card: Card) -> list[tuple[str, str]]:
         limits.append(("Precision", f"trained with an {quantization} base; in another precision its metrics differ"))
     if weights != base_name(card.config.model.name):
         limits.append(("Base", f"trained with the weights of {weights}; with others its metrics differ"))
-    limits.append(("Privacy", "an adapter can reveal some of the rows on which it was trained; this was not prevented"))
+    limits.append(("Privacy", _privacy(card.result)))
     return limits
+
+
+def _privacy(result: Mapping[str, Any]) -> str:
+    """What the adapter may tell of the rows, by the run's record."""
+    about, spent = result.get("privacy"), [entry["privacy"] for entry in result.get("rounds", []) if "privacy" in entry]
+    if not about or not spent:
+        return "an adapter can reveal some of the rows on which it was trained; this was not prevented"
+    noise = f"noise multiplier {about['noise-multiplier']:.3g}"
+    if about["least-noise-multiplier"] != about["noise-multiplier"]:
+        noise = f"noise multipliers {about['least-noise-multiplier']:.3g} to {about['noise-multiplier']:.3g}"
+    whom = {"client": "all rows of one client together", "example": "one row"}[about["level"]]
+    return (
+        f"differentially private for {whom}, with epsilon {spent[-1]['epsilon']:.3g} at delta {about['delta']:g}. "
+        f"{about['mechanism'][0].upper()}{about['mechanism'][1:]}; {noise}. This holds for the adapter and not for "
+        "other numbers of the run"
+    )
 
 
 def _list(items: Sequence[tuple[str, str]]) -> str:

@@ -12,16 +12,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedlora.adapters import AdapterState
 from fedlora.adapters.algebra import singular_values
 from fedlora.common.errors import RunError
-from fedlora.config import Config, client_parts, client_rank
+from fedlora.config import Config, EvaluateConfig, FederationConfig, RunConfig, client_parts, client_rank
 from fedlora.data import client_statistics, encode, prepare, usable_rows
+from fedlora.data.values import rows_by_value
 from fedlora.models import adapted, injection
 from fedlora.results.environment import code_version, device_facts, versions
 from fedlora.results.run_folder import folder_of
+from fedlora.tasks.by_value import named, scored
 from fedlora.tasks.predict import predict
 from fedlora.tasks.registry import task_of
 from fedlora.tasks.scores import Predictions, scores
@@ -34,6 +37,9 @@ from ...strategies.server import saved_state
 from .. import personal
 from .. import run as simulation
 from .grid import PLACES, SCHEMA, Cell
+
+# Examples, the number of each one's owner, and value of evaluate.by -> numbers of its examples.
+_Rows = tuple[list[Any], torch.Tensor, dict[str, np.ndarray]]
 
 
 def run(cell: Cell, work: Path) -> dict[str, Any]:
@@ -108,7 +114,8 @@ def _learned(config: Config, folder: Path, key: str) -> list[AdapterState]:
 def _scores(config: Config, learned: Sequence[AdapterState]) -> dict[str, dict[str, Any]]:
     """Metrics on validation and test rows, of the one model or as means over the clients' own models.
 
-    With a natural partition, `clients` has the metrics of each client's model on the rows with that client's key.
+    With a natural partition, `clients` has the metrics of each client's model on the rows with that client's key. With
+    `evaluate.by`, `by` has the metrics of the rows with each value, and there are means and worst values over these.
     """
     model = adapted.adapted_model(config.model, config.lora)
     adapted.place(model, (), config.anchor, "scores")
@@ -116,12 +123,20 @@ def _scores(config: Config, learned: Sequence[AdapterState]) -> dict[str, dict[s
     _, clients = client_parts(config.data, config.federation.clients)
     sets = _held_out(replace(config, data=deal, federation=replace(config.federation, clients=clients)))
     found: dict[str, dict[str, Any]] = {}
-    for name, (examples, owners) in sets.items():
+    for name, (examples, owners, groups) in sets.items():
         made: list[Predictions] = []
         for adapter in learned:
             adapted.install(model, adapter)
             made.append(predict(model.task, model.model, examples, config.evaluate.batch_size, model.base.pad_id))
-        found[name] = {**_mean([scores(model.task, each) for each in made]), "examples": len(examples), "clients": {}}
+        each = [scored(model.task, one, config.evaluate.by, groups) for one in made]
+        found[name] = _mean([{**one.metrics, **named(one.by)} for one in each])
+        found[name] |= {"examples": len(examples), "clients": {}}
+        if groups:
+            values = {
+                value: {**_mean([one.by["values"][value] for one in each]), "rows": len(rows)}
+                for value, rows in groups.items()
+            }
+            found[name]["by"] = {"column": config.evaluate.by, "values": values}
         for client in range(clients) if len(owners) else ():
             rows = (owners == client).nonzero()[:, 0]
             if len(rows):
@@ -131,25 +146,33 @@ def _scores(config: Config, learned: Sequence[AdapterState]) -> dict[str, dict[s
 
 
 @lru_cache(maxsize=2)
-def _rows(model: Any, lora: Any, data: Any, clients: int, seed: int) -> dict[str, tuple[list[Any], torch.Tensor]]:
-    config = Config(model=model, lora=lora, data=data)
-    config = replace(config, federation=replace(config.federation, clients=clients), run=replace(config.run, seed=seed))
-    loaded = adapted.adapted_model(model, lora)
+def _rows(config: Config) -> dict[str, _Rows]:
+    data, by = config.data, config.evaluate.by
+    loaded = adapted.adapted_model(config.model, config.lora)
     split, tokenizer, task = prepare(config), loaded.base.tokenizer, loaded.task
     if not len(split.test):
         raise RunError(f"data.test-fraction = {data.test_fraction} leaves no rows to test on; raise it")
-    found: dict[str, tuple[list[Any], torch.Tensor]] = {}
+    found: dict[str, _Rows] = {}
     for name, rows, owners in zip(("validation", "test"), (split.heldout, split.test), split.owners, strict=True):
-        usable = usable_rows(rows, tokenizer, data, task) if len(owners) else []
+        usable = usable_rows(rows, tokenizer, data, task) if len(owners) or by else []
         examples = encode(rows, tokenizer, data, task)
-        found[name] = (examples, torch.from_numpy(owners[usable]))
+        groups = rows_by_value(rows.select(usable), by, data) if by else {}
+        found[name] = (examples, torch.from_numpy(owners[usable] if len(owners) else owners), groups)
     return found
 
 
-def _held_out(config: Config) -> dict[str, tuple[list[Any], torch.Tensor]]:
-    """The examples of the validation and test rows, and their owners; encoded once for all cells that share them."""
-    lora = replace(config.lora, ranks="", rank=1)
-    return _rows(config.model, lora, config.data, config.federation.clients, config.run.seed)
+def _held_out(config: Config) -> dict[str, _Rows]:
+    """The validation and test rows, encoded once for all cells that share them."""
+    return _rows(
+        Config(
+            model=config.model,
+            lora=replace(config.lora, ranks="", rank=1),
+            data=config.data,
+            federation=FederationConfig(clients=config.federation.clients),
+            evaluate=EvaluateConfig(by=config.evaluate.by),
+            run=RunConfig(seed=config.run.seed),
+        )
+    )
 
 
 def _partition(cell: Cell) -> list[dict[str, Any]]:

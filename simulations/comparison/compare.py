@@ -299,9 +299,11 @@ def _cell(cell: Cell, work: Path) -> dict[str, Any]:
 
 
 def _stop(worker: ProcessPoolExecutor) -> None:
-    """Stop a worker at once; its cell will be run again from the start."""
-    processes = list((worker._processes or {}).values())  # there is no public name for these
-    worker.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
+    """Stop a worker at once; its cell will be run again from the start.
+
+    The executor's own thread is waited for: it closes pipes that the interpreter, as it ends, would write to.
+    """
+    for process in list((worker._processes or {}).values()):  # there is no public name for these
         if process.pid:
             stop(process.pid)
+    worker.shutdown(cancel_futures=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from fedlora.common.errors import ConfigError, StrategyError, suggest
 from fedlora.config import Config, Scalar, client_rank, clients_per_round, flatten, parse, parse_overrides, read_toml
+from fedlora.tasks.by_value import plain
 from fedlora.tasks.registry import check_task
 
 from ...strategies.registry import check_ranks, configured
@@ -26,7 +27,8 @@ _KEYS = {
     "learning-rates": "a list of highest learning rates, the same for every strategy",
     "seeds": "a list of seeds; ranks and tests need at least two",
     "baselines": f"a list out of {', '.join(BASELINES)}",
-    "metric": "the metric by which strategies are ranked, one of the task's, such as accuracy or loss",
+    "metric": "the metric by which strategies are ranked, one of the task's, such as accuracy or loss; with "
+    "evaluate.by also accuracy-mean-by or accuracy-worst-by, over the values of that column",
     "reference": "the strategy that the others are compared with",
     "race": f"one of {', '.join(RACES)}: whether rates, and strategies too, drop out after a seed",
     "settings": "a table of configuration keys for every cell",
@@ -35,8 +37,10 @@ _KEYS = {
 }
 # Keys that the grid sets for each cell -> where to set them instead.
 _OWN = {"run.seed": "seeds", "train.lr": "learning-rates", "run.dir": "--out", "run.name": "name", "run.id": "name"}
-# Keys that say where and how a run works, but not what it computes.
-PLACES = frozenset({"run.dir", "run.name", "run.id", "run.resume", "run.threads", "model.device"})
+# Keys that say where and how a run works, but not what it computes. A cell accepts lost clients, whatever its grid has.
+PLACES = frozenset(
+    {"run.dir", "run.name", "run.id", "run.resume", "run.threads", "model.device", "federation.lost-clients"}
+)
 _OWN |= {"run.resume": "name", "data.parts": "baselines"}
 
 
@@ -195,15 +199,21 @@ def _arm(path: Path, grid: Grid, scenario: str, label: str, setting: Config) -> 
     except StrategyError as error:
         raise StrategyError(f"{where}: {label!r} in scenario {scenario!r}: {error}") from None
     task = check_task(arm)
-    if grid.metric not in task.metrics:
+    metric = plain(grid.metric)
+    if metric not in task.metrics:
         raise ConfigError(
             f"{path}: metric = {grid.metric!r} is not known for model.task = {arm.model.task!r}"
             f"{suggest(grid.metric, task.metrics)}"
         )
-    if (grid.metric in task.lower) != lower_is_better(grid.metric):
+    if metric != grid.metric and not arm.evaluate.by:
+        raise ConfigError(
+            f"{path}: metric = {grid.metric!r} is over the values of a column, and evaluate.by names none; set it "
+            "under [settings], such as evaluate.by = 'domain'"
+        )
+    if (metric in task.lower) != lower_is_better(grid.metric):
         raise ConfigError(
             f"{path}: metric = {grid.metric!r} of model.task = {arm.model.task!r} is better when it is "
-            f"{'lower' if grid.metric in task.lower else 'higher'}, but a comparison would rank by the opposite; give "
+            f"{'lower' if metric in task.lower else 'higher'}, but a comparison would rank by the opposite; give "
             "it another name or sign"
         )
     if not (arm.data.heldout_fraction > 0 and arm.data.test_fraction > 0):

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap, ttest_rel
 
+from fedlora.tasks.by_value import plain
+
 from .power import LEVEL, POWER, detectable, seeds_needed
 
 _LOWER = frozenset({"loss", "perplexity", "calibration-error", "distance"})
@@ -130,7 +132,7 @@ class Ranking:
 
 def lower_is_better(metric: str) -> bool:
     """Whether a metric is better when it is lower, as losses, perplexities, calibration errors and distances are."""
-    return metric in _LOWER
+    return plain(metric) in _LOWER
 
 
 def rank(cells: Sequence[Cell], metric: str, reference: str) -> list[Ranking]:

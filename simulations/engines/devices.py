@@ -12,7 +12,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import connection, get_context, resource_tracker
 from multiprocessing.connection import Connection
@@ -30,7 +30,7 @@ from fedlora.common.events import emit, listen
 from fedlora.common.processes import call_with_parent, share_cores, share_of_cores
 from fedlora.config import Scalar
 
-from .local import WINDOW, LocalGrid
+from .local import SERVER, WINDOW, Cohorts, LocalGrid, NodeConfigs
 
 _STOP_SECONDS = 10.0
 _CUDA = re.compile(r"cuda:([0-9]{1,4})", re.ASCII)
@@ -154,6 +154,7 @@ class DevicesGrid(LocalGrid):
         node_configs: the config of each client's node.
         run_config: the run's configuration, for each client's context.
         run_id: number of this run.
+        cohorts: answers the question who the clients are, for many at once, in place of the ClientApp.
         devices: names of devices, as for `model.device`; a name may occur several times.
         logs: folder for the processes' output.
     """
@@ -161,20 +162,20 @@ class DevicesGrid(LocalGrid):
     def __init__(
         self,
         client_app: ClientApp,
-        node_configs: list[dict[str, Scalar]],
+        node_configs: Sequence[Mapping[str, Scalar]],
         run_config: dict[str, Scalar],
         run_id: int,
+        cohorts: Cohorts | None = None,
         *,
         devices: Sequence[str],
         logs: Path,
     ) -> None:
-        placed = [config | {"device": devices[i % len(devices)]} for i, config in enumerate(node_configs)]
-        super().__init__(client_app, placed, run_config, run_id)
+        placed = NodeConfigs(len(node_configs), lambda i: {**node_configs[i], "device": devices[i % len(devices)]})
+        super().__init__(client_app, placed, run_config, run_id, cohorts)
         self.window = WINDOW * len(devices)
         share_cores(len(devices))
         threads = share_of_cores(len(devices))
         self._children = [Child(name, threads, logs / f"device-{i}.txt") for i, name in enumerate(devices)]
-        self._home = {node: self._children[i % len(devices)] for i, node in enumerate(self.get_node_ids())}
         self._at: dict[Child, list[Message]] = {}
         self._sizes: dict[Child, int] = {}
         self._told: set[str] = set()
@@ -219,11 +220,15 @@ class DevicesGrid(LocalGrid):
         taken = [
             message
             for message in waiting
-            if self._home[message.metadata.dst_node_id] is child and kind in ("", message.metadata.message_type)
+            if self._home(message) is child and kind in ("", message.metadata.message_type)
         ][:most]
         for message in taken:
             del self._waiting[message.metadata.message_id]
         return taken
+
+    def _home(self, message: Message) -> Child:
+        """The process of the device on which a message's client lives."""
+        return self._children[(message.metadata.dst_node_id - SERVER - 1) % len(self._children)]
 
     def _heard(self, asked: Sequence[str]) -> list[Message]:
         """Wait until a working process says something; return the replies among what they said."""

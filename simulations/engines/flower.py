@@ -23,16 +23,20 @@ from fedlora.results.run_folder import nothing_left, stamp
 from ...clients.node.rules import ALLOW_FILES, PLUGINS
 from ..checks import check
 
+RAY_ADDRESS = "RAY_ADDRESS"  # environment variable that Ray itself reads: host:port of a running cluster
 _log = logging.getLogger("fedlora")
 
 
 def run(config: Config, at_once: int = 1) -> None:
     """Run a federation through `flwr run` on Flower's simulation engine (Ray).
 
+    If the environment variable `RAY_ADDRESS` names a Ray cluster, the clients run there; else a Ray of their own is
+    started on this machine.
+
     Args:
         config: the run's configuration.
-        at_once: number of clients that train at the same time, each with its own process and base model. They share
-            the cores, and a GPU if there is one.
+        at_once: number of clients that train at the same time on a machine, each with its own process and base model.
+            They share the cores, and a GPU if there is one; all machines of a cluster are taken to be like this one.
 
     Raises:
         RunError: Flower did not start, or the run did not complete; the message says why.
@@ -78,8 +82,9 @@ def _resources(config: Config, at_once: int) -> str:
     resources = [
         f"num-supernodes={config.federation.clients}",
         f"client-resources-num-cpus={max(1, cores // at_once)}",
-        f"init-args-num-cpus={cores}",
     ]
+    if not os.environ.get(RAY_ADDRESS):  # a cluster that is there already knows what it has
+        resources.append(f"init-args-num-cpus={cores}")
     if config.model.device != "cpu" and _has_gpu():
         resources.append(f"client-resources-num-gpus={1 / at_once}")
     return " ".join(resources)

@@ -9,7 +9,9 @@ from fedlora.common.errors import RunError
 from fedlora.results.runs import run_folder
 
 
-def write(folder: Path, out: Path | None = None, say: Callable[[str], None] = lambda text: None) -> Path:
+def write(
+    folder: Path, out: Path | None = None, say: Callable[[str], None] = lambda text: None, samples: int = 8
+) -> Path:
     """Write the report of a folder of `fedlora compare` or of one `fedlora run`.
 
     The page, report.html, needs no other files. Beside it are figures/ (each figure as PNG, SVG and CSV) and, for a
@@ -19,6 +21,7 @@ def write(folder: Path, out: Path | None = None, say: Callable[[str], None] = la
         folder: folder with grid.json and cells/, or a run (see `run_folder`).
         out: folder for the report; `folder`/report by default.
         say: called with a line of text about each step.
+        samples: of a simulation on images, largest number of images of each client on the page.
 
     Returns:
         The path of report.html.
@@ -27,6 +30,7 @@ def write(folder: Path, out: Path | None = None, say: Callable[[str], None] = la
         RunError: the folder is neither, its grid.json or result.json cannot be read, or the report cannot be written.
     """
     from . import compared, page, read, single
+    from . import samples as drawn
 
     folder = folder.expanduser().resolve() if (has_grid := _holds_comparison(folder)) else run_folder(folder)
     out = folder / "report" if out is None else out.expanduser().resolve()
@@ -37,7 +41,8 @@ def write(folder: Path, out: Path | None = None, say: Callable[[str], None] = la
             made = compared.page(found, folder.name, say)
             compared.write_tables(found, made, out)
         else:
-            made = single.page(read.run(folder), folder)
+            made = single.page(read.run(folder), folder, samples)
+            drawn.forget(out)
         path = page.write(made, out)
     except OSError as error:
         raise RunError(f"{out}: the report cannot be written: {error}; give another folder") from None

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..comparison.ranking import rank
 from . import facts, tables
-from .figures import costs, curves, outcomes, shapes
+from .by_value import table as by_value
+from .figures import costs, curves, epsilons, outcomes, shapes, timing
 from .figures.drawing import Picture
 from .figures.series import is_personal
 from .figures.style import styles
@@ -32,13 +33,17 @@ def page(comparison: Comparison, name: str, say: Say) -> Page:
     looks = styles([*order, *(cell["label"] for cell in comparison.cells)])
     names = slugs([ranking.scenario for ranking in rankings])
     sections: list[Section] = []
+    views: list[View] = []
     for ranking in rankings:
         say(f"scenario {ranking.scenario}: drawing")
         seen = view(ranking, looks, order, names[ranking.scenario])
+        views.append(seen)
         records = tables.records(ranking)
         pictures, absent = _pictures(seen, comparison)
         table = tables.final(ranking, records, f"Final {grid['metric']} in scenario {ranking.scenario}")
-        sections.append(Section(f"Scenario {ranking.scenario}", [table], pictures, absent))
+        sections.append(Section(f"Scenario {ranking.scenario}", [table, *by_value(ranking)], pictures, absent))
+    if private := epsilons.by_epsilon(views, {seen.scenario: comparison.of(seen.scenario) for seen in views}):
+        sections.insert(0, Section("Privacy", pictures=private))
     lacking = [one for one in grid["scenarios"] if one not in names]
     summary = facts.summary(comparison) + [f"Scenario {one} has no cells yet." for one in lacking]
     title = str(grid.get("name") or name)
@@ -90,4 +95,5 @@ def _pictures(seen: View, comparison: Comparison) -> tuple[list[Picture], Sequen
             f"{', '.join(personal)}: personal; what is scored is each client's own model, and its curves are the "
             "clients' mean on their own rows, the only ones that can be drawn."
         )
-    return [picture for found in kinds.values() for picture in found], absent
+    drawn = [picture for found in kinds.values() for picture in found]
+    return [*drawn, *timing.compared(seen)], absent

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedlora.common.errors import RunError
 
+from .. import membership
 from ..comparison.ranking import Cell
 
 SCHEMA = 1
@@ -78,6 +79,21 @@ def run(folder: Path) -> dict[str, Any]:
     found = load(folder / "result.json")
     if not isinstance(found.get("rounds"), list):
         raise RunError(f"{folder / 'result.json'}: has no rounds, it is not the record of a run; give another folder")
+    return found
+
+
+def audit(folder: Path) -> list[dict[str, Any]]:
+    """The audited runs in the audit.json of a run's folder, its own first; empty if there is no such file.
+
+    Raises:
+        RunError: the file is damaged, or of another schema.
+    """
+    path = folder / membership.NAME
+    if not path.is_file():
+        return []
+    found = load(path).get("runs")
+    if not isinstance(found, list):
+        raise RunError(f"{path}: has no runs, it is not the record of an audit; remove it and run fedlora audit again")
     return found
 
 

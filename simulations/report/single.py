@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from fedlora.results.display import share
 
 from . import facts
-from .figures import one_run
+from .by_value import section as by_value
+from .figures import membership as pictured
+from .figures import one_run, timing
 from .figures.one_run import heldout, own
-from .figures.series import Entry
+from .figures.series import Entry, start
 from .figures.style import styles
 from .page import Page, Section
-from .read import flat
+from .read import audit, flat
+from .samples import section as sampled
 from .tables import Table
 
 
-def page(run: Mapping[str, Any], folder: Path) -> Page:
-    """The contents of a run's page."""
+def page(run: Mapping[str, Any], folder: Path, samples: int) -> Page:
+    """The contents of a run's page.
+
+    Args:
+        run: the content of result.json.
+        folder: the run's folder.
+        samples: largest number of images of each client that are shown.
+    """
     config = flat(run.get("config", {}))
     name = str(config.get("strategy.name", "run"))
     style = styles([name])[name]
@@ -48,12 +58,26 @@ def page(run: Mapping[str, Any], folder: Path) -> Page:
     failed = sum(len(entry.get("failures") or ()) for entry in rounds)
     if failed:
         warnings.append(f"{failed} clients' answers were not counted; the round table says in which rounds.")
-    pictures = [picture for found in made.values() for picture in found]
+    if "privacy" in run and (spent := [entry["privacy"] for entry in rounds if "privacy" in entry]):
+        summary.append(
+            f"Privacy: epsilon {spent[-1]['epsilon']:.2f} at delta {run['privacy']['delta']:g}, by "
+            f"{run['privacy']['mechanism']}. The adapter is covered by this; losses, norms and other numbers on this "
+            "page are not."
+        )
+    pictures = [*(picture for found in made.values() for picture in found), *timing.of_run(run, name, style)]
+    sections = [Section("Rounds", [_table(run)], pictures, absent)]
+    if found := by_value(run):
+        sections.append(found)
+    if found := sampled(run, samples):
+        sections.append(found)
+    if audited := audit(folder):
+        figures = [pictured.curves(audited), pictured.losses(audited[0])]
+        sections.append(Section("Membership inference", [_attacks(audited)], figures))
     return Page(
         title=f"Federated run: {config.get('run.name', name)}",
         summary=summary,
         warnings=warnings,
-        sections=[Section("Rounds", [_table(run)], pictures, absent)],
+        sections=sections,
         settings=[
             Table(
                 "Config",
@@ -68,7 +92,6 @@ def page(run: Mapping[str, Any], folder: Path) -> Page:
 
 def _table(run: Mapping[str, Any]) -> Table:
     """A table of the rounds' numbers; columns without a value are left out."""
-    start = [{"round": 0, "heldout": run["baseline"]}] if "baseline" in run else []
     kinds: list[tuple[str, Callable[[Entry], str]]] = [
         ("round", lambda e: str(e["round"])),
         ("loss", lambda e: _number(heldout(e).get("loss"))),
@@ -80,11 +103,17 @@ def _table(run: Mapping[str, Any]) -> Table:
         ("MB up", lambda e: _number(_mega(e.get("upload-bytes")), 1)),
         ("MB down", lambda e: _number(_mega(e.get("download-bytes")), 1)),
         ("error", lambda e: share(e.get("aggregation-error"))),
+        ("sketch loss", lambda e: share(e.get("sketch-loss"))),
         ("drift", lambda e: _number(e.get("drift"), 2)),
         ("effective rank", lambda e: _number(e.get("effective-rank"), 1)),
+        ("epsilon", lambda e: _number(_private(e).get("epsilon"), 2)),
+        ("clip", lambda e: _number(_private(e).get("clip"), 3)),
+        ("clipped", lambda e: _number(_private(e).get("clipped"), 2)),
+        ("signal over noise", lambda e: _number(_middle(_private(e).get("signal-to-noise")), 2)),
+        ("hours", lambda e: _number(e["time"] / 3600 if "time" in e else None, 2)),
         ("seconds", lambda e: _number(e.get("seconds", {}).get("round"), 1)),
     ]
-    rows = [*start, *run["rounds"]]
+    rows = [*start(run), *run["rounds"]]
     columns = [(title, [text(entry) for entry in rows]) for title, text in kinds]
     kept = [(title, texts) for title, texts in columns if any(texts)]
     return Table(
@@ -92,6 +121,36 @@ def _table(run: Mapping[str, Any]) -> Table:
         tuple(title for title, _ in kept),
         tuple(zip(*(texts for _, texts in kept), strict=True)),
     )
+
+
+def _attacks(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """A table of what attacks on the audited runs find."""
+    titles = ("run", "epsilon", "score", "AUC", "95 % interval", "found at 1 % false alarms", "advantage")
+    rows = [
+        (
+            str(run["run"]),
+            _number(run["privacy"].get("epsilon"), 2) or "no limit",
+            name,
+            _number(attack["auc"], 3),
+            " to ".join(_number(end, 3) for end in attack["auc-interval"]),
+            share(attack["caught"]),
+            _number(attack["advantage"], 3),
+        )
+        for run in runs
+        for name, attack in run["attacks"].items()
+    ]
+    return Table(
+        "Attacks; an AUC of 0.5 and an advantage of 0 are guessing", titles, tuple(rows), left=frozenset({0, 2})
+    )
+
+
+def _private(entry: Entry) -> Mapping[str, Any]:
+    return entry.get("privacy", {})
+
+
+def _middle(of_modules: Mapping[str, float] | None) -> float | None:
+    """The median over the modules."""
+    return median(of_modules.values()) if of_modules else None
 
 
 def _mega(count: float | None) -> float | None:

@@ -23,6 +23,7 @@ INITIALIZERS = Registry(
     names={
         "uniform": "fedlora.strategies.initializers.uniform:Uniform",
         "lora-sb": "fedlora.strategies.initializers.lora_sb:LoraSb",
+        "lora-xs": "fedlora.strategies.initializers.lora_xs:LoraXs",
         "lora-ga": "fedlora.strategies.initializers.lora_ga:LoraGa",
         "eva": "fedlora.strategies.initializers.eva:Eva",
         "pissa": "fedlora.strategies.initializers.pissa:Pissa",
@@ -38,18 +39,21 @@ INITIALIZERS = Registry(
 def initializer(lora: LoraConfig, strategy: Strategy) -> Initializer:
     """The initializer that `lora.init` names, or, if that is auto, the one that the strategy needs.
 
+    A strategy that needs a start with a core takes any such start.
+
     Raises:
         ConfigError: there is no such initializer, or it has no such options.
         StrategyError: the strategy needs another initializer, or cannot use this one.
     """
     needed = strategy.starts_with
-    if needed and lora.init not in ("auto", needed):
-        raise StrategyError(
-            f"lora.init = {lora.init}: this strategy needs factors that start as {needed} makes them; "
-            f"set lora.init = auto, or {needed}"
-        )
     name = (needed or "uniform") if lora.init == "auto" else lora.init
     made: Initializer = INITIALIZERS.make(name, lora.init_options)
+    if needed and name != needed and not (made.cores and strategy.cores):
+        fitting = [n for n in INITIALIZERS.names if n == needed or (strategy.cores and INITIALIZERS.resolve(n).cores)]
+        raise StrategyError(
+            f"lora.init = {name}: this strategy needs factors that start as {' or '.join(fitting)} makes them; "
+            f"set lora.init = auto, or {' or '.join(fitting)}"
+        )
     if made.cores and not strategy.cores:
         raise StrategyError(
             f"lora.init = {name} starts with a core between A and B, which this strategy does not keep; "
@@ -71,5 +75,5 @@ def initializer(lora: LoraConfig, strategy: Strategy) -> Initializer:
 
 
 def asks_clients(strategy: Strategy) -> bool:
-    """Whether the strategy needs a start that is made from what clients measure in a round 0."""
+    """Whether the strategy by itself chooses a start that is made from what clients measure in a round 0."""
     return bool(strategy.starts_with and INITIALIZERS.resolve(strategy.starts_with).statistic)

@@ -37,7 +37,10 @@ def seeded(config: Config, clients: Sequence[ClientInfo], base: injection.Shapes
         base: shapes of the base model's modules and head; read from its files when left out.
     """
     found = base or injection.shapes(config.model, config.lora)
-    largest = {module: max(clients, key=lambda client: client.rank_of(module)) for module in found.lora}
+    unlike: dict[object, ClientInfo] = {}  # one client of each sort, since there may be many of few sorts
+    for client in clients:
+        unlike.setdefault(client.all_ranks, client)
+    largest = {module: max(unlike.values(), key=lambda client: client.rank_of(module)) for module in found.lora}
     generator = torch.Generator().manual_seed(config.run.seed)
     head = dict(found.head) or fresh_head(found.tensors, config.run.seed)
     kind = KINDS.make(config.lora.kind, config.lora.kind_options)

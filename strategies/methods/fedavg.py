@@ -24,6 +24,7 @@ class FedAvg(OneRank):
 
     method: ClassVar[str] = "fedavg"
     linear: ClassVar[bool] = True
+    of_mean: ClassVar[bool] = True
     steady: ClassVar[bool] = True
     any_kind: ClassVar[bool] = True
 

@@ -26,6 +26,7 @@ class FedAvgZeropad(Strategy):
     """
 
     linear: ClassVar[bool] = True
+    of_mean: ClassVar[bool] = True
     steady: ClassVar[bool] = True
     any_kind: ClassVar[bool] = True
 

@@ -27,6 +27,8 @@ class FedEx(Strategy):
     Memory: the factors of all replies.
     """
 
+    of_ideal: ClassVar[bool] = True
+    needs_means: ClassVar[bool] = True
     steady: ClassVar[bool] = True
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
@@ -34,7 +36,7 @@ class FedEx(Strategy):
         parts, dense = gather(updates, number)
         lora, residuals = dict[str, LoraFactors](), dict[str, LoraFactors]()
         for name, part in parts.items():
-            mean = padded_mean(part.factors, part.shares)
+            mean = (part.summed and part.summed.mean) or padded_mean(part.factors, part.shares)
             before = state.adapter.lora.get(name, mean)
             held = first_ranks(mean, mean.rank, before.scaling)
             # the residual against the mean as it is stored and sent, so that it makes up for rounding as well

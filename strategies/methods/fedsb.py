@@ -1,4 +1,4 @@
-"""Fed-SB: A and B are fixed to the leading directions of the first gradient, and only the core R is trained."""
+"""Fed-SB: A and B are fixed before round 1, and only the core R between them is trained."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ from ..tools.replies import arrivals
 
 @dataclass(frozen=True)
 class FedSb(Strategy):
-    """`dW = B R A` with fixed orthonormal B and A, and `R = sum_k p_k R_k`, which is exactly the mean of the updates.
+    """`dW = B R A` with fixed B and A, and `R = sum_k p_k R_k`, which is exactly the mean of the updates.
 
     Singhal et al. 2025, "Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in (Private)
     Federated LoRA Fine-Tuning", https://arxiv.org/abs/2502.15436. It starts as LoRA-SB does; `initializers/lora_sb.py`
-    explains round 0 and the differences from the paper. Ranks may differ: client k trains the upper left r_k x r_k
-    block of R.
+    explains round 0 and the differences from the paper. Or it starts from the base model's weights
+    (`initializers/lora_xs.py`), which tells nothing of the clients' rows. Ranks may differ: client k trains the upper
+    left r_k x r_k block of R, and what it lacks counts as zero.
     Memory: one reply. Cost: O(K r^2).
     """
 
+    linear: ClassVar[bool] = True
+    of_mean: ClassVar[bool] = True
     steady: ClassVar[bool] = True
     starts_with: ClassVar[str] = "lora-sb"
     cores: ClassVar[bool] = True

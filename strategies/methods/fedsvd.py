@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch.nn import functional as F
 
@@ -30,6 +31,8 @@ class FedSvd(Strategy):
     Args:
         period: number of rounds from one decomposition to the next; 1 as in the paper.
     """
+
+    of_mean: ClassVar[bool] = True
 
     period: int = 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from fedlora.adapters import AdapterState, LoraFactors, Sum, leading, stack, svd_of_sums
 from fedlora.common.errors import StrategyError
@@ -47,6 +48,8 @@ class FlexLora(Strategy):
     keep_tail: bool = False
     fold_tail: bool = False
 
+    of_ideal: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if self.keep_tail and self.fold_tail:
             raise StrategyError(
@@ -81,7 +84,7 @@ class FlexLora(Strategy):
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The components of the mean update, strongest first. A module or tensor in no reply keeps its value."""
         parts, dense = gather(updates, number)
-        sums = {name: Sum(part.factors, part.shares) for name, part in parts.items()}
+        sums = {name: part.ideal for name, part in parts.items()}
         if self.keep_tail and state.folds.version:
             tails_sent = {name: anchors(state, name, part) for name, part in parts.items()}
             sums = {n: Sum([*s.parts, tails_sent[n]], [*s.weights, 1.0]) for n, s in sums.items()}
@@ -122,6 +125,6 @@ def anchors(state: ServerState, module: str, parts: ModuleReplies) -> LoraFactor
     """`sum_k p_k anchor_k`: each component, times the shares of all clients whose rank was too small for it."""
     every = components(state, module)
     missing = every.A.new_zeros(every.rank)
-    for factors, share in zip(parts.factors, parts.shares, strict=True):
-        missing[factors.rank :] += share
+    for rank, share in parts.of_ranks.items():
+        missing[rank:] += share
     return replace(every, A=missing[:, None] * every.A)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from fedlora.adapters import AdapterState, stack
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
@@ -23,6 +24,9 @@ class Flora(Strategy):
     that the base may be quantized.
     Memory: the factors of all replies.
     """
+
+    of_ideal: ClassVar[bool] = True
+    anew: ClassVar[bool] = True
 
     def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
         """The first r_j rows of the round's random A with B = 0, and the folds that this client lacks.

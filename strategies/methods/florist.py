@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
-from fedlora.adapters import AdapterState, Sum, leading, svd_of_sums
+from fedlora.adapters import AdapterState, leading, svd_of_sums
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 
@@ -34,6 +35,9 @@ class Florist(Strategy):
 
     tau: float = 0.99
 
+    of_ideal: ClassVar[bool] = True
+    anew: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if not 0 < self.tau <= 1:
             raise StrategyError(f"strategy.options: florist's tau = {self.tau}, expected a number above 0, at most 1")
@@ -50,7 +54,7 @@ class Florist(Strategy):
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate], number: int) -> ServerState:
         """The truncated mean update as one more fold, and a new adapter for the next round."""
         parts, dense = gather(updates, number)
-        sums = {name: Sum(part.factors, part.shares) for name, part in parts.items()}
+        sums = {name: part.ideal for name, part in parts.items()}
         kept = svd_of_sums(sums, lambda s: energy_rank(s, self.tau), whole=self.tau == 1)
         fold = {name: leading(svd, len(svd[1]), dtype=sums[name].dtype) for name, svd in kept.items()}
         fresh = restart(state.adapter, state.seed, number + 1)

@@ -29,6 +29,7 @@ class FrLora(OneRank):
 
     method: ClassVar[str] = "frlora"
     starts_with: ClassVar[str] = "pissa"
+    of_mean: ClassVar[bool] = True
 
     def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
         """B_0 and A_0, and the folds that this client lacks.

@@ -41,6 +41,8 @@ class LoraFair(Strategy):
     similarity: Literal["frobenius", "cosine"] = "frobenius"
     lam: float = 0.01
 
+    of_ideal: ClassVar[bool] = True
+    needs_means: ClassVar[bool] = True
     steady: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -64,9 +66,7 @@ class LoraFair(Strategy):
     def _refined(self, batch: EqualShapes) -> tuple[Tensor, Tensor]:
         """The mean A, [n, r, d_in], and the corrected B, [n, d_out, r], in fp64; r is the largest rank."""
         A, B = batch.A, batch.B  # their product is the ideal; p_k s_k is in A
-        rank = int(batch.rows.max()) + 1
-        mean_a = A.new_zeros(len(A), rank, A.shape[2]).index_add_(1, batch.rows, A)
-        mean_b = B.new_zeros(len(B), B.shape[1], rank).index_add_(2, batch.rows, B * batch.shares)
+        mean_a, mean_b = batch.mean_a, batch.mean_b
         gram = mean_a @ mean_a.mT
         cross = B @ (A @ mean_a.mT)
         if self.similarity == "frobenius":

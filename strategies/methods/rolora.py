@@ -23,6 +23,7 @@ class RoLora(Strategy):
     """
 
     linear: ClassVar[bool] = True
+    of_mean: ClassVar[bool] = True
     steady: ClassVar[bool] = True
 
     def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from .session import Session
 
@@ -11,7 +12,12 @@ class Schedule(ABC):
     """Plays the rounds of a session. A subclass is a frozen dataclass whose fields are its options.
 
     All state of the run is in the session; a schedule has none of its own.
+
+    Attributes:
+        overlaps: whether clients still train when a round ends.
     """
+
+    overlaps: ClassVar[bool] = False
 
     @abstractmethod
     def play(self, session: Session) -> None:

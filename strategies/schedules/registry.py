@@ -8,6 +8,8 @@ from fedlora.common.registry import Registry
 from fedlora.config import Config
 from fedlora.results.record import RunRecord
 
+from ..registry import configured
+from ..server import overlapping
 from .session import Session
 
 SCHEDULES = Registry(
@@ -16,7 +18,12 @@ SCHEDULES = Registry(
     options_key="federation.schedule-options",
     base="fedlora.strategies.schedules.base:Schedule",
     method="play",
-    names={"synchronous": "fedlora.strategies.schedules.synchronous:Synchronous"},
+    names={
+        "synchronous": "fedlora.strategies.schedules.synchronous:Synchronous",
+        "buffered": "fedlora.strategies.schedules.buffered:Buffered",
+        "fedasync": "fedlora.strategies.schedules.buffered:FedAsync",
+        "deadline": "fedlora.strategies.schedules.buffered:Deadline",
+    },
 )
 
 
@@ -39,6 +46,8 @@ def run(grid: Grid, config: Config, record: RunRecord, run_id: int) -> None:
         ConfigError: there is no such schedule, initializer or kind of adapter.
     """
     schedule = SCHEDULES.make(config.federation.schedule, config.federation.schedule_options)
+    if schedule.overlaps:
+        overlapping.check(configured(config), config)
     session = Session.open(grid, config, record, run_id)
     session.begin()
     schedule.play(session)

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -17,6 +19,7 @@ from fedlora.adapters import AdapterState
 from fedlora.adapters.kinds import base as kinds
 from fedlora.adapters.kinds.base import AdapterKind, as_factors
 from fedlora.adapters.kinds.registry import KINDS
+from fedlora.adapters.sketched_sum import Sketch
 from fedlora.common.errors import ConfigError, FedLoraError, RunError, StrategyError
 from fedlora.common.events import emit
 from fedlora.config import Config, clients_per_round
@@ -34,14 +37,33 @@ from ..initializers.base import Initializer
 from ..initializers.from_weights import Bound, FromWeights
 from ..initializers.registry import initializer
 from ..initializers.uniform import seeded
-from ..registry import NAMES, check, check_evaluation, check_places, configured, naming_others
-from ..server import guard, returned, saved_state
+from ..registry import (
+    NAMES,
+    check,
+    check_evaluation,
+    check_places,
+    check_private,
+    check_summed_ranks,
+    configured,
+    multiplies_noise,
+    naming_others,
+    releases,
+)
+from ..server import clock, guard, privacy, returned, saved_state
 from ..server.classes import out_of_order
 from ..server.collect import TrainRound, evaluate_on_clients
 from ..server.diagnostics import Diagnosis, diagnose
 from ..server.evaluation import HeldOutEvaluator
+from ..server.flights import Flight, Flights
+from ..server.flights import saved as saved_flights
+from ..server.overlapping import OverlappingRound, Rules
 from ..server.returned import NotFiniteError
 from ..server.roster import Meeting, Roster
+from ..server.secure import SecureRound
+from ..server.summing import SummingRound
+from ..server.sums import sketch_of, summed
+from ..tools.shelf import Shelf
+from ..wrappers.wrapper import innermost
 
 # A round's diagnosis needs every update at once; with more clients than this, memory and time matter more.
 _MAX_DIAGNOSED = 32
@@ -58,6 +80,8 @@ class Session:
         frozen: the base with its weights, where the adapter kind makes fixed tensors of them; else None.
         previous: what the last round was played from, and how far each client moved in it; None where nothing is
             known that the run could be taken back to.
+        flights: the clients that train while rounds go on; None under a schedule whose rounds wait for all.
+        rules: with `flights`, when a round ends.
     """
 
     grid: Grid
@@ -75,6 +99,8 @@ class Session:
     done: int
     frozen: adapted.AdaptedModel | None = None
     previous: tuple[ServerState, Mapping[int, float]] | None = None
+    flights: Flights | None = None
+    rules: Rules | None = None
 
     @classmethod
     def open(cls, grid: Grid, config: Config, record: RunRecord, run_id: int) -> Session:
@@ -110,9 +136,16 @@ class Session:
         clients = list(meeting.roster.infos.values())
         check(strategy, clients, config.lora)
         check_places(clients, config.lora, base.lora)
+        check_private(strategy, config)
+        check_summed_ranks(strategy, clients, config)
         if said := out_of_order(base.classes, clients[0].class_names):
             raise ConfigError(said)
         record.start(clients, fingerprint, base.facts(), clients[0].class_names)
+        if promise := privacy.facts(config, clients, releases(strategy)):
+            record.promises(promise)
+            _log.info("privacy: %s", promise["mechanism"])
+            for sentence in privacy.warnings(config, clients, multiplies_noise(strategy)):
+                _log.warning("%s", sentence)
         before = -1 if chosen.statistic or ranks.rule.statistic else 0
         state, done = saved or (saved_state.plain(strategy.init(seeded(config, clients, base))), before)
         state = _as_configured(state, config)
@@ -139,7 +172,14 @@ class Session:
             if new:
                 learned = self.strategy.global_adapter(self.state)
                 self.record.baseline(self.evaluator(self.strategy, self.state, learned))
-            emit("baseline", metrics=self.record.data["baseline"], head=self.base.words)
+            found = self.record.data
+            by = {"by": found["baseline-by"]} if "baseline-by" in found else {}
+            emit("baseline", metrics=found["baseline"], head=self.base.words, **by)
+        elif self.config.evaluate.by:
+            _log.warning(
+                "evaluate.by = %r has no effect on the rounds of this run, since the server evaluates nothing in them",
+                self.config.evaluate.by,
+            )
         if self.done == self.rounds:  # died after its last round
             self._save(self.strategy.global_adapter(self.state))
 
@@ -202,28 +242,31 @@ class Session:
         began = time.perf_counter()
         config, before = self.config, self.state
         self._welcome(number)
-        present = [client for client in self.roster.infos if client not in self.record.excluded]
-        chosen = sample(present, config.federation.fraction, config.run.seed, number)
+        this = self._opened(number)
+        chosen = self._chosen(this)
         emit("round-start", round=number, rounds=config.federation.rounds, clients=len(chosen))
-        keep = len(chosen) <= _MAX_DIAGNOSED
-        this = TrainRound(
-            self.grid, config, self.fingerprint, self.roster, number, make_broadcast=self._for(number), keep=keep
-        )
+        private = config.privacy.level != "none"
+        if private:
+            self.record.spends({client: self.roster.infos[client].num_examples for client in chosen})
         try:
             self.state = saved_state.plain(self._aggregate(before, this, chosen, seconds))
         except _EveryoneDivergedError as error:
             return self._take_back(number - 1, error)
         except NotFiniteError as error:
             return self._leave_out(this.moves, error, "this round begins again")
+        finally:
+            this.shelf.clear()
         self.previous = before, this.moves
         learned = self.strategy.global_adapter(self.state)
         with _clock(seconds, "diagnose"):
             diagnosed = this.keep and number > 0 and not self.strategy.personal
             numbers = diagnose(before, self.state, this.kept, this.sent) if diagnosed else Diagnosis()
-        entry = _entry(number, this, numbers)
+        entry = _entry(number, this, numbers) | this.facts()
+        if private:
+            entry["privacy"] = privacy.spent(config, self.record.data, self.state, releases(self.strategy))
         if number and (number == config.federation.rounds or number % config.evaluate.every == 0):
             with _clock(seconds, "evaluate"):
-                self._evaluate(entry, learned, chosen, number)
+                self._evaluate(entry, learned, chosen if self.flights is None else sorted(this.answers), number)
         with _clock(seconds, "save"):
             self._save(learned)
         seconds["round"] = time.perf_counter() - began
@@ -234,12 +277,79 @@ class Session:
         emit("round-end", entry=entry)
         self.done = number
 
+    def overlap(self, rules: Rules) -> None:
+        """Let rounds end by these rules, while clients of earlier ones still train.
+
+        In a run that is resumed, those that were training are asked again, each for the round and at the time at which
+        it was.
+
+        Raises:
+            RunError: what is needed to resume is not there.
+        """
+        self.rules, federation = rules, self.config.federation
+        self.flights = Flights(self.grid, clock.of(self.grid), federation.round_timeout)
+        folder = self.record.folder / "state"
+        if self.done == 0:
+            return self._checkpoint(0)
+        now, training = saved_flights(folder, self.done)
+        this = self._opened(self.done)
+        assert isinstance(this, OverlappingRound)
+        latest = self.state
+        for client, number, asked in training:
+            if client not in self.roster.infos:
+                continue
+            if number <= self.done:
+                found = saved_state.load(folder, self.record.key, number - 1)
+                assert found is not None
+                self.state = _as_configured(found[0], self.config)
+            self.flights.clock.go(asked)
+            this.depart(Flight(client, number, asked, self._for(number)))
+            self.state = latest
+        self.flights.clock.go(now)
+
+    def _opened(self, number: int) -> TrainRound:
+        """A round before its first question, played from the present state."""
+        config = self.config
+        sketch = self._sketch(number)
+        edges = any(info.edges for info in self.roster.infos.values())
+        sums = config.wire.edges == "sum" and edges and number > 0  # statistics of round 0 come one by one
+        # what is kept is for the diagnosis, which sketches say nothing of
+        size = self.rules.size if self.rules else clients_per_round(len(self._present), config.federation.fraction)
+        about: dict[str, Any] = {
+            "keep": size <= _MAX_DIAGNOSED and sketch is None and not (config.privacy.secure_sum or sums),
+            "shelf": Shelf(self.record.folder / "waiting" if sketch else None),
+        }
+        make: Callable[..., TrainRound] = TrainRound
+        if config.privacy.secure_sum:
+            make = partial(SecureRound, run=self.record.key, server=self.state.adapter)
+        elif sums:
+            make = SummingRound
+        elif self.flights is not None and self.rules is not None and number:
+            anew = innermost(self.strategy).anew
+            make = partial(OverlappingRound, flights=self.flights, rules=self.rules, present=self._present, anew=anew)
+        return make(self.grid, config, self.fingerprint, self.roster, number, self._for(number), **about)
+
+    @property
+    def _present(self) -> Sequence[int]:
+        """The clients that may be asked, in the order of their ids."""
+        excluded = self.record.excluded
+        return [client for client in self.roster.ids if client not in excluded] if excluded else self.roster.ids
+
+    def _chosen(self, this: TrainRound) -> list[int]:
+        """The clients that are asked as a round begins."""
+        if isinstance(this, OverlappingRound):
+            return this.pick(this.rules.at_once - (len(this.flights.open) if this.rules.refill else 0))
+        federation = self.config.federation
+        return sample(self._present, federation.fraction, self.config.run.seed, this.number)
+
     def _welcome(self, number: int) -> None:
         """Clients that came since the last round take part from this one, where the strategy can serve them too."""
         for client in self.meeting.welcome():
             info = self.roster.infos[client]
             try:
-                check(self.strategy, list(self.roster.infos.values()), self.config.lora)
+                clients = list(self.roster.infos.values())
+                check(self.strategy, clients, self.config.lora)
+                check_summed_ranks(self.strategy, clients, self.config)
                 self._for(number)(info)  # a rank beyond the server's, for instance
             except StrategyError as error:
                 self.meeting.turn_away(client, str(error))
@@ -254,17 +364,29 @@ class Session:
         if number == 0:
             return lambda client: replace(self.initializer.ask(state.adapter, client), run=key)
         probe = parts.probe(self.frozen, state.adapter) if self.frozen else ()
+        sketch = self._sketch(number)
 
         def sent(client: ClientInfo) -> Broadcast:
             made = self.ranks.narrow(self.strategy.broadcast(state, client, number))
-            plan = replace(made.plan, terms=(*made.plan.terms, *self.initializer.terms))
+            plan = replace(made.plan, terms=(*made.plan.terms, *self.initializer.terms), sketch=sketch)
             return replace(made, plan=plan, run=key, probe=probe)
 
         return sent
 
+    def _sketch(self, number: int) -> Sketch | None:
+        """How clients sketch their updates in this round; None where they send factors.
+
+        If rounds overlap, all have the same signs, since sketches of several of them are added up.
+        """
+        signs = min(number, 1) if self.flights else number
+        return sketch_of(self.config, innermost(self.strategy), self.state.adapter, signs)
+
     def _evaluate(self, entry: dict[str, object], learned: AdapterState, chosen: Sequence[int], number: int) -> None:
         if self.evaluator:
-            entry["heldout"] = self.evaluator(self.strategy, self.state, learned)
+            found = self.evaluator(self.strategy, self.state, learned)
+            entry["heldout"] = found.metrics
+            if found.by:
+                entry["heldout-by"] = found.by
             if self.evaluator.spectra:
                 entry["intruders"] = self.evaluator.spectra.counts()
         if self.config.evaluate.clients:
@@ -289,14 +411,17 @@ class Session:
         least, name = self.config.federation.min_clients, self.config.strategy.name
         began = time.perf_counter()
         arrived = this.trusted(chosen)
+        if sketch := self._sketch(this.number):
+            arrived = summed(this, sketch, self.record.key, arrived)
         first = next(arrived, None)
         with record_function("fedlora/aggregation"):
             made = state if first is None else self._made(state, _chain(first, arrived), this.number)
-        if len(this.answers) < min(least, len(chosen)) or first is None:
+        wanted = this.expected(chosen)
+        if len(this.answers) < min(least, wanted) or first is None:
             why = "; ".join(list(this.failures.values())[:3])
-            else_enough = len(this.answers) + len(this.diverged) >= min(least, len(chosen))
+            else_enough = len(this.answers) + len(this.diverged) >= min(least, wanted)
             raise (_EveryoneDivergedError if this.diverged and else_enough else RunError)(
-                f"round {this.number}: {len(this.answers)} of {len(chosen)} clients answered, and "
+                f"round {this.number}: {len(this.answers)} of {wanted} clients answered, and "
                 f"federation.min-clients = {least}: {why}"
             )
         new = returned.check(name, state, made, this.number)
@@ -327,7 +452,11 @@ class Session:
             ) from error
 
     def _checkpoint(self, number: int) -> None:
-        saved_state.save(self.record.folder / "state", self.state, number, self.record.key, keep=self.config.run.keep)
+        folder, also = self.record.folder / "state", set[int]()
+        if self.flights is not None:
+            self.flights.save(folder, number)
+            also = self.flights.needed()
+        saved_state.save(folder, self.state, number, self.record.key, keep=self.config.run.keep, also=also)
 
     def _take_back(self, number: int, error: _EveryoneDivergedError) -> None:
         """Go on from before the last round, whose result no client could train on."""
@@ -341,8 +470,8 @@ class Session:
 
     def _leave_out(self, moves: Mapping[int, float], error: FedLoraError, then: str, undone: int | None = None) -> None:
         """Go on without the client whose update is held to have spoiled a round, or raise where none stands out."""
-        client = guard.suspect(moves)
-        if client is None:
+        client = None if self.config.privacy.level == "client" else guard.suspect(moves)
+        if client is None:  # with privacy of clients, none may be left out for what it sent
             raise error
         reason = f"client {client} is left out from now on, and {then}: its update was by far the largest, and {error}"
         _log.warning("%s", reason)
@@ -367,7 +496,9 @@ def _entry(number: int, this: TrainRound, numbers: Diagnosis) -> dict[str, objec
         "refused": sorted(this.refused),
         "upload-bytes": this.upload_bytes,
         "download-bytes": this.download_bytes,
+        **({"borders": dict(sorted(this.borders.items()))} if this.borders else {}),
         "aggregation-error": numbers.error,
+        "sketch-loss": this.sketch_loss,
         "drift": numbers.drift,
         "update-cosine": numbers.update_cosine,
         "tail-energy": numbers.tail_energy,
@@ -433,9 +564,16 @@ def _classes(config: Config, evaluates: bool) -> tuple[str, ...] | None:
 
 
 def sample(client_ids: Sequence[int], fraction: float, seed: int, number: int) -> list[int]:
-    """The clients of a round: at least one, drawn without replacement from (seed, round), in order of id."""
+    """The clients of a round: at least one, drawn without replacement from (seed, round), in order of id.
+
+    Args:
+        client_ids: the clients, in order of id.
+        fraction: share of them.
+        seed: the run's seed.
+        number: the round.
+    """
     count = clients_per_round(len(client_ids), fraction)
-    return sorted(random.Random(f"{seed}/{number}").sample(sorted(client_ids), count))
+    return sorted(random.Random(f"{seed}/{number}").sample(client_ids, count))
 
 
 def _chain(first: ClientUpdate, rest: Iterator[ClientUpdate]) -> Iterator[ClientUpdate]:

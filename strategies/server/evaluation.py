@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from fedlora.adapters import AdapterState
 from fedlora.common.errors import RunError
 from fedlora.common.events import emit
 from fedlora.config import Config
-from fedlora.data import Example, encode, prepare
+from fedlora.data import Example, encode, prepare, usable_rows
+from fedlora.data.values import rows_by_value, values_without_rows
 from fedlora.models import adapted
 from fedlora.models.intruders import BaseSpectra
-from fedlora.tasks.predict import evaluate
+from fedlora.tasks.by_value import Scored, scored
+from fedlora.tasks.predict import predict
 
 from ..base import ServerState, Strategy
+
+_log = logging.getLogger("fedlora")
 
 
 class HeldOutEvaluator:
@@ -23,15 +28,27 @@ class HeldOutEvaluator:
         self._config, self._run_id = config, run_id
         self._model = adapted.adapted_model(config.model, config.lora)
         self.spectra = BaseSpectra(self._model) if config.evaluate.intruders else None
-        rows = prepare(config).heldout
+        split = prepare(config)
+        rows = split.heldout
         if not len(rows):
             raise RunError(
                 "no held-out rows to evaluate on; raise data.heldout-fraction or set evaluate.server = false"
             )
-        self._examples: list[Example] = encode(rows, self._model.base.tokenizer, config.data, self._model.task)
+        tokenizer, task = self._model.base.tokenizer, self._model.task
+        self._examples: list[Example] = encode(rows, tokenizer, config.data, task)
+        self._groups = {}
+        if by := config.evaluate.by:
+            self._groups = rows_by_value(rows.select(usable_rows(rows, tokenizer, config.data, task)), by, config.data)
+            if lacking := values_without_rows(split, by, config.data):
+                _log.warning(
+                    "evaluate.by = %r: no held-out row has the value %s, so that it has no metrics; raise "
+                    "data.heldout-fraction or data.heldout-max",
+                    by,
+                    ", ".join(map(repr, lacking)),
+                )
 
-    def __call__(self, strategy: Strategy, state: ServerState, learned: AdapterState) -> dict[str, float]:
-        """The metrics of the global adapter.
+    def __call__(self, strategy: Strategy, state: ServerState, learned: AdapterState) -> Scored:
+        """The metrics of the global adapter, by value of `evaluate.by` too.
 
         Args:
             strategy: the run's strategy.
@@ -44,7 +61,7 @@ class HeldOutEvaluator:
         if state.folds.parts and not beside:
             learned = strategy.global_adapter(replace(state, folds=state.folds.emptied()))
         adapted.install(self._model, learned)
-        return evaluate(
+        predictions = predict(
             self._model.task,
             self._model.model,
             self._examples,
@@ -52,3 +69,4 @@ class HeldOutEvaluator:
             self._model.base.pad_id,
             on_batch=lambda done, total: emit("evaluate-step", done=done, total=total),
         )
+        return scored(self._model.task, predictions, self._config.evaluate.by, self._groups)

@@ -14,9 +14,10 @@ from statistics import median_low
 import torch
 from torch import Tensor
 
-from fedlora.adapters import LoraFactors, fill_missing, norm, stack
+from fedlora.adapters import AdapterState, LoraFactors, fill_missing, norm, stack
 from fedlora.adapters.flat import OWN
-from fedlora.exchange import Broadcast, ClientUpdate
+from fedlora.adapters.sketched_sum import Sketch, size, sketched
+from fedlora.exchange import Broadcast, ClientUpdate, sketches
 
 # If all clients diverge after a round, a client that moved so many times as far as the others' median is the suspect.
 _SUSPECT = 2.0
@@ -47,13 +48,23 @@ def weights(examples: Mapping[int, int], most: float) -> dict[int, int]:
     return dict(examples)
 
 
-def moved(update: ClientUpdate, sent: Broadcast) -> float:
+def moved(update: ClientUpdate, sent: Broadcast, bases: Mapping[str, Tensor] | None = None) -> float:
     """The distance between a client's reply and what it was sent, in the Frobenius norm, by Gram matrices in fp64.
 
     It is the norm of the change of `s B A` over all modules, where factors that were not sent back count as unchanged.
     If a client keeps personal factors, it is the norm of the change of the factors that it sent. The change of tensors
     trained in full is added. The result is infinite if a product is too large for fp64.
+
+    Of sketches it is an estimate, since they are linear: for each module the largest of what the sketches of the
+    difference say, as if only one of them might be forged. See `adapters.sketched_sum.size`.
+
+    Args:
+        update: a client's reply.
+        sent: its broadcast, as the client received it.
+        bases: the Q of the second question, if the reply answers that.
     """
+    if sent.plan.sketch is not None:
+        return _sketches_moved(update.adapter, sent, sent.plan.sketch, bases)
     start, personal = sent.adapter, bool(sent.plan.keep)
     whole = fill_missing(update.adapter, start)
     total = 0.0
@@ -66,6 +77,27 @@ def moved(update: ClientUpdate, sent: Broadcast) -> float:
             pair = [_wide(whole.lora[name]), _wide(begun)]
             total += norm(stack(pair, [1.0, -1.0])) ** 2
     total += sum(_square(t.double() - start.tensors[name].double()) for name, t in update.adapter.tensors.items())
+    return math.sqrt(total) if math.isfinite(total) else math.inf
+
+
+def _sketches_moved(reply: AdapterState, sent: Broadcast, sketch: Sketch, bases: Mapping[str, Tensor] | None) -> float:
+    total, second = 0.0, bases is not None
+    for module, start in sent.plan.sent_back(sent.adapter).lora.items():
+        shape = sketches.shape_of(start)
+        names = (sketch.second if second else sketch.first)(shape)
+        mine = {name: reply.tensors[sketches.name_of(module, name)].double() for name in names}
+        sizes: list[float] = []
+        if {"A", "B"} <= mine.keys():
+            ends = LoraFactors(A=mine.pop("A"), B=mine.pop("B"), scaling=1.0)
+            sizes.append(norm(stack([ends, _wide(start)], [1.0, -1.0])))
+        if bool(start.B.any()):
+            begun = sketched(start, {name: names[name] for name in mine}, sketch, (bases or {}).get(module))
+            mine = {name: tensor - begun[name] for name, tensor in mine.items()}
+        sizes.append(size(mine, sketch, shape))
+        total += max(sizes) ** 2
+    for name, tensor in reply.tensors.items():
+        if name in sent.adapter.tensors:
+            total += _square(tensor.double() - sent.adapter.tensors[name].double())
     return math.sqrt(total) if math.isfinite(total) else math.inf
 
 

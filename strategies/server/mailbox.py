@@ -19,7 +19,7 @@ from fedlora.exchange import wire
 
 from . import sizes
 
-SMALL = 4 << 20  # largest number of bytes of a reply without tensors, for any number of clients
+SMALL = 4 << 20  # largest number of bytes of a reply, unless its question says otherwise
 # Longest pause between two looks for replies. Flower itself needs up to a minute for a dead node or a full queue.
 _LONGEST_PAUSE_SECONDS = 1.0
 _MOST_TIMES = 4  # largest number of times that a node is asked the same question
@@ -36,8 +36,10 @@ class _Question:
 
     Attributes:
         node: Flower's number of the node.
+        tag: what the answer is handed out with.
         make: makes the content of the message.
         most: the largest number of bytes that the reply may have.
+        others: the largest number of them that are no values of tensors; 0: a part of `most`.
         ids: the ids of the messages.
         times: number of times that the question was asked.
         away: Flower's answer that the node is not there, if it came.
@@ -45,8 +47,10 @@ class _Question:
     """
 
     node: int
+    tag: int
     make: Callable[[], RecordDict]
     most: Callable[[], int]
+    others: int = 0
     ids: list[str] = field(default_factory=list)
     times: int = 0
     away: Message | None = None
@@ -73,6 +77,7 @@ class Mailbox:
         *,
         patience: float = 0.0,
         wanted: Callable[[], bool] = lambda: True,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         """Make a mailbox.
 
@@ -84,6 +89,7 @@ class Mailbox:
                 may be too short for a long round; 0: no limit.
             patience: seconds to wait for absent nodes when no other node works.
             wanted: whether the answers of absent nodes are needed.
+            meanwhile: called again and again while answers are waited for; what it raises ends the waiting.
         """
         self._grid, self._kind, self._group = grid, kind, group
         self._ttl = timeout or _FOREVER_SECONDS
@@ -93,43 +99,56 @@ class Mailbox:
         self._unsent: list[int] = []
         self._away: list[_Question] = []
         self._patience, self._wanted, self._alone_since = patience, wanted, math.inf
+        self._meanwhile = meanwhile
         self._reconnects = _reconnects(grid)
         self._sizes = sizes.of(grid)
         self._heard = False
 
-    def post(self, node: int, make: Callable[[], RecordDict], most: Callable[[], int] = lambda: SMALL) -> None:
+    def post(
+        self,
+        node: int,
+        make: Callable[[], RecordDict],
+        most: Callable[[], int] = lambda: SMALL,
+        others: int = 0,
+        tag: int | None = None,
+    ) -> None:
         """Ask a node.
 
-        If the grid has a `window`, at most so many questions are open; others are sent when answers have come.
+        If the grid has a window for this kind of message, at most so many questions are open; others are sent when
+        answers have come.
 
         Args:
             node: Flower's number of the node.
             make: makes the message's content; called each time that the message is sent.
             most: the largest number of bytes of the reply; called after `make`. A larger reply that comes over a
                 connection is dropped.
+            others: the largest number of bytes of it that are no values of tensors; see `sizes`.
+            tag: the number with which the answer is handed out, for a node with several questions; else `node`.
         """
-        self._unasked.append(_Question(node, make, most))
+        self._unasked.append(_Question(node, node if tag is None else tag, make, most, others))
         self._fill()
 
     def _fill(self) -> None:
-        window = getattr(self._grid, "window", math.inf)
+        window_for = getattr(self._grid, "window_for", None)
+        window = math.inf if window_for is None else window_for(self._kind)
         while self._unasked and len(self._open) < window:
             self._ask(self._unasked.popleft())
 
     def replies(self) -> Iterator[tuple[int, Message | None]]:
-        """Pairs (node, reply) as the replies arrive; at the deadline (node, None) for each node without one."""
+        """Pairs (tag, reply) as the replies arrive; at the deadline (tag, None) for each question without one."""
         pause = 0.02
         while (self._open or self._waits_for_absent()) and not self._is_over():
+            self._meanwhile()
             yield from self.arrived()
             pause = 0.02 if self._heard else min(2 * pause, _LONGEST_PAUSE_SECONDS)
             if (self._open or self._away) and not self._heard:
                 time.sleep(min(pause, max(0.0, self._deadline - time.monotonic())))
-        yield from ((question.node, question.away) for question in self._away)
-        yield from ((node, None) for node in (*self._unsent, *(question.node for question in self._unasked)))
-        yield from ((question.node, None) for question in {q.node: q for q in self._open.values()}.values())
+        yield from ((question.tag, question.away) for question in self._away)
+        yield from ((tag, None) for tag in (*self._unsent, *(question.tag for question in self._unasked)))
+        yield from ((question.tag, None) for question in {q.tag: q for q in self._open.values()}.values())
 
     def arrived(self) -> Iterator[tuple[int, Message]]:
-        """Pairs (node, reply) of the replies that came since the last call, without waiting."""
+        """Pairs (tag, reply) of the replies that came since the last call, without waiting."""
         arrived = list(self._grid.pull_messages(list(self._open))) if self._open else []
         self._heard = bool(arrived)
         for reply in arrived:
@@ -149,13 +168,18 @@ class Mailbox:
             if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE and self._patience:
                 self._put_aside(question, reply)
                 continue
-            yield question.node, reply
+            yield question.tag, reply
         if (count := _reconnects(self._grid)) > self._reconnects:
             self._reconnects = count
             for question in {id(question): question for question in self._open.values()}.values():
                 self._ask_again(question, "the connection to the SuperLink was lost")
         self._fill()
         self._ask_absent()
+
+    def take_unsent(self) -> list[int]:
+        """The tags of questions that could not be sent, each once."""
+        unsent, self._unsent = self._unsent, []
+        return unsent
 
     @property
     def waited_for(self) -> set[int]:
@@ -206,12 +230,12 @@ class Mailbox:
         if accepted and accepted[0]:
             question.ids.append(accepted[0])
             if self._sizes:
-                self._sizes.expect(accepted[0], question.most())
+                self._sizes.expect(accepted[0], question.most(), question.others)
             self._open[accepted[0]] = question
         elif question.away is not None:
             self._put_aside(question, question.away)
         elif not any(known in self._open for known in question.ids):
-            self._unsent.append(question.node)
+            self._unsent.append(question.tag)
 
 
 class _Counted:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -28,6 +28,7 @@ from .mailbox import Mailbox
 _HELLO_SECONDS = 600.0  # a node's first answer may need a download; clients join later if the run has begun by then
 _OTHERS_SECONDS = 10.0  # wait for the other connected nodes when enough clients have answered
 _LOOK_SECONDS = 0.5
+_MOST_TOLD = 1000  # more clients without keys that come at once are one event
 _log = logging.getLogger("fedlora")
 
 
@@ -40,12 +41,22 @@ class Roster:
         nodes: client id -> number of the node on which the client lives.
         hosts: the nodes that host several clients, and whose messages have a part for each of them.
         refusals: for each client that was refused, the reason.
+        ids: the ids of `infos`, in order; kept by `sort`, so that a round need not look at all clients.
     """
 
     infos: dict[int, ClientInfo]
     nodes: dict[int, int]
     hosts: set[int] = field(default_factory=set)
     refusals: list[str] = field(default_factory=list)
+    ids: Sequence[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sort()
+
+    def sort(self) -> None:
+        """Put the clients in the order of their ids, after some have come or gone."""
+        self.infos = dict(sorted(self.infos.items()))
+        self.ids = list(self.infos)
 
     def by_node(self, chosen: Sequence[int]) -> dict[int, list[int]]:
         """Node -> its clients among the chosen ones, in order; one message asks all of them."""
@@ -75,7 +86,7 @@ class Roster:
         return {client: found[client] for client in clients}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Offer:
     """A client that a node says it is or hosts."""
 
@@ -97,6 +108,8 @@ class Meeting:
         fingerprint: fingerprint of the run's base model.
         classes: names of the classes in the server's own rows; None if it reads no rows. See `disagreeing`.
         allocated: gives a client its ranks by module, as `lora.allocation` says.
+        limit: name of the setting that bounds the number of clients, for messages.
+        compares: whether clients are refused that call their classes by other names than most do.
 
     Attributes:
         roster: the clients that take part.
@@ -109,8 +122,12 @@ class Meeting:
         fingerprint: str,
         classes: Sequence[str] | None = None,
         allocated: Callable[[ClientInfo], ClientInfo] = lambda client: client,
+        *,
+        limit: str = "federation.clients",
+        compares: bool = True,
     ) -> None:
         self.roster = Roster({}, {})
+        self._limit, self._compares = limit, compares
         self._classes, self._allocated = classes, allocated
         self._grid, self._config, self._fingerprint = grid, config, fingerprint
         self._offers: dict[int, _Offer] = {}
@@ -118,8 +135,12 @@ class Meeting:
         self._away: list[str] = []
         self._asked: set[int] = set()
         self._connected: set[int] = set()
+        self._listed: Iterable[int] = ()  # what the grid listed last
+        self._lost = False  # whether a node that was listed is to be asked again
+        self._entered = False  # whether a client has offered to take part since the last round
         self._identities: Mapping[int, Identity] = {}
         self._bound = bindings.known()
+        self._least = _least(self._bound)
         self._mailbox = Mailbox(grid, "query", "0", max(config.federation.wait_timeout, _HELLO_SECONDS))
 
     def begin(self) -> None:
@@ -146,7 +167,7 @@ class Meeting:
                 if now - began >= wait:
                     break
                 if not told:
-                    _log.info("waiting up to %.0f s for %d clients (federation.clients)", wait, wanted)
+                    _log.info("waiting up to %.0f s for %d clients (%s)", wait, wanted, self._limit)
                 told = True
                 time.sleep(min(_LOOK_SECONDS, wait))
         if self._reached < least:
@@ -155,9 +176,11 @@ class Meeting:
                 f"federation.min-clients = {least}; start more clients or raise federation.wait-timeout"
             )
         self._accept(self._choose())
-        for client, reason in disagreeing(self.roster.infos, self._classes).items():
+        self._entered = False
+        for client, reason in self._disagreeing(self.roster.infos, self._classes).items():
             del self.roster.infos[client]
             self._refuse(self.roster.nodes[client], client, reason)
+        self.roster.sort()
         if len(self.roster.infos) < least:
             refusals = self.roster.refusals
             why = f"; the first said: {refusals[0]}" if refusals else self._who_did_not()
@@ -167,19 +190,30 @@ class Meeting:
             )
 
     def welcome(self) -> list[int]:
-        """Accept the clients that have come since, or have come back on another node; return their ids."""
+        """Accept the clients that have come since, or have come back on another node; return their ids.
+
+        As long as the run has room, edges are asked again, since clients may have come to their regions.
+        """
+        if len(self.roster.infos) < self._config.federation.clients:
+            edges = {self.roster.nodes[client] for client, info in self.roster.infos.items() if info.edges}
+            again = (edges - self._mailbox.waited_for) & self._asked
+            self._asked -= again
+            self._lost = self._lost or bool(again)
         self._ask_newcomers()
         self._hear()
         roster = self.roster
+        if not self._entered and len(self._offers) == len(roster.infos):  # nobody came, and nobody waits for a place
+            return []
+        self._entered = False
         back = [
             client
             for client, offer in self._offers.items()
             if client in roster.nodes and roster.nodes[client] != offer.node
         ]
         new = self._choose()[: max(0, self._config.federation.clients - len(roster.infos))]
-        agreed = next(iter(roster.infos.values())).class_names
+        agreed = next((info.class_names for info in roster.infos.values()), None)
         self._accept([*back, *new])
-        others = disagreeing({client: roster.infos[client] for client in (*back, *new)}, agreed)
+        others = self._disagreeing({client: roster.infos[client] for client in (*back, *new)}, agreed)
         for client, why in others.items():
             self.turn_away(client, why)
         return sorted({*back, *new} - others.keys())
@@ -193,8 +227,12 @@ class Meeting:
         """Remove a client that came late and cannot take part."""
         node = self.roster.nodes.pop(client)
         del self.roster.infos[client]
+        self.roster.sort()
         self._offers.pop(client, None)
         self._refuse(node, client, f"client {client} on node {node} cannot join the run: {why}")
+
+    def _disagreeing(self, infos: Mapping[int, ClientInfo], names: Sequence[str] | None) -> Mapping[int, str]:
+        return disagreeing(infos, names) if self._compares else {}
 
     @property
     def _reached(self) -> int:
@@ -214,12 +252,19 @@ class Meeting:
 
     def _ask_newcomers(self) -> None:
         """Ask the nodes that have not been asked yet which clients they are."""
-        self._connected = {*self._grid.get_node_ids()}
+        listed = self._grid.get_node_ids()
+        listed = listed if isinstance(listed, range) else list(listed)
+        if listed == self._listed and not self._lost:
+            return
+        self._listed, self._lost = listed, False
+        self._connected = {*listed}
         newcomers = sorted(self._connected - self._asked)
         if not newcomers:
             return
         self._asked |= {*newcomers}
         self._identities, self._away = bindings.identities(self._grid), []
+        self._bound = bindings.known()
+        self._least = _least(self._bound)
         for node in newcomers:
             self._mailbox.post(node, partial(wire.encode_hello, self._fingerprint))
 
@@ -247,13 +292,15 @@ class Meeting:
                 raise WireError(f"{who} says that it is client {info.client_id}")
         except AwayError as error:
             self._asked.discard(node)
+            self._lost = True
             self._away.append(str(error))
             return
         except FedLoraError as error:
             self._refuse(node, client, str(error))
             return
-        if self._may_be(node, info.client_id):
+        if self._may_be(node, info):
             self._offers[info.client_id] = _Offer(info, node, client is not None)
+            self._entered = True
 
     def _refuse(self, node: int, client: int | None, reason: str) -> None:
         self._refusals.setdefault(node, []).append(reason)
@@ -274,31 +321,41 @@ class Meeting:
     def _accept(self, clients: Sequence[int]) -> None:
         """Add these clients to the roster, up to `federation.clients`, and bind their ids to their nodes' keys."""
         roster, most = self.roster, self._config.federation.clients
+        many = len(clients) > _MOST_TOLD and not any(known.key for known in self._identities.values())
         for client in clients:
             offer = self._offers[client]
             if client not in roster.infos and len(roster.infos) >= most:
                 del self._offers[client]
-                self._deny(offer.node, f"client {client} on node {offer.node} stays out: federation.clients = {most}")
+                self._deny(offer.node, f"client {client} on node {offer.node} stays out: {self._limit} = {most}")
                 continue
             roster.infos[client], roster.nodes[client] = offer.info, offer.node
             if offer.hosted:
                 roster.hosts.add(offer.node)
-            about = {"rank": offer.info.rank, "num_examples": offer.info.num_examples}
-            key = self._identities.get(offer.node, Identity()).key
-            emit("client-met", client_id=client, node=offer.node, key=key, **about)
-        roster.infos = dict(sorted(roster.infos.items()))
+            if not many:
+                about = {"rank": offer.info.rank, "num_examples": offer.info.num_examples}
+                key = self._identities.get(offer.node, Identity()).key
+                emit("client-met", client_id=client, node=offer.node, key=key, **about)
+        if many:
+            infos = [roster.infos[client] for client in clients if client in roster.infos]
+            ranks = dict(sorted(Counter(info.rank for info in infos).items()))
+            emit("clients-met", clients=len(infos), ranks=ranks, num_examples=sum(info.num_examples for info in infos))
+        roster.sort()
         bindings.bind({client: self._identities.get(node, Identity()).key for client, node in roster.nodes.items()})
         self._bound = bindings.known()
+        self._least = _least(self._bound)
 
-    def _may_be(self, node: int, client: int) -> bool:
+    def _may_be(self, node: int, info: ClientInfo) -> bool:
         """Whether this node may be that client: its key is bound to the id, or it is the first node that says so.
+
+        The key of an edge may come with further clients in each run, since its region may grow.
 
         Any other node that says so is refused by name, and the run goes on. Otherwise one node could stop every run.
         """
-        mine = self._identities.get(node, Identity())
-        owner, own = self._bound.get(client, ""), sorted(one for one, key in self._bound.items() if key == mine.key)
-        if (owner and owner != mine.key) or (own and client not in own):
-            belongs = "the id belongs to another node's key" if owner else f"its key belongs to client {own[0]}"
+        client, mine = info.client_id, self._identities.get(node, Identity())
+        owner, own = self._bound.get(client, ""), self._least.get(mine.key)
+        foreign = own is not None and client not in self._bound and not info.edges
+        if (owner and owner != mine.key) or foreign:
+            belongs = "the id belongs to another node's key" if owner else f"its key belongs to client {own}"
             self._not_that(node, client, f"{belongs} since an earlier run; edit {bindings.where()} to change that")
             return False
         holder = self._offers[client].node if client in self._offers else self.roster.nodes.get(client)
@@ -319,6 +376,11 @@ class Meeting:
     def _deny(node: int, reason: str) -> None:
         _log.warning("%s", reason)
         emit("client-failed", client_id=None, node=node, reason=reason, round=0)
+
+
+def _least(bound: Mapping[int, str]) -> dict[str, int]:
+    """For each key, the smallest of the clients that belong to it."""
+    return {key: client for client, key in sorted(bound.items(), reverse=True)}
 
 
 def _introductions(node: int, reply: Message | None) -> dict[int | None, Answer]:

@@ -6,7 +6,7 @@ The states of the last few rounds are kept, so that a run can go back to them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ _FILES = "round-*.safetensors"
 _LEARNED = "learned.safetensors"
 
 
-def save(folder: Path, state: ServerState, number: int, run: str, keep: int = 1) -> None:
+def save(folder: Path, state: ServerState, number: int, run: str, *, keep: int = 1, also: Collection[int] = ()) -> None:
     """Write the state after a round. Older states are removed only when the new one is on the disk.
 
     The file's header has, as JSON, everything that is not a tensor: names in order, scalings, the first fold's version.
@@ -39,6 +39,7 @@ def save(folder: Path, state: ServerState, number: int, run: str, keep: int = 1)
         number: number of the round that ended with this state.
         run: the run's key, which `load` compares.
         keep: number of states that are kept, those of the last rounds up to this one.
+        also: rounds whose states are kept besides.
 
     Raises:
         RunError: the file cannot be written, for instance on a full disk; older states are then unchanged.
@@ -60,7 +61,7 @@ def save(folder: Path, state: ServerState, number: int, run: str, keep: int = 1)
             save_file(_apart(tensors), part, metadata={"fedlora": json.dumps(about)})
         files = {old: _round_of(old) for old in folder.glob(_FILES)}
         kept = sorted((each for each in files.values() if each <= number), reverse=True)[:keep]
-        for old in [old for old, each in files.items() if each not in kept]:
+        for old in [old for old, each in files.items() if each not in kept and each not in also]:
             old.unlink()
     except (OSError, SafetensorError) as error:
         raise RunError(

@@ -2,7 +2,8 @@
 
 Flower's grid fetches a reply object by object (arrays in pieces of 5 MB), and returns it when it is complete. This
 module counts the bytes of each object before the next one is fetched. Objects other than bytes of arrays become many
-small Python objects. They may therefore be only a part of a reply, and the number of objects is limited too.
+small Python objects. They may therefore be only a part of a reply, unless the question asks for them, and the number of
+objects is limited too.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Sizes:
             node: Flower's record of this side.
         """
         self.too_large: dict[str, int] = {}
-        self._limits: dict[str, int] = {}
+        self._limits: dict[str, tuple[int, int]] = {}  # of the bytes of a reply, and of its objects other than arrays
         self._replies: dict[str, tuple[str, str]] = {}  # object -> the message it answers, and its own id
         self._held: dict[str, int] = {}
         self._others: dict[str, int] = {}
@@ -45,14 +46,22 @@ class Sizes:
         self._pull_messages, self._pull_object = client.PullMessages, client.PullObject
         client.PullMessages, client.PullObject = self._messages, self._object
 
-    def expect(self, message_id: str, most: int) -> None:
-        """Limit the reply to this message to so many bytes."""
-        self._limits[message_id] = most
+    def expect(self, message_id: str, most: int, others: int = 0) -> None:
+        """Limit the reply to this message.
+
+        Args:
+            message_id: of the message.
+            most: the largest number of bytes of the reply.
+            others: the largest number of bytes of its objects other than arrays; at least a megabyte, and an eighth of
+                `most`, are allowed.
+        """
+        self._limits[message_id] = most, max(others, most // _OTHERS_SHARE, _OTHERS_LEAST)
 
     def _messages(self, request: Any) -> Any:
         response = self._pull_messages(request)
         for message, tree in zip(response.messages_list, response.message_object_trees, strict=True):
-            asked, most = message.metadata.reply_to_message_id, self._limits.get(message.metadata.reply_to_message_id)
+            asked = message.metadata.reply_to_message_id
+            most, _ = self._limits.get(asked, (None, None))
             for count, part in enumerate(iterate_object_tree(tree), 1):
                 self._replies[part.object_id] = asked, message.metadata.message_id
                 if most is not None and count > _SOME + most // _OBJECT:
@@ -65,15 +74,15 @@ class Sizes:
         if asked in self.too_large:
             return PullObjectResponse(object_found=False)
         response = self._pull_object(request)
-        most = self._limits.get(asked)
-        if most is None:
+        if asked not in self._limits:
             return response
+        most, most_others = self._limits[asked]
         content = response.object_content
         other = bool(content) and get_object_type_from_object_content(content) != _BYTES
         with self._lock:
             held = self._held[asked] = self._held.get(asked, 0) + len(content)
             others = self._others[asked] = self._others.get(asked, 0) + (len(content) if other else 0)
-        if held <= most and others <= max(most // _OTHERS_SHARE, _OTHERS_LEAST):
+        if held <= most and others <= most_others:
             return response
         self._drop(asked, most, reply, request.run_id)
         return PullObjectResponse(object_found=False)

@@ -106,8 +106,8 @@ class Robust(Wrapper):
         if self.inner.own_rows and unequal and self.rule in ("krum", "multi-krum"):
             raise StrategyError(
                 f"strategy.robust = {self.rule} compares whole updates, and with unequal ranks "
-                f"{type(innermost(self.inner)).__name__} gives each client other rows; set strategy.robust = "
-                "norm-bound, or one rank by lora.ranks = ''"
+                f"{type(innermost(self.inner)).__name__} has each client train other rows or heads; set "
+                "strategy.robust = norm-bound, or one rank by lora.ranks = ''"
             )
         self._enough(len(clients), "the run")
 

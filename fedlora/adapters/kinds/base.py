@@ -73,6 +73,9 @@ class AdapterKind(ABC):
         personal: parts that stay on the client from round to round, and are never sent to the server.
         others: a part -> the part whose mean over the other clients it holds. The server sends such means, and clients
             neither train them nor send them back. Each client goes on from its own parts, which the server keeps.
+        groups: groups of parts of equal size, for a kind of which clients of smaller ranks train some groups: those of
+            half the largest rank train half of them. (): such a kind needs one rank. `rank` of some groups is their
+            share of the rank. All groups are in the forward pass of every client.
         counted: a part [E, 1] that no optimizer trains, for a kind with E experts; "": none. `forward` counts in the
             gradient of this part how many tokens each expert had. What a client sends are shares, whose sum is 1.
         routed: the parts [E, ...] whose slices are averaged over clients by these shares too; see `counted`.
@@ -91,6 +94,10 @@ class AdapterKind(ABC):
     others: ClassVar[Mapping[str, str]] = MappingProxyType({})
     counted: ClassVar[str] = ""
     routed: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def groups(self) -> tuple[frozenset[str], ...]:
+        return ()
 
     def check(self, rank: int) -> None:  # noqa: B027 - most serve any rank
         """Check that the kind works at this rank of a module.

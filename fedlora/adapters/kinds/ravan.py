@@ -29,13 +29,18 @@ class Ravan(AdapterKind):
     (`settled`): the mean of what is sent is the mean of the updates, exactly. A client uploads h (r^2 + 1) numbers for
     a layer, where `lora.rank` is r. A checkpoint is a LoRA adapter of rank h r. Cost: as LoRA of rank h r.
 
+    With unequal ranks, r is the largest one, and client k of rank r_k trains h r_k / r of the heads, which must be a
+    whole number: the same heads in all layers, and other ones in the next round (`SomeGroups`). It computes with all
+    heads, keeps the others frozen, and uploads its own alone. The server averages each head over the clients that
+    trained it, by their rows; a head that nobody trained stays as it was.
+
     It is an adapter kind, which `fedavg` averages, and no strategy: a strategy's core R is one matrix, all of which is
     trained, with no place for heads and their scales.
 
     Experimental: the paper is known here from its abstract and notes. That H starts at zero and s at 1, the number of
-    heads and the absence of a scale c are not confirmed. The bases are the Q of random matrices, computed in fp64 and
-    rounded to fp32, so that machines agree to that rounding. Left out are clients that train some of the heads, as the
-    paper has for unequal capacities: clients of one kind have one rank here.
+    heads and the absence of a scale c are not confirmed. Nor is how the heads of smaller clients are chosen: here each
+    client takes turns with all of them. The bases are the Q of random matrices, computed in fp64 and rounded to fp32,
+    so that machines agree to that rounding.
 
     Args:
         heads: h. In each layer, h r must be at most min(d_out, d_in).
@@ -63,15 +68,23 @@ class Ravan(AdapterKind):
                 f"{place.d_in}, has only {most} orthogonal directions; lower lora.rank, or heads in lora.kind-options"
             )
 
+    @property
+    def groups(self) -> tuple[frozenset[str], ...]:
+        """H_i and s_i of each head."""
+        return tuple(frozenset({f"H{head}", f"s{head}"}) for head in range(self.heads))
+
     def shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
-        return {"H": (self.heads, place.rank, place.rank), "s": (self.heads,)}
+        cores = {f"H{head}": (place.rank, place.rank) for head in range(self.heads)}
+        return {**cores, **{f"s{head}": (1,) for head in range(self.heads)}}
 
     def rank(self, parts: Parts) -> int:
-        return parts["H"].shape[-1]
+        """r, or the share of it that the heads among these parts are of all heads."""
+        cores = [value for part, value in parts.items() if part.startswith("H")]
+        return sum(len(core) for core in cores) // self.heads
 
     def initial(self, place: Place, generator: torch.Generator) -> dict[str, Tensor]:
-        shapes = self.shapes(place)
-        return {"H": torch.zeros(shapes["H"]), "s": torch.ones(shapes["s"])}
+        make = {"H": torch.zeros, "s": torch.ones}
+        return {part: make[part[0]](shape) for part, shape in self.shapes(place).items()}
 
     def constants(self, place: Place) -> dict[str, Tensor]:
         columns = self.heads * place.rank
@@ -82,16 +95,22 @@ class Ravan(AdapterKind):
 
     def forward(self, x: Tensor, parts: Parts, constants: Parts, place: Place) -> Tensor:
         low = (x @ constants["A"]).unflatten(-1, (self.heads, -1))
-        inner = torch.einsum("hij,...hj->...hi", parts["s"][:, None, None] * parts["H"], low)
+        inner = torch.einsum("hij,...hj->...hi", self._cores(parts), low)
         return self.scale * F.linear(inner.flatten(-2), constants["B"])
 
     def factors(self, parts: Parts, constants: Parts, place: Place) -> LoraFactors:
-        cores = torch.block_diag(*(parts["s"][:, None, None] * parts["H"]))
+        cores = torch.block_diag(*self._cores(parts))
         return LoraFactors(A=cores @ constants["A"].to(cores).T, B=constants["B"].to(cores), scaling=self.scale)
 
     def settled(self, parts: Parts) -> Parts:
         """Each head's scale, multiplied into its matrix."""
-        return {"H": parts["s"][:, None, None] * parts["H"], "s": torch.ones_like(parts["s"])}
+        cores = {f"H{head}": core for head, core in enumerate(self._cores(parts))}
+        return {part: cores[part] if part in cores else torch.ones_like(value) for part, value in parts.items()}
+
+    def _cores(self, parts: Parts) -> Tensor:
+        """s_i H_i of each head, [h, r, r]."""
+        H, s = (torch.stack([parts[f"{part}{head}"] for head in range(self.heads)]) for part in "Hs")
+        return s[..., None] * H
 
 
 @functools.lru_cache(maxsize=64)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.processing_utils import ProcessorMixin
 
 from fedlora.common.errors import ModelError
 
@@ -23,7 +25,7 @@ def write(model: Any, tokenizer: Any, folder: Path) -> None:
 
     Args:
         model: a full-precision model of one of transformers' own classes.
-        tokenizer: the model's tokenizer.
+        tokenizer: the model's tokenizer, image processor, or processor that has both.
         folder: folder for the files; it is new or empty.
 
     Raises:
@@ -45,8 +47,11 @@ def check(model: Any, tokenizer: Any) -> None:
     """Raise ModelError unless the model could be read back unchanged from the files to which it would be written."""
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"model: got {_kind(model)}, expected a model of transformers (a PreTrainedModel)")
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ModelError(f"model: got {_kind(tokenizer)} beside the model, expected the tokenizer of transformers")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase | ImageProcessingMixin | ProcessorMixin):
+        raise ModelError(
+            f"model: got {_kind(tokenizer)} beside the model, expected the tokenizer of transformers, for images the "
+            "image processor, or for both the processor"
+        )
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ModelError(
             "model: its weights are quantized already; give the model in full precision, and set model.quantization"

@@ -8,18 +8,19 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedlora.common.assets import LOG, Say
 from fedlora.common.errors import ModelError
 from fedlora.config import ModelConfig
+from fedlora.tasks.registry import task_of
 
 from . import quantized, read
 from .devices import pick_device, pick_dtype
 from .fingerprint import remembered_fingerprint
 from .folders import resolve
 from .head import fresh, head_in_folder
-from .probe import uncalled, vocabulary
+from .probe import reads_text, uncalled, vocabulary
 from .targets import is_within, read_directly
 
 
@@ -29,7 +30,7 @@ class BaseModel:
 
     Args:
         model: the model, with unquantized weights in `compute_dtype` and heads in fp32.
-        tokenizer: the model's tokenizer, which has a pad token.
+        tokenizer: the model's tokenizer, which has a pad token, or its image processor; see `Task.read_processor`.
         device: the device of all weights.
         fingerprint: fingerprint of the full-precision weights, whatever the quantization.
         quantization: none, int8 or nf4.
@@ -37,7 +38,7 @@ class BaseModel:
         folder: folder with the full-precision files.
         heads: names of the modules that are trained in full; empty if the model has no head.
         head: text about a classifier's head at the start; empty without a head.
-        uncalled: names of linear layers that are not called when a text goes through the model.
+        uncalled: names of linear layers that are not called when an input goes through the model.
     """
 
     model: PreTrainedModel
@@ -54,7 +55,12 @@ class BaseModel:
     @property
     def pad_id(self) -> int:
         """The token that fills up shorter rows of a batch."""
-        return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+        return pad_id(self.tokenizer)
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills up shorter rows of a batch; 0 for an image processor."""
+    return int(tokenizer.pad_token_id) if reads_text(tokenizer) else 0  # pyright: ignore[reportArgumentType]
 
 
 def base_fingerprint(config: ModelConfig) -> str:
@@ -88,7 +94,7 @@ def load_base(config: ModelConfig, say: Say = LOG.info, seed: int = 0) -> BaseMo
     shapes = read.shapes(config, folder)
     heads = head_modules(shapes)
     recipe = read.Recipe(
-        config, folder, device, pick_dtype(config.compute_dtype, device), heads, _unquantized(shapes, heads)
+        config, folder, device, pick_dtype(config.compute_dtype, device), heads, _unquantized(shapes, heads, config)
     )
     identity = remembered_fingerprint(folder)
     if config.quantization == "none":
@@ -97,8 +103,10 @@ def load_base(config: ModelConfig, say: Say = LOG.info, seed: int = 0) -> BaseMo
         model = quantized.load(recipe, identity, say)
         quantized.check(model, recipe)
     tokenizer = _tokenizer(config, folder)
-    _check_tokens(model, tokenizer, config, say)
-    _prepare(model, tokenizer, config, heads)
+    if reads_text(tokenizer):
+        _check_tokens(model, tokenizer, config, say)
+        model.config.pad_token_id = tokenizer.pad_token_id
+    _prepare(model, config, heads)
     head = _set_heads(model, config, folder, heads, seed) if heads else ""
     unused = uncalled(model, tokenizer, config)
     return BaseModel(model, tokenizer, device, identity, config.quantization, recipe.dtype, folder, heads, head, unused)
@@ -114,27 +122,30 @@ def meta_model(config: ModelConfig, say: Say = LOG.info) -> PreTrainedModel:
 
 
 def tokenizer_of(config: ModelConfig, say: Say = LOG.info) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a pad token; the model's weights are not fetched.
+    """The model's tokenizer with a pad token, or its image processor; the model's weights are not fetched.
 
     Raises:
-        ModelError: there is no such model, or its tokenizer cannot be read.
+        ModelError: there is no such model, or its tokenizer or processor cannot be read.
     """
     return _tokenizer(config, resolve(config.name, config.revision, say, weights=False))
 
 
 def shared_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that all clients in this process share; loaded again only when the model's files change."""
-    return _remembered_tokenizer(config.name, config.revision, base_fingerprint(config))
+    return _remembered_tokenizer(config, base_fingerprint(config))
 
 
 @lru_cache(maxsize=2)
-def _remembered_tokenizer(name: str, revision: str, fingerprint: str) -> PreTrainedTokenizerBase:
-    return tokenizer_of(ModelConfig(name=name, revision=revision))
+def _remembered_tokenizer(config: ModelConfig, fingerprint: str) -> PreTrainedTokenizerBase:
+    return tokenizer_of(config)
 
 
 def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
-    """The names of a classifier's modules outside the pretrained body; empty for a causal language model."""
-    if model.get_output_embeddings() is not None:
+    """The names of a classifier's modules outside the pretrained body.
+
+    A causal language model has none, and neither has a model that is nothing but a body, such as CLIP.
+    """
+    if model.get_output_embeddings() is not None or model.base_model is model:
         return ()
     return tuple(
         name
@@ -164,25 +175,31 @@ def _set_heads(model: PreTrainedModel, config: ModelConfig, folder: Path, heads:
     return words
 
 
-def _unquantized(model: PreTrainedModel, heads: tuple[str, ...]) -> tuple[str, ...]:
+def _unquantized(model: PreTrainedModel, heads: tuple[str, ...], config: ModelConfig) -> tuple[str, ...]:
     """The modules that are not quantized.
 
-    These are heads, output embeddings, a pooler, which is the input of a head, and layers whose weights the model reads
-    without calling them. They are named here, since transformers' own choice would quantize a head that has a bias.
+    These are heads, output embeddings, a pooler, which is the input of a head, what the task names, and layers whose
+    weights the model reads without calling them. They are named here, since transformers' own choice would quantize a
+    head that has a bias.
     """
-    output = model.get_output_embeddings()
-    kept = (name for name, module in model.named_modules() if module is output or name.endswith("pooler"))
+    output, of_task = model.get_output_embeddings(), task_of(config).unquantized()
+    kept = (
+        name for name, module in model.named_modules() if module is output or name.endswith("pooler") or name in of_task
+    )
     return (*heads, *kept, *sorted(read_directly(model)))
 
 
 def _tokenizer(config: ModelConfig, folder: Path) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a pad token."""
+    """The model's tokenizer with a pad token, or the image processor in its place."""
+    task = task_of(config)
     try:
         with read.quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = task.read_processor(folder)
     except read.UNREADABLE as error:
         reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"{config.name}: {folder} has no tokenizer that can be read: {reason}") from error
+        raise ModelError(f"{config.name}: {folder} has no {task.processor} that can be read: {reason}") from error
+    if not reads_text(tokenizer):
+        return tokenizer
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"{config.name}: its tokenizer has neither a pad token nor an end token; add one to it")
@@ -211,9 +228,7 @@ def _check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
         )
 
 
-def _prepare(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, heads: tuple[str, ...]
-) -> None:
+def _prepare(model: PreTrainedModel, config: ModelConfig, heads: tuple[str, ...]) -> None:
     """Freeze the model and prepare it for training.
 
     Norms stay in the compute dtype: they compute in fp32 internally, and a frozen weight gains nothing from more
@@ -224,7 +239,6 @@ def _prepare(
     model.eval()
     for name in heads:
         model.get_submodule(name).float().register_forward_pre_hook(_to_fp32)
-    model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False  # not useful in training; generate() has a setting of its own
     if getattr(model.config, "rescale_every", 0):
         # Against overflow in fp16, RWKV halves weights of deep layers in place when it evaluates, but not the adapters.

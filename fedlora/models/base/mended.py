@@ -1,4 +1,4 @@
-"""Mends what bitsandbytes gets wrong on some CPUs, for the whole process."""
+"""Mends what bitsandbytes gets wrong, for the whole process."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.nn import Linear8bitLt
 from torch import Tensor
 
 from fedlora.common.errors import ModelError
@@ -46,6 +47,22 @@ def mend() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch says that a kernel is replaced
         _LIBRARY.impl("dequantize_4bit", by_blocks, "CPU", allow_override=True)
+
+
+@cache
+def mend_int8() -> None:
+    """Make int8 layers take inputs of more than three axes, such as ConvNeXt's [rows, height, width, channels].
+
+    bitsandbytes 0.50 makes rows of all axes but the last where there are three of them, and fails where there are more.
+    """
+    plain = Linear8bitLt.forward
+
+    def of_rows(self: Linear8bitLt, x: Tensor) -> Tensor:
+        if x.ndim <= 3:
+            return plain(self, x)
+        return plain(self, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+    Linear8bitLt.forward = of_rows
 
 
 def _wrong() -> bool:

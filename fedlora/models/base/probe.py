@@ -1,4 +1,4 @@
-"""Tries a base model with a few tokens: does it run, fit its task and ignore padding, and which layers does it call?"""
+"""Tries a base model with a few inputs: does it run, fit its task and ignore padding, and which layers does it call?"""
 
 from __future__ import annotations
 
@@ -24,19 +24,23 @@ _FAULTS = (ValueError, KeyError, IndexError, AttributeError, TypeError, NotImple
 
 
 def uncalled(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> frozenset[str]:
-    """The names of the linear layers that the model does not call for a text. Some may be experts for other texts.
+    """The names of the linear layers that the model does not call for an input. Some may be experts for other texts.
 
     Raises:
         ModelError: the model cannot compute, its output depends on padding, or it does not fit the task.
     """
     task = task_of(config)
-    ids = task.first_tokens(tokenizer, vocabulary(model)).to(model.device)
-    texts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    found = task.first_inputs(tokenizer, vocabulary(model) if reads_text(tokenizer) else 0)
+    inputs = {
+        name: values.to(model.device, model.dtype if values.is_floating_point() else None)
+        for name, values in found.items()
+    }
     with _watched(model) as called:
-        alone = _logits(model, texts, config)
+        alone = _logits(model, inputs, config)
     task.check_first(alone, config.name, type(model).__name__)
-    longer = _with_a_longer_row(model, tokenizer, texts)
-    _check_padding(alone, _logits(model, longer, config)[: len(alone)], model, config)
+    if reads_text(tokenizer) and "attention_mask" in inputs:
+        longer = _with_a_longer_row(model, tokenizer, inputs)
+        _check_padding(alone, _logits(model, longer, config)[: len(alone)], model, config)
     return frozenset(
         name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and name not in called
     )
@@ -45,16 +49,25 @@ def uncalled(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config:
 def _logits(model: PreTrainedModel, batch: dict[str, Tensor], config: ModelConfig) -> Tensor:
     try:
         with torch.no_grad():
-            return model(**batch).logits.float()
+            return task_of(config).first_logits(model, batch).float()
     except _FAULTS as error:
         if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
             raise
         dtype = next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
+        inputs, own = _described(batch)
         raise ModelError(
-            f"{config.name}: a first pass of {batch['input_ids'].shape[1]} tokens fails with model.quantization = "
-            f"{config.quantization!r} in {dtype} ({type(error).__name__}: {str(error).splitlines()[0][:200]}); choose "
-            "another model.quantization or model.compute-dtype, or another model"
+            f"{config.name}: a first pass of {inputs} fails with model.quantization = "
+            f"{config.quantization!r} in {dtype} ({type(error).__name__}: {str(error).splitlines()[0][:200]}); {own}"
+            "choose another model.quantization or model.compute-dtype, or another model"
         ) from error
+
+
+def _described(batch: dict[str, Tensor]) -> tuple[str, str]:
+    """Words for the inputs of a batch, and what else to do if the model fails on them."""
+    if "pixel_values" not in batch:
+        return f"{batch['input_ids'].shape[1]} tokens", ""
+    shape = list(batch["pixel_values"].shape[1:])
+    return f"{shape}, as its image processor makes images,", "use the processor that was saved with the model, or "
 
 
 def _with_a_longer_row(
@@ -79,6 +92,11 @@ def _check_padding(alone: Tensor, padded: Tensor, model: PreTrainedModel, config
             f"{config.name}: the output of {type(model).__name__} for a row changes by {change:.0%} with padding, so "
             "that its loss would depend on the batch; choose another model"
         )
+
+
+def reads_text(tokenizer: object) -> bool:
+    """Whether this is a tokenizer, and not what reads other inputs in its place."""
+    return isinstance(tokenizer, PreTrainedTokenizerBase)
 
 
 def vocabulary(model: PreTrainedModel) -> int:

@@ -20,7 +20,7 @@ from fedlora.tasks.registry import task_of
 
 from . import read
 from .devices import DTYPES
-from .mended import mend
+from .mended import mend, mend_int8
 from .read import Recipe
 from .targets import is_within
 
@@ -108,7 +108,7 @@ def _settings(recipe: Recipe) -> BitsAndBytesConfig:
 
 
 def _ready(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, with two features of bitsandbytes switched off that do harm in training, and one mended."""
+    """The model, with two features of bitsandbytes switched off that do harm in training, and two mended."""
     # bitsandbytes warns in every int8 product that it quantizes fp32 and bf16 inputs, which is what the user wanted.
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_not_about_casts)
     for module in model.modules():
@@ -117,6 +117,8 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
                 mend()
             # On CPUs with AVX512-BF16, the first evaluation would repack the weights into a layout without gradients.
             module.support_avx512bf16_for_cpu = False
+        elif isinstance(module, Linear8bitLt):
+            mend_int8()
     return model
 
 

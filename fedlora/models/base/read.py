@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedlora.common.errors import ModelError
 from fedlora.config import ModelConfig
+from fedlora.models import mixer as _mixer  # noqa: F401  (transformers then knows this kind too)
 from fedlora.tasks.registry import task_of
 
 # Exceptions of transformers for a file that is cut off, or has other shapes or another version.

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.common.errors import ModelError
+from fedlora.config import matches
 
 # Names of the projections to queries and values, in one layer or in several, for models that PEFT's table lacks.
 _QUERY_VALUE = re.compile(
@@ -28,14 +29,15 @@ _MIXER = re.compile("mixer|ssm|mamba|timemix", re.IGNORECASE)
 def find_targets(model: PreTrainedModel, wanted: str, heads: Sequence[str]) -> tuple[str, ...]:
     """The names of the modules that get LoRA, in the model's order.
 
-    These are always linear layers that run on text. They are never heads, which are trained in full, nor experts whose
-    weights are fused with those of other experts.
+    These are always linear layers, and in a language model for images or sound too, those that run on text. They are
+    never heads, which are trained in full, nor experts whose weights are fused with those of other experts.
 
     Args:
         model: the base model, which may be on the meta device.
-        wanted: `lora.target-modules`. `auto` takes the modules that PEFT's table has for this kind of model, or else
-            the projections to queries and values, or else all linear layers of attention or state-space blocks.
-            `all-linear` takes all linear layers but the output layer.
+        wanted: `lora.target-modules`. Names may be regular expressions, as in `lora.rank-pattern`. `auto` takes the
+            modules that PEFT's table has for this kind of model, or else the projections to queries and values, or else
+            all linear layers of attention or state-space blocks. `all-linear` takes all linear layers but the output
+            layer.
         heads: names of the modules that are trained in full.
 
     Raises:
@@ -70,14 +72,18 @@ def summary(targets: Iterable[str]) -> str:
 def read_directly(model: nn.Module) -> set[str]:
     """The linear layers whose weights the model reads without calling them; an adapter there would have no effect.
 
-    State-space blocks pass the weights of all layers but their input projection to one kernel.
+    State-space blocks pass the weights of all layers but their input projection to one kernel, and torch's own
+    attention does so with its output projection.
     """
     blocks = {
         name: module
         for name, module in model.named_modules()
         if isinstance(getattr(module, "conv1d", None), nn.Module) and hasattr(module, "in_proj")
     }
-    return {
+    attention = {
+        f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
+    }
+    return attention | {
         f"{block}.{name}"
         for block, module in blocks.items()
         for name, child in module.named_children()
@@ -116,8 +122,13 @@ def _linear(model: PreTrainedModel, heads: Sequence[str]) -> dict[str, nn.Module
 
 
 def _text_part(model: PreTrainedModel) -> Callable[[str], bool]:
-    """A function that says whether a module runs on text; in a model for images or sound too, not all modules do."""
-    if model.config.get_text_config(decoder=True) is model.config or not _other_inputs(model):
+    """A function that says whether a module may be a target. In a language model for images or sound too, these are
+    the modules that run on text; in a model that is nothing but a body, such as CLIP, they are all."""
+    if (
+        model.base_model is model
+        or model.config.get_text_config(decoder=True) is model.config
+        or not _other_inputs(model)
+    ):
         return lambda name: True
     body, output = model.get_decoder(), model.get_output_embeddings()
     prefix = next(name for name, module in model.named_modules() if module is body)
@@ -151,15 +162,19 @@ def _named(
     model: PreTrainedModel, linear: Mapping[str, nn.Module], names: Sequence[str], heads: Sequence[str]
 ) -> list[str]:
     for name in names:
-        if not any(is_named(module, [name]) for module in linear):
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise ModelError(f"lora.target-modules = {name!r}: it is no regular expression: {error}") from None
+        if not any(matches(name, module) for module in linear):
             raise ModelError(f"lora.target-modules = {name!r}: {_why_not(model, linear, name, heads)}")
-    return [module for module in linear if is_named(module, names)]
+    return [module for module in linear if any(matches(name, module) for name in names)]
 
 
 def _why_not(model: PreTrainedModel, linear: Mapping[str, nn.Module], name: str, heads: Sequence[str]) -> str:
     """The reason why a name fits no module that can be a target, and what to do."""
-    found = {module: what for module, what in model.named_modules() if is_named(module, [name])}
-    held = [parameter for parameter, _ in model.named_parameters() if is_named(parameter, [name])]
+    found = {module: what for module, what in model.named_modules() if matches(name, module)}
+    held = [parameter for parameter, _ in model.named_parameters() if matches(name, parameter)]
     fused, unseen = fused_experts(model), read_directly(model)
     advice = f"this model's linear modules are {_leaves(linear)}"
     kind = next((type(what).__name__ for what in found.values()), "")

@@ -9,7 +9,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from ..view import View, runs
 from .drawing import Picture, axes, legend
-from .series import Entry, Point, intruders, points, score
+from .series import Entry, Point, intruders, is_timed, points, score
 from .style import Style
 
 FLOOR = 1e-7
@@ -17,18 +17,23 @@ _ALONG = {
     "round": ("round", "by round"),
     "megabytes": ("megabytes sent, up and down (1 MB = 10⁶ bytes)", "by megabytes sent"),
     "seconds": ("seconds since the first round began", "by seconds"),
+    "hours": ("hours of virtual time", "by virtual time"),
 }
 _COLUMNS = ("strategy", "round", "megabytes", "seconds", "mean", "sd", "seeds")
+_TIMED = tuple("hours" if name == "seconds" else name for name in _COLUMNS)
 
 
 def metric_curves(view: View) -> list[Picture]:
-    """The metric by round, by megabytes and by seconds."""
+    """The metric by round, by megabytes and by seconds; by hours of virtual time where a run had a virtual clock."""
     lines = {row.label: points(runs(row), lambda entry: score(entry, view.metric)) for row in view.strategies}
     lines = {label: found for label, found in lines.items() if found}
     if not lines:
         return []
     pictures: list[Picture] = []
+    timed = is_timed(run for row in view.strategies for run in runs(row))
     for along, (unit, words) in _ALONG.items():
+        if along == "hours" and not timed:
+            continue
         figure, ax = axes(height=_height(len(lines) + len(view.baselines)))
         for label, found in lines.items():
             draw_line(ax, label, found, view.styles[label], along=along)
@@ -49,8 +54,8 @@ def metric_curves(view: View) -> list[Picture]:
                 f"Lines are means over seeds, {view.spread_note}; grey lines without markers are the baselines' "
                 "final models. " + _MEANING[along],
                 figure,
-                _COLUMNS,
-                _rows(lines),
+                _TIMED if along == "hours" else _COLUMNS,
+                _rows(lines, "hours" if along == "hours" else "seconds"),
             )
         )
     return pictures
@@ -60,6 +65,7 @@ _MEANING = {
     "round": "Round 0 is the model before any training.",
     "megabytes": "Of two curves at the same height, the one further left needed fewer bytes.",
     "seconds": "Seconds are those of this machine, where clients share the hardware.",
+    "hours": "Hours are those of the device traces, whatever this machine needed.",
 }
 
 
@@ -170,9 +176,9 @@ def _height(lines: int) -> float:
     return max(3.6, 0.185 * min(lines, 20) + 0.5)
 
 
-def _rows(lines: dict[str, list[Point]]) -> list[tuple[object, ...]]:
+def _rows(lines: dict[str, list[Point]], time: str = "seconds") -> list[tuple[object, ...]]:
     return [
-        (label, p.round, p.megabytes, p.seconds, p.mean, p.sd if p.n > 1 else "", p.n)
+        (label, p.round, p.megabytes, getattr(p, time), p.mean, p.sd if p.n > 1 else "", p.n)
         for label, found in lines.items()
         for p in found
     ]

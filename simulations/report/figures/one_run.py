@@ -13,7 +13,7 @@ from . import shapes
 from .costs import bars, round_numbers
 from .curves import FLOOR, draw_line, floor_axis
 from .drawing import Picture, axes, legend, panels
-from .series import Entry, intruders, points
+from .series import Entry, intruders, is_timed, points
 from .spectra import adapter_spectra
 from .style import KNOWN, Style
 
@@ -46,8 +46,12 @@ KINDS = {
         "Errors by round",
         "relative error",
         "Distance of the aggregate from the exact weighted mean of updates; values below 10⁻⁷ are rounding, and stand "
-        "on the floor.",
-        {"aggregation": lambda e: e.get("aggregation-error"), "codec": lambda e: e.get("codec-error")},
+        "on the floor. Sketch: what the sketched sum lost of that mean, estimated.",
+        {
+            "aggregation": lambda e: e.get("aggregation-error"),
+            "codec": lambda e: e.get("codec-error"),
+            "sketch": lambda e: e.get("sketch-loss"),
+        },
     ),
     "effective rank": Kind(
         "effective-rank",
@@ -84,7 +88,7 @@ def own(entry: Entry) -> Mapping[str, float]:
 
 
 def metrics(run: Mapping[str, Any], style: Style) -> list[Picture]:
-    """Loss and accuracy by round, by megabytes and by seconds."""
+    """Loss and accuracy by round, by megabytes, by seconds, and by virtual time where the run had a virtual clock."""
     lines = {
         (metric, where): points([run], lambda entry, m=metric, pick=pick: pick(entry).get(m))
         for metric in ("loss", "accuracy")
@@ -94,6 +98,8 @@ def metrics(run: Mapping[str, Any], style: Style) -> list[Picture]:
     metrics = list(dict.fromkeys(metric for metric, _ in lines))
     pictures: list[Picture] = []
     units = {"round": "round", "megabytes": "megabytes sent, up and down (10⁶ bytes)", "seconds": "seconds"}
+    if is_timed([run]):
+        units["hours"] = "hours of virtual time"
     for along, unit in units.items() if metrics else ():
         figure, grid = panels(len(metrics), 9.0)
         for ax, metric in zip(grid, metrics, strict=True):
@@ -110,8 +116,8 @@ def metrics(run: Mapping[str, Any], style: Style) -> list[Picture]:
                 f"Loss and accuracy by {along}" if len(metrics) > 1 else f"{metrics[0].capitalize()} by {along}",
                 "Metrics of the model after each round; round 0 is the model before any training.",
                 figure,
-                ("metric", "rows", "round", "megabytes", "seconds", "value"),
-                [(*key, p.round, p.megabytes, p.seconds, p.mean) for key, found in lines.items() for p in found],
+                ("metric", "rows", "round", "megabytes", time := "hours" if along == "hours" else "seconds", "value"),
+                [(*key, p.round, p.megabytes, getattr(p, time), p.mean) for key, found in lines.items() for p in found],
             )
         )
     return pictures

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from fedlora.tasks.by_value import named
+
 Entry = Mapping[str, Any]
 
 
@@ -20,12 +22,14 @@ class Point:
         round: number of the round; 0 is before training.
         megabytes: megabytes (10^6 bytes) that were sent up and down until then, mean over seeds.
         seconds: seconds until then, mean over seeds.
+        hours: hours of the run's virtual time until then, mean over seeds; 0 in a run without.
         mean, sd, n: mean, standard deviation (with ddof 1; 0 for one seed) and number of values over seeds.
     """
 
     round: int
     megabytes: float
     seconds: float
+    hours: float
     mean: float
     sd: float
     n: int
@@ -58,8 +62,16 @@ def is_personal(cell: Mapping[str, Any]) -> bool:
 def score(entry: Entry, metric: str) -> float | None:
     """The metric on held-out rows; for a strategy with personal factors, the clients' mean on their own rows."""
     if "heldout" in entry:
-        return entry["heldout"].get(metric)
+        return {**entry["heldout"], **named(entry.get("heldout-by", {}))}.get(metric)
     return entry.get("client-test", {}).get("mean", {}).get(metric)
+
+
+def start(run: Mapping[str, Any]) -> list[Entry]:
+    """The metrics before training, as the record of a round 0; empty if the server did not evaluate."""
+    if "baseline" not in run:
+        return []
+    by = {"heldout-by": run["baseline-by"]} if "baseline-by" in run else {}
+    return [{"round": 0, "heldout": run["baseline"], **by}]
 
 
 def points(runs: Sequence[Mapping[str, Any]], value: Callable[[Entry], float | None]) -> list[Point]:
@@ -67,23 +79,28 @@ def points(runs: Sequence[Mapping[str, Any]], value: Callable[[Entry], float | N
 
     Args:
         runs: result.json of each seed.
-        value: function from a round's record to the number, or None. The record of round 0 is `{"heldout": baseline}`.
+        value: function from a round's record to the number, or None. The record of round 0 is `start` of the run.
     """
-    found: dict[int, list[tuple[float, float, float]]] = defaultdict(list)
+    found: dict[int, list[tuple[float, float, float, float]]] = defaultdict(list)
     for run in runs:
         sent = spent = 0.0
         rounds = run.get("rounds", [])
-        start = [{"round": 0, "heldout": run["baseline"]}] if "baseline" in run else []
-        for entry in [*start, *rounds]:
+        for entry in [*start(run), *rounds]:
             sent += (entry.get("upload-bytes", 0) + entry.get("download-bytes", 0)) / 1e6
             spent += entry.get("seconds", {}).get("round", 0.0)
             number = value(entry)
             if number is not None and math.isfinite(number):
-                found[entry["round"]].append((sent, spent, number))
+                found[entry["round"]].append((sent, spent, entry.get("time", 0.0) / 3600, number))
+    columns = {number: list(zip(*rows, strict=True)) for number, rows in sorted(found.items())}
     return [
-        Point(number, fmean(row[0] for row in rows), fmean(row[1] for row in rows), *spread(row[2] for row in rows))
-        for number, rows in sorted(found.items())
+        Point(number, fmean(sent), fmean(spent), fmean(hours), *spread(values))
+        for number, (sent, spent, hours, values) in columns.items()
     ]
+
+
+def is_timed(runs: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a run had a virtual clock."""
+    return any("time" in entry for run in runs for entry in run.get("rounds", []))
 
 
 def phases(rounds: Sequence[Entry]) -> dict[str, float]:
