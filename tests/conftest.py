@@ -19,7 +19,7 @@ from fedlora.clients.training import cohort
 from fedlora.models import adapted
 from fedlora.models.base.read import quiet
 from tests.device import DEVICE
-from tests.tiny import save_bert, save_llama
+from tests.tiny import save_bert, save_llama, save_vit
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -73,6 +73,12 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with quiet():
         return save_bert(tmp_path_factory.mktemp("models") / "tiny-bert")
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with quiet():
+        return save_vit(tmp_path_factory.mktemp("models") / "tiny-vit")
 
 
 @pytest.fixture

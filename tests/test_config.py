@@ -50,6 +50,23 @@ def test_flat_keys_round_trip():
         ({"federation.clients": 2, "federation.min-clients": 3}, r"min-clients = 3 exceeds federation.clients = 2"),
         ({"anchor.base-update": "merge"}, r"needs model.quantization = 'none'"),
         ({"data.partition": "sizes", "data.sizes": "5,5"}, r"must name one size for each of the 4 clients"),
+        ({"privacy.level": "rows"}, r"privacy.level = 'rows'; known are client, example, none"),
+        (
+            {"privacy.level": "client"},
+            r"privacy.level = 'client' needs privacy.epsilon, .* or privacy.noise-multiplier",
+        ),
+        (
+            {"privacy.level": "client", "privacy.epsilon": 8, "privacy.noise-multiplier": 1},
+            r"privacy.epsilon = 8 and privacy.noise-multiplier = 1 both say how much noise",
+        ),
+        (
+            {"privacy.level": "example", "privacy.epsilon": 8, "privacy.clip-quantile": 0.5},
+            r"privacy.clip-quantile = 0.5 moves the norm .* set privacy.clip-quantile = 0, or privacy.level = 'client'",
+        ),
+        (
+            {"privacy.level": "example", "privacy.epsilon": 8, "model.quantization": "int8"},
+            r"model.quantization = 'int8' treats columns by the largest .* set model.quantization = 'nf4' or 'none'",
+        ),
     ],
 )
 def test_a_bad_value_is_named(flat, says):

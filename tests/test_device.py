@@ -91,11 +91,9 @@ def test_the_pretended_device_computes_as_the_cpu_and_refuses_a_mixture():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @needs_a_compiler
-@pytest.mark.parametrize(
-    "path",
-    ["tests/clients/training", pytest.param("tests/simulations/test_every_strategy.py", marks=pytest.mark.nightly)],
-)
+@pytest.mark.parametrize("path", ["tests/clients/training", "tests/simulations/test_every_strategy.py"])
 def test_training_and_every_strategy_keep_to_one_device(path):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", path],

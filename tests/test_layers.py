@@ -1,10 +1,15 @@
 """Who may import whom: the contracts of pyproject.toml, over the layout of the wheel; and that the wheel is whole."""
 
+import ast
+import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -60,3 +65,26 @@ def test_every_room_is_in_the_wheel():
     named = {("" if room.parts[0] == "fedlora" else "fedlora.") + ".".join(room.parts): str(room) for room in rooms}
     assert sorted(listed["packages"]) == sorted(named)
     assert listed["package-dir"] == {name: room for name, room in named.items() if not room.startswith("fedlora")}
+
+
+def test_the_code_imports_no_library_of_the_tests_alone():
+    """Users do not have what the extra dev installs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {name: needs for name, needs in project["optional-dependencies"].items() if name != "dev"}
+    known = _names([project["name"], *project["dependencies"], *chain(*extras.values())])
+    dev = _names(project["optional-dependencies"]["dev"]) - known
+    owners = importlib.metadata.packages_distributions()
+    found: set[tuple[str, str]] = set()
+    for path in (path for top in ("fedlora", *SIDES) for path in (ROOT / top).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            tops = {name.partition(".")[0] for name in names}
+            found |= {(str(path.relative_to(ROOT)), top) for top in tops if _names(owners.get(top, [])) & dev}
+    assert not found
+    assert "scikit-learn" in dev
+
+
+def _names(needs: Iterable[str]) -> set[str]:
+    return {re.split(r"[\[<>=~!; ]", need)[0].lower().replace("_", "-") for need in needs}

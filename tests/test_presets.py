@@ -16,6 +16,7 @@ from fedlora.config import Config, load, parse
 from fedlora.models import adapted
 from fedlora.results.run_folder import folder_of, resumed
 from fedlora.simulations import run as simulation
+from fedlora.tasks.registry import check_task
 from tests.device import cpu_only
 from tests.federation import write_rows
 from tests.simulations.test_resume import forget
@@ -102,6 +103,7 @@ def test_two_phases_on_two_machines_are_one_run(tmp_path, tiny_llama, first):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_education_preset_in_two_phases_is_one_run_and_learns(tmp_path):
     whole = education(tmp_path, "train.steps=2", "federation.clients=2", "data.heldout-max=16", "federation.rounds=2")
     folders = two_phases(whole, 1, tmp_path / "elsewhere")
@@ -133,3 +135,39 @@ def test_what_flower_would_install_are_the_tested_versions():
     pins = [line for line in lines if line and not line.startswith("#")]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["tool"]["uv"]["constraint-dependencies"] == pins
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (ROOT / "configs").glob("*.toml")))
+def test_a_preset_names_keys_that_there_are(preset):
+    if preset.startswith("compare-"):
+        return
+    config = load(ROOT / "configs" / f"{preset}.toml", [])
+    assert config.run.name == preset
+    check_task(config)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("preset", ["vit-domains", "vit-skew"])
+def test_the_presets_on_images_learn_clearly(preset, tmp_path):
+    result = run(preset, tmp_path, "evaluate.every=5")
+    first, last = result["baseline"]["accuracy"], result["rounds"][-1]["heldout"]["accuracy"]
+    assert first < 0.2
+    assert last > 0.45
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_clip_learns_six_styles_and_is_scored_on_plain_images_before_and_after(tmp_path, command):
+    result = run("clip-domains", tmp_path)
+    first, last = result["baseline"]["accuracy"], result["rounds"][-1]["heldout"]["accuracy"]
+    assert last > first + 0.1
+    scores = tmp_path / "scores.json"
+    adapter = next((tmp_path / "runs" / "clip-domains").iterdir()) / "adapter"
+    code, _, why = command("evaluate", "--adapter", adapter, "--data", "fashion-mnist-test", "--json", scores)
+    assert code == 0, why
+    before, after = (each["accuracy"] for each in json.loads(scores.read_text())["scores"].values())
+    assert before > 0.75
+    assert after != before

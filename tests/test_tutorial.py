@@ -37,6 +37,7 @@ def test_every_block_is_understood():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1200)
 def test_the_tutorial_runs_from_its_first_command_to_its_last(tmp_path):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

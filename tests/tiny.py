@@ -6,16 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertModel,
+    CLIPConfig,
+    CLIPModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipModel,
+    ViTConfig,
+    ViTForImageClassification,
 )
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -82,6 +89,61 @@ def save_bert(folder: Path, seed: int = 0) -> Path:
         initializer_range=0.2,
     )
     return _save(BertModel, config, tokenizer, folder, seed)
+
+
+def save_vit(folder: Path, seed: int = 0, **sizes: Any) -> Path:
+    """A ViT for images of 16 x 16 with a head of two classes: 2 layers, hidden 32, 4 heads, patches of 4.
+
+    `sizes` are ViTConfig's, in place of these.
+    """
+    config = ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=4,
+        initializer_range=0.2,
+    )
+    config.update(sizes)
+    return _save(ViTForImageClassification, config, image_processor(), folder, seed)
+
+
+def save_clip(folder: Path, seed: int = 0, **sizes: Any) -> Path:
+    """A CLIP for images of 16 x 16 and texts of up to 48 bytes: towers of 2 layers, hidden 32, 4 heads.
+
+    `sizes` are those of both towers, in place of these.
+    """
+    return _save_towers(
+        CLIPModel, CLIPConfig, folder, seed, {"projection_dim": 24, "logit_scale_init_value": 1.5}, sizes
+    )
+
+
+def save_siglip(folder: Path, seed: int = 0, **sizes: Any) -> Path:
+    """A SigLIP of the sizes of `save_clip`."""
+    return _save_towers(SiglipModel, SiglipConfig, folder, seed, {}, sizes)
+
+
+def _save_towers(model: Any, kind: Any, folder: Path, seed: int, more: dict[str, Any], sizes: dict[str, Any]) -> Path:
+    tokenizer = _bytes_tokenizer(bos_token="<start>", eos_token="<end>", unk_token="<unk>", pad_token="<pad>")
+    around = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<start>", "<end>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=around
+    )
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 48, "pad_token_id": tokenizer.pad_token_id}
+    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = kind(
+        text_config=tower | text | sizes, vision_config=tower | {"image_size": 16, "patch_size": 4} | sizes, **more
+    )
+    _save(model, config, tokenizer, folder, seed)
+    image_processor().save_pretrained(folder)
+    return folder
+
+
+def image_processor() -> Any:
+    """Makes images of 16 x 16, with values from -1 to 1."""
+    return ViTImageProcessorPil(size={"height": 16, "width": 16})
 
 
 def _save(model: Any, config: Any, tokenizer: Any, folder: Path, seed: int) -> Path:

@@ -31,10 +31,15 @@ def adapter_of(kind, parts) -> AdapterState:
     return AdapterState(tensors={kind.key("m", part): value for part, value in parts.items()})
 
 
+def update_of(parts: dict[str, Tensor], fixed: dict[str, Tensor]) -> Tensor:
+    H, s = (torch.stack([parts[f"{part}{head}"] for head in range(4)]) for part in "Hs")
+    return naive.update(H, s, fixed["A"].T, fixed["B"])
+
+
 def test_it_is_the_sum_of_its_heads():
     kind = KINDS.load("ravan", scale=0.5)
     parts, fixed = drawn(kind, 1), kind.constants(PLACE)
-    expected = 0.5 * naive.update(parts["H"], parts["s"], fixed["A"].T, fixed["B"])
+    expected = 0.5 * update_of(parts, fixed)
     torch.testing.assert_close(delta(kind.factors(parts, fixed, PLACE)).double(), expected, rtol=1e-4, atol=1e-5)
     x = torch.randn(2, 5, PLACE.d_in)
     torch.testing.assert_close(
@@ -62,12 +67,12 @@ def test_the_mean_of_what_clients_send_is_the_mean_of_their_updates():
     state = strategy.init(adapter_of(kind, kind.initial(PLACE, torch.Generator())))
     for number in (1, 2):
         trained = [drawn(kind, 10 * number + client) for client in range(3)]
-        ideal = naive.mean([naive.update(p["H"], p["s"], fixed["A"].T, fixed["B"]) for p in trained], EXAMPLES)
+        ideal = naive.mean([update_of(p, fixed) for p in trained], EXAMPLES)
         raw = [adapter_of(kind, parts) for parts in trained]
         assert error(state, raw, ideal)[0] > 0.5
         off, adapter = error(state, [settled(own, kind, SHAPES) for own in raw], ideal)
         assert off < 1e-5
-        assert torch.equal(adapter.tensors["m.ravan_s"], torch.ones(4))
+        assert all(torch.equal(adapter.tensors[f"m.ravan_s{head}"], torch.ones(1)) for head in range(4))
         state = ServerState(adapter=adapter)
 
 
@@ -88,7 +93,7 @@ def test_one_head_is_fedsb_on_random_bases():
     theirs = fedsb.aggregate(
         ServerState(adapter=AdapterState(lora={"m": core})),
         [
-            ClientUpdate(client, AdapterState(lora={"m": replace(core, R=parts["s"] * parts["H"][0])}), n)
+            ClientUpdate(client, AdapterState(lora={"m": replace(core, R=parts["s0"] * parts["H0"])}), n)
             for client, (parts, n) in enumerate(zip(trained, EXAMPLES, strict=True))
         ],
         1,
@@ -104,7 +109,14 @@ def test_both_the_heads_and_their_scales_are_trained():
     grads = torch.autograd.grad(
         kind.forward(torch.randn(4, PLACE.d_in), parts, fixed, PLACE).square().sum(), [*parts.values()]
     )
+    assert len(grads) == 8
     assert all(bool(grad.any()) for grad in grads)
+
+
+def test_the_rank_of_some_heads_is_their_share():
+    kind = KINDS.load("ravan")
+    parts = drawn(kind, 0, Place("m", 40, 40, 8))
+    assert [kind.rank({n: t for n, t in parts.items() if int(n[1:]) < heads}) for heads in (1, 2, 3, 4)] == [2, 4, 6, 8]
 
 
 @pytest.mark.parametrize(

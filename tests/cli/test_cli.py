@@ -73,6 +73,15 @@ def test_help_explains_arguments_too(call):
     assert "Folder to write" in call("export", "--help").stdout
 
 
+def test_the_list_of_what_is_packaged_tells_what_is_trained_here(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
+    code, said, _ = command("fetch")
+    assert code == 0
+    found = {line.split("│")[1].strip(): line for line in said.splitlines() if line.count("│") > 3}
+    assert "trained here, on fashion-mnist" in found["fashion-vit"]
+    assert "30.9 MB" in found["fashion-mnist"]
+
+
 def test_the_version_is_an_option_too(call):
     from fedlora import __version__
 
@@ -289,13 +298,15 @@ def test_data_is_the_check_before_a_run(call, tmp_path, tiny_llama):
         (["-c", "max-stepz=3"], "node config: unknown key 'max-stepz'; did you mean 'max-steps'?"),
         (["-c", "max-steps=abc"], "node config: max-steps = 'abc', expected a positive integer"),
         (["-c", "max-memory-mb=0"], "node config: max-memory-mb = 0, expected a positive integer"),
+        (["-c", "max-epsilon=-1"], "node config: max-epsilon = -1, expected a number above 0"),
+        (["-c", "delta=1e-6"], "node config: delta is that of max-epsilon, which is not set; set both"),
         (["--rank", "99999"], "node config: rank = 99999, expected a whole number from 1 to 4096"),
         (["--rank", "9", "-c", "max-rank=8"], "node config: rank = 9 is above its own max-rank = 8"),
         (["-c", "partition-id=-1"], "node config: partition-id = -1, expected a number from 0"),
         (["-c", "partition-id=x"], "node config: partition-id = 'x', expected a number from 0"),
         (["-c", "allow-files=yes"], "node config: allow-files = 'yes', expected true or false"),
         (["-c", "text-column=words"], "node config: text-column describes a file of the node's own"),
-        (["-c", "data=nowhere.csv"], "node config: data does not name a file on this node"),
+        (["-c", "data=nowhere.csv"], "node config: data does not name a file or folder on this node"),
         (["--run", "sentiment"], "node: --run works only with --check"),
     ],
 )

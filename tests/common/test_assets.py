@@ -6,11 +6,14 @@ import errno
 import hashlib
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import threading
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,6 +204,51 @@ def test_concurrent_fetches_share_one_download(index: Path, monkeypatch: pytest.
     assert sum(text.startswith("downloading rows (") for text in said) == 1
 
 
+@pytest.fixture
+def debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package of Debian, and an apt-get that gives it."""
+    if shutil.which("dpkg-deb") is None:
+        pytest.skip("no dpkg-deb here")
+    tree = tmp_path / "tree"
+    (tree / "DEBIAN").mkdir(parents=True)
+    (tree / "DEBIAN" / "control").write_text(
+        "Package: rows\nVersion: 1.0\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: rows\n"
+    )
+    (tree / "usr/share/rows").mkdir(parents=True)
+    (tree / "usr/share/rows" / "a.gz").write_bytes(ROWS)
+    (tree / "usr/share/rows" / "b.txt").write_bytes(ROWS)
+    path = tmp_path / "rows-1.0.deb"
+    subprocess.run(["dpkg-deb", "--build", "--root-owner-group", tree, path], check=True, capture_output=True)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "apt-get").write_text(f'#!/bin/sh\ntest "$*" = "download rows=1.0" && cp {path} rows_1.0_all.deb\n')
+    (programs / "apt-get").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    return path
+
+
+def test_a_package_of_debian_is_fetched_and_compared(debian: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asset = asset_of(debian, archive="deb", folder="usr/share/rows", files="*.gz")
+    use(monkeypatch, replace(asset, sha256="0" * 64))
+    with pytest.raises(AssetError, match=r"rows: the archive's sha256 is [0-9a-f]{64}, not the pinned one"):
+        fetch("rows")
+    use(monkeypatch, asset)
+    assert [path.name for path in fetch("rows").iterdir()] == ["a.gz"]
+    assert (fetch("rows") / "a.gz").read_bytes() == ROWS
+
+
+def test_without_debian_it_says_what_is_missing(debian: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, asset_of(debian, archive="deb"))
+    programs = os.environ["PATH"].split(":")[0]
+    Path(programs, "apt-get").write_text("#!/bin/sh\necho E: Unable to locate package rows\nexit 100\n")
+    with pytest.raises(AssetError, match=r"apt-get: Unable to locate package rows; check the network, and run"):
+        fetch("rows")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(AssetError, match=r"it is Debian's package rows, and apt-get, which downloads it, is not on"):
+        fetch("rows")
+
+
 def test_unknown_name() -> None:
     with pytest.raises(AssetError, match="unknown packaged asset 'chitchta'; did you mean 'chitchat'"):
         fetch("chitchta")
@@ -208,9 +256,29 @@ def test_unknown_name() -> None:
 
 def test_known_assets_are_pinned() -> None:
     for asset in known().values():
-        assert len(asset.sha256) == 64
+        assert len(asset.sha256) == 64 or (asset.archive == "made" and asset.package in known())
         assert asset.version
         assert asset.licence
+
+
+def counted(source: Path, folder: Path, say: Callable[[str], None]) -> None:
+    """A maker: how many bytes the files of a set have."""
+    (folder / "size").write_text(str(sum(path.stat().st_size for path in source.iterdir())))
+    say("made")
+
+
+def test_what_is_made_is_made_once_from_the_set_that_it_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
+    source = Asset("data", "rows", "1.0", "wheel", "MIT", 0.1)
+    made = Asset("model", "rows", "2", "made", "MIT", 0.1, maker=f"{__name__}:counted")
+    monkeypatch.setattr(assets, "_ASSETS", {"rows": source, "count": made})
+    (tmp_path / "assets" / "rows-1.0").mkdir(parents=True)
+    (tmp_path / "assets" / "rows-1.0" / "rows.json").write_bytes(ROWS)
+    said: list[str] = []
+    assert not cached("count")
+    assert (fetch("count", said.append) / "size").read_text() == str(len(ROWS))
+    assert fetch("count", said.append).name == "count-2"
+    assert said == ["made"]
 
 
 @pytest.mark.slow
@@ -222,6 +290,7 @@ def test_known_assets_are_pinned() -> None:
         ("chitchat", "dataset.json"),
         ("sentiment", "tweets_GroundTruth.txt"),
         ("chatterbot", "english/greetings.yml"),
+        ("fashion-mnist", "train-images-idx3-ubyte.gz"),
     ],
 )
 def test_real_assets(name: str, file: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -13,7 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
 
+from fedlora.clients.client_app import app as client_app
 from fedlora.common.processes import free_port
 from fedlora.config import Scalar
 from fedlora.deployment.flower_programs import config_table
@@ -105,3 +109,35 @@ def kept_running(command: str, site, says: str):
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0, output.read_text()
         assert not [child for child in family if child.is_running()]
+
+
+def until(found, what: str, seconds: float = 240.0):
+    """The first true value of `found()`."""
+    deadline = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < deadline, f"never happened: {what}"
+        time.sleep(0.1)
+    return value
+
+
+def answered(folder: Path) -> dict[int, set[int]]:
+    """Round -> the clients that were counted."""
+    result = json.loads((folder / "result.json").read_text())
+    return {entry["round"]: {int(client) for client in entry["clients"]} for entry in result["rounds"]}
+
+
+def missing(counted: dict[int, set[int]]) -> ClientApp:
+    """The product's ClientApp, which fails in those rounds in which a client was not counted."""
+    app = ClientApp()
+
+    def answer(message: Message, context: Context) -> Message:
+        number = int(message.metadata.group_id)
+        if int(context.node_config["partition-id"]) not in counted[number]:
+            raise RuntimeError("not there")
+        return client_app(message, context)
+
+    app.query()(client_app)
+    for phase in ("keys", "shares", "open"):
+        app.query(phase)(client_app)
+    app.train()(answer)
+    return app

@@ -252,7 +252,7 @@ def test_an_expired_certificate_is_named_at_once(tmp_path, monkeypatch):
         servers_program.serve(old, host="127.0.0.1", port=9092, state=tmp_path / "state")
     with pytest.raises(ConfigError, match=says):
         nodes_program.join("127.0.0.1:9", old / "ca.crt", old / "north", node_config={}, state=tmp_path / "state")
-    with pytest.raises(ConfigError, match=says), connection._connection("127.0.0.1:9", old / "ca.crt", insecure=False):
+    with pytest.raises(ConfigError, match=says), connection.connected("127.0.0.1:9", old / "ca.crt", insecure=False):
         pass
     assert not (tmp_path / "state").exists()
     certificates.make(tmp_path / "new", nodes=["north"])

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import time
 import tomllib
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,16 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
 from safetensors.torch import load_file
 
-from fedlora.clients.client_app import app as client_app
 from fedlora.deployment.flower_programs import config_table
 from fedlora.results import journal
 from fedlora.results.run_folder import folder_of
 from fedlora.simulations import run as simulation
-from tests.deployment.programs import begun, called, kept_running, make_site, words
+from tests.deployment.programs import answered, begun, called, kept_running, make_site, missing, until, words
 from tests.federation import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(1800)]
@@ -33,15 +29,6 @@ ROUNDS = 7
 def node(person: int, name: str) -> str:
     joins = f"fedlora node --server $SERVER --ca certs/ca.crt --key certs/{name}"
     return f"{joins} --partition-id {person} --state state/{name}"
-
-
-def until(found, what: str, seconds: float = 240.0):
-    """The first true value of `found()`."""
-    deadline = time.monotonic() + seconds
-    while not (value := found()):
-        assert time.monotonic() < deadline, f"never happened: {what}"
-        time.sleep(0.1)
-    return value
 
 
 def events(folder: Path, kind: str, **facts) -> list[dict]:
@@ -68,27 +55,6 @@ def superlink(port: str) -> psutil.Process:
         if "flower-superlink" in " ".join(process.info["cmdline"] or []) and port in process.info["cmdline"]
     ]
     return found
-
-
-def answered(folder: Path) -> dict[int, set[int]]:
-    """Round -> the clients that were counted."""
-    result = json.loads((folder / "result.json").read_text())
-    return {entry["round"]: {int(client) for client in entry["clients"]} for entry in result["rounds"]}
-
-
-def missing(counted: dict[int, set[int]]) -> ClientApp:
-    """The product's ClientApp, which fails in those rounds in which a client was not counted."""
-    app = ClientApp()
-
-    def answer(message: Message, context: Context) -> Message:
-        number = int(message.metadata.group_id)
-        if int(context.node_config["partition-id"]) not in counted[number]:
-            raise RuntimeError("not there")
-        return client_app(message, context)
-
-    app.query()(client_app)
-    app.train()(answer)
-    return app
 
 
 def test_what_is_killed_comes_back_and_the_run_completes(tmp_path, tiny_llama):

@@ -14,7 +14,7 @@ from tests.deployment.programs import begun, make_site, words
 from tests.deployment.test_faults import events, until
 from tests.federation import tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(900)]
 
 
 @pytest.fixture

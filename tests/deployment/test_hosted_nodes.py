@@ -31,6 +31,7 @@ def example() -> tuple[str, list[str]]:
     return config, [line for block in re.findall(r"```sh\n(.*?)```", section, re.S) for line in block.splitlines()]
 
 
+@pytest.mark.nightly
 def test_the_documented_commands_train_cohorts_on_two_nodes(tmp_path, tiny_llama):
     site = make_site(tmp_path)
     shown, commands = example()

@@ -14,6 +14,7 @@ from tests.deployment.test_deployment import EXAMPLES
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.nightly,
     pytest.mark.timeout(1500),
     pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed"),
 ]

@@ -77,6 +77,7 @@ def test_the_documented_commands_run_a_federation(site, tiny_llama):
     results = folder / "runs" / "hospitals" / "one"
     record = json.loads((results / "result.json").read_text())
     assert record["status"] == "completed"
+    assert record["simulated"] is False  # so that no report draws rows
     assert {client["client-id"]: client["rank"] for client in record["clients"]} == RANKS
     assert [len(entry["clients"]) for entry in record["rounds"]] == [3, 3]
     assert all(entry["client-test"]["mean"]["loss"] > 0 for entry in record["rounds"])
@@ -133,6 +134,7 @@ def test_what_goes_wrong_is_one_sentence(site):
         assert "[code: 2004] Failed to activate SuperNode" in done.stderr
 
 
+@pytest.mark.nightly
 def test_without_tls_a_server_takes_runs_and_says_why_one_fails(site, tiny_llama):
     folder, environment = site
     (folder / "run.toml").write_text(

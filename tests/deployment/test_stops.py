@@ -16,7 +16,7 @@ from tests.deployment.programs import begun, called, kept_running, make_site, wo
 from tests.deployment.test_faults import events, kill, until, worker_of
 from tests.federation import hears_ctrl_c
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(1500)]
 
 
 def test_a_stop_reaches_the_nodes_and_a_worker_that_hangs_is_replaced(tmp_path, tiny_llama):

@@ -10,13 +10,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.common.errors import WireError
-from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, wire
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Masking, secure_messages, wire
+from fedlora.exchange.secure.keys import PublicKeys
+from fedlora.exchange.secure_messages import Question
 from tests.federation import METRICS
 
 BASE, EACH = "abc123", 1200
@@ -37,6 +40,8 @@ def _state(seed: int, tensors: bool = True) -> AdapterState:
 
 
 SENT = Broadcast(round=1, adapter=_state(0), base_version=2, folds=(_state(2, tensors=False),), folds_from=1)
+SESSION, KEYS = "ab" * 16, PublicKeys(b"m" * 32, b"l" * 32, b"s" * 32, b"n" * 135)
+MASKED = replace(SENT, masking=Masking(SESSION, 0.5, 10, (1, 2), {"layers.0.q_proj": 3}))
 STEERED = replace(SENT, control=_state(3, tensors=False), counted=1)
 UPDATE = ClientUpdate(client_id=7, adapter=_state(1), num_examples=10, base_version=2, metrics=METRICS)
 INFO = ClientInfo(client_id=3, rank=8, alpha="2r", num_examples=40, rank_pattern={"k_proj": 2})
@@ -44,7 +49,7 @@ INFO = ClientInfo(client_id=3, rank=8, alpha="2r", num_examples=40, rank_pattern
 DECODERS: dict[str, tuple[list[RecordDict], Callable[[RecordDict], object]]] = {
     "broadcast": (
         [wire.encode_broadcast(SENT, BASE, dtype) for dtype in ("fp32", "bf16")]
-        + [wire.encode_broadcast(STEERED, BASE)],
+        + [wire.encode_broadcast(each, BASE) for each in (STEERED, MASKED)],
         lambda record: wire.decode_broadcast(record, BASE),
     ),
     "update": (
@@ -55,6 +60,22 @@ DECODERS: dict[str, tuple[list[RecordDict], Callable[[RecordDict], object]]] = {
     "evaluation": (
         [wire.encode_evaluation(12, {"loss": 0.5, "accuracy": 1.0}, BASE, frozenset({"loss", "accuracy"}))],
         lambda record: wire.decode_evaluation(record, BASE, "client 0", frozenset({"loss", "accuracy"})),
+    ),
+    "question": (
+        [secure_messages.encode_question(Question(1, "r", SESSION, {4: KEYS}, {4: b"x"}, frozenset({4})), BASE)],
+        lambda record: secure_messages.decode_question(record, BASE),
+    ),
+    "keys": (
+        [secure_messages.encode_keys(7, SESSION, KEYS, BASE)],
+        lambda record: secure_messages.decode_keys(record, 7, SESSION, BASE),
+    ),
+    "letters": (
+        [secure_messages.encode_letters(7, SESSION, {1: b"x", 2: b"y"}, BASE)],
+        lambda record: secure_messages.decode_letters(record, 7, SESSION, BASE),
+    ),
+    "masked": (
+        [secure_messages.encode_masked(UPDATE, np.zeros(9, np.uint64), MASKED, BASE)],
+        lambda record: secure_messages.decode_masked(record, 7, MASKED, BASE, count=9, most_examples=10),
     ),
     "hello": ([wire.encode_hello(BASE)], lambda record: wire.check_hello(record, BASE)),
 }
@@ -114,7 +135,7 @@ def _spoil_array(record: RecordDict, rng: random.Random) -> None:
         case 4:
             data += bytes(rng.randrange(1, 2000))
         case 5:
-            data[:8] = rng.choice([0, 1, 2**31, 2**63, 2**64 - 1, header]).to_bytes(8, "little")
+            data[:8] = rng.choice([0, 1, 2**31, 2**63, 2**64 - 1, header % 2**64]).to_bytes(8, "little")
         case 6:
             old_text = rng.choice([b"[3,6]", b"[5,3]", b'"F32"', b'"data_offsets"', b"layers.0"])
             new_text = rng.choice([b"[99999999,9999999]", b"[-3,-6]", b'"F64"', b'"X"', b"[" * 2000, b"[0]", b"1e999"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.common.errors import WireError
-from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Plan, wire
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, Plan, heads, wire
 from tests.federation import METRICS, repack, tensors_of
 
 BASE = "abc123"
@@ -267,9 +267,9 @@ def test_other_bases_protocols_and_formats_are_refused_by_name():
     with pytest.raises(WireError, match="the server has base model 'abc123', but this side 'def'"):
         wire.decode_broadcast(record, "def")
     record["head"]["protocol"] = 99
-    with pytest.raises(WireError, match="uses protocol 99, but this side 4"):
+    with pytest.raises(WireError, match=f"uses protocol 99, but this side {heads.PROTOCOL}"):
         wire.decode_broadcast(record, BASE)
-    record["head"]["protocol"] = wire.PROTOCOL
+    record["head"]["protocol"] = heads.PROTOCOL
     record["head"]["dtype"] = "fp8"
     with pytest.raises(WireError, match="unknown number format 'fp8'"):
         wire.decode_broadcast(record, BASE)
@@ -279,7 +279,7 @@ def test_other_bases_protocols_and_formats_are_refused_by_name():
     "record",
     [
         RecordDict(),
-        RecordDict({"head": ConfigRecord({"protocol": wire.PROTOCOL, "base": BASE, "dtype": "fp32"})}),
+        RecordDict({"head": ConfigRecord({"protocol": heads.PROTOCOL, "base": BASE, "dtype": "fp32"})}),
         RecordDict({"adapter": ArrayRecord(), "metrics": MetricRecord()}),
     ],
 )

@@ -635,3 +635,12 @@ def test_nf4_weights_of_every_width_are_read_by_the_papers_table(shape: tuple[in
     layer(x).sum().backward()
     torch.testing.assert_close(layer(x), x @ expected.T, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(x.grad, expected.sum(dim=0).expand(3, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_int8_takes_inputs_of_four_axes_as_it_takes_their_rows(device: torch.device) -> None:
+    mended.mend_int8()
+    layer = bnb.nn.Linear8bitLt(32, 16, has_fp16_weights=False)
+    layer.load_state_dict({"weight": torch.randn(16, 32), "bias": torch.randn(16)})
+    layer = layer.to(device)
+    x = torch.randn(2, 3, 5, 32, device=device)
+    torch.testing.assert_close(layer(x), layer(x.reshape(30, 32)).reshape(2, 3, 5, 16))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,3 +20,21 @@ def update(H: Tensor, s: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 def mean(updates: Sequence[Tensor], examples: Sequence[int]) -> Tensor:
     return torch.stack([n / sum(examples) * each for each, n in zip(updates, examples, strict=True)]).sum(dim=0)
+
+
+def mean_of_heads(
+    before: Sequence[Tensor],
+    ends: Mapping[int, Sequence[Tensor]],
+    trained: Mapping[int, Collection[int]],
+    rows: Mapping[int, int],
+) -> list[Tensor]:
+    """Each head's mean over the clients that trained it, by their rows; a head without one as it was."""
+    means: list[Tensor] = []
+    for head, old in enumerate(before):
+        total, weight = torch.zeros_like(old, dtype=torch.float64), 0
+        for client, own in trained.items():
+            if head in own:
+                total += rows[client] * ends[client][head].double()
+                weight += rows[client]
+        means.append(total / weight if weight else old.double())
+    return means

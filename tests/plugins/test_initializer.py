@@ -117,7 +117,18 @@ def test_flowers_engine_runs_it_too(tmp_path, tiny_llama, mine):
         ("no_such:Init", {}, ConfigError, r"lora\.init = 'no_such:Init': cannot import 'no_such'"),
         ("initializers_of_mine:MeanInput", {}, ConfigError, "MeanInput is no initializer; write a frozen dataclass"),
         ("lora-sb", {"lora__init_options": "step=1"}, ConfigError, "lora-sb has no option 'step'"),
-        ("uniform", {"strategy__name": "fedsb"}, StrategyError, r"lora\.init = uniform: this strategy needs factors"),
+        (
+            "uniform",
+            {"strategy__name": "fedsb"},
+            StrategyError,
+            r"lora\.init = uniform: this strategy needs factors .*set lora\.init = auto, or lora-sb or lora-xs",
+        ),
+        (
+            "lora-xs",
+            {"strategy__name": "frlora"},
+            StrategyError,
+            r"as pissa makes them; set lora\.init = auto, or pissa",
+        ),
         ("lora-sb", {"strategy__name": "flora"}, StrategyError, r"does not keep; .*or use strategy\.name = fedsb"),
         (
             "lora-sb",

@@ -98,6 +98,7 @@ def test_the_options_reach_the_kind(tmp_path, tiny_llama, mine):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_flowers_engine_runs_it_too(tmp_path, tiny_llama, mine):
     config = config_of(tmp_path, tiny_llama, mine)
     _, here = run_locally(config)

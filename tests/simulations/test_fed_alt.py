@@ -158,6 +158,7 @@ def test_a_comparison_scores_each_clients_own_model(tmp_path, tiny_bert, monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_flowers_engine_gives_it_too(tmp_path, tiny_llama):
     config = of_fedalt(tmp_path, tiny_llama)
     _, here = run_locally(config)

@@ -51,8 +51,8 @@ class Cutting:
         self.left: dict[str, str] = {}
         self.skip = 0
         self._todo: list[Cut] | None = None
-        for name in (self.app.query, self.app.train, self.app.evaluate):
-            name()(self._answer)
+        for register in (self.app.query(), self.app.train(), self.app.train("project"), self.app.evaluate()):
+            register(self._answer)
 
     def _answer(self, message: Message, context: Context) -> Message:
         chosen = message.metadata.message_type == self._kind and context.node_config["partition-id"] == self._client
@@ -78,6 +78,7 @@ class Cutting:
         *(("train", "fp32", question) for question in (True, False)),
         ("train", "int8", False),
         *(("evaluate", "fp32", question) for question in (True, False)),
+        *(("train.project", "fp32", question) for question in (True, False)),
     ],
 )
 def test_a_round_goes_on_whatever_one_message_lacks(tmp_path, tiny_llama, kind, question, upload):
@@ -85,7 +86,7 @@ def test_a_round_goes_on_whatever_one_message_lacks(tmp_path, tiny_llama, kind, 
     config = tiny(
         tmp_path,
         tiny_llama,
-        federation__rounds=36,
+        federation__rounds=50,
         train__steps=1,
         evaluate__server=False,
         evaluate__clients=kind == "evaluate",
@@ -93,10 +94,13 @@ def test_a_round_goes_on_whatever_one_message_lacks(tmp_path, tiny_llama, kind, 
         wire__upload_dtype=upload,
         lora__target_modules="q_proj",
         strategy__name="lora-fair",
+        wire__sum="sketch" if kind == "train.project" else "none",
+        wire__sketch_width=4,
+        wire__sketch_passes=2,
     )
     simulation.in_process(config, client_app=cutting.app)
     entries = json.loads((folder_of(config) / "result.json").read_text())["rounds"]
-    assert 8 < len(cutting.left) < 36
+    assert 8 < len(cutting.left) < 50
     for entry in entries:
         what = cutting.left.get(str(entry["round"]))
         failures = (entry["client-test"] if kind == "evaluate" else entry)["failures"]

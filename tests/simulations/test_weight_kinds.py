@@ -161,7 +161,9 @@ def test_fewer_clients_share_a_batch_where_each_needs_whole_matrices(tmp_path, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora-xs", "loldu", "dora"])
+@pytest.mark.parametrize(
+    "kind", ["dora", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("lora-xs", "loldu"))]
+)
 def test_processes_of_their_own_make_the_same_of_the_weights(tmp_path, tiny_llama, kind):
     """On Flower's engine, where the server and the clients each decompose the quantized weights."""
     config = of_kind(tmp_path, tiny_llama, kind, model__quantization="nf4")

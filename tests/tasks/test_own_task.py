@@ -130,6 +130,7 @@ def test_a_task_of_ones_own_runs_with_its_options_and_its_metric(tmp_path, tiny_
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_both_engines_learn_the_same_of_a_task_of_ones_own(tmp_path, tiny_llama, own):
     keys: dict[str, Any] = {"model__task": f"{own}:MyTask", "model__task_options": "weight=3"}
     config = tiny(tmp_path, tiny_llama, **keys, evaluate__clients=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from fedlora.clients.client_app import app as client_app
 from fedlora.clients.node import held_folds, rules
 from fedlora.common.errors import ConfigError
 from fedlora.config import Config, parse
-from fedlora.exchange import Broadcast, wire
+from fedlora.exchange import Broadcast, Plan, wire
 from fedlora.models import adapted, base_fingerprint
 from fedlora.simulations.engines import local
 from fedlora.strategies.initializers import uniform
@@ -80,6 +81,7 @@ def test_a_nodes_own_file_and_columns_replace_what_the_server_names(tmp_path):
             "data.source": "/etc/passwd",
             "data.prompt-column": "diagnosis",
             "data.text-column": "name",
+            "data.image-column": "face",
             "data.partition": "dirichlet",
             "federation.min-clients": 3,
         }
@@ -88,6 +90,8 @@ def test_a_nodes_own_file_and_columns_replace_what_the_server_names(tmp_path):
     assert (data.source, data.partition, data.heldout_fraction) == (str(own), "iid", 0.0)
     assert (data.prompt_column, data.response_column, data.text_column) == ("prompt", "answer", "text")
     assert rules.ruled(config, {"data": str(own), "form": "text"}).data.form == "text"
+    folder = rules.ruled(config, {"data": str(tmp_path), "image-column": "scan"}).data  # of images
+    assert (folder.source, folder.image_column, data.image_column) == (str(tmp_path), "scan", "image")
     with pytest.raises(ConfigError, match="data does not name a file"):
         rules.ruled(config, {"data": str(tmp_path / "none.jsonl")})
     with pytest.raises(ConfigError, match="prompt-column describes a file of the node's own, but data names none"):
@@ -172,13 +176,16 @@ def test_steps_are_limited_however_they_are_asked_for(keys, steps, says):
 # a node that is asked by message
 
 
-def ask(config: Config, settings: dict[str, Any], kind: str = "query") -> Message:
+def ask(config: Config, settings: dict[str, Any], kind: str = "query", job: str = "train") -> Message:
     grid = local.LocalGrid(client_app, [{"partition-id": 0, "allow-files": False, **settings}], config.to_flat(), 7)
     fingerprint = base_fingerprint(config.model)
     content = wire.encode_hello(fingerprint)
     if kind == "train":
         [client] = [wire.decode_info(ask(config, settings).content, fingerprint, "node")]
-        content = wire.encode_broadcast(Broadcast(round=1, adapter=uniform.seeded(config, [client])), fingerprint)
+        sent = Broadcast(round=1, adapter=uniform.seeded(config, [client]))
+        if job != "train":
+            sent = replace(sent, round=0, job=job, plan=Plan(train=frozenset()))
+        content = wire.encode_broadcast(sent, fingerprint)
     [answer] = grid.send_and_receive([Message(content, 2, kind, group_id="1")])
     return answer
 
@@ -275,4 +282,4 @@ def test_what_is_sent_holds_no_metric_beyond_the_list(tmp_path, tiny_llama):
 
 def test_the_in_process_engine_lets_clients_open_the_users_own_files():
     grid = local.LocalGrid(client_app, [{}, {"allow-files": False}], {}, 1)
-    assert [context.node_config["allow-files"] for context in grid._contexts.values()] == [True, False]
+    assert [grid.context(node).node_config["allow-files"] for node in grid.get_node_ids()] == [True, False]

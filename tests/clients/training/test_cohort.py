@@ -250,7 +250,7 @@ def test_padding_never_receives_a_value_and_the_model_is_as_before(tiny_llama):
     before = dict(bench.model.named_modules())
     with stacked(bench, adapters, frozenset("AB")) as stack:
         ids = on_device(torch.randint(5, 200, (8, 6)))
-        stack.rows = tuple(ids.shape)
+        stack.begin(*ids.shape)
         logits = bench.model(input_ids=ids).logits
         logits.square().sum().backward()
         for layer in stack._layers.values():

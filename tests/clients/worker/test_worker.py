@@ -19,11 +19,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedlora.clients.answering.vigil import Over, Vigil
 from fedlora.clients.client_app import app as client_app
-from fedlora.clients.worker import caller, envelope, process
+from fedlora.clients.worker import caller, process
 from fedlora.common.errors import ConfigError
 from fedlora.common.events import listen
 from fedlora.common.processes import stop_recorded
 from fedlora.config import Config
+from fedlora.deployment import envelope, resident
 from fedlora.exchange import Broadcast, wire
 from fedlora.models import base_fingerprint
 from fedlora.results.run_folder import folder_of, stamp
@@ -188,7 +189,7 @@ def test_a_killed_worker_is_started_again_once(tmp_path, tiny_llama, socket):
 @pytest.mark.timeout(300)
 def test_a_stopped_worker_is_noticed_and_replaced(tmp_path, tiny_llama, socket, monkeypatch):
     """SIGSTOP, as a debugger or a machine without memory does it: it stays there, and says nothing for good."""
-    monkeypatch.setattr(caller, "_HEALTH_SECONDS", 2.0)
+    monkeypatch.setattr(resident, "_HEALTH_SECONDS", 2.0)
     monkeypatch.setattr(caller, "_LOOK_SECONDS", 1.0)
     config = tiny(tmp_path, tiny_llama, train__steps=200)
     node_config = settings(socket, tmp_path)

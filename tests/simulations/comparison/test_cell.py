@@ -121,6 +121,23 @@ def test_clients_average_to_the_whole_for_a_global_model(tmp_path: Path, tiny_be
         assert sum(counts) == found[name]["examples"]
 
 
+def test_by_value_is_by_client_where_each_client_is_a_value(tmp_path: Path, tiny_bert: Path) -> None:
+    config = classes(tmp_path, tiny_bert, **{"evaluate.by": "domain"})
+    (cell,) = grid_of(tmp_path, config, ["flora"], metric="accuracy-worst-by").cells
+    found = cells.run(cell, tmp_path / "work")["scores"]
+    for name in ("validation", "test"):
+        values = found[name]["by"]["values"]
+        assert found[name]["by"]["column"] == "domain"
+        for client, domain in enumerate(prepare(cell.configs[0]).names):
+            own = dict(found[name]["clients"][str(client)])
+            assert values[domain]["rows"] == own.pop("examples")
+            assert_scores(values[domain], own)
+        accuracies = [metrics["accuracy"] for metrics in values.values()]
+        assert found[name]["accuracy-mean-by"] == pytest.approx(sum(accuracies) / 2)
+        assert found[name]["accuracy-worst-by"] == min(accuracies)
+        assert found[name]["loss-worst-by"] == max(metrics["loss"] for metrics in values.values())
+
+
 def test_clients_with_models_of_their_own_are_scored_by_them(tmp_path: Path, tiny_bert: Path, monkeypatch) -> None:
     (cell,) = grid_of(tmp_path, classes(tmp_path, tiny_bert), ["fedsa"]).cells
     learned = []
@@ -146,7 +163,7 @@ def test_clients_with_models_of_their_own_are_scored_by_them(tmp_path: Path, tin
 
 
 def test_local_is_a_run_for_each_client_and_centralised_sees_all(tmp_path: Path, tiny_bert: Path) -> None:
-    config = classes(tmp_path, tiny_bert)
+    config = classes(tmp_path, tiny_bert, **{"federation.lost-clients": "fail"})
     grid = grid_of(tmp_path, config, ["flora"], baselines=["local", "centralised"])
     local, centralised = (cells.run(cell, tmp_path / "work") for cell in grid.cells[1:])
     rows = [prepare(grid.cells[0].configs[0]).count(client) for client in range(2)]

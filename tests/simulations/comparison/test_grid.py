@@ -141,6 +141,12 @@ def test_what_is_named_twice_is_there_once(tmp_path: Path) -> None:
     assert {cell.path for cell in grid.cells} >= {"default/flora/lr1-seed0"}
 
 
+def test_a_mean_or_a_worst_value_is_a_metric_where_a_column_is_named(tmp_path: Path) -> None:
+    text = WHOLE.replace("[settings]", "[settings]\nevaluate.by = 'sender'")
+    for metric in ("accuracy-mean-by", "loss-worst-by"):
+        assert grid_of(tmp_path, text.replace('"loss"', f'"{metric}"')).metric == metric
+
+
 def test_all_baselines_are_run_unless_the_file_says_otherwise(tmp_path: Path) -> None:
     grid = grid_of(tmp_path, (HEAD + SETTINGS).replace("baselines = []", ""))
     assert grid.baselines == BASELINES
@@ -200,6 +206,11 @@ WRONG = {
         ('"quickstart"\nmetric = "loss"', '"sentiment"\nmetric = "perplexity"'),
         "metric = 'perplexity' is not known for model.task = 'classification'",
     ),
+    "metric-by": (
+        ('"loss"', '"accuracy-worst-by"'),
+        "metric = 'accuracy-worst-by' is over the values of a column, and evaluate.by names none; set it under",
+    ),
+    "metric-by-of-nothing": (('"loss"', '"acuracy-mean-by"'), "'acuracy-mean-by' is not known for model.task"),
     "no-test": (("test-fraction = 0.5", "test-fraction = 0"), "data.test-fraction 0.0, so that no rows are left"),
     "no-heldout": (
         ("heldout-fraction = 0.2", "heldout-fraction = 0"),

@@ -39,7 +39,7 @@ def test_validation_chooses_the_rate_and_test_has_no_say():
     assert [rate.validation for rate in choice.rates] == pytest.approx([0.6, 0.7, 0.5])
 
 
-@pytest.mark.parametrize("metric", ["loss", "perplexity", "calibration-error"])
+@pytest.mark.parametrize("metric", ["loss", "perplexity", "calibration-error", "loss-mean-by", "loss-worst-by"])
 def test_lower_is_better_for_losses(metric):
     cells = [_cell("a", lr, 0, validation=v, metric=metric) for lr, v in ((0.1, 3.0), (0.2, 2.0), (0.4, 4.0))]
     assert choose(cells, metric).lr == 0.2

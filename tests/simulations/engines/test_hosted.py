@@ -14,11 +14,11 @@ from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.clients.answering import single, together
 from fedlora.clients.client_app import app as client_app
 from fedlora.clients.node import held_folds, rules
-from fedlora.clients.worker import envelope
 from fedlora.common.errors import ConfigError, WireError
 from fedlora.common.events import listen
 from fedlora.common.once import say_once
 from fedlora.config import Config
+from fedlora.deployment import envelope
 from fedlora.exchange import Broadcast, ClientUpdate, parts, wire
 from fedlora.models import base_fingerprint
 from fedlora.results.run_folder import folder_of

@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,26 @@ def test_the_partition_shows_the_ranks_of_most_strategies_and_names_the_others(t
     rows = _csv(folder / "report" / "figures" / "partition-equal.csv")
     assert [row["rank"] for row in rows if row["class"] == "0"] == ["16", "8", "8", "4", "4", "4"]
     assert "r is that of most strategies; fedavg trains at rank 4 everywhere." in _page(folder)
+
+
+def test_scenarios_that_spend_different_epsilons_are_drawn_together(tmp_path):
+    folder = write_comparison(
+        tmp_path, **{**_SMALL, "strategies": ("fedavg",), "scenarios": ("much", "little", "without")}
+    )
+    for scenario, epsilon in (("much", 8.004), ("little", 0.999)):
+        for path in (folder / "cells" / scenario).rglob("*.json"):
+            cell = json.loads(path.read_text())
+            for run in cell["runs"]:
+                run["rounds"][-1]["privacy"] = {"epsilon": epsilon, "delta": 1e-5}
+            path.write_text(json.dumps(cell))
+    report.write(folder)
+    rows = _csv(folder / "report" / "figures" / "epsilons.csv")
+    assert {row["epsilon"] for row in rows} == {"1.0", "8.0", "none"}
+    finals = _csv(folder / "report" / "tables" / "final.csv")
+    for row in rows:
+        scenario = {"1.0": "little", "8.0": "much", "none": "without"}[row["epsilon"]]
+        same = next(one for one in finals if (one["scenario"], one["label"]) == (scenario, row["strategy"]))
+        assert float(row[next(key for key in row if key in ("accuracy", "loss"))]) == pytest.approx(float(same["mean"]))
 
 
 def test_every_figure_has_its_three_files_and_stands_on_the_page(small):
@@ -227,6 +248,69 @@ def test_a_single_run_has_a_page_of_its_own(tmp_path):
     assert {"metric-round", "metric-megabytes", "metric-seconds", "clients", "cost", "aggregation-error"} <= figures
     assert "Not shown, since this run has no numbers for them: the adapter's spectrum." in html.unescape(page)
     assert page.count("<tr>") > 4
+
+
+def _by(number: int) -> dict[str, Any]:
+    """Metrics by domain after a round: far better in "north" than in "south"."""
+    values = {
+        "north": {"loss": 0.5 - 0.1 * number, "accuracy": 0.7 + 0.1 * number, "rows": 30},
+        "south": {"loss": 0.9 - 0.1 * number, "accuracy": 0.5 + 0.05 * number, "rows": 10},
+    }
+    ends = {"mean": fmean, "worst": min}
+    found = {word: {"accuracy": f(v["accuracy"] for v in values.values())} for word, f in ends.items()}
+    found["mean"]["loss"] = fmean(v["loss"] for v in values.values())
+    found["worst"]["loss"] = max(v["loss"] for v in values.values())
+    return {"column": "domain", "values": values, **found}
+
+
+def test_a_run_has_a_section_by_value_with_the_recorded_numbers(tmp_path):
+    folder = _single(tmp_path)
+    assert 'id="figure-by-value"' not in report.write(folder).read_text(encoding="utf-8")
+    record = json.loads((folder / "result.json").read_text())
+    record["baseline-by"] = _by(0)
+    for entry in record["rounds"]:
+        entry["heldout-by"] = _by(entry["round"])
+    (folder / "result.json").write_text(json.dumps(record))
+    page = report.write(folder).read_text(encoding="utf-8")
+    assert "<h2>By domain</h2>" in page
+    assert "Held-out rows by domain, after round 3" in page
+    lines = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr.*?</tr>", page)]
+    cells = {line[0]: line[1:] for line in lines if len(line) == 4}
+    assert cells["north"] == ["30", "1.0000", "0.2000"]
+    assert cells["south"] == ["10", "0.6500", "0.6000"]
+    assert cells["mean"] == ["", "0.8250", "0.4000"]
+    assert cells["worst"] == ["", "0.6500", "0.6000"]
+    assert cells["standard deviation"] == ["", f"{stdev([1.0, 0.65]):.4f}", f"{stdev([0.2, 0.6]):.4f}"]
+    drawn = _csv(folder / "report" / "figures" / "by-value.csv")
+    south = [float(row["value"]) for row in drawn if (row["metric"], row["domain"]) == ("accuracy", "south")]
+    assert south == pytest.approx([0.5, 0.55, 0.6, 0.65])
+
+
+def test_a_comparison_has_a_table_by_value_and_curves_of_their_mean(tmp_path):
+    folder = write_comparison(tmp_path, **{**_SMALL, "strategies": ("fedavg", "flora"), "seeds": (0, 1)})
+    grid = json.loads((folder / "grid.json").read_text())
+    (folder / "grid.json").write_text(json.dumps(grid | {"metric": "accuracy-mean-by"}))
+    for path in folder.glob("cells/*/*/*.json"):
+        cell = json.loads(path.read_text())
+        shift = 0.1 * cell["seed"] + (0.2 if cell["label"] == "flora" else 0.0)
+        values = {"north": {"accuracy": 0.6 + shift, "loss": 1.0}, "south": {"accuracy": 0.4 + shift, "loss": 1.0}}
+        for part in ("validation", "test"):
+            more = {"accuracy-mean-by": 0.5 + shift, "accuracy-worst-by": 0.4 + shift}
+            cell["scores"][part] |= {"by": {"column": "domain", "values": values}, **more}
+        for run in cell["runs"]:
+            for entry in run["rounds"]:
+                entry["heldout-by"] = _by(entry["round"])
+        path.write_text(json.dumps(cell))
+    report.write(folder)
+    text = (folder / "report" / "tables" / "final.md").read_text(encoding="utf-8")
+    table = text[text.index("### Test accuracy by domain in scenario equal, mean over seeds") :]
+    assert "| strategy | north | south | mean | worst |" in table
+    assert "| flora | 0.8500 | 0.6500 | 0.7500 | 0.6500 |" in table
+    assert "| fedavg | 0.6500 | 0.4500 | 0.5500 | 0.4500 |" in table
+    curves = _csv(folder / "report" / "figures" / "metric-round-equal.csv")
+    last = [row for row in curves if row["round"] == "3"]
+    assert last
+    assert all(float(value) == pytest.approx(0.825) for row in last for name, value in row.items() if name == "mean")
 
 
 def test_the_spectrum_of_an_adapter_is_that_of_its_product(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from fedlora.common.errors import ConfigError, StrategyError
 from fedlora.strategies.initializers.comp_lora import CompLora
 from fedlora.strategies.initializers.from_weights import Bound
 from fedlora.strategies.initializers.loldu import Loldu
+from fedlora.strategies.initializers.lora_xs import LoraXs
 from fedlora.strategies.initializers.olora import OLora
 from fedlora.strategies.initializers.orthogonal import Orthogonal
 from fedlora.strategies.initializers.pissa import Pissa
@@ -72,6 +75,25 @@ def test_with_any_rank_the_fold_takes_the_start_away(inner, rank):
             torch.testing.assert_close(delta(f).double(), WEIGHTS[name], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("values", [True, False])
+@pytest.mark.parametrize("rank", [3, 12])
+def test_lora_xs_starts_at_zero_between_the_leading_singular_directions(values, rank):
+    """As U_r S_r V_r' of a dense SVD; above min(d_out, d_in), with zeros, at the run's start and after training R."""
+    lora, folds = started(LoraXs(values=values), rank)
+    assert not folds
+    for name, f in lora.items():
+        assert (f.A.shape[0], f.B.shape[1], f.scaling) == (rank, rank, 1.0)
+        assert f.R is not None
+        assert torch.equal(f.R, torch.zeros(rank, rank))
+        u, s, vh = (part.float() for part in torch.linalg.svd(WEIGHTS[name], full_matrices=False))
+        keep = min(rank, len(s))
+        R = torch.randn(rank, rank, generator=torch.Generator().manual_seed(1))
+        right = s[:keep, None] * vh[:keep] if values else vh[:keep]
+        signs = torch.sign((f.B[:, :keep] * u[:, :keep]).sum(0))  # those of an SVD are free
+        expected = (signs * u[:, :keep]) @ R[:keep, :keep] @ (signs[:, None] * right)
+        torch.testing.assert_close(delta(replace(f, R=R)), expected, atol=1e-4, rtol=0)
+
+
 def test_orthogonal_factors_have_a_product_of_zero():
     start = Orthogonal().start(fresh(), ())
     assert not start.folds
@@ -103,12 +125,15 @@ def test_comp_lora_starts_outside_the_leading_directions():
         ("loldu", "fedex", "nf4"),
         ("orthogonal", "fedavg", "none"),
         ("comp-lora", "flora", "nf4"),
+        ("lora-xs", "fedsb", "nf4"),
     ],
 )
 def test_a_run_starts_at_the_base_model_and_learns(tmp_path, tiny_llama, init, strategy, quantization):
     keys = {"lora__ranks": "", "lora__rank": 2, "train__lr": 2e-3, "train__steps": 6, "lora__init": init}
     if init == "comp-lora":
         keys |= {"lora__init_options": "k=4", "train__lr": 2e-2}
+    if init == "lora-xs":  # which serves unequal ranks
+        keys |= {"lora__ranks": "4,2,2,1", "train__lr": 2e-2}
     config = tiny(tmp_path, tiny_llama, strategy__name=strategy, model__quantization=quantization, **keys)
     _, result = run_locally(config)
     assert not result["rounds"][0]["failures"]

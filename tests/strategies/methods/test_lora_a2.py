@@ -163,7 +163,7 @@ def test_krum_is_refused_where_clients_hold_other_rows(name: str) -> None:
     robust = Robust(load(name), rule="krum", byzantine=0)
     robust.check(clients_of((2, 2, 2)))
     Robust(load(name)).check(clients_of((4, 2, 1)))
-    with pytest.raises(StrategyError, match=r"krum compares whole updates, .* gives each client other rows"):
+    with pytest.raises(StrategyError, match=r"krum compares whole updates, .* has each client train other rows"):
         robust.check(clients_of((4, 2, 1)))
 
 

@@ -18,8 +18,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedlora.adapters import AdapterState, LoraFactors
-from fedlora.exchange import Broadcast, ClientUpdate, wire
+from fedlora.exchange import Broadcast, ClientUpdate, parts, secure_messages, wire
 from fedlora.exchange.codec import FORMATS
+from fedlora.exchange.secure.keys import SECRET
+from fedlora.exchange.secure.neighbours import degree
 from fedlora.strategies.server.mailbox import SMALL, Mailbox
 
 PIECE = 5 << 20
@@ -100,10 +102,10 @@ def linked() -> Iterator:
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = before
 
 
-def answers(grid: HttpGrid, most: int) -> dict[int, str]:
+def answers(grid: HttpGrid, most: int, others: int = 0) -> dict[int, str]:
     box = Mailbox(grid, "train", "1", 30.0)
     for node in grid.get_node_ids():
-        box.post(node, lambda: RecordDict({"head": ConfigRecord({"a": 1})}), most=lambda: most)
+        box.post(node, lambda: RecordDict({"head": ConfigRecord({"a": 1})}), lambda: most, others)
     return {node: reply.error.reason if reply.has_error() else "good" for node, reply in box.replies() if reply}
 
 
@@ -127,6 +129,22 @@ def test_a_reply_of_very_many_small_things_is_dropped_before_it_is_read(linked):
     assert got[3] == got[4] == f"its reply is larger than {4 << 20} bytes, the most that it may have"
     assert len(set(link.deleted)) == 3
     assert len(link.pulled) < 100
+
+
+def test_the_letters_of_all_clients_of_a_host_arrive_and_little_more(linked):
+    """A secure sum's letters are no tensors: those of 200 clients are more than the megabyte that others may send."""
+    largest, neighbours = 2**64 - 1, degree(1000)
+    letters = {largest - place: bytes(2 * SECRET + 16) for place in range(neighbours)}
+
+    def host(clients: range) -> RecordDict:
+        ids = [largest - client for client in clients]
+        return parts.join({c: secure_messages.encode_letters(c, "ab" * 16, letters, "0" * 64) for c in ids})
+
+    grid, link = linked({2: 0, 3: 0})
+    link.contents |= {2: host(range(200)), 3: host(range(200, 600))}
+    got = answers(grid, SMALL, secure_messages.most_bytes(200, neighbours))
+    assert got == {2: "good", 3: f"its reply is larger than {SMALL} bytes, the most that it may have"}
+    assert sum(map(len, link.objects.values())) > 3 << 20
 
 
 def test_a_broadcasts_limit_holds_every_format_and_little_more():

@@ -1,0 +1,221 @@
+"""Schedules that do not wait for all: equal to the synchronous run where nothing is stale, exact where something is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from fedlora.adapters import AdapterState, LoraFactors
+from fedlora.common.errors import ConfigError, FedLoraError
+from fedlora.exchange import ClientUpdate
+from fedlora.simulations.engines.traces import Device, Traces, traces_of
+from fedlora.strategies.server.rebased import rebased
+from tests.device import run_bound
+from tests.federation import run_locally, tiny
+from tests.simulations.engines.test_local import apart, saved_adapter
+
+QUICK: dict[str, Any] = {"federation__rounds": 3, "train__steps": 2}
+
+
+def two(tmp_path, model, one: dict[str, Any], other: dict[str, Any]):
+    found = []
+    for name, keys in (("one", one), ("two", other)):
+        (tmp_path / name).mkdir()
+        found.append(run_locally(tiny(tmp_path / name, model, **(QUICK | keys))))
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["fedavg-zeropad", "ffa", "flora", "florist"])
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_buffered_without_staleness_is_the_synchronous_run_bit_by_bit(tmp_path, tiny_llama, strategy, fraction):
+    keys = {"strategy__name": strategy, "federation__fraction": fraction}
+    (a, one), (b, other) = two(tmp_path, tiny_llama, keys, keys | {"federation__schedule": "buffered"})
+    first, second = saved_adapter(a), saved_adapter(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for x, y in zip(one["rounds"], other["rounds"], strict=True):
+        assert x["heldout"] == y["heldout"]
+        assert x["clients"].keys() == y["clients"].keys()
+        assert {*y["staleness"].values()} == {0}
+    assert [entry["time"] for entry in other["rounds"]] == [1.0, 2.0, 3.0]
+
+
+@dataclass(frozen=True)
+class Given(Traces):
+    """Client k needs `seconds[k]` seconds for each training."""
+
+    seconds: ClassVar[tuple[float, ...]] = (1.0, 2.0, 3.0, 7.0)
+
+    def device(self, client: int) -> Device | None:
+        return None
+
+    def arrives(self, client: int, asked: float, down: int, tokens: int, up: int) -> float:
+        return asked + self.seconds[client]
+
+
+GIVEN = {"federation__traces": f"{__name__}:Given", "strategy__name": "fedavg-zeropad"}
+
+
+def replayed(rounds: int, size: int) -> list[tuple[float, dict[int, int]]]:
+    """(time, staleness) of each round, where all four clients train at once and each begins again when it may."""
+    ends = {client: (seconds, 1) for client, seconds in enumerate(Given.seconds)}
+    made, now = [], 0.0
+    for number in range(1, rounds + 1):
+        heard: dict[int, int] = {}
+        while len(heard) < size:
+            now = min(time for time, _ in ends.values())
+            for client in sorted(c for c, (time, _) in ends.items() if time == now)[: size - len(heard)]:
+                heard[client] = number - ends.pop(client)[1]
+        ends |= {client: (now + Given.seconds[client], number + 1) for client in heard}
+        made.append((now, dict(sorted(heard.items()))))
+    return made
+
+
+@pytest.mark.parametrize(("schedule", "size"), [("buffered", 2), ("fedasync", 1)])
+def test_staleness_is_the_number_of_rounds_that_ended_meanwhile(tmp_path, tiny_llama, schedule, size):
+    options = f"size={size}, at_once=4"
+    keys = GIVEN | {"federation__schedule": schedule, "federation__schedule_options": options, "federation__rounds": 9}
+    _, result = run_locally(tiny(tmp_path, tiny_llama, **(QUICK | keys)))
+    found = [(entry["time"], {int(c): s for c, s in entry["staleness"].items()}) for entry in result["rounds"]]
+    assert found == replayed(9, size)
+    assert any(staleness > 2 for _, each in found for staleness in each.values())
+
+
+def test_a_round_with_a_deadline_ends_then_and_what_is_late_counts_in_the_next(tmp_path, tiny_llama):
+    keys = GIVEN | {"federation__schedule": "deadline", "federation__rounds": 4}
+    found = {}
+    for late in ("use", "drop"):
+        (tmp_path / late).mkdir()
+        options = {"federation__schedule_options": f"seconds=2.5, late={late}"}
+        _, result = run_locally(tiny(tmp_path / late, tiny_llama, **(QUICK | keys | options)))
+        found[late] = [
+            (e["time"], {int(c): s for c, s in e["staleness"].items()}, e["failures"]) for e in result["rounds"]
+        ]
+    assert [(time, each) for time, each, _ in found["use"]] == [
+        (2.5, {0: 0, 1: 0}),
+        (5.0, {0: 0, 1: 0, 2: 1}),
+        (7.5, {0: 0, 1: 0, 3: 2}),
+        (10.0, {0: 0, 1: 0, 2: 1}),
+    ]
+    assert all({*each.values()} == {0} for _, each, _ in found["drop"])
+    assert any("rounds late" in why for _, _, failures in found["drop"] for why in failures.values())
+
+
+def test_a_stale_change_is_applied_to_the_present_value_and_damped():
+    g = torch.Generator().manual_seed(0)
+
+    def adapter() -> AdapterState:
+        lora = LoraFactors(torch.randn(3, 5, generator=g), torch.randn(4, 3, generator=g), 2.0)
+        return AdapterState({"m": lora}, {"head": torch.randn(2, 4, generator=g)})
+
+    begun, present, made = adapter(), adapter(), adapter()
+    update = ClientUpdate(0, made, 7, start=begun)
+    found = rebased(update, begun, present, 0.25, anew=False).adapter
+    for part in "AB":
+        c, s, x = (getattr(each.lora["m"], part) for each in (present, begun, made))
+        torch.testing.assert_close(getattr(found.lora["m"], part), c + 0.25 * (x - s))
+    head = present.tensors["head"] + 0.25 * (made.tensors["head"] - begun.tensors["head"])
+    torch.testing.assert_close(found.tensors["head"], head)
+    only_b = replace(made, lora={"m": replace(made.lora["m"], A=torch.zeros(0, 5))})
+    assert not rebased(replace(update, adapter=only_b), begun, present, 0.25, anew=False).adapter.lora["m"].A.numel()
+    folded = rebased(update, begun, present, 0.25, anew=True).adapter.lora["m"]
+    torch.testing.assert_close(folded.scaling * folded.B @ folded.A, 0.25 * 2.0 * made.lora["m"].B @ made.lora["m"].A)
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"strategy__name": "fedsvd"}, "changes from round to round what a client's factors mean"),
+        ({"strategy__name": "rolora"}, "changes from round to round"),
+        ({"strategy__name": "fedsa", "evaluate__clients": True}, "keeps factors on the clients"),
+        (
+            {"strategy__name": "lora-fair", "wire__sum": "sketch"},
+            "sketches of strategy.name = lora-fair cannot be moved",
+        ),
+        ({"strategy__name": "flora", "wire__sum": "sketch", "wire__sketch_passes": 2}, "some train already; set 1"),
+        ({"strategy__name": "flora", "anchor__base_update": "merge"}, "needs the weights of before a merge"),
+        ({"federation__schedule_options": "size=3, at_once=2"}, "2 clients at once and 3 updates in a round"),
+        ({"federation__schedule_options": "rate=0"}, "rate: expected a number above 0, at most 1"),
+    ],
+)
+def test_what_cannot_be_buffered_is_one_sentence(tmp_path, tiny_llama, keys, why):
+    with pytest.raises(FedLoraError, match=why):
+        run_locally(tiny(tmp_path, tiny_llama, federation__schedule="buffered", **(QUICK | keys)))
+
+
+def test_a_synchronous_round_waits_for_the_slowest_device(tmp_path, tiny_llama):
+    _, result = run_locally(tiny(tmp_path, tiny_llama, **(QUICK | GIVEN)))
+    assert [entry["time"] for entry in result["rounds"]] == [7.0, 14.0, 21.0]
+    assert {c: (e["asked"], e["answered"]) for c, e in result["rounds"][1]["clients"].items()} == {
+        str(client): (7.0, 7.0 + seconds) for client, seconds in enumerate(Given.seconds)
+    }
+
+
+@pytest.mark.parametrize("awake", [3600.0, 40000.0, 86400.0])
+def test_a_device_works_only_while_it_is_there(awake):
+    device = Device(1.0, 1.0, 1.0, wakes=80000.0, awake=awake)
+    step = 100.0
+    for begun in (0.0, 79000.0, 80050.0, 250000.0):
+        for seconds in (50.0, 3600.0, 50000.0, 200000.0):
+            time, done = begun, 0.0
+            while done < seconds:  # by small steps, each of which it works or not
+                done += step if device.there(time + step / 2) else 0.0
+                time += step
+            assert device.after(begun, seconds) == pytest.approx(time, abs=2 * step)
+            assert device.there(device.after(begun, seconds) - 1e-3)
+
+
+def test_traces_from_a_file_and_what_is_wrong_with_them(tmp_path):
+    path = tmp_path / "devices.csv"
+    path.write_text("client,tokens-per-second,down,up,from,to\n0,100,1000,500,22,6\n1,50,1000,500,,\n")
+    traces = traces_of(str(path), "")
+    assert traces.device(0) == Device(100.0, 1000.0, 500.0, 22 * 3600.0, 8 * 3600.0)
+    assert traces.arrives(1, 10.0, 2000, 100, 500) == 10.0 + 2 + 2 + 1
+    assert traces.awake(0, 23 * 3600.0)
+    assert not traces.awake(0, 12 * 3600.0)
+    with pytest.raises(ConfigError, match="has no row for client 2; give each client one"):
+        traces.device(2)
+    path.write_text("client,tokens-per-second,down,up\n0,fast,1,1\n")
+    with pytest.raises(
+        ConfigError, match="line 2: expected numbers in the columns client, tokens-per-second, down, up"
+    ):
+        traces_of(str(path), "").device(0)
+    with pytest.raises(ConfigError, match=r"federation.traces-options.*hours: expected above 0"):
+        traces_of("diurnal", "hours=0")
+    with pytest.raises(ConfigError, match="did you mean 'diurnal'"):
+        traces_of("diurnel", "")
+
+
+@pytest.mark.parametrize("strategy", ["flora", "florist"])
+def test_sketches_of_stale_products_sum_up_to_what_the_products_do(tmp_path, tiny_llama, strategy):
+    keys = GIVEN | {
+        "strategy__name": strategy,
+        "federation__schedule": "buffered",
+        "federation__schedule_options": "size=2, at_once=4",
+        "federation__rounds": 5,
+    }
+    sketched = keys | {"wire__sum": "sketch", "wire__sketch_passes": 1, "wire__sketch_width": 32}
+    (a, one), (b, other) = two(tmp_path, tiny_llama, keys, sketched)
+    assert max(s for entry in other["rounds"] for s in entry["staleness"].values()) > 0
+    for x, y in zip(one["rounds"], other["rounds"], strict=True):
+        assert x["staleness"] == y["staleness"]
+    assert apart(saved_adapter(a), saved_adapter(b)) <= run_bound(1e-5)
+
+
+@dataclass(frozen=True)
+class Slow(Traces):
+    """One token in a second, and a network that takes no time."""
+
+    def device(self, client: int) -> Device | None:
+        return Device(speed=1.0, down=1e30, up=1e30)
+
+
+def test_a_training_takes_the_time_of_its_tokens(tmp_path, tiny_llama):
+    keys = {"federation__traces": f"{__name__}:Slow", "federation__rounds": 1, "train__steps": 2}
+    _, result = run_locally(tiny(tmp_path, tiny_llama, **keys, strategy__name="fedavg-zeropad"))
+    clients = result["rounds"][0]["clients"].values()
+    assert all(client["answered"] - client["asked"] == pytest.approx(client["train-tokens"]) for client in clients)
+    assert result["rounds"][0]["time"] == pytest.approx(max(client["train-tokens"] for client in clients))
