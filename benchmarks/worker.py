@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,11 @@ def measure(options: argparse.Namespace, worker: bool) -> dict[str, Any]:
     """One run in a folder of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        port = processes.free_port()
-        server = ["server", "--insecure", "--port", str(port), "--state", str(folder / "server")]
-        node = ["node", "--insecure", "--server", f"127.0.0.1:{port}", "--partition-id", "0"]
         rows = folder / "rows.jsonl"
         rows.write_text(
             "".join(json.dumps({"prompt": f"What is {i} + {i}?", "response": str(2 * i)}) + "\n" for i in range(40))
         )
-        node += ["--data", str(rows), "--state", str(folder / "node"), "--worker" if worker else "--no-worker"]
+        node = ["--partition-id", "0", "--data", str(rows), "--worker" if worker else "--no-worker"]
         keys = {
             "run.dir": str(folder / "runs"),
             "run.id": "bench",
@@ -53,21 +50,46 @@ def measure(options: argparse.Namespace, worker: bool) -> dict[str, Any]:
             "evaluate.clients": "true",
             "data.client-test-fraction": 0.1,
         }
-        run = ["run", str(ROOT / "configs" / "quickstart.toml"), "--server", f"127.0.0.1:{port}", "--insecure"]
-        run += [word for key, value in keys.items() for word in ("-c", f"{key}={value}")]
-        with _running(server, folder, "listening on"), _running(node, folder, "started for the server"):
-            process = _fedlora(run, folder, "run")
-            if process.wait():
-                raise SystemExit((folder / "run.out").read_text())
+        with site(folder, node) as run:
+            told = [word for key, value in keys.items() for word in ("-c", f"{key}={value}")]
+            answers = run(str(ROOT / "configs" / "quickstart.toml"), *told)
         result = json.loads((folder / "runs" / "quickstart" / "bench" / "result.json").read_text())
-        events = journal.read(folder / "node" / journal.NAME)
-    answers = {
-        task: [e["process-seconds"] for e in events if e["event"] == "message-answered" and e["task"] == task]
-        for task in ("train", "evaluate")
-    }
     trained = [entry["clients"]["0"]["train-seconds"] for entry in result["rounds"]]
     waited = [entry["seconds"]["clients"] for entry in result["rounds"]]
     return {"first": answers["train"][0], "answers": answers, "waited": waited, "trained": trained}
+
+
+@contextmanager
+def site(folder: Path, node: list[str]) -> Iterator[Callable[..., dict[str, list[float]]]]:
+    """A server and a node of Flower's own programs, without TLS, and a function that has them run something.
+
+    The function takes words of `fedlora run`, and returns the seconds of the processes that Flower started on the node
+    for this run's messages, by task.
+
+    Args:
+        folder: for logs and states.
+        node: words of `fedlora node` besides the server's address and the state folder.
+    """
+    port = processes.free_port()
+    address = ["--server", f"127.0.0.1:{port}", "--insecure"]
+    server = ["server", "--insecure", "--port", str(port), "--state", str(folder / "server")]
+    events = folder / "node" / journal.NAME
+
+    def run(*words: str) -> dict[str, list[float]]:
+        before = len(journal.read(events))
+        if _fedlora(["run", *words, *address], folder, "run").wait():
+            raise SystemExit((folder / "run.out").read_text())
+        found: dict[str, list[float]] = {}
+        for event in journal.read(events)[before:]:
+            if event["event"] == "message-answered":
+                found.setdefault(event["task"], []).append(event["process-seconds"])
+        return found
+
+    with (
+        _running(server, folder, "listening on"),
+        _running(["node", *address, *node, "--state", str(folder / "node")], folder, "started for the server"),
+    ):
+        yield run
 
 
 def _fedlora(words: list[str], folder: Path, name: str):
