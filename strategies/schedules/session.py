@@ -109,7 +109,14 @@ class Session:
         Raises:
             RunError: fewer clients than `federation.min-clients` connected.
             StrategyError: the strategy cannot serve these clients, or nobody could evaluate what it learns.
+            ConfigError: the engine cannot do what the configuration asks for.
         """
+        if config.federation.traces != "equal" and not clock.is_virtual(grid):
+            raise ConfigError(
+                f"federation.traces = {config.federation.traces}: only the local engine on one device has a virtual "
+                "clock, and here clients take the time that they need; leave it out, or run without --server, "
+                "--devices and --engine flower"
+            )
         check_task(config)
         strategy = configured(config)
         with naming_others():
@@ -280,8 +287,8 @@ class Session:
     def overlap(self, rules: Rules) -> None:
         """Let rounds end by these rules, while clients of earlier ones still train.
 
-        In a run that is resumed, those that were training are asked again, each for the round and at the time at which
-        it was.
+        In a run that is resumed, those that were training are asked again, each for the round in which it was. On a
+        virtual clock each is asked at the time at which it was, and on this machine's clock now.
 
         Raises:
             RunError: what is needed to resume is not there.
@@ -292,9 +299,10 @@ class Session:
         if self.done == 0:
             return self._checkpoint(0)
         now, training = saved_flights(folder, self.done)
-        this = self._opened(self.done)
+        this, its_clock = self._opened(self.done), self.flights.clock
         assert isinstance(this, OverlappingRound)
         latest = self.state
+        its_clock.go(now)
         for client, number, asked in training:
             if client not in self.roster.infos:
                 continue
@@ -302,10 +310,12 @@ class Session:
                 found = saved_state.load(folder, self.record.key, number - 1)
                 assert found is not None
                 self.state = _as_configured(found[0], self.config)
-            self.flights.clock.go(asked)
-            this.depart(Flight(client, number, asked, self._for(number)))
+            if clock.is_virtual(self.grid):
+                its_clock.go(asked)
+            this.depart(Flight(client, number, its_clock.now(), self._for(number)))
             self.state = latest
-        self.flights.clock.go(now)
+        if clock.is_virtual(self.grid):
+            its_clock.go(now)
 
     def _opened(self, number: int) -> TrainRound:
         """A round before its first question, played from the present state."""

@@ -22,7 +22,7 @@ class Clock(Protocol):
         ...
 
     def go(self, to: float) -> None:
-        """Set a virtual time, as a resumed run does; this machine's own time goes its way."""
+        """Set the time, as a resumed run does."""
         ...
 
     def pause(self, seconds: float) -> None:
@@ -42,7 +42,7 @@ class WallClock:
         return time.monotonic() - self._began
 
     def go(self, to: float) -> None:
-        """Nothing: this machine's time goes its way."""
+        self._began = time.monotonic() - to
 
     def pause(self, seconds: float) -> None:
         time.sleep(seconds)

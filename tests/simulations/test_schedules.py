@@ -12,6 +12,7 @@ from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.common.errors import ConfigError, FedLoraError
 from fedlora.exchange import ClientUpdate
 from fedlora.simulations.engines.traces import Device, Traces, traces_of
+from fedlora.strategies.schedules.session import Session
 from fedlora.strategies.server.rebased import rebased
 from tests.device import run_bound
 from tests.federation import run_locally, tiny
@@ -144,6 +145,13 @@ def test_a_stale_change_is_applied_to_the_present_value_and_damped():
 def test_what_cannot_be_buffered_is_one_sentence(tmp_path, tiny_llama, keys, why):
     with pytest.raises(FedLoraError, match=why):
         run_locally(tiny(tmp_path, tiny_llama, federation__schedule="buffered", **(QUICK | keys)))
+
+
+def test_traces_are_refused_by_an_engine_without_a_virtual_clock(tmp_path, tiny_llama):
+    config = tiny(tmp_path, tiny_llama, federation__traces="lognormal")
+    without: Any = object()
+    with pytest.raises(ConfigError, match="only the local engine on one device has a virtual clock"):
+        Session.open(without, config, without, 0)
 
 
 def test_a_synchronous_round_waits_for_the_slowest_device(tmp_path, tiny_llama):

@@ -12,6 +12,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.common.errors import RunError
 from fedlora.strategies.server import flights as module
+from fedlora.strategies.server.clock import WallClock
 from fedlora.strategies.server.flights import Flight, Flights
 
 
@@ -132,3 +133,11 @@ def test_who_is_training_is_read_back_and_a_damaged_file_is_one_sentence(made, t
     (tmp_path / "training-4.json").write_text("{}")
     with pytest.raises(RunError, match=r"training-4.json: not readable .*; this run cannot continue"):
         module.saved(tmp_path, 4)
+
+
+def test_the_clock_of_a_resumed_run_goes_on_from_where_it_was():
+    clock = WallClock()
+    clock.go(5000.0)
+    first = clock.now()
+    clock.pause(0.01)
+    assert 5000.0 <= first < clock.now() < 5600.0
