@@ -15,26 +15,18 @@ import pytest
 from fedlora.common.processes import free_port
 from fedlora.deployment import certificates, connection, nodes
 from fedlora.deployment.flower_programs import config_table
-from fedlora.results import journal
-from fedlora.results.run_folder import folder_of
+from fedlora.results.run_folder import folder_of, is_taken
 from fedlora.simulations import run as simulation
 from tests.deployment.programs import answered, begun, kept_running, make_site, missing, until, words
+from tests.deployment.test_faults import events
 from tests.device import assert_same
 from tests.federation import tiny
 from tests.simulations.engines.test_local import saved_adapter
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(3600)]
 REGIONS = {"europe": [0, 1], "asia": [2, 3]}
-ROUNDS = 4
+ROUNDS = 5
 WAIT = 900.0  # seconds
-
-
-def events(folder: Path, kind: str, **facts) -> list[dict]:
-    return [
-        event
-        for event in journal.read(folder / journal.NAME)
-        if event["event"] == kind and all(event.get(name) == value for name, value in facts.items())
-    ]
 
 
 def answers(server: str, ca: Path) -> bool:
@@ -78,10 +70,15 @@ def test_a_run_through_edges_that_are_killed_is_the_run_of_those_it_counted(tmp_
         joins = f"fedlora node --server 127.0.0.1:{ports[name]} --ca {name}/ca.crt --key {name}/n{client}"
         return f"{joins} --partition-id {client} --state state/n{client}"
 
-    with (
-        ExitStack() as others,
-        kept_running("fedlora server --certs certs --port $PORT --state state/server", site, "server: listening on"),
-    ):
+    def started(command: str) -> subprocess.Popen:
+        with (folder / "run.out").open("a") as output:
+            return subprocess.Popen(
+                words(command, environment), cwd=folder, env=environment, stdout=output, stderr=output
+            )
+
+    serves = "fedlora server --certs certs --port $PORT --state state/server"
+    with ExitStack() as others:
+        root, roots, _ = others.enter_context(begun(serves, site, "server: listening on"))
         killable = {name: others.enter_context(begun(edge(name), site, "")) for name in REGIONS}
         keys = [folder / "certs" / f"{name}.pub" for name in REGIONS]
         nodes.register(keys, environment["SERVER"], folder / "certs" / "ca.crt")
@@ -90,9 +87,7 @@ def test_a_run_through_edges_that_are_killed_is_the_run_of_those_it_counted(tmp_
             until(lambda there=there, ca=ca: answers(there, ca), f"{name} listens", WAIT)
             nodes.register([folder / name / f"n{client}.pub" for client in clients], there, ca)
             killable |= {client: others.enter_context(begun(node(name, client), site, "")) for client in clients}
-        command = words("fedlora run run.toml --server $SERVER --ca certs/ca.crt", environment)
-        with (folder / "run.out").open("w") as output:
-            running = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
+        running = started("fedlora run run.toml --server $SERVER --ca certs/ca.crt")
         try:
             # a node of a region, in the middle of its training
             until(lambda: events(folder / "state" / "n1", "client-step", round=2), "client 1 trains in round 2", WAIT)
@@ -106,6 +101,16 @@ def test_a_run_through_edges_that_are_killed_is_the_run_of_those_it_counted(tmp_
             _, left = psutil.wait_procs(family, timeout=120)
             assert not left, "what a killed edge had started ends with it"
             others.enter_context(begun(edge("asia"), site, ""))
+            # the root's server, with the run and all else that belongs to it
+            until(lambda: events(folder / "state" / "n0", "client-step", round=4), "client 0 trains in round 4", WAIT)
+            roots += psutil.Process(root.pid).children(recursive=True)
+            os.kill(root.pid, signal.SIGKILL)
+            _, left = psutil.wait_procs(roots, timeout=120)
+            assert not left, "what a killed server had started ends with it"
+            assert running.wait(timeout=WAIT) == 1, (folder / "run.out").read_text()
+            until(lambda: not is_taken(run), "the run's own process ends too", WAIT)
+            others.enter_context(kept_running(serves, site, "server: listening on"))
+            running = started(f"fedlora run --resume {run} --server $SERVER --ca certs/ca.crt")
             assert running.wait(timeout=WAIT) == 0, (folder / "run.out").read_text()
         finally:
             running.kill()
@@ -116,7 +121,7 @@ def test_a_run_through_edges_that_are_killed_is_the_run_of_those_it_counted(tmp_
     assert counted[1] == {0, 1, 2, 3}
     assert counted[2] == {0, 2, 3}, "a node of a region that dies is one client that died"
     assert counted[3] >= {0, 2, 3}, "an edge that dies is asked again when it is back"
-    assert counted[4] == {0, 1, 2, 3}
+    assert counted[4] == counted[5] == {0, 1, 2, 3}, "edges come back to a server that was started anew"
     failures = {entry["round"]: entry["failures"] for entry in result["rounds"]}
     assert re.match("client 1 (failed|did not answer)", failures[2]["1"])
     assert {about["client-id"]: about["edges"] for about in result["clients"]} == {
