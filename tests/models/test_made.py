@@ -102,14 +102,14 @@ def test_each_image_is_moved_and_mirrored_by_itself():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["fashion-vit", pytest.param("fashion-mixer", marks=pytest.mark.nightly)])
-@torch.no_grad()
 def test_the_real_models_tell_the_classes_of_images_that_they_never_saw(name):
     """By the nearest mean of a class's features: the last layer of the training is not there any more."""
     model = AutoModel.from_pretrained(fetch(name), **({"add_pooling_layer": False} if name == "fashion-vit" else {}))
 
     def features(file: str, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         images, labels = read_idx(fetch("fashion-mnist") / file)
-        tokens = model(pixel_values=training.pixels(torch.from_numpy(images[rows].copy()))).last_hidden_state
+        with torch.no_grad():
+            tokens = model(pixel_values=training.pixels(torch.from_numpy(images[rows].copy()))).last_hidden_state
         return tokens[:, 0] if name == "fashion-vit" else tokens.mean(1), torch.tensor(labels[rows])
 
     found, labels = features("train-images-idx3-ubyte.gz", slice(30_000, 31_000))
