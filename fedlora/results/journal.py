@@ -111,6 +111,8 @@ def _flat(facts: dict[str, Any]) -> dict[str, Any]:
     if isinstance(entry, dict):
         counts = {"clients": len(entry["clients"]), "failures": len(entry["failures"])}
         single = {name: value for name, value in entry.items() if isinstance(value, int | float | str)}
+        if "time" in single:  # of the run's clock; a line's own time is that of this machine
+            single["round-time"] = single.pop("time")
         by = {"heldout-by": entry["heldout-by"]} if "heldout-by" in entry else {}
         return finite({**single, **counts, "heldout": entry.get("heldout"), **by, "seconds": entry["seconds"]})
     return finite(facts)

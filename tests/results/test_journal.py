@@ -2,6 +2,7 @@
 
 import json
 import logging
+from datetime import datetime
 
 from fedlora.common.events import emit
 from fedlora.results import journal
@@ -33,12 +34,14 @@ def test_steps_are_thinned_and_a_rounds_entry_fits_a_line(tmp_path):
         for step in range(1, 1001):
             emit("client-step", client_id=0, step=step, steps=1000, loss=1.0, round=1)
         entry = {"round": 1, "train-loss": 1.0, "clients": {0: {}, 1: {}}, "failures": {2: "x"}, "norms": {"m": 1.0}}
-        emit("round-end", entry=entry | {"seconds": {"round": 1.5}, "heldout": {"loss": 2.0}})
+        emit("round-end", entry=entry | {"time": 7.5, "seconds": {"round": 1.5}, "heldout": {"loss": 2.0}})
     steps = [event for event in journal.read(path) if event["event"] == "client-step"]
     assert 1 <= len(steps) < 10
     [end] = [event for event in journal.read(path) if event["event"] == "round-end"]
     assert (end["clients"], end["failures"], end["heldout"], end["round"]) == (2, 1, {"loss": 2.0}, 1)
     assert "norms" not in end
+    assert end["round-time"] == 7.5
+    assert datetime.fromisoformat(end["time"]).tzinfo, "the time of a run's own clock is another"
 
 
 def test_a_disk_that_takes_no_more_costs_lines_and_is_told_once(tmp_path, caplog):
