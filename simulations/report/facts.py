@@ -75,6 +75,12 @@ def warnings(comparison: Comparison, rankings: Sequence[Ranking]) -> list[str]:
         found.append("The code had changes that are in no commit.")
     if len({code.get("commit") for code in codes}) > 1:
         found.append("The cells are of several commits: " + ", ".join(str(code["commit"])[:10] for code in codes) + ".")
+    for name, bases in _bases(cells).items():
+        if len(bases) > 1:
+            found.append(
+                f"The cells on {name} began from {len(bases)} models with other weights (fingerprints "
+                f"{', '.join(bases)}), as when a packaged model was trained again meanwhile."
+            )
     devices = distinct(_device(cell) for cell in cells if cell.get("device"))
     if len(devices) > 1:
         found.append(f"The cells ran on several devices, so that their seconds do not compare: {'; '.join(devices)}.")
@@ -112,6 +118,16 @@ def origin(records: Sequence[Mapping[str, Any]]) -> Table:
         ],
     ]
     return Table("Versions, commit, device", ("", ""), tuple(rows), left=frozenset({0, 1}))
+
+
+def _bases(cells: Sequence[Cell]) -> dict[str, list[str]]:
+    """Model and quantization -> fingerprints of the base models on which its cells ran."""
+    found: dict[str, list[str]] = {}
+    for cell in cells:
+        keys = flat(cell.get("config", {}))
+        known = found.setdefault(f"{keys.get('model.name')} ({keys.get('model.quantization')})", [])
+        known += {run["base"] for run in cell.get("runs", ()) if "base" in run} - {*known}
+    return found
 
 
 def _by(configs: Sequence[tuple[Cell, Mapping[str, Any]]], key: str) -> str:

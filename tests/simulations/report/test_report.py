@@ -198,6 +198,11 @@ def test_an_unfinished_comparison_reports_what_is_there(tmp_path):
     cell = json.loads(dirty.read_text())
     cell["code"]["dirty"], cell["device"]["device"] = True, "cuda"
     dirty.write_text(json.dumps(cell))
+    for seed, base in enumerate(("one", "other")):
+        path = cell_path(tmp_path, "equal", "fedavg", 0.001, seed)
+        cell = json.loads(path.read_text())
+        cell["runs"][0]["base"] = base
+        path.write_text(json.dumps(cell))
     page = report.write(tmp_path).read_text(encoding="utf-8")
     assert "1 of 32 cells are missing" in page
     assert "28 of 32 cells are complete" in page
@@ -206,6 +211,7 @@ def test_an_unfinished_comparison_reports_what_is_there(tmp_path):
     assert "fedsa at 0.016, seed 0, failed: the loss of &lt;client 2&gt; is not finite" in page
     assert "changes that are in no commit" in page
     assert "several devices" in page
+    assert "began from 2 models with other weights" in page
 
 
 def test_a_grid_without_cells_is_a_page_too(tmp_path):
