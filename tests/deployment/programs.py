@@ -20,6 +20,7 @@ from flwr.clientapp import ClientApp
 from fedlora.clients.client_app import app as client_app
 from fedlora.common.processes import free_port
 from fedlora.config import Scalar
+from fedlora.deployment import connection
 from fedlora.deployment.flower_programs import config_table
 from fedlora.results.run_folder import folder_of
 from tests.federation import tiny
@@ -70,6 +71,22 @@ def called(command: str, site, timeout=600) -> subprocess.CompletedProcess[str]:
         timeout=timeout,
         check=False,
     )
+
+
+def started(command: str, site: Site, output: str) -> subprocess.Popen:
+    """A command in the background, whose output is appended to a file of the site."""
+    folder, environment = site
+    with (folder / output).open("a") as file:
+        return subprocess.Popen(words(command, environment), cwd=folder, env=environment, stdout=file, stderr=file)
+
+
+def listens(server: str, ca: Path) -> bool:
+    """Whether a server is there."""
+    try:
+        connection.check_server(server, ca)
+    except connection.NotThere:
+        return False
+    return True
 
 
 @contextmanager

@@ -4,20 +4,18 @@ import json
 import os
 import re
 import signal
-import subprocess
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import pytest
 
 from fedlora.common.processes import free_port
-from fedlora.deployment import certificates, connection, nodes
+from fedlora.deployment import certificates, nodes
 from fedlora.deployment.flower_programs import config_table
 from fedlora.results.run_folder import folder_of, is_taken
 from fedlora.simulations import run as simulation
-from tests.deployment.programs import answered, begun, kept_running, make_site, missing, until, words
+from tests.deployment.programs import answered, begun, kept_running, listens, make_site, missing, started, until
 from tests.deployment.test_faults import events
 from tests.device import assert_same
 from tests.federation import tiny
@@ -27,14 +25,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(3600)]
 REGIONS = {"europe": [0, 1], "asia": [2, 3]}
 ROUNDS = 5
 WAIT = 900.0  # seconds
-
-
-def answers(server: str, ca: Path) -> bool:
-    try:
-        connection.check_server(server, ca)
-    except connection.NotThere:
-        return False
-    return True
 
 
 def test_a_run_through_edges_that_are_killed_is_the_run_of_those_it_counted(tmp_path, tiny_llama):
@@ -70,12 +60,6 @@ def test_a_run_through_edges_that_are_killed_is_the_run_of_those_it_counted(tmp_
         joins = f"fedlora node --server 127.0.0.1:{ports[name]} --ca {name}/ca.crt --key {name}/n{client}"
         return f"{joins} --partition-id {client} --state state/n{client}"
 
-    def started(command: str) -> subprocess.Popen:
-        with (folder / "run.out").open("a") as output:
-            return subprocess.Popen(
-                words(command, environment), cwd=folder, env=environment, stdout=output, stderr=output
-            )
-
     serves = "fedlora server --certs certs --port $PORT --state state/server"
     with ExitStack() as others:
         root, roots, _ = others.enter_context(begun(serves, site, "server: listening on"))
@@ -84,10 +68,10 @@ def test_a_run_through_edges_that_are_killed_is_the_run_of_those_it_counted(tmp_
         nodes.register(keys, environment["SERVER"], folder / "certs" / "ca.crt")
         for name, clients in REGIONS.items():
             there, ca = f"127.0.0.1:{ports[name]}", folder / name / "ca.crt"
-            until(lambda there=there, ca=ca: answers(there, ca), f"{name} listens", WAIT)
+            until(lambda there=there, ca=ca: listens(there, ca), f"{name} listens", WAIT)
             nodes.register([folder / name / f"n{client}.pub" for client in clients], there, ca)
             killable |= {client: others.enter_context(begun(node(name, client), site, "")) for client in clients}
-        running = started("fedlora run run.toml --server $SERVER --ca certs/ca.crt")
+        running = started("fedlora run run.toml --server $SERVER --ca certs/ca.crt", site, "run.out")
         try:
             # a node of a region, in the middle of its training
             until(lambda: events(folder / "state" / "n1", "client-step", round=2), "client 1 trains in round 2", WAIT)
@@ -110,7 +94,7 @@ def test_a_run_through_edges_that_are_killed_is_the_run_of_those_it_counted(tmp_
             assert running.wait(timeout=WAIT) == 1, (folder / "run.out").read_text()
             until(lambda: not is_taken(run), "the run's own process ends too", WAIT)
             others.enter_context(kept_running(serves, site, "server: listening on"))
-            running = started(f"fedlora run --resume {run} --server $SERVER --ca certs/ca.crt")
+            running = started(f"fedlora run --resume {run} --server $SERVER --ca certs/ca.crt", site, "run.out")
             assert running.wait(timeout=WAIT) == 0, (folder / "run.out").read_text()
         finally:
             running.kill()

@@ -10,9 +10,11 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from fedlora.common.processes import free_port
+from fedlora.deployment import certificates, nodes
 from fedlora.deployment.flower_programs import config_table
 from fedlora.results.run_folder import folder_of, is_taken
-from tests.deployment.programs import begun, called, kept_running, make_site, until, words
+from tests.deployment.programs import begun, called, kept_running, listens, make_site, started, until
 from tests.deployment.test_faults import NODES, events, kill, node, superlink, worker_of
 from tests.federation import tiny
 
@@ -29,6 +31,13 @@ OPTIONS = {
 
 def entries(run: Path) -> list[dict]:
     return json.loads((run / "result.json").read_text())["rounds"] if (run / "result.json").is_file() else []
+
+
+def ends_with(process: subprocess.Popen, family: list[psutil.Process]) -> None:
+    """Kill a process; all that it started ends too."""
+    kill(psutil.Process(process.pid))
+    _, left = psutil.wait_procs(family, timeout=120)
+    assert not left
 
 
 @pytest.mark.parametrize("schedule", ROUNDS)
@@ -55,35 +64,42 @@ def test_what_is_killed_comes_back_and_no_update_counts_twice(tmp_path, tiny_lla
     )
     (folder / "run.toml").write_text(config_table(config), encoding="utf-8")
     run = folder_of(config)
-    assert called("fedlora certs certs --nodes north,south,west", site).returncode == 0
+    certificates.make(folder / "certs", nodes=["north", "south", "coast"])
+    certificates.make(folder / "coast", nodes=["west"])
+    port, below = free_port(), folder / "coast" / "ca.crt"
+    edge = (
+        f"fedlora edge --server $SERVER --ca certs/ca.crt --key certs/coast --clients 1 --certs coast --port {port} "
+        "--state state/coast"
+    )
+    west = (
+        f"fedlora node --server 127.0.0.1:{port} --ca coast/ca.crt --key coast/west --partition-id 2 --state state/west"
+    )
     state = {name: folder / "state" / name for name in NODES}
 
     def trains(name: str) -> bool:
         """Whether a node is in the middle of a training that it began after this question was first put."""
         return len(events(state[name], "client-step")) > steps.setdefault(name, len(events(state[name], "client-step")))
 
-    def started(command: str) -> subprocess.Popen:
-        with (folder / "run.out").open("a") as output:
-            return subprocess.Popen(
-                words(command, environment), cwd=folder, env=environment, stdout=output, stderr=output
-            )
-
     steps: dict[str, int] = {}
     with ExitStack() as others:
         server, family, _ = others.enter_context(begun(SERVES, site, "server: listening on"))
-        keys = " ".join(f"certs/{name}.pub" for name in NODES)
-        assert called(f"fedlora register {keys} --server $SERVER --ca certs/ca.crt", site).returncode == 0
+        keys = [folder / "certs" / f"{name}.pub" for name in ("north", "south", "coast")]
+        nodes.register(keys, environment["SERVER"], folder / "certs" / "ca.crt")
         for person, name in enumerate(NODES[:2]):
             others.enter_context(begun(node(person, name), site, "node: started for the server"))
-        doomed, its, _ = others.enter_context(begun(node(2, "west"), site, "node: started for the server"))
-        running = started("fedlora run run.toml --server $SERVER --ca certs/ca.crt")
+        region, _, _ = others.enter_context(begun(edge, site, ""))
+        until(lambda: listens(f"127.0.0.1:{port}", below), "the edge listens", WAIT)
+        nodes.register([folder / "coast" / "west.pub"], f"127.0.0.1:{port}", below)
+        doomed, its, _ = others.enter_context(begun(west, site, "node: started for the server"))
+        running = started("fedlora run run.toml --server $SERVER --ca certs/ca.crt", site, "run.out")
         try:
             until(lambda: trains("west"), "west trains", WAIT)
-            orphan = worker_of(state["west"])
-            kill(psutil.Process(doomed.pid))
-            _, left = psutil.wait_procs([orphan, *its], timeout=60)
-            assert not left, "what a killed node had started, its worker too, ends with it"
-            others.enter_context(begun(node(2, "west"), site, "node: started for the server"))
+            ends_with(doomed, [worker_of(state["west"]), *its])
+            others.enter_context(begun(west, site, "node: started for the server"))
+            steps.clear()
+            until(lambda: trains("west"), "west trains again", WAIT)
+            ends_with(region, psutil.Process(region.pid).children(recursive=True))
+            others.enter_context(begun(edge, site, ""))
             until(lambda: trains("north"), "north trains", WAIT)
             kill(worker_of(state["north"]))
             until(lambda: trains("south"), "south trains", WAIT)
@@ -93,16 +109,13 @@ def test_what_is_killed_comes_back_and_no_update_counts_twice(tmp_path, tiny_lla
             # the server and all that belongs to it, while clients train
             steps.clear()
             until(lambda: any(trains(name) for name in NODES), "somebody trains", WAIT)
-            family += psutil.Process(server.pid).children(recursive=True)
-            kill(psutil.Process(server.pid))
-            _, left = psutil.wait_procs(family, timeout=120)
-            assert not left, "all that a killed server had started ends with it"
+            ends_with(server, [*family, *psutil.Process(server.pid).children(recursive=True)])
             assert running.wait(timeout=WAIT) == 1, (folder / "run.out").read_text()
             until(lambda: not is_taken(run), "the run's own process ends too", WAIT)
             before = entries(run)
             assert 0 < len(before) < ROUNDS[schedule]
             others.enter_context(kept_running(SERVES, site, "server: listening on"))
-            running = started(f"fedlora run --resume {run} --server $SERVER --ca certs/ca.crt")
+            running = started(f"fedlora run --resume {run} --server $SERVER --ca certs/ca.crt", site, "run.out")
             assert running.wait(timeout=WAIT) == 0, (folder / "run.out").read_text()
         finally:
             running.kill()
