@@ -19,8 +19,11 @@ from fedlora.tasks.registry import check_task
 
 from ..clients.optimizers.registry import check as check_optimizer
 from ..clients.training.private import check_optimizer as check_passes
+from ..strategies.checks.clients import check_evaluation, check_places, simulated
+from ..strategies.checks.privacy import check_private
+from ..strategies.configured import configured
 from ..strategies.initializers.registry import initializer
-from ..strategies.registry import check_evaluation, check_places, check_private, configured, naming_others, simulated
+from ..strategies.registry import naming_others
 from ..strategies.schedules.registry import SCHEDULES
 from ..strategies.server import overlapping
 

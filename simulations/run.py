@@ -125,7 +125,7 @@ def run(
             settings = _resumed(resume, config, flatten(keys or {}), objects)
         settings = stamp(settings)
         _refuse_elsewhere(settings, engine, devices, at_once)
-        from ..strategies.registry import check_ranks
+        from ..strategies.configured import check_ranks
 
         check_ranks(settings)
         with _listening(listen, progress):

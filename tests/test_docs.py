@@ -14,7 +14,7 @@ import pytest
 from fedlora.clients.node.rules import check_plugins
 from fedlora.common.errors import ConfigError
 from fedlora.config import Scalar, describe, find_preset, load, parse, parse_overrides
-from fedlora.strategies.registry import check_ranks
+from fedlora.strategies.configured import check_ranks
 from tests.federation import run_locally, tiny, write_labels
 
 ROOT = Path(__file__).resolve().parent.parent

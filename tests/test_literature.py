@@ -11,8 +11,9 @@ from fedlora.adapters.kinds.registry import KINDS
 from fedlora.clients.optimizers.registry import OPTIMIZERS
 from fedlora.config import parse
 from fedlora.strategies.allocations.registry import ALLOCATIONS
+from fedlora.strategies.configured import configured
 from fedlora.strategies.initializers.registry import INITIALIZERS
-from fedlora.strategies.registry import STRATEGIES, configured
+from fedlora.strategies.registry import STRATEGIES
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "literature.md").read_text(encoding="utf-8")
 ROWS = [

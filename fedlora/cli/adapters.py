@@ -251,7 +251,7 @@ def _personal(source: Source, client: ClientInfo) -> AdapterState:
     from fedlora.clients.node import own_state  # pyright: ignore[reportMissingImports]
     from fedlora.models.adapted import in_factors
     from fedlora.simulations import personal  # pyright: ignore[reportMissingImports]
-    from fedlora.strategies import registry  # pyright: ignore[reportMissingImports]
+    from fedlora.strategies.configured import configured  # pyright: ignore[reportMissingImports]
     from fedlora.strategies.server import saved_state  # pyright: ignore[reportMissingImports]
 
     key = source.result.get("key", "")
@@ -259,7 +259,7 @@ def _personal(source: Source, client: ClientInfo) -> AdapterState:
     if saved is None:
         raise AdapterError(f"{source.run}: no folder state/ with the shared factors here; give the run's own folder")
     folder = own_state.folder_of(source.run / "clients", key, client.client_id)
-    own = personal.model(registry.configured(source.config), saved[0], client, folder)
+    own = personal.model(configured(source.config), saved[0], client, folder)
     if own is None:
         raise NoFactors(
             f"client {client.client_id}: no personal factors in {folder}; the client never trained, or has them on its "

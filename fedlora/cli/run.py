@@ -181,7 +181,7 @@ def _check_names(settings: configuration.Config, *, here: bool) -> None:
     if here or not is_own(settings.model):
         check_task(settings)
     if here:
-        from fedlora.strategies.registry import check_ranks  # pyright: ignore[reportMissingImports]
+        from fedlora.strategies.configured import check_ranks  # pyright: ignore[reportMissingImports]
 
         check_ranks(settings)
 

@@ -31,8 +31,9 @@ from fedlora.tasks.scores import Predictions, scores
 
 from ...clients.node import own_state
 from ...strategies.allocations.registry import Ranks
+from ...strategies.checks.clients import simulated
+from ...strategies.configured import configured
 from ...strategies.initializers.uniform import seeded
-from ...strategies.registry import configured, simulated
 from ...strategies.server import saved_state
 from .. import personal
 from .. import run as simulation

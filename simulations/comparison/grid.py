@@ -14,7 +14,7 @@ from fedlora.config import Config, Scalar, client_rank, clients_per_round, flatt
 from fedlora.tasks.by_value import plain
 from fedlora.tasks.registry import check_task
 
-from ...strategies.registry import check_ranks, configured
+from ...strategies.configured import check_ranks, configured
 from .ranking import lower_is_better
 
 SCHEMA = 1  # version of the files of a comparison

@@ -8,7 +8,7 @@ from fedlora.common.registry import Registry
 from fedlora.config import Config
 from fedlora.results.record import RunRecord
 
-from ..registry import configured
+from ..configured import configured
 from ..server import overlapping
 from .session import Session
 

@@ -32,23 +32,16 @@ from fedlora.tasks.registry import check_task, task_of
 
 from ..allocations.registry import Ranks
 from ..base import ServerState, Strategy
+from ..checks.clients import check, check_evaluation, check_places
+from ..checks.privacy import check_private, multiplies_noise, releases
+from ..checks.sums import check_summed_ranks
+from ..configured import configured
 from ..initializers.allocated import Allocated
 from ..initializers.base import Initializer
 from ..initializers.from_weights import Bound, FromWeights
 from ..initializers.registry import initializer
 from ..initializers.uniform import seeded
-from ..registry import (
-    NAMES,
-    check,
-    check_evaluation,
-    check_places,
-    check_private,
-    check_summed_ranks,
-    configured,
-    multiplies_noise,
-    naming_others,
-    releases,
-)
+from ..registry import NAMES, naming_others
 from ..server import clock, guard, privacy, returned, saved_state
 from ..server.classes import out_of_order
 from ..server.collect import TrainRound, evaluate_on_clients

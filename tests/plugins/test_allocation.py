@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedlora.common.errors import ConfigError, RunError
-from fedlora.strategies.registry import check_ranks
+from fedlora.strategies.configured import check_ranks
 from fedlora.strategies.server import saved_state
 from tests.federation import run_locally, tiny
 from tests.plugins.module import assert_flower_gives_the_same, write_module

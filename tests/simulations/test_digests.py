@@ -21,7 +21,8 @@ from fedlora.results.run_folder import folder_of, resumed
 from fedlora.simulations import run as simulation
 from fedlora.simulations.engines import flower
 from fedlora.strategies import load
-from fedlora.strategies.registry import NAMES, check_ranks
+from fedlora.strategies.configured import check_ranks
+from fedlora.strategies.registry import NAMES
 from tests.device import cpu_only
 from tests.federation import tiny, write_labels
 from tests.simulations.test_resume import amid_round, die, forget

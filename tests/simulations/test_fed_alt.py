@@ -20,7 +20,7 @@ from fedlora.simulations import personal
 from fedlora.simulations.comparison import cell as cells
 from fedlora.simulations.engines import flower
 from fedlora.strategies.base import ServerState
-from fedlora.strategies.registry import configured
+from fedlora.strategies.configured import configured
 from fedlora.strategies.server import saved_state
 from fedlora.tasks.predict import evaluate
 from tests.device import bound

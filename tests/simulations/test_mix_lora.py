@@ -13,7 +13,7 @@ from fedlora.adapters.kinds.registry import KINDS
 from fedlora.common.errors import AdapterError, StrategyError
 from fedlora.models import adapted, peft_files
 from fedlora.simulations.run import Result
-from fedlora.strategies.registry import check_ranks
+from fedlora.strategies.configured import check_ranks
 from fedlora.strategies.server import saved_state
 from tests.device import bound
 from tests.federation import run_locally, tiny, write_labels

@@ -26,10 +26,10 @@ from fedlora.common import given
 from fedlora.common.errors import ConfigError, DataError, FedLoraError, ModelError, RunError, StrategyError
 from fedlora.models import fingerprint
 from fedlora.models.base.read import quiet
+from fedlora.strategies.configured import configured
 from fedlora.strategies.methods.fedavg_zeropad import FedAvgZeropad
 from fedlora.strategies.methods.flora import Flora
 from fedlora.strategies.methods.hetlora import HetLora
-from fedlora.strategies.registry import configured
 from tests.device import ON_CPU, assert_same, run_bound
 from tests.federation import tiny, write_labels, write_rows
 

@@ -22,7 +22,8 @@ from fedlora.exchange.stages import Stage
 from fedlora.results.run_folder import folder_of
 from fedlora.simulations import run as simulation
 from fedlora.simulations.engines import flower
-from fedlora.strategies.registry import NAMES, STRATEGIES, configured
+from fedlora.strategies.configured import configured
+from fedlora.strategies.registry import NAMES, STRATEGIES
 from tests.device import assert_same, run_bound
 from tests.federation import run_locally, tensors_of, tiny
 from tests.simulations.engines import test_lost_messages as lost

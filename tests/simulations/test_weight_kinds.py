@@ -25,7 +25,7 @@ from fedlora.models.base.read import quiet
 from fedlora.models.weights import weight_of
 from fedlora.results.run_folder import folder_of
 from fedlora.simulations.engines import flower
-from fedlora.strategies.registry import check_ranks
+from fedlora.strategies.configured import check_ranks
 from fedlora.strategies.schedules import session
 from fedlora.strategies.server import saved_state
 from tests.device import bound

@@ -10,10 +10,10 @@ import pytest
 from fedlora.common.errors import ConfigError, StrategyError
 from fedlora.config import Scalar, parse
 from fedlora.exchange import ClientInfo
+from fedlora.strategies.configured import configured
 from fedlora.strategies.methods.fedavg import FedAvg
 from fedlora.strategies.methods.flexlora import FlexLora
 from fedlora.strategies.methods.flora import Flora
-from fedlora.strategies.registry import configured
 from fedlora.strategies.wrappers.restart import Restart
 from fedlora.strategies.wrappers.robust import Robust
 from fedlora.strategies.wrappers.server_optimizer import ServerOptimizer

@@ -17,7 +17,7 @@ from fedlora.config import Config
 from fedlora.data import LazyExamples, batch_at, encode, prepare
 from fedlora.models import adapted, fresh_head, load_base
 from fedlora.models.weights import weight_of
-from fedlora.strategies.registry import configured
+from fedlora.strategies.configured import configured
 from fedlora.strategies.server import saved_state
 from fedlora.tasks.checked import mean_loss
 from fedlora.tasks.predict import evaluate

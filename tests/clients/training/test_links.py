@@ -14,7 +14,7 @@ from fedlora.clients.training.schedule import lr_factor, warmup_of
 from fedlora.common.errors import StrategyError
 from fedlora.config import TrainConfig
 from fedlora.exchange import Plan
-from fedlora.strategies.registry import configured
+from fedlora.strategies.configured import configured
 from tests.federation import run_locally, tiny
 
 RATES: list[float] = []

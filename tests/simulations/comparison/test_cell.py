@@ -18,8 +18,8 @@ from fedlora.data import encode, prepare
 from fedlora.models import adapted, load_base
 from fedlora.simulations.comparison import cell as cells
 from fedlora.simulations.comparison.grid import Grid, load
+from fedlora.strategies.checks.clients import simulated
 from fedlora.strategies.initializers.uniform import seeded
-from fedlora.strategies.registry import simulated
 from fedlora.tasks.classification import Classification
 from fedlora.tasks.predict import evaluate
 from fedlora.tasks.registry import task_of

@@ -18,7 +18,9 @@ from fedlora.exchange import Broadcast, ClientUpdate, parts, summed, wire
 from fedlora.exchange.heads import HEAD
 from fedlora.results.run_folder import folder_of
 from fedlora.simulations.engines import local
-from fedlora.strategies.registry import check_summed_ranks, configured, simulated
+from fedlora.strategies.checks.clients import simulated
+from fedlora.strategies.checks.sums import check_summed_ranks
+from fedlora.strategies.configured import configured
 from fedlora.strategies.server.region import Region
 from fedlora.strategies.server.summing import add_up
 from fedlora.strategies.server_app import app as server_app

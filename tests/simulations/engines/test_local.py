@@ -20,7 +20,7 @@ from fedlora.models import adapted, load_base
 from fedlora.results.run_folder import folder_of
 from fedlora.simulations import run as simulation
 from fedlora.simulations.engines import local
-from fedlora.strategies.registry import configured
+from fedlora.strategies.configured import configured
 from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.predict import evaluate
 from tests.device import bound, on_device, run_bound

@@ -14,7 +14,7 @@ from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies.allocations.eva import EvaRanks
 from fedlora.strategies.allocations.gelora import GeLora
 from fedlora.strategies.allocations.selection import Diffora, Flexora
-from fedlora.strategies.registry import check_ranks
+from fedlora.strategies.configured import check_ranks
 from fedlora.strategies.server import saved_state
 from tests.federation import run_locally, tiny
 from tests.simulations.engines.test_local import apart, saved_adapter

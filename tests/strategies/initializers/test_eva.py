@@ -13,8 +13,8 @@ from fedlora.common.errors import ConfigError, StrategyError
 from fedlora.config import LoraConfig, TrainConfig
 from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.models import adapted
+from fedlora.strategies.configured import check_ranks
 from fedlora.strategies.initializers.eva import Eva
-from fedlora.strategies.registry import check_ranks
 from fedlora.strategies.server import saved_state
 from tests.clients.statistics.test_gradients import examples
 from tests.device import model_config

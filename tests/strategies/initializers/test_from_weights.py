@@ -9,6 +9,7 @@ import torch
 
 from fedlora.adapters import AdapterState, LoraFactors, delta, initial
 from fedlora.common.errors import ConfigError, StrategyError
+from fedlora.strategies.configured import check_ranks
 from fedlora.strategies.initializers.comp_lora import CompLora
 from fedlora.strategies.initializers.from_weights import Bound
 from fedlora.strategies.initializers.loldu import Loldu
@@ -16,7 +17,6 @@ from fedlora.strategies.initializers.lora_xs import LoraXs
 from fedlora.strategies.initializers.olora import OLora
 from fedlora.strategies.initializers.orthogonal import Orthogonal
 from fedlora.strategies.initializers.pissa import Pissa
-from fedlora.strategies.registry import check_ranks
 from fedlora.strategies.server import saved_state
 from tests.federation import run_locally, tiny
 
@@ -173,7 +173,7 @@ def test_comp_lora_never_touches_the_leading_directions(tmp_path, tiny_llama, st
     folder, result = run_locally(config)
     saved = saved_state.load(folder / "state", result["key"])
     assert saved is not None
-    from fedlora.strategies.registry import configured
+    from fedlora.strategies.configured import configured
 
     learned = configured(config).global_adapter(saved[0]).lora
     model = adapted.adapted_model(config.model, config.lora)

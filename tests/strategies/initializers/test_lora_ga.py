@@ -8,8 +8,8 @@ import torch
 from fedlora.adapters import AdapterState, LoraFactors, delta, initial
 from fedlora.common.errors import ConfigError, StrategyError
 from fedlora.exchange import ClientUpdate
+from fedlora.strategies.configured import check_ranks
 from fedlora.strategies.initializers.lora_ga import LoraGa
-from fedlora.strategies.registry import check_ranks
 from tests.federation import run_locally, tiny
 
 SHAPES = {"wide": (9, 14), "tall": (15, 8)}

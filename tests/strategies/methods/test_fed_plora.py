@@ -12,8 +12,8 @@ from fedlora.config import Scalar, parse
 from fedlora.exchange import ClientInfo
 from fedlora.strategies import load
 from fedlora.strategies.base import ServerState
+from fedlora.strategies.configured import configured
 from fedlora.strategies.methods.fed_plora import FedPLora, turn_of
-from fedlora.strategies.registry import configured
 from fedlora.strategies.wrappers.restart import Restart
 from tests.naive.clients import SHAPES, HeldBase, Run, dense_deltas, start, train
 

@@ -14,7 +14,7 @@ from fedlora.common.errors import StrategyError
 from fedlora.config import LoraConfig
 from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies import load
-from fedlora.strategies.registry import check
+from fedlora.strategies.checks.clients import check
 from tests.naive import fedavg as naive
 from tests.naive.clients import start, train
 from tests.naive.dense import Part

@@ -16,8 +16,8 @@ from fedlora.common.errors import StrategyError
 from fedlora.config import Scalar, parse
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 from fedlora.strategies.base import ServerState, Strategy
+from fedlora.strategies.configured import configured
 from fedlora.strategies.methods.flexlora import FlexLora
-from fedlora.strategies.registry import configured
 from tests.naive import dense as naive
 from tests.naive.clients import SHAPES, HeldBase, Run, dense_deltas, start, train
 from tests.naive.drawn import before, replies, updates_of

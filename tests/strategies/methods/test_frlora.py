@@ -10,8 +10,8 @@ from fedlora.common.errors import StrategyError
 from fedlora.config import parse
 from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies.base import ServerState
+from fedlora.strategies.configured import check_ranks, configured
 from fedlora.strategies.methods.frlora import FrLora
-from fedlora.strategies.registry import check_ranks, configured
 from fedlora.strategies.wrappers.robust import Robust
 from tests.naive.clients import SHAPES, HeldBase, Run, dense_deltas, start, started, train, weight
 from tests.naive.dense import Part

@@ -14,8 +14,8 @@ from fedlora.config import parse
 from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies import load
 from fedlora.strategies.base import ServerState
+from fedlora.strategies.configured import configured
 from fedlora.strategies.methods.lora_a2 import chosen
-from fedlora.strategies.registry import configured
 from fedlora.strategies.wrappers.restart import Restart
 from fedlora.strategies.wrappers.robust import Robust
 from tests.naive.clients import SHAPES, HeldBase, dense_deltas, start, train

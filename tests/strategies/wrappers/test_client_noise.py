@@ -23,7 +23,8 @@ from fedlora.simulations import report
 from fedlora.simulations.checks import check
 from fedlora.strategies import load
 from fedlora.strategies.base import ServerState, Strategy
-from fedlora.strategies.registry import NAMES, STRATEGIES, configured
+from fedlora.strategies.configured import configured
+from fedlora.strategies.registry import NAMES, STRATEGIES
 from fedlora.strategies.server.collect import TrainRound
 from fedlora.strategies.wrappers.client_noise import MEMORY, ClientNoise, change_of, length_of
 from fedlora.strategies.wrappers.sampled_layers import SampledLayers

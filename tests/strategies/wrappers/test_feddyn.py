@@ -15,9 +15,9 @@ from fedlora.config import parse
 from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.models.trainable import Pair
 from fedlora.strategies.base import Strategy
+from fedlora.strategies.configured import check_ranks, configured
 from fedlora.strategies.methods.fedsb import FedSb
 from fedlora.strategies.methods.ffa import Ffa
-from fedlora.strategies.registry import check_ranks, configured
 from fedlora.strategies.wrappers.feddyn import FedDyn
 from tests.naive.quadratics import optimum, quadratics
 

@@ -18,7 +18,7 @@ from fedlora.config import parse
 from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies import load
 from fedlora.strategies.base import ServerState, Strategy
-from fedlora.strategies.registry import configured
+from fedlora.strategies.configured import configured
 from fedlora.strategies.wrappers import product_noise
 from fedlora.strategies.wrappers.client_noise import MEMORY
 from fedlora.strategies.wrappers.product_noise import ProductNoise

@@ -11,7 +11,8 @@ from fedlora.common.errors import StrategyError
 from fedlora.config import parse
 from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies.base import ServerState, Strategy
-from fedlora.strategies.registry import check_evaluation, check_ranks, configured
+from fedlora.strategies.checks.clients import check_evaluation
+from fedlora.strategies.configured import check_ranks, configured
 from fedlora.strategies.wrappers.rest_of_world import RestOfWorld
 from tests.naive.fedalt import mean_of_others
 

@@ -12,7 +12,7 @@ from fedlora.common.errors import StrategyError
 from fedlora.config import parse
 from fedlora.exchange import ClientUpdate
 from fedlora.strategies.base import ServerState, Strategy
-from fedlora.strategies.registry import configured
+from fedlora.strategies.configured import configured
 from fedlora.strategies.wrappers.routed import Routed
 
 SHAPES = {"m.mixlora_A": (4, 2, 5), "m.mixlora_B": (4, 6, 2), "m.mixlora_R": (4, 5), "m.mixlora_N": (4, 1)}

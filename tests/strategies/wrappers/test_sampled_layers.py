@@ -12,7 +12,7 @@ from fedlora.adapters.algebra import compress
 from fedlora.common.errors import StrategyError
 from fedlora.exchange import ClientInfo
 from fedlora.strategies import load
-from fedlora.strategies.registry import check_ranks
+from fedlora.strategies.configured import check_ranks
 from fedlora.strategies.wrappers.sampled_layers import SampledLayers, sampled
 from tests.federation import run_locally, tiny
 from tests.naive.clients import Run, dense_deltas, start, started, train

@@ -18,9 +18,9 @@ from fedlora.config import parse
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, wire
 from fedlora.models.trainable import Pair
 from fedlora.strategies.base import Strategy
+from fedlora.strategies.configured import check_ranks, configured
 from fedlora.strategies.methods.fedsb import FedSb
 from fedlora.strategies.methods.ffa import Ffa
-from fedlora.strategies.registry import check_ranks, configured
 from fedlora.strategies.wrappers.scaffold import Scaffold
 from tests.naive.quadratics import optimum, quadratics
 from tests.naive.scaffold import scaffold

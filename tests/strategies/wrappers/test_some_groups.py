@@ -15,7 +15,9 @@ from fedlora.common.errors import StrategyError
 from fedlora.config import parse
 from fedlora.exchange import ClientInfo, ClientUpdate
 from fedlora.strategies.base import ServerState, Strategy
-from fedlora.strategies.registry import check_ranks, check_summed_ranks, configured, simulated
+from fedlora.strategies.checks.clients import simulated
+from fedlora.strategies.checks.sums import check_summed_ranks
+from fedlora.strategies.configured import check_ranks, configured
 from fedlora.strategies.wrappers.some_groups import SomeGroups, chosen
 from tests.naive.ravan import mean_of_heads
 

@@ -1,0 +1,1 @@
+"""What a strategy cannot do in a run, said before the run begins."""
