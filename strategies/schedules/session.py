@@ -52,6 +52,7 @@ from ..server.flights import saved as saved_flights
 from ..server.overlapping import OverlappingRound, Rules
 from ..server.returned import NotFiniteError
 from ..server.roster import Meeting, Roster
+from ..server.sampling import drawn
 from ..server.secure import SecureRound
 from ..server.summing import SummingRound
 from ..server.sums import sketch_of, summed
@@ -342,8 +343,10 @@ class Session:
         """The clients that are asked as a round begins."""
         if isinstance(this, OverlappingRound):
             return this.pick(this.rules.at_once - (len(this.flights.open) if this.rules.refill else 0))
-        federation = self.config.federation
-        return sample(self._present, federation.fraction, self.config.run.seed, this.number)
+        count = clients_per_round(len(self._present), self.config.federation.fraction)
+        draw = random.Random(f"{self.config.run.seed}/{this.number}")
+        there, asleep = drawn(self._present, count, draw, this.awake)
+        return sorted(there or asleep)
 
     def _welcome(self, number: int) -> None:
         """Clients that came since the last round take part from this one, where the strategy can serve them too."""
@@ -564,19 +567,6 @@ def _classes(config: Config, evaluates: bool) -> tuple[str, ...] | None:
     """What the server calls the classes; None where it does not read its rows."""
     task = task_of(config.model)
     return task.class_names(prepare(config).rows, config.data) if task.classes and evaluates else None
-
-
-def sample(client_ids: Sequence[int], fraction: float, seed: int, number: int) -> list[int]:
-    """The clients of a round: at least one, drawn without replacement from (seed, round), in order of id.
-
-    Args:
-        client_ids: the clients, in order of id.
-        fraction: share of them.
-        seed: the run's seed.
-        number: the round.
-    """
-    count = clients_per_round(len(client_ids), fraction)
-    return sorted(random.Random(f"{seed}/{number}").sample(client_ids, count))
 
 
 def _chain(first: ClientUpdate, rest: Iterator[ClientUpdate]) -> Iterator[ClientUpdate]:

@@ -158,6 +158,10 @@ class TrainRound:
         """The number of clients that may count in this round."""
         return len(chosen)
 
+    def awake(self, client: int) -> bool:
+        """Whether a client's device is there now; see `clock.awake`."""
+        return clock.awake(self.grid, self.roster.nodes[client])
+
     def facts(self) -> dict[str, object]:
         """What the round's entry in the record has besides: the time, where it is a virtual one."""
         return {"time": clock.of(self.grid).now()} if clock.is_virtual(self.grid) else {}

@@ -15,11 +15,11 @@ from fedlora.exchange import ClientUpdate, wire
 
 from ..base import Strategy, trained_in_turn
 from ..wrappers.wrapper import innermost
-from . import clock
 from .answers import AwayError
 from .collect import TrainRound, adding
 from .flights import Flight, Flights
 from .rebased import rebased
+from .sampling import drawn
 
 
 @dataclass(frozen=True)
@@ -91,26 +91,6 @@ def check(strategy: Strategy, config: Config) -> None:
             raise StrategyError(f"{asked}: {why}")
 
 
-def in_random_order(clients: Sequence[int], first: int, draw: random.Random) -> Iterator[int]:
-    """All clients in a random order, which is drawn no further than it is asked for.
-
-    Args:
-        clients: each occurs once.
-        first: the first so many clients are `draw.sample(clients, first)`.
-        draw: the random numbers.
-    """
-    drawn = draw.sample(clients, min(max(0, first), len(clients)))
-    yield from drawn
-    seen = {*drawn}
-    while 2 * len(seen) < len(clients):
-        if (client := draw.choice(clients)) not in seen:
-            seen.add(client)
-            yield client
-    rest = [client for client in clients if client not in seen]
-    draw.shuffle(rest)
-    yield from rest
-
-
 @dataclass
 class OverlappingRound(TrainRound):
     """A round that ends by `rules`, with updates of clients that were asked in this round or in earlier ones.
@@ -129,12 +109,14 @@ class OverlappingRound(TrainRound):
     anew: bool = False
     staleness: dict[int, int] = field(default_factory=dict)
     _asked: int = 0
+    _at_once: int = 0
 
     def updates(self, chosen: Sequence[int]) -> Iterator[ClientUpdate]:
         """The updates of this round in the order of client ids, as if all had begun from the present state."""
         rules, flights = self.rules, self.flights
         self.began = flights.clock.now()
         self._ask(chosen)
+        self._at_once = rules.at_once if rules.refill else len(flights.open)
         waiting: dict[int, Callable[[], ClientUpdate]] = {}
         ends = self.began + rules.seconds
         least = max(1, self.config.federation.min_clients)
@@ -170,17 +152,11 @@ class OverlappingRound(TrainRound):
         again = f"/{self._asked}" if self._asked else ""
         self._asked += 1
         draw = random.Random(f"{self.config.run.seed}/{self.number}{again}")
-        there: list[int] = []
-        asleep: list[int] = []
-        for client in in_random_order(self.present, count, draw):
-            if len(there) >= count:
-                break
-            if client in self.flights.open or client in self.staleness or client in self.failures:
-                continue
-            if clock.awake(self.grid, self.roster.nodes[client]):
-                there.append(client)
-            elif len(asleep) < count:
-                asleep.append(client)
+
+        def free(client: int) -> bool:
+            return not (client in self.flights.open or client in self.staleness or client in self.failures)
+
+        there, asleep = drawn(self.present, count, draw, self.awake, free)
         return sorted(there if there or self.flights.open else asleep)
 
     def expected(self, chosen: Sequence[int]) -> int:
@@ -192,7 +168,7 @@ class OverlappingRound(TrainRound):
         return {
             "time": now,
             "staleness": dict(sorted(self.staleness.items())),
-            "at-once": self.rules.at_once,
+            "at-once": self._at_once,
             "training-seconds": sum(now - flight.asked for flight in self.flights.open.values()),
         }
 

@@ -18,7 +18,7 @@ from fedlora.results import record, run_folder
 from fedlora.results.journal import read
 from fedlora.results.status import status
 from fedlora.strategies.server import roster
-from fedlora.strategies.server.overlapping import in_random_order
+from fedlora.strategies.server.sampling import in_random_order
 from tests.federation import run_locally
 from tests.simulations.test_thousand import many
 

@@ -92,6 +92,7 @@ def test_a_round_with_a_deadline_ends_then_and_what_is_late_counts_in_the_next(t
         (tmp_path / late).mkdir()
         options = {"federation__schedule_options": f"seconds=2.5, late={late}"}
         _, result = run_locally(tiny(tmp_path / late, tiny_llama, **(QUICK | keys | options)))
+        assert {entry["at-once"] for entry in result["rounds"]} == {4}
         found[late] = [
             (e["time"], {int(c): s for c, s in e["staleness"].items()}, e["failures"]) for e in result["rounds"]
         ]
@@ -145,6 +146,28 @@ def test_a_stale_change_is_applied_to_the_present_value_and_damped():
 def test_what_cannot_be_buffered_is_one_sentence(tmp_path, tiny_llama, keys, why):
     with pytest.raises(FedLoraError, match=why):
         run_locally(tiny(tmp_path, tiny_llama, federation__schedule="buffered", **(QUICK | keys)))
+
+
+@dataclass(frozen=True)
+class LateRiser(Given):
+    """Client 3's device is there from the tenth second on."""
+
+    def awake(self, client: int, time: float) -> bool:
+        return client != 3 or time >= 10.0
+
+
+@pytest.mark.parametrize("schedule", ["synchronous", "buffered"])
+def test_devices_that_sleep_are_not_asked(tmp_path, tiny_llama, schedule):
+    keys = GIVEN | {
+        "federation__traces": f"{__name__}:LateRiser",
+        "federation__fraction": 0.5,
+        "federation__rounds": 12,
+        "federation__schedule": schedule,
+    }
+    _, result = run_locally(tiny(tmp_path, tiny_llama, **(QUICK | keys)))
+    asked = [about["asked"] for entry in result["rounds"] for c, about in entry["clients"].items() if c == "3"]
+    assert min(asked) >= 10.0
+    assert all(len(entry["clients"]) == 2 for entry in result["rounds"])
 
 
 def test_traces_are_refused_by_an_engine_without_a_virtual_clock(tmp_path, tiny_llama):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -21,9 +22,9 @@ _MOST_SHOWN = 30  # largest staleness that is drawn
 def idle_share(run: Mapping[str, Any]) -> float | None:
     """The share of the clients' time, over all that may train at once, in which no counted update was made.
 
-    It is `1 - sum of (answered - asked) / (clients at once * time)`, where the sum is over the updates that counted and
-    the trainings that go on at the end. Clients at once are those of the schedule; under the synchronous one, the most
-    that were asked in a round. A device that sleeps while it is asked counts as at work.
+    It is `1 - sum of (answered - asked) / sum of (clients at once * length)`. The former sum is over the updates that
+    counted and the trainings that go on at the end, the latter over the rounds. Clients at once are those of the
+    schedule, or those that trained as the round began. A device that sleeps while it is asked counts as at work.
 
     Args:
         run: content of result.json.
@@ -34,11 +35,14 @@ def idle_share(run: Mapping[str, Any]) -> float | None:
     rounds = [entry for entry in run.get("rounds", []) if "time" in entry]
     if not rounds or not rounds[-1]["time"]:
         return None
-    asked = [len(entry["clients"]) + len(entry.get("failures") or ()) for entry in rounds]
-    at_once = max(entry.get("at-once", count) for entry, count in zip(rounds, asked, strict=True))
+    times = [0.0, *(entry["time"] for entry in rounds)]
+    time = 0.0
+    for entry, (began, ended) in zip(rounds, pairwise(times), strict=True):
+        asked = len(entry["clients"]) + len(entry.get("failures") or ())
+        time += entry.get("at-once", asked) * (ended - began)
     answers = [client for entry in rounds for client in entry["clients"].values() if "answered" in client]
     worked = sum(client["answered"] - client["asked"] for client in answers)
-    return 1 - (worked + rounds[-1].get("training-seconds", 0.0)) / (at_once * rounds[-1]["time"])
+    return 1 - (worked + rounds[-1].get("training-seconds", 0.0)) / time
 
 
 def staleness(runs: Sequence[Mapping[str, Any]]) -> Counter[int]:
@@ -68,9 +72,11 @@ def _picture(name: str, found: Mapping[str, Sequence[Mapping[str, Any]]], styles
     figure, (left, right) = panels(2, 9.5, 0.3 * len(idle) + 2.6)
     places = range(len(idle))
     left.barh(places, list(idle.values()), 0.7, color=[styles[label].color for label in idle])
+    for place, share in zip(places, idle.values(), strict=True):
+        left.text(share + 0.01, place, f"{share:.0%}", va="center", fontsize=8)
     left.set_yticks(places, list(idle))
     left.set_ylim(len(idle) - 0.4, -0.6)
-    left.set_xlim(0, 1)
+    left.set_xlim(0, 1.1)
     left.xaxis.set_major_formatter(PercentFormatter(1.0))
     left.set_xlabel("idle share of the clients' time")
     left.grid(visible=False, axis="y")

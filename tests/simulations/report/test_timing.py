@@ -34,6 +34,12 @@ def test_trainings_that_go_on_and_clients_that_failed_are_counted():
     assert idle_share({"rounds": [failed]}) == pytest.approx(0.5)
 
 
+def test_each_round_counts_as_many_clients_as_it_had_at_once():
+    first = entry(1, 10.0, {"0": (0.0, 10.0)}, **{"at-once": 2})
+    second = entry(2, 15.0, {"1": (0.0, 15.0), "0": (10.0, 12.0)}, **{"at-once": 4, "training-seconds": 0.0})
+    assert idle_share({"rounds": [first, second]}) == pytest.approx(1 - (10 + 15 + 2) / (2 * 10 + 4 * 5))
+
+
 def test_a_run_without_a_virtual_clock_has_no_idle_share():
     untimed = {"round": 1, "clients": {"0": {}}, "failures": {}}
     assert idle_share({"rounds": [untimed]}) is None
