@@ -3,6 +3,7 @@
 Importing this package is cheap: torch, transformers and flwr load with the names and modules that use them.
 """
 
+import logging
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,12 @@ __all__ = [
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "strategies").is_dir():
     __path__.append(str(_root))
+
+# On CPUs with AVX512-BF16, bitsandbytes warns while it is imported that it found no faster code of the hub. Nothing is
+# missing that this package uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "kernels-community" not in record.getMessage()
+)
 
 # The public names, each with the module that is imported when the name is first used.
 _PLACES = {
