@@ -15,6 +15,7 @@ from fedlora.config import Config, DataConfig, ModelConfig
 from fedlora.data import Example
 
 from .scores import Predictions
+from .tokenizers import read_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,9 +133,7 @@ class Task(ABC):
 
     def read_processor(self, folder: Path) -> Any:
         """The tokenizer in a model's folder, or what else turns rows into the model's inputs."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return read_tokenizer(folder)
 
     @abstractmethod
     def auto_class(self) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 from fedlora.common.errors import DataError, ModelError
 
 from .by_image import read_image_processor
+from .tokenizers import read_tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,13 +58,13 @@ def read(folder: Path) -> ImageTextProcessor:
     """The image processor and the tokenizer in a model's folder.
 
     Raises:
-        ModelError: the tokenizer does not belong to the model, or cannot pad.
+        ModelError: the tokenizer has no words, does not belong to the model, or cannot pad.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     text, name = settings.text_config, type(settings).__name__
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = read_tokenizer(folder)
     if tokenizer.pad_token is None:
         raise ModelError(
             f"model.name: its {type(tokenizer).__name__} has no pad token, which prompts of different lengths need; "

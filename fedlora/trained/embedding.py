@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from fedlora.common.errors import ModelError
 from fedlora.models import resolve
 from fedlora.models.base.read import UNREADABLE, quiet
+from fedlora.tasks.tokenizers import read_tokenizer
 
 ENCODER = "minilm-l6"
 _AT_ONCE = 32  # texts per forward pass
@@ -31,7 +32,7 @@ def embed(texts: Sequence[str], encoder: str = ENCODER) -> Tensor:
     folder = resolve(encoder)
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = read_tokenizer(folder)
             model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
             means = [_means(model, tokenizer, texts[at : at + _AT_ONCE]) for at in range(0, len(texts), _AT_ONCE)]
     except UNREADABLE as error:
