@@ -196,8 +196,11 @@ def _tokenizer(config: ModelConfig, folder: Path) -> PreTrainedTokenizerBase:
         with read.quiet():
             tokenizer = task.read_processor(folder)
     except read.UNREADABLE as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"{config.name}: {folder} has no {task.processor} that can be read: {reason}") from error
+        reason = str(error).strip().split("\n")[0].split(". ")[0].removesuffix(".")[:300]  # often a list of all kinds
+        where = f"{config.name}: " * (config.name != str(folder)) + str(folder)
+        raise ModelError(
+            f"{where} has no {task.processor} that can be read ({reason}); use the files that were saved with the model"
+        ) from error
     if not reads_text(tokenizer):
         return tokenizer
     if tokenizer.pad_token is None:
