@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fedlora.common.errors import ModelError
 
 from .by_image import ByImage, read_image_processor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,13 @@ class ImageClassification(ByImage):
 
     def read_processor(self, folder: Path) -> Any:
         return read_image_processor(folder)
+
+    def check_architecture(self, name: str, settings: PreTrainedConfig) -> None:
+        if hasattr(settings, "vision_config") and hasattr(settings, "text_config"):
+            raise ModelError(
+                f"{name}: a {settings.model_type} model compares images with texts and has no classifier's head; set "
+                "model.task = 'image-text', or choose another model"
+            )
 
     def auto_class(self) -> Any:
         from transformers import AutoModelForImageClassification

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageClassification
 from fedlora.common.errors import ConfigError, ModelError
 from fedlora.config import Config, ModelConfig, parse
 from fedlora.data import encode, prepare
-from fedlora.models import load_base
+from fedlora.models import load_base, meta_model
 from fedlora.models.peft_files import read_adapter
 from fedlora.results.pictures import picture_text
 from fedlora.results.run_folder import folder_of
@@ -30,7 +30,7 @@ from fedlora.trained.export import find, write_adapter, write_merged
 from tests.device import run_bound
 from tests.federation import run_locally, tiny
 from tests.simulations.engines.test_local import apart, saved_adapter
-from tests.tiny import save_vit
+from tests.tiny import save_clip, save_vit
 
 
 def write_pictures(folder: Path, each: int = 40) -> Path:
@@ -246,6 +246,10 @@ def without_processor(folder: Path) -> Path:
     [
         (without_processor, "vit has no image processor that can be read"),
         (
+            lambda folder: processor_with(folder, image_processor_type="NoSuchProcessor"),
+            r"no image processor that can be read \(Unrecognized image processor in [^ ]+/vit\); use the files that",
+        ),
+        (
             lambda folder: processor_with(folder, size={"height": 32, "width": 32}),
             r"a first pass of \[3, 32, 32\], as its image processor makes images, fails .* use the processor that was",
         ),
@@ -268,6 +272,12 @@ def test_a_processor_that_does_not_fit_is_one_sentence(tmp_path, spoil, words):
 def test_a_model_of_texts_is_refused(tiny_bert):
     with pytest.raises(ModelError, match="transformers has no classifier of images of the kind Bert"):
         load_base(ModelConfig(name=str(tiny_bert), task="image-classification", quantization="none"))
+
+
+def test_a_model_of_images_and_texts_is_refused(tmp_path):
+    folder = save_clip(tmp_path / "clip")
+    with pytest.raises(ModelError, match=r"a clip model compares images with texts .* set model.task = 'image-text'"):
+        meta_model(ModelConfig(name=str(folder), task="image-classification", quantization="none"))
 
 
 @pytest.mark.slow
