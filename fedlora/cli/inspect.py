@@ -81,11 +81,14 @@ def data(
     settings = load(config, overrides)
     quiet()
     from fedlora.data import client_statistics, form_of, prepare
+    from fedlora.data.values import rows_by_value
     from fedlora.results.display import data_table
     from fedlora.tasks.registry import check_task
 
     task = check_task(settings)
     split = prepare(settings)
+    if settings.evaluate.by:
+        rows_by_value(split.heldout, settings.evaluate.by, settings.data)
     out.print(
         data_table(
             client_statistics(split, settings.data, task),

@@ -59,7 +59,7 @@ def texts_of(rows: Dataset, column: str, data: DataConfig) -> np.ndarray:
     if column not in rows.column_names:
         raise DataError(
             f"{data.source}: no column {column!r}, which evaluate.by names; the columns are "
-            f"{', '.join(map(repr, rows.column_names))}; set evaluate.by to one of them"
+            f"{', '.join(map(repr, rows.column_names))}; set evaluate.by to one of them, or to nothing"
         )
     cells: list[Any] = rows.select_columns([column])[:][column] if len(rows) else []
     empty = [at for at, cell in enumerate(cells) if cell is None or (isinstance(cell, str) and not cell.strip())]

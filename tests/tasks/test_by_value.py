@@ -174,9 +174,14 @@ def test_a_run_says_its_worst_and_best_value_and_ends_with_a_table(tmp_path, tin
     assert "held-out rows by domain, after round 1" in said
 
 
-def test_a_column_that_is_not_there_is_told_before_the_run(tmp_path, tiny_bert):
+def test_a_column_that_is_not_there_is_told_before_the_run(tmp_path, tiny_bert, command):
+    config = config_of(tmp_path, tiny_bert, evaluate__by="style")
+    (tmp_path / "run.toml").write_text("\n".join(f"{key} = {json.dumps(v)}" for key, v in config.to_flat().items()))
+    code, _, why = command("data", tmp_path / "run.toml")
+    assert code == 1
+    assert "no column 'style', which evaluate.by names" in " ".join(why.split())
     with pytest.raises(DataError, match=r"no column 'style', which evaluate\.by names"):
-        run_locally(config_of(tmp_path, tiny_bert, evaluate__by="style"))
+        run_locally(config)
     assert not (tmp_path / "runs").exists()
 
 
