@@ -25,6 +25,7 @@ from fedlora.models import BaseModel, at_hand, load_base, resolve, untie
 from fedlora.models.adapted import adapted_model, forget, install
 from fedlora.models.base.read import quiet
 from fedlora.models.intruders import BaseSpectra, without_intruders
+from fedlora.models.mixer import MlpMixerConfig
 from fedlora.models.peft_files import is_magnitude, save_checkpoint
 from fedlora.results.run_folder import stored
 from fedlora.results.runs import adapter_folder
@@ -215,6 +216,9 @@ def write_merged(
 
 def _write_card(folder: Path, card: Card) -> None:
     """Write README.md; it has a section on intruder dimensions if they were scaled."""
+    path = folder / "config.json"
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("model_type") == MlpMixerConfig.model_type:
+        card = replace(card, imports=MlpMixerConfig.__module__)
     text, found = render(card), card.facts.get("intruders")
     if found:
         text += (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from fedlora import config as configuration
 from fedlora.common.assets import hub_name, known
 from fedlora.config import Config
 from fedlora.results.record import cut_share
+from fedlora.tasks.base import Task
 from fedlora.tasks.registry import task_of
 
 
@@ -28,6 +29,7 @@ class Card:
         facts: facts about the export: `rank`, `client`, `ranks`, `relative-error`, `merged`.
         paper: citation of the strategy's paper, from the docstring of its class.
         name: name of the exported folder.
+        imports: a module that must be imported before transformers knows the model's kind; empty for most.
     """
 
     config: Config
@@ -36,6 +38,7 @@ class Card:
     facts: Mapping[str, Any]
     paper: str
     name: str
+    imports: str = ""
 
 
 def citation(docstring: str) -> str:
@@ -115,12 +118,16 @@ def _what(card: Card) -> str:
         lines.append(
             f"Of the weights that modules of the base share, these are separate: {', '.join(facts['untied'])}."
         )
+    own = f"import {card.imports}  # transformers does not know this kind of model by itself\n" if card.imports else ""
     if facts.get("merged"):
-        code = f'from transformers import {_auto(card)}\n\nmodel = {_auto(card)}.from_pretrained("{card.name}")'
+        code = f'{own}from transformers import {_auto(card)}\n\nmodel = {_auto(card)}.from_pretrained("{card.name}")'
     else:
         classes = _labels(card) if task_of(card.config.model).classes else ""
+        asset = known().get(card.config.model.name)
+        made = asset is not None and asset.archive == "made"
+        where = f"# in place of {base!r}: the folder that `fedlora fetch {base}` prints\n" if made else ""
         code = (
-            f"from peft import PeftModel\nfrom transformers import {_auto(card)}\n\n"
+            f"{own}from peft import PeftModel\nfrom transformers import {_auto(card)}\n\n{where}"
             f'base = {_auto(card)}.from_pretrained("{base}"{classes})\n'
             f'model = PeftModel.from_pretrained(base, "{card.name}")'
         )
@@ -162,6 +169,7 @@ def _training(card: Card) -> list[tuple[str, str]]:
     return [
         ("Base", f"{_weights(config.model.name)}, fingerprint {card.about.get('base', 'unknown')}"),
         ("Quantization of the base in training", config.model.quantization),
+        ("Task", ", ".join([config.model.task, *_options(task_of(config.model))])),
         ("Strategy", config.strategy.name + (f" ({card.paper})" if card.paper else "")),
         ("Strategy options", config.strategy.options or "defaults"),
         ("Clients", str(len(recorded) or config.federation.clients)),
@@ -175,6 +183,11 @@ def _training(card: Card) -> list[tuple[str, str]]:
         ("Optimizer", f"{config.train.optimizer}, lr {config.train.lr:g}, batch {config.train.batch_size}"),
         ("Seed", str(config.run.seed)),
     ]
+
+
+def _options(task: Task) -> list[str]:
+    """A task's options, such as the template of prompts, without the number of labels."""
+    return [f"{field.name} {getattr(task, field.name)!r}" for field in fields(task) if field.name != "labels"]
 
 
 def _metrics(card: Card) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +117,20 @@ def test_a_run_learns(tmp_path, mixer, pictures, quantization):
     found = read_adapter(folder / "adapter")
     assert {name.rsplit(".", 1)[-1] for name in found.lora} == {*LEAVES}
     assert all(factors.B.norm() > 0 for factors in found.lora.values())
+
+
+def test_the_code_in_an_exports_card_loads_it_in_a_fresh_process(tmp_path, mixer, pictures, command):
+    folder, _ = run_locally(config_of(tmp_path, mixer, pictures, federation__rounds=1))
+    code = "import torch\nimages = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)\n"
+    for name, option in (("adapter", []), ("merged", ["--merge"])):
+        assert command("export", folder, tmp_path / name, *option)[0] == 0
+        card = (tmp_path / name / "README.md").read_text()
+        code += card.split("```python\n")[1].split("```")[0] + "print(model.eval()(images).logits.tolist())\n"
+    (tmp_path / mixer.name).symlink_to(mixer)  # the card names a local base by the last part of its path
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    beside, merged = (torch.tensor(json.loads(line)) for line in done.stdout.splitlines())
+    assert torch.allclose(beside, merged, atol=1e-4)
+    assert "import fedlora.models.mixer" in code
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path, mixer, pictures):
