@@ -123,8 +123,8 @@ def run(
     quiet()
     federation = settings.federation
     out.print(
-        f"{settings.run.name}: {federation.clients} clients, {federation.rounds} rounds, {settings.strategy.name} on "
-        f"{settings.model.name} ({settings.model.quantization})",
+        f"{settings.run.name}: {federation.clients} clients, {federation.rounds} round{'s' * (federation.rounds > 1)}, "
+        f"{settings.strategy.name} on {settings.model.name} ({settings.model.quantization})",
         soft_wrap=True,
         markup=False,
     )

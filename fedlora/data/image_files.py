@@ -92,7 +92,7 @@ def _folder(path: Path) -> tuple[list[None], list[str], list[str]]:
             "subfolder for each of two or more classes"
         )
     if skipped:
-        _log.warning("%s: %d files and folders are no images and are left out", path, skipped)
+        _log.warning("%s: number of files and folders that are no images and are left out: %d", path, skipped)
     return [None] * len(found), [image for image, _ in found], [name for _, name in found]
 
 

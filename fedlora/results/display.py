@@ -35,6 +35,17 @@ _QUIET_SECONDS = 10.0  # after so long without output, a run prints a line about
 _MOST_ALIKE = 3  # largest number of clients that are shown with the same reason
 _NUMBER = re.compile(r"-?\d+")
 _MOST_CLIENTS = 40  # largest number of clients that fedlora status shows one by one
+# What columns of the table of rounds mean.
+_COLUMNS = MappingProxyType(
+    {
+        "loss": "loss, accuracy: on held-out rows.",
+        "train": "train: mean training loss of the clients.",
+        "error": "error: distance of the aggregate from the exact mean of the updates.",
+        "sketch": "sketch: what their sketched sum lost of it, estimated.",
+        "drift": "drift: 0 if all clients' updates are equal, 1 if they have nothing in common.",
+        "rank": "rank: effective rank of the mean update.",
+    }
+)
 
 
 class ConsoleLog(logging.Handler):
@@ -200,17 +211,14 @@ def result_table(folder: Path) -> Table:
                 "epsilon": _number(entry.get("privacy", {}).get("epsilon"))[:-2],
             }
         )
+    titles = [title for title in (rows[-1] if rows else ()) if any(row.get(title) for row in rows)]
     table = Table(
         title=f"{data['config']['strategy.name']} on {data['config']['model.name']}: {data['status']}",
-        caption="loss, accuracy: on held-out rows. train: mean training loss of the clients. error: distance of the "
-        "aggregate from the exact mean of the updates. sketch: what their sketched sum lost of it, estimated. drift: "
-        "0 if all clients' updates are equal, 1 if they have nothing in common. rank: effective rank of the mean "
-        "update.",
+        caption=" ".join(words for title, words in _COLUMNS.items() if title in titles),
         box=box.SIMPLE_HEAD,
         collapse_padding=True,  # ten columns fit a terminal of 80
         pad_edge=False,
     )
-    titles = [title for title in (rows[-1] if rows else ()) if any(row.get(title) for row in rows)]
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
