@@ -202,6 +202,6 @@ Fashion-MNIST (MIT licence), with captions made of the names of the classes and 
 
 The tokenizer knows the words of the captions alone; all others are one unknown token.
 
-Weights that two machines make can differ in their last bits. Machines of one federation need the same bits: copy this
+Weights that two machines make can differ. Machines of one federation need the same bits: copy this
 folder to all of them, and name it as `model.name`.
 """

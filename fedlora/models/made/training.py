@@ -207,6 +207,6 @@ layer is left out, so that a classifier that starts here has a fresh one.
 - accuracy with the last layer, on the first {recipe.test:,} test images: {accuracy:.4f}
 - trained in {seconds:.0f} s with torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}
 
-Weights that two machines make can differ in their last bits. Machines of one federation need the same bits: copy this
+Weights that two machines make can differ. Machines of one federation need the same bits: copy this
 folder to all of them, and name it as `model.name`.
 """
