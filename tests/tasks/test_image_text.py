@@ -448,6 +448,7 @@ def test_a_program_gives_its_own_model_with_its_processor(tmp_path, bases, pictu
     assert result.rounds[-1]["heldout"]["loss"] != record["baseline"]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
 def test_fashion_clip_is_made_and_knows_clothes_without_training():
