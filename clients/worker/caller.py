@@ -29,7 +29,7 @@ from . import region
 _START_SECONDS = 60.0
 # A working worker is asked for a sign of life every 5 s; it is replaced after two questions without an answer.
 _LOOK_SECONDS, _MISSED = 5.0, 2
-_QUEUE_SECONDS = 120.0  # until the worker must begin with a message; its work before that is dropped by then
+_QUEUE_SECONDS = 120.0  # until the worker begins with a message, or works on another that is waited for
 _STALL_SECONDS = 1800.0  # longest time without a step, unless the node's config sets another
 _ATTEMPTS = 2
 _started: list[subprocess.Popen[bytes]] = []  # kept, since a Popen that is deleted before its process ends warns
@@ -93,6 +93,8 @@ def _call(socket: Path, request: bytes, vigil: Vigil, stall_seconds: float) -> R
                 match envelope.unpack(frame):
                     case (envelope.BEGUN, _):
                         watch.begun()
+                    case (envelope.WAITING, _):
+                        watch.waiting()
                     case (kind, facts):
                         watch.heard()
                         emit(kind, **facts)
@@ -123,6 +125,10 @@ class _Watch:
         self._since = time.monotonic()
         self._done = threading.Event()
         threading.Thread(target=self._look, daemon=True).start()
+
+    def waiting(self) -> None:
+        """The worker works on another message, whose own caller watches it."""
+        self._since = time.monotonic()
 
     def begun(self) -> None:
         """The worker has begun with this message."""

@@ -12,6 +12,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 SERVICE = "fedlora.Worker"
 METHOD = "Work"
 BEGUN = "worker-begun"  # the event with which the work on a message begins
+WAITING = "worker-busy"  # the event that tells, while a message waits, that another one is worked on
 # No limit on the length of messages, which contain adapters; both processes belong to one user.
 GRPC_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 _TASK, _NODE, _RUN = "worker.task", "worker.node-config", "worker.run-config"

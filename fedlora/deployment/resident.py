@@ -56,7 +56,7 @@ def serve(socket: Path, answer: Answer, idle_seconds: float, needed: Callable[[]
     Raises:
         ConfigError: the socket cannot be made.
     """
-    inbox: queue.Queue[_Job] = queue.Queue()
+    inbox = _Inbox()
     server = grpc.server(ThreadPoolExecutor(max_workers=16), options=envelope.GRPC_OPTIONS)
     method = grpc.unary_stream_rpc_method_handler(lambda request, context: _handle(request, context, inbox))
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(envelope.SERVICE, {envelope.METHOD: method})])
@@ -82,6 +82,7 @@ def serve(socket: Path, answer: Answer, idle_seconds: float, needed: Callable[[]
                 job = inbox.get(timeout=LOOK_SECONDS)
             except queue.Empty:
                 continue
+            inbox.at_work = job
             try:
                 last_trained = job.run(answer, last_trained)
             finally:
@@ -164,7 +165,17 @@ class _Job:
         self.frames.put(envelope.pack_event(kind, facts))
 
 
-def _handle(request: bytes, context: grpc.ServicerContext, inbox: queue.Queue[_Job]) -> Iterator[bytes]:
+class _Inbox(queue.Queue[_Job]):
+    """Messages that wait for their turn.
+
+    Attributes:
+        at_work: the message that is answered, or the last that was.
+    """
+
+    at_work: _Job | None = None
+
+
+def _handle(request: bytes, context: grpc.ServicerContext, inbox: _Inbox) -> Iterator[bytes]:
     job = _Job(request)
     context.add_callback(job.dropped.set)
     inbox.put(job)
@@ -172,6 +183,10 @@ def _handle(request: bytes, context: grpc.ServicerContext, inbox: queue.Queue[_J
         try:
             frame = job.frames.get(timeout=LOOK_SECONDS)
         except queue.Empty:
+            # whoever waits for the answer of the message at work also sees when the work on it hangs
+            before = inbox.at_work
+            if before is not None and before is not job and not before.dropped.is_set():
+                yield envelope.pack_event(envelope.WAITING, {})
             continue
         if frame is None:
             return

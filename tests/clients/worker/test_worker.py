@@ -270,6 +270,60 @@ def test_a_worker_that_hangs_while_it_is_well_is_killed(hanging, begins, monkeyp
         child.wait()
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_message_behind_another_waits_as_long_as_somebody_waits_for_the_other(tmp_path_factory, monkeypatch, waits):
+    """Such as that of another client of the node, or a question that is repeated after a lost connection."""
+    monkeypatch.setattr(caller, "_QUEUE_SECONDS", 2.0)
+    path = tmp_path_factory.mktemp("q") / "worker.sock"
+    begun, let_go, over, answers = threading.Event(), threading.Event(), threading.Event(), []
+
+    def answer(task, content, context, check):
+        begun.set()
+        let_go.wait(60)
+        return RecordDict({"said": ConfigRecord({"task": task})})
+
+    def call(task: str, vigil: Vigil) -> None:
+        request = envelope.pack_request(task, RecordDict(), Context(1, 2, {}, RecordDict(), {}))
+        try:
+            answers.append(caller._call(path, request, vigil, 60.0))
+        except (Over, caller._PastHope, grpc.RpcError) as error:
+            answers.append(error)
+
+    first = Vigil(60.0)
+    threads = [
+        threading.Thread(target=resident.serve, args=(path, answer, 60.0, lambda: not over.is_set())),
+        threading.Thread(target=call, args=("slow", first)),
+        threading.Thread(target=call, args=("next", Vigil(60.0))),
+    ]
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "worker"]) as child:
+        try:
+            threads[0].start()
+            while not resident.is_healthy(path):
+                time.sleep(0.05)
+            path.with_name("worker.pid").write_text(str(child.pid))
+            threads[1].start()
+            assert begun.wait(20)
+            threads[2].start()
+            if not waits:
+                first.over = "its run has ended"
+                child.wait(timeout=20)
+            else:
+                time.sleep(5.0)
+                assert child.poll() is None
+            let_go.set()
+            for thread in threads[1:]:
+                thread.join(20)
+        finally:
+            let_go.set()
+            over.set()
+            child.kill()
+    threads[0].join(20)
+    if waits:
+        assert [one["said"]["task"] for one in answers] == ["slow", "next"]
+    else:
+        assert "did not begin with the message within 2 s" in str(answers[-1])
+
+
 def test_a_worker_that_is_silent_as_it_loads_its_model_is_waited_for(hanging):
     path, frames = hanging
     frames.append(envelope.pack_event(envelope.BEGUN, {}))
