@@ -158,6 +158,8 @@ class Session:
             session.initializer = Bound(chosen, session._weight)
         if ranks.rule.statistic:
             session.initializer = Allocated(session.initializer, ranks.rule, session._settle)
+        if clock.is_virtual(grid) and record.data["rounds"]:
+            clock.of(grid).go(record.data["rounds"][-1].get("time", 0.0))
         session.frozen = _frozen(config, kind)
         session._baseline(new=saved is None)
         return session
@@ -460,8 +462,7 @@ class Session:
     def _checkpoint(self, number: int) -> None:
         folder, also = self.record.folder / "state", set[int]()
         if self.flights is not None:
-            self.flights.save(folder, number)
-            also = self.flights.needed()
+            also = self.flights.save(folder, number, self.config.run.keep)
         saved_state.save(folder, self.state, number, self.record.key, keep=self.config.run.keep, also=also)
 
     def _take_back(self, number: int, error: _EveryoneDivergedError) -> None:

@@ -102,15 +102,16 @@ class Flights:
             self.open[flight.client] = flight
             self._early.append((flight, reply))
 
-    def needed(self) -> set[int]:
-        """The rounds after which the server's state must be kept, since clients are training from it."""
-        return {flight.number - 1 for flight in self.open.values()}
-
-    def save(self, folder: Path, number: int) -> None:
+    def save(self, folder: Path, number: int, keep: int = 1) -> set[int]:
         """Write down who is training after a round, and since when.
 
+        What was written after the `keep` rounds before it stays, so that a run can go back to them.
+
+        Returns:
+            The rounds after which the server's state must be kept, since clients were training from it.
+
         Raises:
-            RunError: the file cannot be written.
+            RunError: the file cannot be written, or an earlier one cannot be read.
         """
         path = _path(folder, number)
         about = [[flight.client, flight.number, flight.asked] for flight in self.open.values()]
@@ -118,11 +119,12 @@ class Flights:
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(path) as part:
                 part.write_text(json.dumps({"now": self.clock.now(), "training": about}), encoding="utf-8")
-            for old in folder.glob("training-*.json"):
-                if old != path and old != _path(folder, number - 1):
-                    old.unlink()
+            kept = [each for each in range(number - keep, number + 1) if _path(folder, each).exists()]
+            for old in {*folder.glob("training-*.json")} - {_path(folder, each) for each in kept}:
+                old.unlink()
         except OSError as error:
             raise RunError(f"{path}: cannot be written: {error}; make room, and resume the run") from error
+        return {begun - 1 for each in kept for _, begun, _ in saved(folder, each)[1]}
 
     def _overdue(self) -> list[Flight]:
         if not self._timeout:

@@ -100,6 +100,12 @@ RUNS: dict[str, dict[str, Scalar]] = {
         "federation.schedule-options": "size=2, at_once=4, rate=0.6",
         "federation.traces": "lognormal",
     },
+    "ffa-synchronous-traces": {
+        "strategy.name": "ffa",
+        "federation.fraction": 0.5,
+        "federation.traces": "diurnal",
+        "federation.traces-options": "hours=0.0001, spread=0.00003, speed=300",
+    },
     "ffa-deadline": {
         "strategy.name": "ffa",
         "federation.schedule": "deadline",
@@ -110,6 +116,7 @@ RUNS: dict[str, dict[str, Scalar]] = {
 QUICK = (
     "flora-buffered",
     "ffa-deadline",
+    "ffa-synchronous-traces",
     *("flora", "lora-fair-int8", "fedsa", "flora-eva-ranks", "flora-flexora", "mtl-lora-int8", "fedalt-int8"),
 )
 
@@ -234,6 +241,28 @@ def test_a_run_goes_back_to_an_earlier_round_with_all_that_was_kept_then(tmp_pat
     assert_same_bits(folder_of(whole), folder)
 
 
+@pytest.mark.parametrize("name", ["zeropad-int8-buffered", "ffa-synchronous-traces"])
+def test_a_run_with_a_clock_goes_back_to_an_earlier_round_and_its_time(tmp_path, tiny_llama, name):
+    """With the clients that were training after it, and the states from which they did; and goes on after it died."""
+    whole = parse({"federation.rounds": 6}, config_of(tmp_path, tiny_llama, name, run__id="whole"))
+    simulation.in_process(whole)
+    forget()
+    config = parse({"run.id": "back"}, whole)
+    simulation.in_process(config)
+    forget()
+    result = go_on(folder_of(config), from_round=4)
+    assert_same_bits(folder_of(whole), folder_of(config))
+    assert_same_times(result, result_of(folder_of(whole)))
+
+
+def assert_same_times(one: dict[str, Any], two: dict[str, Any]) -> None:
+    for left, right in zip(one["rounds"], two["rounds"], strict=True):
+        assert left["time"] == right["time"]
+        assert left.get("staleness") == right.get("staleness")
+        times = [{c: (e["asked"], e["answered"]) for c, e in each["clients"].items()} for each in (left, right)]
+        assert times[0] == times[1]
+
+
 def test_a_run_goes_back_after_another_learning_went_wrong_and_keeps_as_many_states_as_asked(tmp_path, tiny_llama):
     config = config_of(tmp_path, tiny_llama, "flora", run__keep=1)
     simulation.in_process(config)
@@ -264,6 +293,8 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(tmp_pa
     assert [entry["round"] for entry in result["rounds"]] == [entry["round"] for entry in expected["rounds"]]
     for figure in ("train-loss", "heldout", "client-test"):
         assert_same_figures([e.get(figure) for e in result["rounds"]], [e.get(figure) for e in expected["rounds"]])
+    if "federation.traces" in RUNS[name]:
+        assert_same_times(result, expected)
     assert [entry["after-round"] for entry in result["resumed"]] == [2]
     assert parse(result["config"]) == config
 

@@ -118,7 +118,6 @@ def test_what_came_together_and_was_not_used_is_there_the_next_time(made):
     assert (first[0].client, second[0].client) == (0, 1)
     flights.put_back([second])
     assert {*flights.open} == {1}
-    assert flights.needed() == {0}
     assert flights.hear(float("inf")) == [second]
     assert not flights.open
 
@@ -128,7 +127,7 @@ def test_who_is_training_is_read_back_and_a_damaged_file_is_one_sentence(made, t
     depart(0, 3)
     clock.go(7.0)
     depart(1, 4)
-    flights.save(tmp_path, 4)
+    assert flights.save(tmp_path, 4) == {2, 3}
     assert module.saved(tmp_path, 4) == (7.0, [(0, 3, 0.0), (1, 4, 7.0)])
     (tmp_path / "training-4.json").write_text("{}")
     with pytest.raises(RunError, match=r"training-4.json: not readable .*; this run cannot continue"):
