@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -79,7 +80,7 @@ class Flights:
         Several answers that came at the same time are handed out together. There are none if the time `until` comes
         before an answer, or if nobody was asked.
         """
-        self.clock.limit, pause = until, 0.02
+        self.clock.limit, pause = min(until, *self._deadlines.values(), math.inf), 0.02
         found, self._early = self._early, []
         while not found and self.open:
             heard = [*self._mailbox.arrived(), *((tag, None) for tag in self._mailbox.take_unsent())]
@@ -93,7 +94,9 @@ class Flights:
         for flight, _ in found:
             del self.open[flight.client]
         # An answer to a question that was given up is not looked at: its state may be gone.
-        self._asked = {tag: flight for tag, flight in self._asked.items() if flight.client in self.open}
+        for tag in [tag for tag, flight in self._asked.items() if flight.client not in self.open]:
+            del self._asked[tag]
+            self._mailbox.give_up(tag)
         return sorted(found, key=lambda each: each[0].client)
 
     def put_back(self, answers: Iterable[tuple[Flight, Message | None]]) -> None:
@@ -126,10 +129,13 @@ class Flights:
             raise RunError(f"{path}: cannot be written: {error}; make room, and resume the run") from error
         return {begun - 1 for each in kept for _, begun, _ in saved(folder, each)[1]}
 
+    @property
+    def _deadlines(self) -> dict[int, float]:
+        """Client id -> the time at which it is given up."""
+        return {c: flight.asked + self._timeout for c, flight in self.open.items()} if self._timeout else {}
+
     def _overdue(self) -> list[Flight]:
-        if not self._timeout:
-            return []
-        return [flight for flight in self.open.values() if self.clock.now() - flight.asked > self._timeout]
+        return [self.open[client] for client, time in self._deadlines.items() if self.clock.now() >= time]
 
 
 def saved(folder: Path, number: int) -> tuple[float, Sequence[tuple[int, int, float]]]:

@@ -181,6 +181,13 @@ class Mailbox:
         unsent, self._unsent = self._unsent, []
         return unsent
 
+    def give_up(self, tag: int) -> None:
+        """Neither send nor repeat the question with this tag; an answer to it is still taken from the grid."""
+        self._unasked = deque(question for question in self._unasked if question.tag != tag)
+        for question in self._open.values():
+            if question.tag == tag:
+                question.times = _MOST_TIMES
+
     @property
     def waited_for(self) -> set[int]:
         """The nodes whose answers have not come yet."""

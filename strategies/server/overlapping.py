@@ -199,8 +199,8 @@ class OverlappingRound(TrainRound):
         if staleness > self.rules.oldest:
             self._fail(client, AwayError(f"client {client} answered {staleness} rounds late, and is not counted"))
             return None
-        assert flight.sent is not None
-        self.sent[client] = flight.sent
+        if flight.sent is not None:  # else its question could not be sent, and there is no answer
+            self.sent[client] = flight.sent
         self._counted[client] = self.roster.infos[client].num_examples  # cut when the round's clients are known
         update = self._settle(client, answer)
         if update is None:
@@ -212,7 +212,7 @@ class OverlappingRound(TrainRound):
             return update
         made = self.make_broadcast(self.roster.infos[client])
         present = wire.as_received(made, self.config.wire.dtype)
-        update = rebased(update, flight.sent.adapter, present.adapter, share, anew=self.anew)
+        update = rebased(update, self.sent[client].adapter, present.adapter, share, anew=self.anew)
         self.sent[client] = present
         if self.keep:
             self.kept[-1] = update

@@ -7,13 +7,17 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from flwr.app import Context, RecordDict
 
 from fedlora.adapters import AdapterState, LoraFactors
-from fedlora.common.errors import ConfigError, FedLoraError
+from fedlora.clients.client_app import app as client_app
+from fedlora.common.errors import ConfigError, FedLoraError, RunError
 from fedlora.exchange import ClientUpdate
+from fedlora.simulations.engines.local import LocalGrid
 from fedlora.simulations.engines.traces import Device, Traces, traces_of
 from fedlora.strategies.schedules.session import Session
 from fedlora.strategies.server.rebased import rebased
+from fedlora.strategies.server_app import app as server_app
 from tests.device import run_bound
 from tests.federation import run_locally, tiny
 from tests.simulations.engines.test_local import apart, saved_adapter
@@ -104,6 +108,37 @@ def test_a_round_with_a_deadline_ends_then_and_what_is_late_counts_in_the_next(t
     ]
     assert all({*each.values()} == {0} for _, each, _ in found["drop"])
     assert any("rounds late" in why for _, _, failures in found["drop"] for why in failures.values())
+
+
+def test_a_client_is_given_up_at_its_own_time_and_another_asked(tmp_path, tiny_llama):
+    keys = GIVEN | {"federation__schedule": "fedasync", "federation__schedule_options": "at_once=1"}
+    keys |= {"federation__rounds": 12, "federation__round_timeout": 4.5}
+    _, result = run_locally(tiny(tmp_path, tiny_llama, **(QUICK | keys)))
+    began, given_up = 0.0, 0
+    for entry in result["rounds"]:
+        [(client, about)] = entry["clients"].items()
+        late = 4.5 if entry["failures"] else 0.0
+        assert entry["failures"].keys() <= {"3"}
+        assert (about["asked"], entry["time"]) == (began + late, began + late + Given.seconds[int(client)])
+        began, given_up = entry["time"], given_up + len(entry["failures"])
+    assert given_up
+
+
+def test_a_question_that_cannot_be_sent_in_time_is_a_client_that_is_late(tmp_path, tiny_llama):
+    class Stuck(LocalGrid):
+        """Has one message at a time, whose answer never comes."""
+
+        def window_for(self, kind: str) -> float:
+            return 1 if kind == "train" else super().window_for(kind)
+
+        def pull_messages(self, message_ids):
+            return [reply for reply in super().pull_messages(message_ids) if reply.metadata.message_type != "train"]
+
+    keys = {"federation__schedule": "buffered", "federation__round_timeout": 0.5, "federation__wait_timeout": 0.5}
+    config = tiny(tmp_path, tiny_llama, **(QUICK | keys), strategy__name="fedavg-zeropad", evaluate__server=False)
+    grid = Stuck(client_app, [{"partition-id": client} for client in range(4)], config.to_flat(), 7)
+    with pytest.raises(RunError, match="round 1: 0 of 4 clients answered.*client 0 did not answer before the deadline"):
+        server_app(grid, Context(7, 1, {}, RecordDict(), config.to_flat()))
 
 
 def test_a_stale_change_is_applied_to_the_present_value_and_damped():

@@ -12,6 +12,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.common.errors import RunError
 from fedlora.strategies.server import flights as module
+from fedlora.strategies.server import mailbox
 from fedlora.strategies.server.clock import WallClock
 from fedlora.strategies.server.flights import Flight, Flights
 
@@ -105,6 +106,28 @@ def test_an_answer_to_an_older_question_does_not_count_for_the_present_one(made)
     grid.answers(0)
     [(flight, answer)] = flights.hear(float("inf"))
     assert flight.number == 5
+    assert answer is not None
+
+
+def test_a_question_that_was_given_up_is_neither_sent_nor_repeated(made, monkeypatch):
+    """One waits for its turn, and the other's node would be asked anew when the connection was lost."""
+    grid, clock, flights, depart = made
+    grid.window_for = lambda kind: 1
+    depart(0, 1)
+    depart(1, 1)
+    clock.go(100.0)
+    assert [(flight.client, answer) for flight, answer in flights.hear(float("inf"))] == [(0, None), (1, None)]
+    monkeypatch.setattr(mailbox, "_reconnects", lambda grid: 1)
+    assert flights.hear(clock.now() + 1.0) == []
+    depart(0, 2)
+    assert flights.hear(clock.now() + 1.0) == []
+    assert [message.metadata.dst_node_id for message in grid.asked.values()] == [10]
+    grid.answers(0)  # the question that was given up, whose node is free now
+    assert flights.hear(clock.now() + 1.0) == []
+    assert [message.metadata.dst_node_id for message in grid.asked.values()] == [10, 10]
+    grid.answers(0)
+    [(flight, answer)] = flights.hear(float("inf"))
+    assert flight.number == 2
     assert answer is not None
 
 
