@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from flwr.app import Message, RecordDict
@@ -137,9 +137,9 @@ class OverlappingRound(TrainRound):
             if len(waiting) >= least and flights.clock.now() >= ends:
                 break
         weights = self.weights(sorted(waiting))
+        self.kept = [_at_most(update, weights) for update in self.kept]
         for client in sorted(waiting):
-            update = waiting[client]()
-            update = replace(update, num_examples=min(update.num_examples, weights[client]))
+            update = _at_most(waiting[client](), weights)
             self.answers[client]["num-examples"] = update.num_examples
             yield update
 
@@ -217,3 +217,8 @@ class OverlappingRound(TrainRound):
         if self.keep:
             self.kept[-1] = update
         return update
+
+
+def _at_most(update: ClientUpdate, weights: Mapping[int, int]) -> ClientUpdate:
+    """The update with the number of examples with which its client counts."""
+    return replace(update, num_examples=min(update.num_examples, weights[update.client_id]))

@@ -137,7 +137,9 @@ def test_a_question_that_cannot_be_sent_in_time_is_a_client_that_is_late(tmp_pat
     keys = {"federation__schedule": "buffered", "federation__round_timeout": 0.5, "federation__wait_timeout": 0.5}
     config = tiny(tmp_path, tiny_llama, **(QUICK | keys), strategy__name="fedavg-zeropad", evaluate__server=False)
     grid = Stuck(client_app, [{"partition-id": client} for client in range(4)], config.to_flat(), 7)
-    with pytest.raises(RunError, match="round 1: 0 of 4 clients answered.*client 0 did not answer before the deadline"):
+    with pytest.raises(
+        RunError, match=r"round 1: 0 of 4 clients answered.*client 0 did not answer before the deadline"
+    ):
         server_app(grid, Context(7, 1, {}, RecordDict(), config.to_flat()))
 
 
@@ -181,6 +183,19 @@ def test_a_stale_change_is_applied_to_the_present_value_and_damped():
 def test_what_cannot_be_buffered_is_one_sentence(tmp_path, tiny_llama, keys, why):
     with pytest.raises(FedLoraError, match=why):
         run_locally(tiny(tmp_path, tiny_llama, federation__schedule="buffered", **(QUICK | keys)))
+
+
+def test_the_numbers_of_a_round_are_those_of_the_weights_that_count(tmp_path, tiny_llama):
+    keys = {"federation__max_share": 1.5, "strategy__name": "fedavg", "lora__ranks": "2", "federation__rounds": 1}
+    keys |= {"data__partition": "sizes", "data__sizes": "30,8,6,4", "evaluate__server": False}
+    (_, one), (_, other) = two(tmp_path, tiny_llama, keys, keys | {"federation__schedule": "buffered"})
+    [left], [right] = one["rounds"], other["rounds"]
+    counts = [[about["num-examples"] for about in entry["clients"].values()] for entry in (left, right)]
+    assert counts[0] == counts[1]
+    assert counts[0][0] < 20, "of 30 rows"
+    assert len({*counts[0]}) > 1
+    for figure in ("aggregation-error", "drift", "update-cosine", "tail-energy", "effective-rank", "norms"):
+        assert left[figure] == right[figure]
 
 
 @dataclass(frozen=True)
