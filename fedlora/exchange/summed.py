@@ -7,7 +7,7 @@ others say with which client they came.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from flwr.app import ConfigRecord, Error, RecordDict
@@ -110,6 +110,7 @@ def decode(
     fingerprint: str,
     weights: Mapping[int, int],
     *,
+    counted: Collection[int] = (),
     private: bool = False,
 ) -> tuple[ClientUpdate, list[Reply]]:
     """The mean in a part, as one update at scaling 1, and the replies of the clients in it, without adapters.
@@ -120,10 +121,12 @@ def decode(
         sent: client id -> the broadcast as it was received, of all clients that were asked in the same message.
         fingerprint: the base model's fingerprint.
         weights: client id -> the largest number of examples with which it counts.
+        counted: the clients that are in other sums already.
         private: as in `wire.decode_update`.
 
     Raises:
-        WireError: the part is malformed; a client is in the sum that was not asked; or the weights do not add up.
+        WireError: the part is malformed; a client is in the sum that was not asked, or is in another one; or the
+            weights do not add up.
     """
     who = f"the edge of client {client_id}"
     found = {
@@ -136,6 +139,8 @@ def decode(
     for member, part in sorted(parts.split(found[_MEMBERS], who).items()):
         if member not in sent or isinstance(part, Error):
             raise WireError(f"{who} sent a sum with client {member}, which cannot be in it")
+        if member in counted:
+            raise WireError(f"{who} sent a sum with client {member}, which is in another sum")
         bare = replace(sent[member], adapter=AdapterState(), plan=replace(sent[member].plan, sketch=None))
         members.append(wire.decode_update(part, member, bare, fingerprint, weights[member], private=private))
     if members[0].update.client_id != client_id:

@@ -80,7 +80,9 @@ class SummingRound(TrainRound):
                 raise WireError(f"client {client} came with client {first}: {said}")
             content = of_client.content(answer, f"client {client}")
             private = self.config.privacy.level == "example"
-            update, members = summed.decode(content, client, sent, self.fingerprint, self._counted, private=private)
+            update, members = summed.decode(
+                content, client, sent, self.fingerprint, self._counted, counted=self._in_sums, private=private
+            )
         except WireError as error:
             self._fail(client, error)
             return None
@@ -127,7 +129,9 @@ def add_up(
                 raise WireError(f"client {client} came with client {first}, that has no sum")
             if summed.is_sum(content):
                 near = {other: sent[other] for other in together[client]}
-                update, found = summed.decode(content, client, near, fingerprint, weights, private=private)
+                update, found = summed.decode(
+                    content, client, near, fingerprint, weights, counted=members, private=private
+                )
             else:
                 reply = wire.decode_update(content, client, sent[client], fingerprint, private=private)
                 examples = min(reply.update.num_examples, weights[client])

@@ -137,9 +137,7 @@ def test_a_question_that_cannot_be_sent_in_time_is_a_client_that_is_late(tmp_pat
     keys = {"federation__schedule": "buffered", "federation__round_timeout": 0.5, "federation__wait_timeout": 0.5}
     config = tiny(tmp_path, tiny_llama, **(QUICK | keys), strategy__name="fedavg-zeropad", evaluate__server=False)
     grid = Stuck(client_app, [{"partition-id": client} for client in range(4)], config.to_flat(), 7)
-    with pytest.raises(
-        RunError, match=r"round 1: 0 of 4 clients answered.*client 0 did not answer before the deadline"
-    ):
+    with pytest.raises(RunError, match=r"0 of 4 clients answered.*client 0 did not answer before the deadline"):
         server_app(grid, Context(7, 1, {}, RecordDict(), config.to_flat()))
 
 

@@ -251,6 +251,31 @@ def test_a_sum_is_the_weighted_mean_and_one_that_does_not_add_up_is_refused():
         summed.decode(parted[1], 1, sent, "model", {1: 10, 4: 20})
 
 
+class Twice(Tree):
+    """The edge with the longest name puts client 2 into two sums."""
+
+    def _client(self, message: Message, context: Context) -> Message:
+        forger = max(self._regions, key=len)
+        if message.metadata.message_type != "train" or context.node_config.get("edge") != forger:
+            return super()._client(message, context)
+        asked = parts.split(message.content, "x")
+        some = [parts.join({client: asked[client] for client in pair}) for pair in ((0, 2), (1, 2))]
+        answers = [self._regions[forger].answer("train", one) for one in some]
+        first, second = (parts.split(answer, "x") for answer in answers)
+        return Message(parts.join({0: first[0], 1: second[1], 2: second[2]}), reply_to=message)
+
+
+def test_a_client_counts_in_one_sum_and_the_second_with_it_is_refused(tmp_path, tiny_llama):
+    keys = {"strategy__name": "fedavg", "lora__ranks": "2", "wire__edges": "sum", "evaluate__server": False}
+    for shape in ([[0, 1, 2], 3], [[[0, 1, 2]], 3]):
+        place = tmp_path / str(len(shape[0]))
+        place.mkdir()
+        _, result = Twice(tiny(place, tiny_llama, **keys), place).play(shape)
+        for entry in result["rounds"]:
+            assert [*entry["clients"]] == ["0", "2", "3"]
+            assert "sent a sum with client 2, which is in another sum" in entry["failures"]["1"]
+
+
 class Growing(Tree):
     """Its last client comes after the first round."""
 
