@@ -49,10 +49,10 @@ class Buffered(Schedule):
         federation = session.config.federation
         size = self.size or clients_per_round(len(session.roster.infos), federation.fraction)
         at_once = self.at_once or size
-        if not size <= at_once <= len(session.roster.infos):
+        if not size <= at_once <= federation.clients:
             raise ConfigError(
                 f"federation.schedule-options: {at_once} clients at once and {size} updates in a round, of "
-                f"{len(session.roster.infos)} clients; expected size <= at_once <= the number of clients"
+                f"{federation.clients} clients; expected size <= at_once <= federation.clients"
             )
         session.overlap(Rules(size, at_once, rate=self.rate, power=self.power, oldest=self.oldest or math.inf))
         while session.done < session.rounds:

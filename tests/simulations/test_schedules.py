@@ -13,6 +13,7 @@ from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.clients.client_app import app as client_app
 from fedlora.common.errors import ConfigError, FedLoraError, RunError
 from fedlora.exchange import ClientUpdate
+from fedlora.results.run_folder import folder_of, stored
 from fedlora.simulations.engines.local import LocalGrid
 from fedlora.simulations.engines.traces import Device, Traces, traces_of
 from fedlora.strategies.schedules.session import Session
@@ -139,6 +140,18 @@ def test_a_question_that_cannot_be_sent_in_time_is_a_client_that_is_late(tmp_pat
     grid = Stuck(client_app, [{"partition-id": client} for client in range(4)], config.to_flat(), 7)
     with pytest.raises(RunError, match=r"0 of 4 clients answered.*client 0 did not answer before the deadline"):
         server_app(grid, Context(7, 1, {}, RecordDict(), config.to_flat()))
+
+
+@pytest.mark.parametrize("options", ["size=2, at_once=4", "size=4"])
+def test_a_run_begins_with_fewer_clients_than_may_train_at_once(tmp_path, tiny_llama, options):
+    """One of them is not there, as after a resume; federation.min-clients says how many it takes."""
+    keys = {"federation__schedule": "buffered", "federation__schedule_options": options, "federation__min_clients": 2}
+    keys |= {"federation__wait_timeout": 0.5, "strategy__name": "fedavg-zeropad", "evaluate__server": False}
+    config = tiny(tmp_path, tiny_llama, **(QUICK | keys))
+    grid = LocalGrid(client_app, [{"partition-id": client} for client in range(3)], config.to_flat(), 7)
+    server_app(grid, Context(7, 1, {}, RecordDict(), config.to_flat()))
+    rounds = stored(folder_of(config))["rounds"]
+    assert [len(entry["clients"]) for entry in rounds] == [2 if "size=2" in options else 3] * 3
 
 
 def test_a_stale_change_is_applied_to_the_present_value_and_damped():
