@@ -15,11 +15,14 @@ from fedlora.exchange import ClientUpdate, wire
 
 from ..base import Strategy, trained_in_turn
 from ..wrappers.wrapper import innermost
+from . import clock
 from .answers import AwayError
 from .collect import TrainRound, adding
 from .flights import Flight, Flights
 from .rebased import rebased
 from .sampling import drawn
+
+_AGAIN_SECONDS = 5.0  # pause before clients are asked again whose nodes were not there
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,14 @@ class OverlappingRound(TrainRound):
         waiting: dict[int, Callable[[], ClientUpdate]] = {}
         ends = self.began + rules.seconds
         least = max(1, self.config.federation.min_clients)
-        while len(waiting) < rules.size and flights.open:
+        alone = math.inf  # since nobody trains any more
+        while len(waiting) < rules.size:
+            if not flights.open:
+                alone = min(alone, flights.clock.now())
+                too_few = len(waiting) < least and flights.clock.now() < alone + self.config.federation.wait_timeout
+                if not (too_few and self._ask_absent()):
+                    break
+                continue
             with adding(self, "wait_seconds"):
                 heard = flights.hear(ends if len(waiting) >= least else math.inf)
             if not heard:
@@ -179,6 +189,20 @@ class OverlappingRound(TrainRound):
     def _ask(self, clients: Sequence[int]) -> None:
         for client in clients:
             self.depart(Flight(client, self.number, self.flights.clock.now(), self.make_broadcast))
+
+    def _ask_absent(self) -> bool:
+        """After a pause, ask clients again whose nodes were not there and are back; False if no client was away."""
+        away = self.failures.keys() - self.refused
+        if not away or clock.is_virtual(self.grid):
+            return False
+        with adding(self, "wait_seconds"):
+            self.flights.clock.pause(_AGAIN_SECONDS)
+        there = {*self.grid.get_node_ids()}
+        for client in away:
+            if self.roster.nodes[client] in there:
+                del self.failures[client]
+        self._ask(self.pick(self.rules.at_once))
+        return True
 
     def _departing(self, flight: Flight) -> RecordDict:
         with adding(self, "encode_seconds"):

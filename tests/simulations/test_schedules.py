@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 
 from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.clients.client_app import app as client_app
@@ -17,6 +19,7 @@ from fedlora.results.run_folder import folder_of, stored
 from fedlora.simulations.engines.local import LocalGrid
 from fedlora.simulations.engines.traces import Device, Traces, traces_of
 from fedlora.strategies.schedules.session import Session
+from fedlora.strategies.server import overlapping
 from fedlora.strategies.server.rebased import rebased
 from fedlora.strategies.server_app import app as server_app
 from tests.device import run_bound
@@ -140,6 +143,36 @@ def test_a_question_that_cannot_be_sent_in_time_is_a_client_that_is_late(tmp_pat
     grid = Stuck(client_app, [{"partition-id": client} for client in range(4)], config.to_flat(), 7)
     with pytest.raises(RunError, match=r"0 of 4 clients answered.*client 0 did not answer before the deadline"):
         server_app(grid, Context(7, 1, {}, RecordDict(), config.to_flat()))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options"), [("buffered", "size=2, at_once=4"), ("fedasync", "at_once=2"), ("deadline", "seconds=60")]
+)
+@pytest.mark.parametrize("times", [1, 100])
+def test_a_round_that_lost_all_of_its_nodes_waits_for_them(tmp_path, tiny_llama, monkeypatch, schedule, options, times):
+    """As when the only edge is started again; they are back after one try, or not within federation.wait-timeout."""
+    monkeypatch.setattr(overlapping, "_AGAIN_SECONDS", 0.1)
+    tries: Counter[int] = Counter()
+
+    def absent(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train" and tries[context.node_id] < times:
+            tries[context.node_id] += 1
+            return Message(Error(ErrorCode.NODE_UNAVAILABLE, "away"), reply_to=message)
+        return client_app(message, context)
+
+    keys = {"federation__schedule": schedule, "federation__schedule_options": options, "federation__rounds": 2}
+    keys |= {"federation__wait_timeout": 2.0, "strategy__name": "fedavg-zeropad", "evaluate__server": False}
+    config = tiny(tmp_path, tiny_llama, **(QUICK | keys))
+    given: Any = absent
+    grid = LocalGrid(given, [{"partition-id": client} for client in range(4)], config.to_flat(), 7)
+    if times > 1:
+        with pytest.raises(RunError, match=r"round 1: 0 of . clients answered.*away"):
+            server_app(grid, Context(7, 1, {}, RecordDict(), config.to_flat()))
+        return
+    server_app(grid, Context(7, 1, {}, RecordDict(), config.to_flat()))
+    rounds = stored(folder_of(config))["rounds"]
+    assert len(rounds) == 2
+    assert all(not entry["failures"].keys() & entry["clients"].keys() for entry in rounds)
 
 
 @pytest.mark.parametrize("options", ["size=2, at_once=4", "size=4"])
