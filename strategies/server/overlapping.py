@@ -232,7 +232,7 @@ class OverlappingRound(TrainRound):
         self.staleness[client] = staleness
         self.answers[client] |= {"asked": flight.asked, "answered": self.flights.clock.now()}
         share = self.rules.share(staleness)
-        if staleness == 0 and share == 1.0:
+        if flight.make is self.make_broadcast and share == 1.0:  # not where the state of its round was undone since
             return update
         made = self.make_broadcast(self.roster.infos[client])
         present = wire.as_received(made, self.config.wire.dtype)

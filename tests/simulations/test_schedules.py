@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -14,12 +15,14 @@ from flwr.common.constant import ErrorCode
 from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.clients.client_app import app as client_app
 from fedlora.common.errors import ConfigError, FedLoraError, RunError
-from fedlora.exchange import ClientUpdate
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
 from fedlora.results.run_folder import folder_of, stored
 from fedlora.simulations.engines.local import LocalGrid
 from fedlora.simulations.engines.traces import Device, Traces, traces_of
 from fedlora.strategies.schedules.session import Session
 from fedlora.strategies.server import overlapping
+from fedlora.strategies.server.clock import WallClock
+from fedlora.strategies.server.flights import Flight
 from fedlora.strategies.server.rebased import rebased
 from fedlora.strategies.server_app import app as server_app
 from tests.device import run_bound
@@ -206,6 +209,31 @@ def test_a_stale_change_is_applied_to_the_present_value_and_damped():
     assert not rebased(replace(update, adapter=only_b), begun, present, 0.25, anew=False).adapter.lora["m"].A.numel()
     folded = rebased(update, begun, present, 0.25, anew=True).adapter.lora["m"]
     torch.testing.assert_close(folded.scaling * folded.B @ folded.A, 0.25 * 2.0 * made.lora["m"].B @ made.lora["m"].A)
+
+
+@pytest.mark.parametrize("undone", [True, False])
+def test_an_update_from_a_state_that_was_undone_is_moved_to_the_present_one(tmp_path, monkeypatch, undone):
+    """As if it were late, although it began in a round of this number."""
+
+    def broadcast(value: float) -> Broadcast:
+        return Broadcast(3, AdapterState({"m": LoraFactors(torch.full((1, 2), value), torch.ones(2, 1), 1.0)}))
+
+    info = ClientInfo(client_id=0, rank=1, alpha="1", num_examples=4)
+    nobody: Any = None
+    roster: Any = SimpleNamespace(infos={0: info}, nodes={0: 2}, answers=lambda node, clients, reply: {0: reply})
+    flights: Any = SimpleNamespace(clock=WallClock())
+    config, rules = tiny(tmp_path, tmp_path), overlapping.Rules(1, 1)
+    this = overlapping.OverlappingRound(
+        nobody, config, "", roster, 3, lambda client: broadcast(10.0), keep=False, flights=flights, rules=rules
+    )
+    began = broadcast(1.0) if undone else broadcast(10.0)
+    trained = ClientUpdate(0, broadcast(3.0).adapter, 4, start=began.adapter)
+    monkeypatch.setattr(this, "_settle", lambda client, answer: trained)
+    this.answers[0] = {}
+    make = (lambda client: began) if undone else this.make_broadcast
+    update = this._read(Flight(0, 3, 0.0, make, sent=began), None)
+    assert update is not None
+    assert update.adapter.lora["m"].A.tolist() == [[12.0, 12.0] if undone else [3.0, 3.0]]
 
 
 @pytest.mark.parametrize(
