@@ -246,6 +246,16 @@ def _local(config: Config, *given: Any) -> LocalGrid:
     return TimedGrid(*given, traces=traces)
 
 
+def _hold_folds(config: Config, run_id: int) -> None:
+    """Have the folds that the clients of a run had when it was left: on a virtual clock they are not sent again."""
+    from ..clients.node.held_folds import hold
+    from ..strategies.server import saved_state
+
+    folder = folder_of(config)
+    if found := saved_state.load(folder / "state", stored(folder).get("key", ""), config.run.from_round):
+        hold(run_id, found[0].folds)
+
+
 def _ignore(kind: str, facts: Mapping[str, Any]) -> None:
     """The listener that ignores all events."""
 
@@ -292,6 +302,8 @@ def in_process(
         logs = folder_of(config) / "logs"
         grid = DevicesGrid(client_app, nodes, run_config, run_id, cohorts, devices=devices, logs=logs)
     else:
+        if config.run.resume:
+            _hold_folds(config, run_id)
         if cohorts is not None:  # load and try the base model before the run, so that its faults are reported once
             adapted.adapted_model(config.model, config.lora)
         grid = nullcontext(_local(config, client_app, nodes, run_config, run_id, cohorts))

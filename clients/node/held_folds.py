@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedlora.adapters import AdapterState
+from fedlora.adapters.folds import Folds
 from fedlora.common.errors import FedLoraError
 from fedlora.exchange import Broadcast
 
@@ -14,6 +15,12 @@ _held: dict[tuple[int, int], tuple[AdapterState, ...]] = {}
 
 class StaleBase(FedLoraError):
     """The client no longer has the folds on which the server's message builds; the server then sends all of them."""
+
+
+def hold(run_id: int, folds: Folds) -> None:
+    """Hold a run's folds, as this process would if it had received them one by one."""
+    for version in range(folds.first, folds.version + 1):
+        _held[(run_id, version)] = folds.parts[: version - folds.first + 1]
 
 
 def folds_up_to(run_id: int, broadcast: Broadcast) -> tuple[AdapterState, ...]:

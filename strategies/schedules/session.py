@@ -158,8 +158,8 @@ class Session:
             session.initializer = Bound(chosen, session._weight)
         if ranks.rule.statistic:
             session.initializer = Allocated(session.initializer, ranks.rule, session._settle)
-        if clock.is_virtual(grid) and record.data["rounds"]:
-            clock.of(grid).go(record.data["rounds"][-1].get("time", 0.0))
+        if clock.is_virtual(grid):
+            _go_on(clock.of(grid), meeting.roster, record.data["rounds"])
         session.frozen = _frozen(config, kind)
         session._baseline(new=saved is None)
         return session
@@ -264,6 +264,7 @@ class Session:
         with _clock(seconds, "diagnose"):
             diagnosed = this.keep and number > 0 and not self.strategy.personal
             numbers = diagnose(before, self.state, this.kept, this.sent) if diagnosed else Diagnosis()
+        this.kept, this.sent = [], {}  # questions of this round that are still open keep it in memory
         entry = _entry(number, this, numbers) | this.facts()
         if private:
             entry["privacy"] = privacy.spent(config, self.record.data, self.state, releases(self.strategy))
@@ -537,6 +538,15 @@ def _check_lost(record: RunRecord, roster: Roster, config: Config) -> None:
             f"all {config.federation.rounds} rounds are done and the adapter is saved, but without a client that was "
             f"refused every time: {'; '.join(lost[:3])}{more}; mend that, or set federation.lost-clients = accept"
         )
+
+
+def _go_on(time_of_run: clock.Clock, roster: Roster, rounds: Sequence[Mapping[str, Any]]) -> None:
+    """Set the virtual time after these rounds, and which folds each client's device has then."""
+    for entry in rounds:
+        time_of_run.go(entry.get("time", 0.0))
+        for client, about in entry["clients"].items():
+            if (info := roster.infos.get(int(client))) and "base-version" in about:
+                roster.infos[int(client)] = replace(info, known_base_version=about["base-version"])
 
 
 def _frozen(config: Config, kind: AdapterKind) -> adapted.AdaptedModel | None:

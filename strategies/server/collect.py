@@ -302,6 +302,8 @@ class TrainRound:
         self.answers[client] = dict(update.metrics) | {"num-examples": update.num_examples}
         if clock.is_virtual(self.grid):
             self.answers[client] |= {"asked": self.began, "answered": clock.of(self.grid).now()}
+            if known_base_version:
+                self.answers[client]["base-version"] = known_base_version
         self.roster.infos[client] = replace(self.roster.infos[client], known_base_version=known_base_version)
         if self.keep:
             self.kept.append(update)

@@ -89,6 +89,7 @@ RUNS: dict[str, dict[str, Scalar]] = {
     },
     "flora-buffered": {
         "strategy.name": "flora",
+        "federation.rounds": 6,
         "federation.schedule": "buffered",
         "federation.schedule-options": "size=2, at_once=3",
         "federation.traces": "lognormal",
@@ -98,6 +99,11 @@ RUNS: dict[str, dict[str, Scalar]] = {
         "wire.upload-dtype": "int8",
         "federation.schedule": "buffered",
         "federation.schedule-options": "size=2, at_once=4, rate=0.6",
+        "federation.traces": "lognormal",
+    },
+    "florist-synchronous-traces": {
+        "strategy.name": "florist",
+        "federation.rounds": 6,
         "federation.traces": "lognormal",
     },
     "ffa-synchronous-traces": {
@@ -117,6 +123,7 @@ QUICK = (
     "flora-buffered",
     "ffa-deadline",
     "ffa-synchronous-traces",
+    "florist-synchronous-traces",
     *("flora", "lora-fair-int8", "fedsa", "flora-eva-ranks", "flora-flexora", "mtl-lora-int8", "fedalt-int8"),
 )
 
@@ -295,6 +302,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(tmp_pa
         assert_same_figures([e.get(figure) for e in result["rounds"]], [e.get(figure) for e in expected["rounds"]])
     if "federation.traces" in RUNS[name]:
         assert_same_times(result, expected)
+        assert [e["download-bytes"] for e in result["rounds"]] == [e["download-bytes"] for e in expected["rounds"]]
     assert [entry["after-round"] for entry in result["resumed"]] == [2]
     assert parse(result["config"]) == config
 
