@@ -411,8 +411,8 @@ def test_the_round_is_what_it_is_without_that_client(tmp_path, tiny_llama, fresh
     with pytest.MonkeyPatch.context() as patch:  # the same round, from which that client is left out
         from fedlora.strategies.schedules import session
 
-        chosen = session.sample
-        patch.setattr(session, "sample", lambda *args: [c for c in chosen(*args) if c != 2])
+        chosen = session.Session._chosen
+        patch.setattr(session.Session, "_chosen", lambda *args: [c for c in chosen(*args) if c != 2])
         simulation.in_process(other)
     assert apart(saved_adapter(folder_of(config)), saved_adapter(folder_of(other))) == 0.0
 
