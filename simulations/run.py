@@ -302,10 +302,11 @@ def in_process(
         logs = folder_of(config) / "logs"
         grid = DevicesGrid(client_app, nodes, run_config, run_id, cohorts, devices=devices, logs=logs)
     else:
-        if config.run.resume:
-            _hold_folds(config, run_id)
         if cohorts is not None:  # load and try the base model before the run, so that its faults are reported once
             adapted.adapted_model(config.model, config.lora)
-        grid = nullcontext(_local(config, client_app, nodes, run_config, run_id, cohorts))
+        local = _local(config, client_app, nodes, run_config, run_id, cohorts)
+        if config.run.resume and isinstance(local, TimedGrid):
+            _hold_folds(config, run_id)
+        grid = nullcontext(local)
     with nothing_left(config), grid as opened:
         server_app(opened, Context(run_id, SERVER, {}, RecordDict(), run_config))

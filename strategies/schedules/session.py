@@ -298,15 +298,16 @@ class Session:
         now, training = saved_flights(folder, self.done)
         this, its_clock = self._opened(self.done), self.flights.clock
         assert isinstance(this, OverlappingRound)
-        latest = self.state
+        latest, before = self.state, dict[int, ServerState]()  # round -> the state that it began from
         its_clock.go(now)
         for client, number, asked in training:
             if client not in self.roster.infos:
                 continue
-            if number <= self.done:
+            if number <= self.done and number not in before:
                 found = saved_state.load(folder, self.record.key, number - 1)
                 assert found is not None
-                self.state = _as_configured(found[0], self.config)
+                before[number] = _as_configured(found[0], self.config)
+            self.state = before.get(number, latest)
             if clock.is_virtual(self.grid):
                 its_clock.go(asked)
             this.depart(Flight(client, number, its_clock.now(), self._for(number)))
@@ -346,9 +347,10 @@ class Session:
         """The clients that are asked as a round begins."""
         if isinstance(this, OverlappingRound):
             return this.pick(this.rules.at_once - (len(this.flights.open) if this.rules.refill else 0))
-        count = clients_per_round(len(self._present), self.config.federation.fraction)
+        present = self._present
+        count = clients_per_round(len(present), self.config.federation.fraction)
         draw = random.Random(f"{self.config.run.seed}/{this.number}")
-        there, asleep = drawn(self._present, count, draw, this.awake)
+        there, asleep = drawn(present, count, draw, this.awake)
         return sorted(there or asleep)
 
     def _welcome(self, number: int) -> None:
