@@ -128,6 +128,14 @@ def kept_running(command: str, site, says: str):
         assert not [child for child in family if child.is_running()]
 
 
+def kill_with_all(process: subprocess.Popen, more: list[psutil.Process], seconds: float = 120.0) -> None:
+    """Kill a process; all that it had started ends too, and `more`."""
+    family = [*more, *psutil.Process(process.pid).children(recursive=True)]
+    os.kill(process.pid, signal.SIGKILL)
+    _, left = psutil.wait_procs(family, timeout=seconds)
+    assert not left, "what a killed process had started ends with it"
+
+
 def until(found, what: str, seconds: float = 240.0):
     """The first true value of `found()`."""
     deadline = time.monotonic() + seconds

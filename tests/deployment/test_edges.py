@@ -7,7 +7,6 @@ import signal
 from contextlib import ExitStack
 from dataclasses import replace
 
-import psutil
 import pytest
 
 from fedlora.common.processes import free_port
@@ -15,7 +14,17 @@ from fedlora.deployment import certificates, nodes
 from fedlora.deployment.flower_programs import config_table
 from fedlora.results.run_folder import folder_of, is_taken
 from fedlora.simulations import run as simulation
-from tests.deployment.programs import answered, begun, kept_running, listens, make_site, missing, started, until
+from tests.deployment.programs import (
+    answered,
+    begun,
+    kept_running,
+    kill_with_all,
+    listens,
+    make_site,
+    missing,
+    started,
+    until,
+)
 from tests.deployment.test_faults import events
 from tests.device import assert_same
 from tests.federation import tiny
@@ -79,18 +88,11 @@ def test_a_run_through_edges_that_are_killed_is_the_run_of_those_it_counted(tmp_
             others.enter_context(begun(node("europe", 1), site, ""))
             # an edge, while its region trains, with all that belongs to it
             until(lambda: events(folder / "state" / "n3", "client-step", round=3), "client 3 trains in round 3", WAIT)
-            doomed, _, _ = killable["asia"]
-            family = psutil.Process(doomed.pid).children(recursive=True)
-            os.kill(doomed.pid, signal.SIGKILL)
-            _, left = psutil.wait_procs(family, timeout=120)
-            assert not left, "what a killed edge had started ends with it"
+            kill_with_all(killable["asia"][0], [])
             others.enter_context(begun(edge("asia"), site, ""))
             # the root's server, with the run and all else that belongs to it
             until(lambda: events(folder / "state" / "n0", "client-step", round=4), "client 0 trains in round 4", WAIT)
-            roots += psutil.Process(root.pid).children(recursive=True)
-            os.kill(root.pid, signal.SIGKILL)
-            _, left = psutil.wait_procs(roots, timeout=120)
-            assert not left, "what a killed server had started ends with it"
+            kill_with_all(root, roots)
             assert running.wait(timeout=WAIT) == 1, (folder / "run.out").read_text()
             until(lambda: not is_taken(run), "the run's own process ends too", WAIT)
             others.enter_context(kept_running(serves, site, "server: listening on"))

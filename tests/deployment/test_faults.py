@@ -18,7 +18,17 @@ from fedlora.deployment.flower_programs import config_table
 from fedlora.results import journal
 from fedlora.results.run_folder import folder_of
 from fedlora.simulations import run as simulation
-from tests.deployment.programs import answered, begun, called, kept_running, make_site, missing, until, words
+from tests.deployment.programs import (
+    answered,
+    begun,
+    called,
+    kept_running,
+    kill_with_all,
+    make_site,
+    missing,
+    until,
+    words,
+)
 from tests.federation import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(1800)]
@@ -93,10 +103,7 @@ def test_what_is_killed_comes_back_and_the_run_completes(tmp_path, tiny_llama):
         try:
             # a node in the middle of its training, with all that belongs to it
             until(lambda: events(state["west"], "client-step", round=2), "west trains in round 2")
-            orphan = worker_of(state["west"])
-            kill(psutil.Process(doomed.pid))
-            _, left = psutil.wait_procs([orphan, *family], timeout=60)
-            assert not left, "what a killed node had started, its worker too, ends with it"
+            kill_with_all(doomed, [worker_of(state["west"]), *family], seconds=60)
             others.enter_context(kept_running(node(2, "west"), site, "node: started for the server"))
             # a worker in the middle of its training
             until(lambda: events(state["north"], "client-step", round=3), "north trains in round 3")

@@ -1,12 +1,10 @@
 """Rounds that do not wait for all, over real nodes: what is killed comes back, and the run goes on."""
 
 import json
-import subprocess
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
-import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -14,7 +12,7 @@ from fedlora.common.processes import free_port
 from fedlora.deployment import certificates, nodes
 from fedlora.deployment.flower_programs import config_table
 from fedlora.results.run_folder import folder_of, is_taken
-from tests.deployment.programs import begun, called, kept_running, listens, make_site, started, until
+from tests.deployment.programs import begun, called, kept_running, kill_with_all, listens, make_site, started, until
 from tests.deployment.test_faults import NODES, events, kill, node, superlink, worker_of
 from tests.federation import tiny
 
@@ -31,13 +29,6 @@ OPTIONS = {
 
 def entries(run: Path) -> list[dict]:
     return json.loads((run / "result.json").read_text())["rounds"] if (run / "result.json").is_file() else []
-
-
-def ends_with(process: subprocess.Popen, family: list[psutil.Process]) -> None:
-    """Kill a process; all that it started ends too."""
-    kill(psutil.Process(process.pid))
-    _, left = psutil.wait_procs(family, timeout=120)
-    assert not left
 
 
 @pytest.mark.parametrize("schedule", ROUNDS)
@@ -94,11 +85,11 @@ def test_what_is_killed_comes_back_and_no_update_counts_twice(tmp_path, tiny_lla
         running = started("fedlora run run.toml --server $SERVER --ca certs/ca.crt", site, "run.out")
         try:
             until(lambda: trains("west"), "west trains", WAIT)
-            ends_with(doomed, [worker_of(state["west"]), *its])
+            kill_with_all(doomed, [worker_of(state["west"]), *its])
             others.enter_context(begun(west, site, "node: started for the server"))
             steps.clear()
             until(lambda: trains("west"), "west trains again", WAIT)
-            ends_with(region, psutil.Process(region.pid).children(recursive=True))
+            kill_with_all(region, [])
             others.enter_context(begun(edge, site, ""))
             until(lambda: trains("north"), "north trains", WAIT)
             kill(worker_of(state["north"]))
@@ -109,7 +100,7 @@ def test_what_is_killed_comes_back_and_no_update_counts_twice(tmp_path, tiny_lla
             # the server and all that belongs to it, while clients train
             steps.clear()
             until(lambda: any(trains(name) for name in NODES), "somebody trains", WAIT)
-            ends_with(server, [*family, *psutil.Process(server.pid).children(recursive=True)])
+            kill_with_all(server, family)
             assert running.wait(timeout=WAIT) == 1, (folder / "run.out").read_text()
             until(lambda: not is_taken(run), "the run's own process ends too", WAIT)
             before = entries(run)
