@@ -22,6 +22,7 @@ from fedlora.common import accountant, assets
 from fedlora.common.errors import ConfigError
 from fedlora.config import MOST_RANK, Config, DataConfig, PrivacyConfig, Scalar, TrainConfig
 from fedlora.data import PACKAGED
+from fedlora.tasks.registry import task_of
 
 from . import peers
 
@@ -89,7 +90,7 @@ def ruled(config: Config, node: Mapping[str, Scalar]) -> Config:
     _check_privacy(config, node)
     limit(node, "max-memory-mb")  # only checked here; memory.limit enforces it
     most_tokens, most_examples = limit(node, "max-length"), limit(node, "max-batch")
-    if most_tokens and config.data.max_length > most_tokens:
+    if most_tokens and config.data.max_length > most_tokens and task_of(config.model).unit == "tokens":
         raise _too_much(f"data.max-length = {config.data.max_length}", "max-length", most_tokens)
     per_step = config.train.batch_size * config.train.accumulate
     if most_examples and per_step > most_examples:

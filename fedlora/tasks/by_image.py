@@ -26,7 +26,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # Keys that say how texts are read.
-_OF_TEXTS = ("text_column", "prompt_column", "response_column", "messages_column", "chat_template", "system_prompt")
+_OF_TEXTS = (
+    "text_column",
+    "prompt_column",
+    "response_column",
+    "messages_column",
+    "chat_template",
+    "system_prompt",
+    "max_length",
+)
 _AT_ONCE = 256  # rows of images that are in memory at a time, as they are stored
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from fedlora.common.errors import ConfigError, ModelError
-from fedlora.config import Config, ModelConfig, parse
+from fedlora.config import Config, DataConfig, ModelConfig, parse
 from fedlora.data import encode, prepare
 from fedlora.models import load_base, meta_model
 from fedlora.models.peft_files import read_adapter
@@ -58,6 +58,7 @@ def config_of(folder: Path, model: Path, pictures: Path, **keys: Any) -> Config:
         "data__partition": "iid",
         "data__partition_by": "auto",
         "data__heldout_fraction": 0.2,
+        "data__max_length": DataConfig().max_length,
         "lora__target_modules": "auto",
         "federation__lost_clients": "fail",
         "federation__clients": 2,
@@ -222,6 +223,7 @@ def test_a_picture_in_characters_has_the_colours_of_its_pixels():
     [
         ({"data__text_column": "words"}, "data.text-column = 'words' is about texts, but model.task = 'image-classif"),
         ({"data__system_prompt": "Be kind"}, "data.system-prompt = 'Be kind' is about texts"),
+        ({"data__max_length": 64}, "data.max-length = 64 is about texts"),
         ({"data__label_names": "a, b, c"}, "names 3 classes, but model.labels = 2; make them agree"),
     ],
 )

@@ -65,6 +65,7 @@ def config_of(folder: Path, model: Path, pictures: Path, **keys: Any) -> Config:
         "data__partition": "iid",
         "data__partition_by": "auto",
         "data__heldout_fraction": 0.2,
+        "data__max_length": DataConfig().max_length,
         "lora__target_modules": "auto",
         "lora__ranks": "4,2",
         "federation__lost_clients": "fail",

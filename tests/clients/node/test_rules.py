@@ -132,6 +132,8 @@ def test_what_a_node_does_not_allow_is_refused_by_its_key(asked, limits, says):
 def test_limits_that_are_kept_and_keys_of_other_apps_change_nothing():
     config = parse({"data.max-length": 128, "train.batch-size": 4, "train.accumulate": 2, "evaluate.batch-size": 8})
     assert rules.ruled(config, {"max-length": 128, "max-batch": 8, "max-steps": 1, "hospital": "north"}) == config
+    images = parse({"model.task": "image-classification", "model.labels": 2})
+    assert rules.ruled(images, {"max-length": 64}) == images, "images have no tokens"
 
 
 @pytest.mark.parametrize(
