@@ -110,7 +110,7 @@ class RunDisplay:
         if self._rounds is None:
             self._rounds = self._progress.add_task("rounds", total=rounds, note="")
         self._progress.update(self._rounds, description=f"round {round}/{rounds}")
-        self._stand(f"round {round} of {rounds}: {clients} clients are asked", after=0)
+        self._stand(f"round {round} of {rounds}: {_clients(clients)} {'is' if clients == 1 else 'are'} asked", after=0)
 
     def _on_client_start(self, client_id: int, rank: int, round: int) -> None:
         self._clients[client_id] = self._progress.add_task(f"  client {client_id} (rank {rank})", total=None, note="")
@@ -179,7 +179,7 @@ class RunDisplay:
         spent = entry.get("privacy")
         private = f"epsilon {spent['epsilon']:.2f} at delta {spent['delta']:g}  " if spent else ""
         self._line(
-            f"round {entry['round']}  {heldout}{private}{len(entry['clients'])} clients{failed}  "
+            f"round {entry['round']}  {heldout}{private}{_clients(len(entry['clients']))}{failed}  "
             f"up {_megabytes(entry['upload-bytes'])}  down {_megabytes(entry['download-bytes'])}  "
             f"{lost}{entry['seconds']['round']:.0f} s"
         )
@@ -187,6 +187,10 @@ class RunDisplay:
     def _drop(self, task: TaskID | None) -> None:
         if task is not None:
             self._progress.remove_task(task)
+
+
+def _clients(number: int) -> str:
+    return f"{number} client" if number == 1 else f"{number} clients"
 
 
 def result_table(folder: Path) -> Table:

@@ -157,7 +157,8 @@ def _training(card: Card) -> list[tuple[str, str]]:
     rounds = sum(1 for entry in card.result.get("rounds", []) if entry.get("round", 0) > 0)
     partition = config.data.partition
     if partition in ("natural", "numbered"):
-        partition += f", by {config.data.partition_by}"
+        own = config.data.partition_by == "auto"
+        partition += ", by the data's own column" if own else f", by {config.data.partition_by}"
     elif partition == "dirichlet":
         partition += f", alpha {config.data.dirichlet_alpha:g}"
     names = class_names(card.about, card.result)

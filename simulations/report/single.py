@@ -117,7 +117,7 @@ def _table(run: Mapping[str, Any]) -> Table:
     columns = [(title, [text(entry) for entry in rows]) for title, text in kinds]
     kept = [(title, texts) for title, texts in columns if any(texts)]
     return Table(
-        "Rounds",
+        "Numbers of each round",
         tuple(title for title, _ in kept),
         tuple(zip(*(texts for _, texts in kept), strict=True)),
     )

@@ -200,7 +200,7 @@ def test_a_piped_run_says_where_it_stands_when_it_was_silent_for_long(monkeypatc
         for done in range(16, 65, 16):
             now[0] += 6
             emit("evaluate-step", done=done, total=64)
-        emit("round-start", round=1, rounds=3, clients=2)
+        emit("round-start", round=1, rounds=3, clients=1)
         emit("client-start", client_id=0, rank=4, round=1)
         for step in range(1, 9):
             now[0] += 4
@@ -208,7 +208,7 @@ def test_a_piped_run_says_where_it_stands_when_it_was_silent_for_long(monkeypatc
     assert written.getvalue().splitlines() == [
         "evaluated 32 of 64 held-out rows",
         "evaluated 64 of 64 held-out rows",
-        "round 1 of 3: 2 clients are asked",
+        "round 1 of 3: 1 client is asked",
         "round 1  client 0  step 3 of 8  loss 2.0000",
         "round 1  client 0  step 6 of 8  loss 2.0000",
     ]
