@@ -368,6 +368,8 @@ class Session:
             self.record.joined(info, number)
             _log.info("client %d joins the run in round %d", client, number)
             emit("client-joined", client_id=client, node=self.roster.nodes[client], round=number)
+        if self.flights is not None:  # a client that came back on another node, and was turned away, may be training
+            self.flights.give_up(self.flights.open.keys() - self.roster.infos.keys())
 
     def _for(self, number: int) -> Callable[[ClientInfo], Broadcast]:
         """What each client is sent in a round that starts from the present state."""

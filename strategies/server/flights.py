@@ -91,13 +91,17 @@ class Flights:
             if not found:
                 self.clock.pause(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-        for flight, _ in found:
-            del self.open[flight.client]
-        # An answer to a question that was given up is not looked at: its state may be gone.
+        self.give_up([flight.client for flight, _ in found])
+        return sorted(found, key=lambda each: each[0].client)
+
+    def give_up(self, clients: Iterable[int]) -> None:
+        """Hear no more of what these clients were asked; the state that they started from may be gone."""
+        for client in clients:
+            del self.open[client]
+        self._early = [(flight, reply) for flight, reply in self._early if flight.client in self.open]
         for tag in [tag for tag, flight in self._asked.items() if flight.client not in self.open]:
             del self._asked[tag]
             self._mailbox.give_up(tag)
-        return sorted(found, key=lambda each: each[0].client)
 
     def put_back(self, answers: Iterable[tuple[Flight, Message | None]]) -> None:
         """Keep answers that came together with others, for the next call of `hear`."""

@@ -24,6 +24,7 @@ from fedlora.strategies.server import overlapping
 from fedlora.strategies.server.clock import WallClock
 from fedlora.strategies.server.flights import Flight
 from fedlora.strategies.server.rebased import rebased
+from fedlora.strategies.server.roster import Meeting
 from fedlora.strategies.server_app import app as server_app
 from tests.device import run_bound
 from tests.federation import run_locally, tiny
@@ -209,6 +210,25 @@ def test_a_stale_change_is_applied_to_the_present_value_and_damped():
     assert not rebased(replace(update, adapter=only_b), begun, present, 0.25, anew=False).adapter.lora["m"].A.numel()
     folded = rebased(update, begun, present, 0.25, anew=True).adapter.lora["m"]
     torch.testing.assert_close(folded.scaling * folded.B @ folded.A, 0.25 * 2.0 * made.lora["m"].B @ made.lora["m"].A)
+
+
+def test_a_run_goes_on_without_clients_that_are_turned_away_while_they_train(tmp_path, tiny_llama, monkeypatch):
+    """As those that came back on another node with another rank."""
+    welcome, rounds = Meeting.welcome, iter(range(1, 7))
+
+    def turned(meeting: Meeting) -> list[int]:
+        if next(rounds) == 3:
+            for client in (2, 3):
+                meeting.turn_away(client, "it is another one")
+        return welcome(meeting)
+
+    monkeypatch.setattr(Meeting, "welcome", turned)
+    keys = {"federation__schedule": "buffered", "federation__schedule_options": "size=1, at_once=4"}
+    keys |= {"federation__wait_timeout": 0.0, "federation__rounds": 6}
+    _, result = run_locally(tiny(tmp_path, tiny_llama, **(QUICK | keys)))
+    answered = [client for entry in result["rounds"] for client in entry["clients"]]
+    assert len(answered) == 6
+    assert {*answered[2:]} == {"0", "1"}
 
 
 @pytest.mark.parametrize("undone", [True, False])

@@ -47,7 +47,7 @@ class Scripted:
 
 
 class Roster:
-    nodes = {0: 10, 1: 11}  # noqa: RUF012 - a constant
+    nodes = {0: 10, 1: 11, 2: 12, 3: 13}  # noqa: RUF012 - a constant
 
     def message(self, node: int, clients: list[int], encoded: Any) -> RecordDict:
         return encoded(clients[0])
@@ -163,3 +163,20 @@ def test_the_clock_of_a_resumed_run_goes_on_from_where_it_was():
     first = clock.now()
     clock.pause(0.01)
     assert 5000.0 <= first < clock.now() < 5600.0
+
+
+def test_nothing_is_heard_of_a_client_that_was_turned_away(made):
+    """Neither an answer that comes, nor one that was put back; a question that waits for its turn is not sent."""
+    grid, clock, flights, depart = made
+    grid.window_for = lambda kind: 2
+    for client in range(4):
+        depart(client, 1)
+    grid.answers(0)
+    flights.put_back(flights.hear(float("inf")))
+    flights.give_up([0, 1, 3])
+    assert {*flights.open} == {2}
+    grid.answers(1)
+    grid.answers(2)
+    assert [flight.client for flight, _ in flights.hear(float("inf"))] == [2]
+    assert flights.hear(clock.now() + 1.0) == []
+    assert {message.metadata.dst_node_id for message in grid.asked.values()} == {10, 11, 12}
