@@ -24,10 +24,11 @@ from ..tools.shelf import Shelf
 from . import answers as of_client
 from . import audit, clock, guard
 from .answers import Answer, AwayError, DivergedReplyError
-from .mailbox import Mailbox
+from .mailbox import SMALL, Mailbox
 from .roster import Roster
 
 _LOOKED_AT = 32  # number of first replies that are judged together, before any of them counts
+_METRICS_BYTES = 16 << 10  # largest number of bytes of a client's metrics, where its node hosts several
 
 
 @dataclass
@@ -374,7 +375,9 @@ def evaluate_on_clients(
         return wire.encode_broadcast(broadcast, fingerprint, config.wire.dtype)
 
     for node, clients in asked.items():
-        mailbox.post(node, partial(roster.message, node, clients, encoded))
+        most = len(clients) * _METRICS_BYTES
+        make = partial(roster.message, node, clients, encoded)
+        mailbox.post(node, make, most=lambda most=most: max(SMALL, most), others=most)
     answers: dict[int, dict[str, float]] = {}
     failures: dict[int, str] = {}
     for node, reply in mailbox.replies():

@@ -23,11 +23,13 @@ from . import bindings
 from .answers import Answer, AwayError
 from .bindings import Identity
 from .classes import disagreeing
-from .mailbox import Mailbox
+from .mailbox import SMALL, Mailbox
 
 _HELLO_SECONDS = 600.0  # a node's first answer may need a download; clients join later if the run has begun by then
 _OTHERS_SECONDS = 10.0  # wait for the other connected nodes when enough clients have answered
 _LOOK_SECONDS = 0.5
+# Largest number of bytes in which a client may describe itself, with classes and ranks, and a node all that it hosts.
+_CLIENT_BYTES, _HOSTED_BYTES = 32 << 10, 64 << 20
 _MOST_TOLD = 1000  # more clients without keys that come at once are one event
 _log = logging.getLogger("fedlora")
 
@@ -265,8 +267,11 @@ class Meeting:
         self._identities, self._away = bindings.identities(self._grid), []
         self._bound = bindings.known()
         self._least = _least(self._bound)
+        hosted = self._config.federation.max_hosted or self._config.federation.clients
+        most = min(hosted * _CLIENT_BYTES, _HOSTED_BYTES)
         for node in newcomers:
-            self._mailbox.post(node, partial(wire.encode_hello, self._fingerprint))
+            hello = partial(wire.encode_hello, self._fingerprint)
+            self._mailbox.post(node, hello, most=lambda: max(SMALL, most), others=most)
 
     def _hear(self) -> bool:
         """Process the answers that have come; return whether there was one other than that a node is not there."""

@@ -18,11 +18,13 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedlora.adapters import AdapterState, LoraFactors
-from fedlora.exchange import Broadcast, ClientUpdate, parts, secure_messages, wire
+from fedlora.config import parse
+from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, parts, secure_messages, wire
 from fedlora.exchange.codec import FORMATS
 from fedlora.exchange.secure.keys import SECRET
 from fedlora.exchange.secure.neighbours import degree
 from fedlora.strategies.server.mailbox import SMALL, Mailbox
+from fedlora.strategies.server.roster import Meeting
 
 PIECE = 5 << 20
 
@@ -145,6 +147,24 @@ def test_the_letters_of_all_clients_of_a_host_arrive_and_little_more(linked):
     got = answers(grid, SMALL, secure_messages.most_bytes(200, neighbours))
     assert got == {2: "good", 3: f"its reply is larger than {SMALL} bytes, the most that it may have"}
     assert sum(map(len, link.objects.values())) > 3 << 20
+
+
+def test_a_node_may_introduce_as_many_clients_as_a_run_may_have_and_not_many_more(linked):
+    """Each names its 300 classes: together more than the megabyte that other answers may have."""
+    config = parse({"federation.clients": 300, "federation.wait-timeout": 1})
+    names = tuple(f"class {number}" for number in range(300))
+
+    def host(clients: range) -> RecordDict:
+        infos = [ClientInfo(c, 8, config.lora.alpha, num_examples=9 + c, class_names=names) for c in clients]
+        return parts.join({info.client_id: wire.encode_info(info, "0" * 64) for info in infos})
+
+    grid, link = linked({2: 0, 3: 0})
+    link.contents |= {2: host(range(300)), 3: host(range(300, 3300))}
+    meeting = Meeting(grid, config, "0" * 64)
+    meeting.begin()
+    assert meeting.roster.infos.keys() == {*range(300)}
+    assert sum(link.pulled.values()) > 1 << 20
+    assert any("is larger than" in why for why in meeting.roster.refusals)
 
 
 def test_a_broadcasts_limit_holds_every_format_and_little_more():
