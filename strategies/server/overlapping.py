@@ -62,7 +62,7 @@ def check(strategy: Strategy, config: Config) -> None:
     turns = {frozenset(each) for each in trained_in_turn(strategy)}
     for wrong, why in (
         (
-            not (strategy.steady or inside.anew) or len(turns) > 1 or inside.replaces_folds,
+            not (strategy.steady or inside.anew) or len(turns) > 1 or inside.replaces_folds or inside.own_rows,
             f"strategy.name = {config.strategy.name} changes from round to round what a client's factors mean, so that "
             "an update that began in an earlier round cannot be used; use fedavg, fedavg-zeropad, ffa, fedsb, flora or "
             "florist",

@@ -261,6 +261,7 @@ def test_an_update_from_a_state_that_was_undone_is_moved_to_the_present_one(tmp_
     [
         ({"strategy__name": "fedsvd"}, "changes from round to round what a client's factors mean"),
         ({"strategy__name": "rolora"}, "changes from round to round"),
+        ({"strategy__name": "fslora"}, "changes from round to round"),  # a client's rows are drawn anew in each round
         ({"strategy__name": "fedsa", "evaluate__clients": True}, "keeps factors on the clients"),
         (
             {"strategy__name": "lora-fair", "wire__sum": "sketch"},
