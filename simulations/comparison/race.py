@@ -7,7 +7,8 @@
   left runs with all other seeds.
 - "arms": also strategies drop out. After the third seed and after each later one, a strategy ends when it is worse than
   the reference or than the leader beyond doubt: by a one-sided paired t-test over the seeds so far, at the level of 5 %
-  divided by the number of all such tests in the scenario (Bonferroni). The reference never drops out.
+  divided by the number of all such tests in the scenario (Bonferroni). Differences that are all equal have no spread to
+  test by, and end nothing. The reference never drops out.
 """
 
 from __future__ import annotations
@@ -19,11 +20,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from scipy.stats import ttest_rel
-
 from .grid import Cell, Grid
 from .power import LEVEL
-from .ranking import choose, lower_is_better, order
+from .ranking import choose, lower_is_better, order, paired_p
 
 FIRST_LOOK = 3  # seeds before a strategy may drop out: two differences have no spread to speak of
 
@@ -140,7 +139,8 @@ def _worse(grid: Grid, fields: Mapping[str, _Field], number: int) -> Iterator[st
 
 def _beyond_doubt(values: Mapping[int, float], best: Mapping[int, float], sign: float, level: float) -> bool:
     seeds = sorted(values.keys() & best.keys())
-    mine, others = [sign * values[seed] for seed in seeds], [sign * best[seed] for seed in seeds]
-    if len(seeds) < FIRST_LOOK or mine == others:
+    differences = [sign * (values[seed] - best[seed]) for seed in seeds]
+    if len(seeds) < FIRST_LOOK or fmean(differences) >= 0:
         return False
-    return float(ttest_rel(mine, others, alternative="less").pvalue) < level
+    p = paired_p(differences, max(abs(of[seed]) for of in (values, best) for seed in seeds))
+    return p is not None and p / 2 < level
