@@ -26,6 +26,11 @@ def check_correction(config: Config) -> None:
                 f"strategy.correction = {chosen.correction} adds up changes over rounds, which {key} changes again; "
                 "leave out one of them"
             )
+    if chosen.correction == "feddyn" and chosen.robust in ("median", "trimmed-mean"):
+        raise StrategyError(
+            f"strategy.correction = feddyn counts the replies of a round, and strategy.robust = {chosen.robust} makes "
+            "one reply of all; set strategy.robust = norm-bound, krum or multi-krum"
+        )
 
 
 def check_scaffold(config: Config) -> None:

@@ -109,6 +109,8 @@ def test_a_run_and_its_resumed_twin_and_cohorts_agree(tmp_path, tiny_llama, name
         ({"strategy.name": "ffa", "strategy.restart-every": 1}, "which strategy.restart-every changes again"),
         ({"strategy.name": "ffa", "strategy.server-optimizer": "adam"}, "which strategy.server-optimizer changes"),
         ({"strategy.name": "ffa", "lora.kind": "miss"}, "lora.kind = miss has no factors"),
+        ({"strategy.name": "ffa", "strategy.robust": "median"}, "median makes one reply of all"),
+        ({"strategy.name": "ffa", "strategy.robust": "trimmed-mean"}, "trimmed-mean makes one reply of all"),
     ],
 )
 def test_what_cannot_work_is_one_sentence(keys, says) -> None:
