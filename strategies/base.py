@@ -71,6 +71,8 @@ class Strategy(ABC):
             the weights cannot do that, and the folds of restarts cannot be taken back.
         own_rows: True if a client of a smaller rank trains rows of the server's factors, or groups of a kind's parts,
             that are chosen for it, so that the adapters of such clients cannot be compared with each other.
+        one_start: False if clients of equal ranks may start from different factors, so that their ends cannot be
+            compared with each other.
         anew: True if each round begins with an update of zero beside the folds, so that what a client made is its
             product `B A` alone.
         any_statistic: False if the replies of a round 0, before round 1, cannot be used, whatever clients measure.
@@ -88,6 +90,7 @@ class Strategy(ABC):
     cores: ClassVar[bool] = False
     replaces_folds: ClassVar[bool] = False
     own_rows: ClassVar[bool] = False
+    one_start: ClassVar[bool] = True
     anew: ClassVar[bool] = False
     any_statistic: ClassVar[bool] = True
 

@@ -33,6 +33,7 @@ class FedPLora(Strategy):
     linear: ClassVar[bool] = True
     steady: ClassVar[bool] = True
     replaces_folds: ClassVar[bool] = True
+    own_rows: ClassVar[bool] = True
 
     def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
         """The terms that this client trains in this round, and the others as an anchor that replaces the last one.

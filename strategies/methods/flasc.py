@@ -50,6 +50,10 @@ class Flasc(Strategy):
                     "expected numbers above 0 and at most 1, such as tiers = 0.25/0.25/1"
                 )
 
+    @property
+    def one_start(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return len(set(self._densities)) == 1
+
     def broadcast(self, state: ServerState, client: ClientInfo, number: int) -> Broadcast:
         """The largest entries of the mean factors."""
         sent = super().broadcast(state, client, number)

@@ -72,6 +72,11 @@ class Robust(Wrapper):
             )
         if self._by_entry and asks_clients(self.inner):
             raise self._no_entries(name)
+        if self.rule != "norm-bound" and not self.inner.one_start:
+            raise StrategyError(
+                f"strategy.robust = {self.rule} compares what clients end with, and with these strategy.options {name} "
+                "has them start from different factors; set strategy.robust = norm-bound, or other strategy.options"
+            )
         for option, value, good, expected in (
             ("bound", self.bound, 1 <= self.bound < float("inf"), "a number of at least 1"),
             ("trim", self.trim, 0 <= self.trim < 0.5, "0 or more, below 0.5"),

@@ -70,6 +70,10 @@ class Wrapper(Strategy):
         return self.inner.own_rows
 
     @property
+    def one_start(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.one_start
+
+    @property
     def any_statistic(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.inner.any_statistic
 

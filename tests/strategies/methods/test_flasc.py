@@ -15,6 +15,7 @@ from fedlora.exchange import ClientInfo, ClientUpdate, wire
 from fedlora.strategies.base import ServerState, Strategy
 from fedlora.strategies.methods.fedavg import FedAvg
 from fedlora.strategies.methods.flasc import Flasc
+from fedlora.strategies.wrappers.robust import Robust
 from fedlora.strategies.wrappers.server_optimizer import ServerOptimizer
 from tests.federation import run_locally, tiny
 from tests.naive import dense as naive
@@ -113,3 +114,16 @@ def test_sparse_both_ways_with_adam_learns(tmp_path, tiny_llama) -> None:
     for what in ("upload-bytes", "download-bytes"):
         assert ends["sparse"]["rounds"][1][what] < 0.75 * ends["dense"]["rounds"][1][what]  # headers are much of it
     assert 0 < ends["sparse"]["rounds"][0]["codec-error"] < 1
+
+
+def test_robust_rules_do_not_compare_clients_of_different_densities() -> None:
+    """What a client is not sent is missing from what it ends with, so that a median would take it for a change."""
+    tiers, one = Flasc(tiers="0.2/1"), Flasc(tiers="0.2/0.2")
+    for rule in ("median", "trimmed-mean", "krum", "multi-krum"):
+        assert Robust(one, rule=rule).one_start
+        with pytest.raises(StrategyError, match=f"{rule} compares what clients end with, .* Flasc has them start from"):
+            Robust(ServerOptimizer(tiers), rule=rule)
+    state = one_round(tiers, tiers.init(start(CLIENTS)), 1)[0]
+    assert_same(
+        one_round(Robust(tiers), state, 2, size=0.0)[0].adapter, one_round(tiers, state, 2, size=0.0)[0].adapter
+    )

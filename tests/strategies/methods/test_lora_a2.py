@@ -158,7 +158,7 @@ def test_rows_that_nobody_trained_keep_their_bits() -> None:
             assert torch.equal(new.adapter.lora[name].B[:, kept], held.B[:, kept])
 
 
-@pytest.mark.parametrize("name", ["fslora", "lora-a2"])
+@pytest.mark.parametrize("name", ["fslora", "lora-a2", "fed-plora"])
 def test_krum_is_refused_where_clients_hold_other_rows(name: str) -> None:
     robust = Robust(load(name), rule="krum", byzantine=0)
     robust.check(clients_of((2, 2, 2)))
