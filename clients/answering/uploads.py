@@ -55,12 +55,16 @@ def encode_upload(
         arrived = round_trip(sent, number_format)
         if broadcast.steady:
             left = difference(wanted, arrived)
-            # for factors that are not sent this time, what they left out before is kept
-            own_state.save(
-                folder, _KIND, left if kept is None else fill_missing(left, kept), broadcast.round, keep=keep
-            )
-        received = fill_missing(sum_of(arrived, start), adapter)  # factors that are not sent do not count as an error
+            # for what is not sent this time, what it left out before is kept
+            own_state.save(folder, _KIND, left if kept is None else _over(kept, left), broadcast.round, keep=keep)
+        received = _over(adapter, sum_of(arrived, start))  # what is not sent does not count as an error
         return sent, relative_error(received.lora, adapter.lora)
+
+
+def _over(before: AdapterState, new: AdapterState) -> AdapterState:
+    """What is new, and what was before of the modules, factors and tensors that are not in it."""
+    filled = fill_missing(new, before)
+    return AdapterState(lora={**before.lora, **filled.lora}, tensors={**before.tensors, **filled.tensors})
 
 
 def _with_left_out(wanted: AdapterState, kept: AdapterState) -> AdapterState:

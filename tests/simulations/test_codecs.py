@@ -118,6 +118,27 @@ def test_a_factor_that_is_not_sent_this_round_keeps_what_it_left_out(tmp_path):
     assert after.lora["m0"].A.numel()
 
 
+def test_what_is_not_sent_this_round_keeps_what_it_left_out(tmp_path):
+    """With sampled layers, rounds send other modules; with unequal ranks, a kind's groups of parts in turn."""
+    start, change = state(0), state(1, size=0.01)
+    more = {"m0.ravan_H0": torch.randn(3, 5), "m0.ravan_H1": torch.randn(3, 5)}
+    start = AdapterState(lora=start.lora, tensors={**start.tensors, **more})
+    trained = sum_of(start, AdapterState(lora=change.lora, tensors={n: 0.01 * t for n, t in start.tensors.items()}))
+    errors = []
+    for number in (1, 2):
+        other = frozenset({f"ravan_H{number % 2}"})
+        plan = Plan(modules=frozenset({f"m{number - 1}"}), frozen=other)
+        broadcast = Broadcast(round=number, adapter=start, plan=plan, steady=True)
+        errors.append(uploads.encode_upload(trained, broadcast, "int4", tmp_path)[1])
+    first, after = (own_state.load(tmp_path, "left-out", number=number) for number in (2, 3))
+    assert first is not None
+    assert after is not None
+    assert after.lora.keys() == {"m0", "m1"}
+    assert torch.equal(after.lora["m0"].B, first.lora["m0"].B)
+    assert torch.equal(after.tensors["m0.ravan_H0"], first.tensors["m0.ravan_H0"])
+    assert max(errors) < 0.01  # a module that is not sent counts as no error
+
+
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_codes_that_do_not_fit_are_refused(dtype):
     update = ClientUpdate(client_id=3, adapter=state(1), num_examples=5, metrics=METRICS)
