@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 _DEEP = 65535  # the largest value of 16 bits
+_OTHER_KIND = "no image of a kind that can be read; save it as PNG or JPEG, or drop this row"
 
 
 def looked_at(cell: Any) -> str:
@@ -53,6 +54,8 @@ def decoded(cell: Any) -> Image.Image:
         try:
             image.load()
             upright = ImageOps.exif_transpose(image)
+        except NotImplementedError:
+            raise RowError(_OTHER_KIND) from None
         except _BROKEN:
             raise RowError("an image that is cut off or damaged; put back the whole file, or drop this row") from None
         return to_rgb(upright)
@@ -91,8 +94,8 @@ def _opened(cell: Any) -> Iterator[Image.Image]:
         raise RowError("an empty image, of 0 bytes; put back the file, or drop this row")
     try:
         image = Image.open(str(path) if content is None else io.BytesIO(content))
-    except UnidentifiedImageError:
-        raise RowError("no image of a kind that can be read; save it as PNG or JPEG, or drop this row") from None
+    except (UnidentifiedImageError, NotImplementedError):
+        raise RowError(_OTHER_KIND) from None
     except FileNotFoundError:
         raise RowError("an image whose file is not there; put it back, or drop this row") from None
     except Image.DecompressionBombError:

@@ -152,6 +152,7 @@ def test_every_mode_of_pillow_becomes_the_rgb_that_the_eye_sees():
         (as_file(drawn())[:20], "cut off or damaged|no image of a kind"),
         (b"", "an empty image, of 0 bytes"),
         (b"GIF is what it is not", "no image of a kind that can be read"),
+        (b"DDS \x7c" + bytes(203), "no image of a kind that can be read"),  # pixels that pillow has not implemented
         ("cat.png", "text of 7 characters, expected an image"),
         ({"bytes": None, "path": "/nowhere/cat.png"}, "an image whose file is not there"),
         (as_file(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "an image of fractions"),
