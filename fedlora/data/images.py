@@ -17,7 +17,7 @@ from .conversations import RowError, described
 if TYPE_CHECKING:
     from PIL import Image
 
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError, struct.error, zlib.error)
 _DEEP = 65535  # the largest value of 16 bits
 _OTHER_KIND = "no image of a kind that can be read; save it as PNG or JPEG, or drop this row"
 

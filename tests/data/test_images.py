@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from fedlora.common.errors import DataError
 from fedlora.config import DataConfig, ModelConfig
@@ -162,6 +162,13 @@ def test_every_mode_of_pillow_becomes_the_rgb_that_the_eye_sees():
 def test_a_bad_image_is_one_sentence(cell, words):
     with pytest.raises(RowError, match=words):
         decoded(cell)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this pillow reads no AVIF")
+def test_a_damaged_avif_is_one_sentence():
+    head, data, values = as_file(drawn(0, (64, 64, 3)), "AVIF").partition(b"mdat")
+    with pytest.raises(RowError, match="cut off or damaged"):
+        decoded(head + data + bytes(len(values)))
 
 
 def test_examples_are_what_the_processor_makes_and_only_a_rounds_are_kept(tmp_path):
