@@ -177,6 +177,7 @@ class DevicesGrid(LocalGrid):
         threads = share_of_cores(len(devices))
         self._children = [Child(name, threads, logs / f"device-{i}.txt") for i, name in enumerate(devices)]
         self._at: dict[Child, list[Message]] = {}
+        self._answers: dict[str, Message] = {}  # to be pulled; some came while others were waited for
         self._sizes: dict[Child, int] = {}
         self._told: set[str] = set()
 
@@ -196,11 +197,11 @@ class DevicesGrid(LocalGrid):
         here = [m for m in waiting if m.metadata.message_type not in (MessageType.TRAIN, MessageType.EVALUATE)]
         if here:
             return super().pull_messages([message.metadata.message_id for message in here])
-        replies: list[Message] = []
-        while not replies and self._is_open(asked):
+        while not (there := [known for known in asked if known in self._answers]) and self._is_open(asked):
             self._hand_out(asked)
-            replies = [reply for reply in self._heard(asked) if reply.metadata.reply_to_message_id in asked]
-        return replies
+            replies = self._heard(asked)
+            self._answers |= {r.metadata.reply_to_message_id: r for r in replies if r.metadata.ttl > 0}  # else too late
+        return [self._answers.pop(known) for known in there]
 
     def _is_open(self, asked: Sequence[str]) -> bool:
         at = {message.metadata.message_id for messages in self._at.values() for message in messages}

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from multiprocessing import Pipe
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from flwr.app import Message, RecordDict
 
 from fedlora.clients.node import held_folds
 from fedlora.common.errors import ConfigError, RunError
@@ -18,6 +21,7 @@ from fedlora.common.events import listen
 from fedlora.config import Config, parse
 from fedlora.results.run_folder import folder_of
 from fedlora.simulations import run as simulation
+from fedlora.simulations.engines import devices as module
 from fedlora.simulations.engines.devices import Child, devices_of
 from tests.device import DEVICE, bound, run_bound, starts_processes
 from tests.federation import hears_ctrl_c, tiny
@@ -228,3 +232,28 @@ def test_what_the_command_refuses(tmp_path, monkeypatch, capsys, words, says):
     assert isinstance(error, ConfigError)
     assert says in str(error)
     assert not (tmp_path / "runs").exists()
+
+
+class Prompt(Child):
+    """Answers its work at once, in this process, when it is listened to."""
+
+    def ask(self, task, requests):
+        if self._pipe is None:
+            self._pipe, self.other = Pipe()
+        self.other.send(("size", 1) if task == "size" else ("answers", [content for content, _ in requests]))
+
+    def stop(self):
+        pass
+
+
+def test_an_answer_that_comes_while_another_is_waited_for_is_there_when_it_is_asked_for(tmp_path, monkeypatch):
+    """As of a client that still trains while others evaluate, in a schedule whose rounds do not wait for all."""
+    monkeypatch.setattr(module, "Child", Prompt)
+    nobody: Any = None
+    grid = module.DevicesGrid(nobody, [{}] * 3, {}, 1, devices=("cpu", "cpu"), logs=tmp_path)
+    asked = [("train", 2), ("evaluate", 4)]  # on one device
+    train, evaluate = grid.push_messages(Message(RecordDict(), node, kind) for kind, node in asked)
+    grid._hand_out([train])
+    for known in (evaluate, train):
+        assert [reply.metadata.reply_to_message_id for reply in grid.pull_messages([known])] == [known]
+    assert not grid.pull_messages([evaluate, train])
