@@ -232,8 +232,10 @@ class Mailbox:
         try:
             accepted = list(self._grid.push_messages([message]))
         except ObjectPushError:  # the SuperLink died while it took the message
-            self._ask_again(question, "the SuperLink lost the message")
-            return
+            if question.times < _MOST_TIMES:
+                self._ask_again(question, "the SuperLink lost the message")
+                return
+            accepted = []
         if accepted and accepted[0]:
             question.ids.append(accepted[0])
             if self._sizes:

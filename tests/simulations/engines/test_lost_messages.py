@@ -327,6 +327,17 @@ def test_a_question_that_the_superlink_lost_is_sent_again():
     assert asked == [2, 3, 3]
 
 
+def test_a_question_that_the_superlink_always_loses_ends_as_a_failure():
+    answers, asked = ask_both(Scripted([], pushes=[False] + [True] * 8))
+    assert sorted(answers) == [(2, True), (3, False)]
+    assert asked == [2, 3, 3, 3, 3]
+
+
+def test_a_lost_reply_whose_question_the_superlink_then_loses_ends_as_a_failure():
+    answers, _ = ask_both(Scripted([LOST], pushes=[False] * 2 + [True] * 8))
+    assert sorted(answers) == [(2, False), (3, True)]
+
+
 def test_who_never_answers_is_told_at_the_deadline():
     grid = Scripted([])
     grid.pull_messages = lambda message_ids: []
