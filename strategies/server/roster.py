@@ -180,8 +180,8 @@ class Meeting:
         self._accept(self._choose())
         self._entered = False
         for client, reason in self._disagreeing(self.roster.infos, self._classes).items():
-            del self.roster.infos[client]
-            self._refuse(self.roster.nodes[client], client, reason)
+            del self.roster.infos[client], self._offers[client]
+            self._refuse(self.roster.nodes.pop(client), client, reason)
         self.roster.sort()
         if len(self.roster.infos) < least:
             refusals = self.roster.refusals
@@ -308,7 +308,10 @@ class Meeting:
             self._entered = True
 
     def _refuse(self, node: int, client: int | None, reason: str) -> None:
-        self._refusals.setdefault(node, []).append(reason)
+        said = self._refusals.setdefault(node, [])
+        if reason in said:  # an edge was asked again
+            return
+        said.append(reason)
         self.roster.refusals.append(reason)
         emit("client-failed", client_id=client, node=node, reason=reason, round=0)
 

@@ -183,3 +183,35 @@ def test_a_damaged_file_of_keys_is_named(server, text):
     server.write_text(text)
     with pytest.raises(RunError, match=r"client-keys\.json: the keys of clients cannot be read: .*; put a copy back"):
         met({2: 0}, {2: b"alpha"})
+
+
+def counting(node: int, told: Mapping[int, RecordDict]) -> tuple[roster.Meeting, list[str]]:
+    """A meeting with one node that hosts these clients, and the reasons with which it has refused some."""
+    grid = Registered({node: [*told]}, {})
+    grid._app = ClientApp()
+    grid._app.query()(lambda message, context: Message(parts.join(told), reply_to=message))
+    config = parse({"federation.clients": 8, "federation.wait-timeout": 0.0, "lora.rank-pattern": ""})
+    meeting = roster.Meeting(grid, config, BASE)
+    meeting.begin()
+    return meeting, meeting.roster.refusals
+
+
+def test_a_client_of_an_edge_that_is_asked_again_is_refused_once():
+    infos = [
+        ClientInfo(client_id=client, rank=rank, num_examples=10, edges=("west",)) for client, rank in ((0, 4), (1, 999))
+    ]
+    meeting, refusals = counting(2, {info.client_id: wire.encode_info(info, BASE) for info in infos})
+    for _ in range(3):
+        assert meeting.welcome() == []
+    assert len(refusals) == 1
+    assert "rank 999" in refusals[0]
+
+
+def test_a_client_with_other_classes_is_refused_once():
+    infos = [
+        ClientInfo(client_id=c, rank=4, num_examples=10, class_names=("a", "b") if c else ("b", "a")) for c in range(3)
+    ]
+    meeting, refusals = counting(2, {info.client_id: wire.encode_info(info, BASE) for info in infos})
+    assert meeting.welcome() == []
+    assert len(refusals) == 1
+    assert {*meeting.roster.infos} == {*meeting.roster.nodes} == {1, 2}
