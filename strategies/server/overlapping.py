@@ -127,6 +127,9 @@ class OverlappingRound(TrainRound):
         while len(waiting) < rules.size:
             if not flights.open:
                 alone = min(alone, flights.clock.now())
+                if len(waiting) < least and (others := self.pick(rules.at_once)):  # that slept as the round began
+                    self._ask(others)
+                    continue
                 too_few = len(waiting) < least and flights.clock.now() < alone + self.config.federation.wait_timeout
                 if not (too_few and self._ask_absent()):
                     break

@@ -118,6 +118,23 @@ def test_a_round_with_a_deadline_ends_then_and_what_is_late_counts_in_the_next(t
     assert any("rounds late" in why for _, _, failures in found["drop"] for why in failures.values())
 
 
+@dataclass(frozen=True)
+class Night(Given):
+    """The devices of clients 0 and 1 are there in the first second alone, and from the twentieth on."""
+
+    def awake(self, client: int, time: float) -> bool:
+        return client > 1 or not 1.0 <= time < 20.0
+
+
+@pytest.mark.parametrize("late", ["use", "drop"])
+def test_a_round_in_which_only_late_clients_were_there_asks_those_that_sleep(tmp_path, tiny_llama, late):
+    keys = GIVEN | {"federation__schedule": "deadline", "federation__rounds": 2, "federation__min_clients": 2}
+    keys |= {"federation__traces": f"{__name__}:Night"}
+    keys |= {"federation__schedule_options": f"seconds=2.5, late={late}"}
+    _, result = run_locally(tiny(tmp_path, tiny_llama, **(QUICK | keys)))
+    assert [len(entry["clients"]) >= 2 for entry in result["rounds"]] == [True, True]
+
+
 def test_a_client_is_given_up_at_its_own_time_and_another_asked(tmp_path, tiny_llama):
     keys = GIVEN | {"federation__schedule": "fedasync", "federation__schedule_options": "at_once=1"}
     keys |= {"federation__rounds": 12, "federation__round_timeout": 4.5}
