@@ -301,7 +301,7 @@ class Session:
         latest, before = self.state, dict[int, ServerState]()  # round -> the state that it began from
         its_clock.go(now)
         for client, number, asked in training:
-            if client not in self.roster.infos:
+            if client not in self.roster.infos or client in self.record.excluded:
                 continue
             if number <= self.done and number not in before:
                 found = saved_state.load(folder, self.record.key, number - 1)
@@ -355,7 +355,8 @@ class Session:
 
     def _welcome(self, number: int) -> None:
         """Clients that came since the last round take part from this one, where the strategy can serve them too."""
-        for client in self.meeting.welcome():
+        came = self.meeting.welcome()
+        for client in came:
             info = self.roster.infos[client]
             try:
                 clients = list(self.roster.infos.values())
@@ -368,8 +369,9 @@ class Session:
             self.record.joined(info, number)
             _log.info("client %d joins the run in round %d", client, number)
             emit("client-joined", client_id=client, node=self.roster.nodes[client], round=number)
-        if self.flights is not None:  # a client that came back on another node, and was turned away, may be training
-            self.flights.give_up(self.flights.open.keys() - self.roster.infos.keys())
+        if self.flights is not None:  # clients may train that are back on another node, were turned away or left out
+            gone = {*came} | self.record.excluded | (self.flights.open.keys() - self.roster.infos.keys())
+            self.flights.give_up(self.flights.open.keys() & gone)
 
     def _for(self, number: int) -> Callable[[ClientInfo], Broadcast]:
         """What each client is sent in a round that starts from the present state."""

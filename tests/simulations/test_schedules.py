@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -15,8 +16,10 @@ from flwr.common.constant import ErrorCode
 from fedlora.adapters import AdapterState, LoraFactors
 from fedlora.clients.client_app import app as client_app
 from fedlora.common.errors import ConfigError, FedLoraError, RunError
+from fedlora.common.events import listen
 from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate
-from fedlora.results.run_folder import folder_of, stored
+from fedlora.results.record import RunRecord
+from fedlora.results.run_folder import folder_of, resumed, stored
 from fedlora.simulations.engines.local import LocalGrid
 from fedlora.simulations.engines.traces import Device, Traces, traces_of
 from fedlora.strategies.schedules.session import Session
@@ -246,6 +249,51 @@ def test_a_run_goes_on_without_clients_that_are_turned_away_while_they_train(tmp
     answered = [client for entry in result["rounds"] for client in entry["clients"]]
     assert len(answered) == 6
     assert {*answered[2:]} == {"0", "1"}
+
+
+def test_a_client_that_is_back_on_another_node_is_asked_anew_and_its_earlier_answer_does_not_count(
+    tmp_path, tiny_llama, monkeypatch
+):
+    """All answers come together, and those that wait for the next round are of the ranks of the first."""
+    welcome, rounds = Meeting.welcome, iter(range(1, 7))
+
+    def back(meeting: Meeting) -> list[int]:
+        came = welcome(meeting)
+        if next(rounds) != 2:
+            return came
+        meeting.roster.infos[1] = replace(meeting.roster.infos[1], rank=1)
+        return [1]
+
+    monkeypatch.setattr(Meeting, "welcome", back)
+    keys = {"federation__schedule": "buffered", "federation__schedule_options": "size=1, at_once=4"}
+    _, result = run_locally(tiny(tmp_path, tiny_llama, **(QUICK | keys | {"federation__rounds": 6})))
+    assert [entry["failures"] for entry in result["rounds"]] == [{}] * 6
+    asked = [about["asked"] for entry in result["rounds"] for c, about in entry["clients"].items() if c == "1"]
+    assert asked[0] == 1.0, "the time at which it was back"
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_nothing_is_heard_of_a_client_that_is_left_out_while_it_trains(tmp_path, tiny_llama, monkeypatch, resumes):
+    noted = RunRecord.round
+
+    def note(record: RunRecord, entry: dict[str, Any]) -> None:
+        noted(record, entry)
+        if entry["round"] == 2:
+            record.exclude(3, "its update was by far the largest", None)
+
+    monkeypatch.setattr(RunRecord, "round", note)
+    keys = GIVEN | {"federation__schedule": "buffered", "federation__schedule_options": "size=2, at_once=4"}
+    config = tiny(tmp_path, tiny_llama, **(QUICK | keys | {"federation__rounds": 8}))
+
+    def stop(kind: str, facts: dict[str, Any]) -> None:
+        if resumes and kind == "round-end" and facts["entry"]["round"] == 2:
+            raise KeyboardInterrupt
+
+    with suppress(KeyboardInterrupt), listen(stop):
+        run_locally(config)
+    rounds = (run_locally(resumed(folder_of(config))) if resumes else [stored(folder_of(config))])[-1]["rounds"]
+    assert len(rounds) == 8
+    assert not any("3" in entry["clients"] for entry in rounds)
 
 
 @pytest.mark.parametrize("undone", [True, False])
