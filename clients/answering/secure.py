@@ -64,15 +64,15 @@ def shares(content: RecordDict, context: Context) -> RecordDict:
     _check_keys(client, kept, public)
     if known := peers.of(context.node_config):
         _check_signed(client, kept, public, known)
-    if not kept.public:
-        kept = replace(kept, public=public)
+    if not kept.letters:
+        threshold, secrets = threshold_of(len(public)), kept.secrets
+        own, masking = (split(secret, [*public], threshold) for secret in (secrets.self_mask, secrets.masking))
+        letters = {
+            other: secrets.write(own[other] + masking[other], client, other, theirs) for other, theirs in public.items()
+        }
+        kept = replace(kept, public=public, letters=letters)
         round_secrets.save(folder, kept)
-    threshold, secrets = threshold_of(len(public)), kept.secrets
-    own, masking = (split(secret, [*public], threshold) for secret in (secrets.self_mask, secrets.masking))
-    letters = {
-        other: secrets.write(own[other] + masking[other], client, other, theirs) for other, theirs in public.items()
-    }
-    return secure_messages.encode_letters(client, question.session, letters, fingerprint)
+    return secure_messages.encode_letters(client, question.session, kept.letters, fingerprint)
 
 
 def masked(update: ClientUpdate, sent: Broadcast, folder: Path, fingerprint: str, known: int) -> RecordDict:

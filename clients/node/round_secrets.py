@@ -25,6 +25,7 @@ class Kept:
         session: names the try.
         secrets: drawn for it.
         public: the neighbours' public keys, once they are known.
+        letters: what was written to each of them. Other shares would be encrypted with the same keys.
         sent: SHA-256 of the masked numbers that were sent, in hexadecimal; empty before that. Other numbers under the
             same masks would tell how the two differ, and the same numbers under fewer masks what a mask is.
         opened: of which clients a share was opened, and of which secret: "self-mask" or "masking"; empty before that.
@@ -33,6 +34,7 @@ class Kept:
     session: str
     secrets: RoundSecrets
     public: Mapping[int, PublicKeys] = field(default_factory=dict)
+    letters: Mapping[int, bytes] = field(default_factory=dict)
     sent: str = ""
     opened: Mapping[int, str] = field(default_factory=dict)
 
@@ -51,8 +53,9 @@ def load(folder: Path, session: str) -> Kept | None:
         own = found["secrets"]
         secrets = RoundSecrets(own["context"].encode(), *(bytes.fromhex(own[each]) for each in _SECRETS))
         public = {int(other): PublicKeys(*map(bytes.fromhex, keys)) for other, keys in found["public"].items()}
+        letters = {int(other): bytes.fromhex(letter) for other, letter in found["letters"].items()}
         opened = {int(other): which for other, which in found["opened"].items()}
-        return Kept(session, secrets, public, found["sent"], opened)
+        return Kept(session, secrets, public, letters, found["sent"], opened)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -71,6 +74,7 @@ def save(folder: Path, kept: Kept) -> None:
             str(other): [keys.masking.hex(), keys.letters.hex(), keys.self_mask.hex()]
             for other, keys in kept.public.items()
         },
+        "letters": {str(other): letter.hex() for other, letter in kept.letters.items()},
         "sent": kept.sent,
         "opened": {str(other): which for other, which in kept.opened.items()},
     }

@@ -261,6 +261,21 @@ def test_a_replayed_key_is_refused(tmp_path, tiny_llama):
             trained(seven(tmp_path, tiny_llama))
 
 
+def test_a_client_that_is_asked_for_shares_twice_sends_the_same_letters(tmp_path, tiny_llama, monkeypatch):
+    """A letter's key is used once: two texts under it would show how they differ, and how to write a third."""
+    answers: list[tuple[RecordDict, RecordDict]] = []
+
+    def twice(content: RecordDict, context: Context) -> RecordDict:
+        answers.append((whole(content, context), whole(content, context)))
+        return answers[-1][1]
+
+    whole = single._TASKS["shares"]
+    monkeypatch.setitem(single._TASKS, "shares", twice)
+    run_locally(seven(tmp_path, tiny_llama, federation__rounds=1))
+    assert len(answers) == PEOPLE
+    assert all(one["head"]["texts"] == other["head"]["texts"] for one, other in answers)
+
+
 def test_other_numbers_under_the_same_masks_are_refused(tmp_path, tiny_llama):
     config = seven(tmp_path, tiny_llama, federation__rounds=1)
     refusals: list[str] = []
