@@ -14,7 +14,7 @@ from fedlora.common.errors import WireError
 from .fields import METRICS_RECORD, Fields, metrics_record, read_metrics, require
 from .heads import COMMON, HEAD, checked_head, head_of, only
 from .messages import Broadcast, ClientUpdate
-from .secure.keys import PublicKeys
+from .secure.keys import PublicKeys, is_usable
 from .secure.numbers import Words
 from .secure.payload import METRICS as HIDDEN
 from .wire import TRAIN_METRICS
@@ -126,10 +126,13 @@ def decode_keys(record: RecordDict, client_id: int, session: str, fingerprint: s
     """The public keys in a client's answer.
 
     Raises:
-        WireError: the answer is malformed, or is from another client or for another session.
+        WireError: the answer is malformed, or is from another client or for another session; or its neighbours could
+            do nothing with a key.
     """
     fields = _answered(record, client_id, session, fingerprint, (*_KEYS, _SIGNATURE))
     masking, letters, self_mask = (fields.octets(key, 32) for key in _KEYS)
+    if masking == letters or not (is_usable(masking) and is_usable(letters)):
+        raise WireError(f"client {client_id} sent public keys for a secure sum that are equal, or no X25519 keys")
     return PublicKeys(masking, letters, self_mask, fields.octets_up_to(_SIGNATURE, _LONGEST))
 
 

@@ -37,6 +37,14 @@ def test_questions_and_answers_come_back_as_they_were():
     assert secure_messages.decode_letters(letters, 5, SESSION, BASE) == {1: b"x", 2: b"y"}
 
 
+@pytest.mark.parametrize("masking", [bytes(32), KEYS.letters], ids=["zeros", "equal"])
+def test_keys_with_which_the_others_can_do_nothing_are_refused_by_the_clients_name(masking):
+    """Each of its neighbours would refuse them, and nobody would be left in the sum."""
+    record = secure_messages.encode_keys(5, SESSION, replace(KEYS, masking=masking), BASE)
+    with pytest.raises(WireError, match="client 5 sent public keys for a secure sum that are equal, or no X25519 keys"):
+        secure_messages.decode_keys(record, 5, SESSION, BASE)
+
+
 def test_a_broadcast_says_how_to_mask():
     assert wire.decode_broadcast(wire.encode_broadcast(SENT, BASE), BASE).masking == SENT.masking
     assert wire.decode_broadcast(wire.encode_broadcast(replace(SENT, masking=None), BASE), BASE).masking is None

@@ -96,6 +96,15 @@ def public_of(secret: bytes, context: bytes, use: str) -> bytes:
     return _private(secret, context, use).public_key().public_bytes_raw()
 
 
+def is_usable(public: bytes) -> bool:
+    """Whether two can agree on a secret by this X25519 public key."""
+    try:
+        _agreed(bytes(SECRET), public, b"", "", b"")
+    except WireError:
+        return False
+    return True
+
+
 def fingerprint(self_mask: bytes, context: bytes) -> bytes:
     """SHA-256 of the secret of a self-mask in a round."""
     return hashlib.sha256(b"fedlora self-mask" + context + self_mask).digest()
