@@ -190,7 +190,13 @@ class FromFile(Traces):
                 rows = [*csv.DictReader(file)]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise ConfigError(f"federation.traces: {self.path} cannot be read: {error}") from None
-        return {client: device for number, row in enumerate(rows, 2) for client, device in [self._row(row, number)]}
+        found: dict[int, Device] = {}
+        for line, row in enumerate(rows, 2):
+            client, device = self._row(row, line)
+            if client in found:
+                raise ConfigError(f"federation.traces: {self.path}, line {line}: client {client} has a row already")
+            found[client] = device
+        return found
 
     def _row(self, row: Mapping[str, str], line: int) -> tuple[int, Device]:
         try:
@@ -202,9 +208,9 @@ class FromFile(Traces):
                 f"federation.traces: {self.path}, line {line}: expected numbers in the columns "
                 f"{', '.join(_COLUMNS[:4])}, and if there are any in from and to"
             ) from None
-        if min(speed, down, up) <= 0 or not (0 <= begins <= 24 and 0 <= ends <= 24):
+        if not all(0 < each < math.inf for each in (speed, down, up)) or not (0 <= begins <= 24 and 0 <= ends <= 24):
             raise ConfigError(
-                f"federation.traces: {self.path}, line {line}: expected speeds above 0, and hours from 0 to 24"
+                f"federation.traces: {self.path}, line {line}: expected finite speeds above 0, and hours from 0 to 24"
             )
         awake = (ends - begins) % 24 or 24.0
         return client, Device(speed, down, up, begins * 3600, awake * 3600)

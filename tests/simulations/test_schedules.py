@@ -422,6 +422,12 @@ def test_traces_from_a_file_and_what_is_wrong_with_them(tmp_path):
         ConfigError, match="line 2: expected numbers in the columns client, tokens-per-second, down, up"
     ):
         traces_of(str(path), "").device(0)
+    path.write_text("client,tokens-per-second,down,up\n0,1,1,nan\n")
+    with pytest.raises(ConfigError, match="line 2: expected finite speeds above 0, and hours from 0 to 24"):
+        traces_of(str(path), "").device(0)
+    path.write_text("client,tokens-per-second,down,up\n0,1,1,1\n0,2,2,2\n")
+    with pytest.raises(ConfigError, match="line 3: client 0 has a row already"):
+        traces_of(str(path), "").device(0)
     with pytest.raises(ConfigError, match=r"federation.traces-options.*hours: expected above 0"):
         traces_of("diurnal", "hours=0")
     with pytest.raises(ConfigError, match="did you mean 'diurnal'"):
