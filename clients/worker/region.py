@@ -30,8 +30,10 @@ def make_sure(socket: Path, context: Context) -> None:
     """
     belongs = socket.with_name("run")
     with FileLock(socket.with_name("start.lock")):
-        if is_healthy(socket) and belongs.read_text(encoding="utf-8") == str(context.run_id):
+        known = belongs.read_text(encoding="utf-8") if belongs.exists() else ""  # none if the last start was cut off
+        if is_healthy(socket) and known == str(context.run_id):
             return
+        belongs.unlink(missing_ok=True)
         settings = context.node_config
         ca = Path(str(settings["region-ca"])) if "region-ca" in settings else None
         emit("region-start", run=context.run_id)
