@@ -133,7 +133,7 @@ class Meeting:
         self._classes, self._allocated = classes, allocated
         self._grid, self._config, self._fingerprint = grid, config, fingerprint
         self._offers: dict[int, _Offer] = {}
-        self._refusals: dict[int, list[str]] = {}  # by node
+        self._refusals: dict[int, set[str]] = {}  # by node
         self._away: list[str] = []
         self._asked: set[int] = set()
         self._connected: set[int] = set()
@@ -308,10 +308,10 @@ class Meeting:
             self._entered = True
 
     def _refuse(self, node: int, client: int | None, reason: str) -> None:
-        said = self._refusals.setdefault(node, [])
+        said = self._refusals.setdefault(node, set())
         if reason in said:  # an edge was asked again
             return
-        said.append(reason)
+        said.add(reason)
         self.roster.refusals.append(reason)
         emit("client-failed", client_id=client, node=node, reason=reason, round=0)
 
