@@ -154,10 +154,10 @@ class Mailbox:
         for reply in arrived:
             # For a dead node, the SuperLink replies, so that only this id shows which node it is about.
             question = self._open.get(reply.metadata.reply_to_message_id)
+            most = self._sizes.arrived(reply.metadata.reply_to_message_id) if self._sizes else None
             if question is None:
                 continue
-            if self._sizes and reply.metadata.reply_to_message_id in self._sizes.too_large:
-                most = self._sizes.too_large[reply.metadata.reply_to_message_id]
+            if most is not None:
                 reply.error = Error(wire.REFUSED, f"its reply is larger than {most} bytes, the most that it may have")
             elif reply.has_error() and reply.error.code in _LOST and question.times < _MOST_TIMES:
                 del self._open[reply.metadata.reply_to_message_id]

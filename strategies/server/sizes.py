@@ -39,6 +39,7 @@ class Sizes:
         self.too_large: dict[str, int] = {}
         self._limits: dict[str, tuple[int, int]] = {}  # of the bytes of a reply, and of its objects other than arrays
         self._replies: dict[str, tuple[str, str]] = {}  # object -> the message it answers, and its own id
+        self._parts: dict[str, list[str]] = {}  # message -> the objects of its reply
         self._held: dict[str, int] = {}
         self._others: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -57,6 +58,15 @@ class Sizes:
         """
         self._limits[message_id] = most, max(others, most // _OTHERS_SHARE, _OTHERS_LEAST)
 
+    def arrived(self, message_id: str) -> int | None:
+        """Forget a message whose reply has been read or dropped; the limit that the reply exceeded, or None."""
+        for held in (self._limits, self._held, self._others):
+            held.pop(message_id, None)
+        for part in self._parts.pop(message_id, ()):
+            if self._replies.get(part, ("", ""))[0] == message_id:
+                del self._replies[part]
+        return self.too_large.pop(message_id, None)
+
     def _messages(self, request: Any) -> Any:
         response = self._pull_messages(request)
         for message, tree in zip(response.messages_list, response.message_object_trees, strict=True):
@@ -64,6 +74,7 @@ class Sizes:
             most, _ = self._limits.get(asked, (None, None))
             for count, part in enumerate(iterate_object_tree(tree), 1):
                 self._replies[part.object_id] = asked, message.metadata.message_id
+                self._parts.setdefault(asked, []).append(part.object_id)
                 if most is not None and count > _SOME + most // _OBJECT:
                     self._drop(asked, most, message.metadata.message_id, message.metadata.run_id)
                     break

@@ -23,6 +23,7 @@ from fedlora.exchange import Broadcast, ClientInfo, ClientUpdate, parts, secure_
 from fedlora.exchange.codec import FORMATS
 from fedlora.exchange.secure.keys import SECRET
 from fedlora.exchange.secure.neighbours import degree
+from fedlora.strategies.server import sizes as module
 from fedlora.strategies.server.mailbox import SMALL, Mailbox
 from fedlora.strategies.server.roster import Meeting
 
@@ -119,6 +120,9 @@ def test_a_reply_beyond_its_limit_is_dropped_and_deleted_and_the_others_arrive(l
     assert len(link.deleted) == 3  # each reply once: two that were read, and the one that was dropped
     assert len(set(link.deleted)) == 3
     assert sum(link.pulled.values()) < 6 * PIECE
+    sizes = module.of(grid)
+    assert sizes is not None
+    assert not any((sizes._limits, sizes._replies, sizes._parts, sizes._held, sizes._others, sizes.too_large))
 
 
 def test_a_reply_of_very_many_small_things_is_dropped_before_it_is_read(linked):
