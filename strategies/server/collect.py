@@ -24,7 +24,7 @@ from ..tools.shelf import Shelf
 from . import answers as of_client
 from . import audit, clock, guard
 from .answers import Answer, AwayError, DivergedReplyError
-from .mailbox import SMALL, Mailbox
+from .mailbox import Mailbox
 from .roster import Roster
 
 _LOOKED_AT = 32  # number of first replies that are judged together, before any of them counts
@@ -375,9 +375,8 @@ def evaluate_on_clients(
         return wire.encode_broadcast(broadcast, fingerprint, config.wire.dtype)
 
     for node, clients in asked.items():
-        most = len(clients) * _METRICS_BYTES
         make = partial(roster.message, node, clients, encoded)
-        mailbox.post(node, make, most=lambda most=most: max(SMALL, most), others=most)
+        mailbox.post(node, make, others=len(clients) * _METRICS_BYTES)
     answers: dict[int, dict[str, float]] = {}
     failures: dict[int, str] = {}
     for node, reply in mailbox.replies():

@@ -39,7 +39,7 @@ class _Question:
         tag: what the answer is handed out with.
         make: makes the content of the message.
         most: the largest number of bytes that the reply may have.
-        others: the largest number of them that are no values of tensors; 0: a part of `most`.
+        others: the largest number of bytes of it that are no values of tensors; 0: a part of `most`.
         ids: the ids of the messages.
         times: number of times that the question was asked.
         away: Flower's answer that the node is not there, if it came.
@@ -122,7 +122,8 @@ class Mailbox:
             make: makes the message's content; called each time that the message is sent.
             most: the largest number of bytes of the reply; called after `make`. A larger reply that comes over a
                 connection is dropped.
-            others: the largest number of bytes of it that are no values of tensors; see `sizes`.
+            others: the largest number of bytes of it that are no values of tensors; see `sizes`. If it is larger than
+                `most`, the reply may be as large.
             tag: the number with which the answer is handed out, for a node with several questions; else `node`.
         """
         self._unasked.append(_Question(node, node if tag is None else tag, make, most, others))
@@ -239,7 +240,7 @@ class Mailbox:
         if accepted and accepted[0]:
             question.ids.append(accepted[0])
             if self._sizes:
-                self._sizes.expect(accepted[0], question.most(), question.others)
+                self._sizes.expect(accepted[0], max(question.most(), question.others), question.others)
             self._open[accepted[0]] = question
         elif question.away is not None:
             self._put_aside(question, question.away)

@@ -23,7 +23,7 @@ from . import bindings
 from .answers import Answer, AwayError
 from .bindings import Identity
 from .classes import disagreeing
-from .mailbox import SMALL, Mailbox
+from .mailbox import Mailbox
 
 _HELLO_SECONDS = 600.0  # a node's first answer may need a download; clients join later if the run has begun by then
 _OTHERS_SECONDS = 10.0  # wait for the other connected nodes when enough clients have answered
@@ -270,8 +270,7 @@ class Meeting:
         hosted = self._config.federation.max_hosted or self._config.federation.clients
         most = min(hosted * _CLIENT_BYTES, _HOSTED_BYTES)
         for node in newcomers:
-            hello = partial(wire.encode_hello, self._fingerprint)
-            self._mailbox.post(node, hello, most=lambda: max(SMALL, most), others=most)
+            self._mailbox.post(node, partial(wire.encode_hello, self._fingerprint), others=most)
 
     def _hear(self) -> bool:
         """Process the answers that have come; return whether there was one other than that a node is not there."""
